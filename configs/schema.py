@@ -1,0 +1,344 @@
+"""What a run is: `RunConfig`, the tasks, and `GROUPS`, the one table from a name on the command line to a dataclass.
+
+Defaults stand only in the dataclasses; a YAML file under this folder holds what differs. The dataclasses of models,
+optimizers, sources and so on stand beside the code that they configure; only tasks and launchers, which sit above
+this layer, are described here.
+"""
+
+import enum
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from data.pipeline import DataConfig
+from data.sources import (
+    ArrayRecordConfig,
+    HuggingFaceConfig,
+    JsonlConfig,
+    ParquetConfig,
+    PythonStdlibConfig,
+    SourceConfig,
+    SyntheticConfig,
+    TextConfig,
+)
+from data.tokenizer import (
+    BytesConfig,
+    CharactersConfig,
+    SentencePieceConfig,
+    TokenizerConfig,
+    TokenizerJsonConfig,
+)
+from models.config import ModelConfig
+from trainer.checkpoint import CheckpointConfig
+from trainer.mesh import MeshConfig, ShardingRules
+from trainer.objective import ObjectiveConfig
+from trainer.objectives.next_token import NextTokenConfig
+from trainer.optimizer import (
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    OptimizerConfig,
+    ScheduleFreeConfig,
+    SgdConfig,
+    SoapConfig,
+)
+from trainer.schedule import (
+    ConstantConfig,
+    CosineConfig,
+    InverseSqrtConfig,
+    LinearConfig,
+    ScheduleConfig,
+    WsdConfig,
+)
+from trainer.tracker import TensorboardConfig, TrackerConfig, WandbConfig
+
+
+class Resume(enum.Enum):
+    auto = "auto"  # continue where the run stands, or start it
+    must = "must"  # refuse to start afresh
+    never = "never"  # refuse to touch a run that has checkpoints
+
+
+class Format(enum.Enum):
+    table = "table"
+    json = "json"
+
+
+@dataclass
+class TaskConfig:
+    """What a process does; the first word of the command line."""
+
+    kind: str = ""
+
+
+@dataclass
+class TrainConfig(TaskConfig):
+    kind: str = "train"
+    num_steps: int = 1000  # optimizer updates in all, those before a resume included
+    num_microbatches: int = 1  # slices of a batch that are computed one after the other
+    log_every: int = 10  # steps between lines where there is no terminal for a bar
+    evaluate_every: int = 0  # steps between evaluations on held-out text; 0: at the end only
+    sample_every: int = 0  # steps between samples; 0: at the end only
+    sample_prompt: str = ""  # what samples go on from
+    sample_tokens: int = 128  # length of a sample; 0: no samples
+    sample_temperature: float = 0.7
+    patience: int = 0  # evaluations without a better loss after which the run ends; 0: never
+    min_delta: float = 0.0  # what counts as better, in nats
+    profile_steps: list[int] = field(default_factory=list)  # [first, last]: a trace of these steps, in profile/
+
+
+@dataclass
+class PrepareConfig(TaskConfig):
+    kind: str = "prepare"
+    num_workers: int = 0  # processes that tokenise; 0: as many as there are cores
+
+
+@dataclass
+class EvaluateConfig(TaskConfig):
+    kind: str = "evaluate"
+    batches: int = 0  # batches of each source; 0: data.eval_batches
+
+
+@dataclass
+class GenerateConfig(TaskConfig):
+    kind: str = "generate"
+    max_new_tokens: int = 256
+    temperature: float = 0.7  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] = field(default_factory=list)  # texts that end a completion; they are not printed
+    prompts: list[str] = field(default_factory=list)  # several at once, of any lengths
+    prompt_file: str | None = None  # one prompt a line
+    num_samples: int = 1  # completions of each prompt
+
+
+@dataclass
+class InspectConfig(TaskConfig):
+    kind: str = "inspect"
+
+
+@dataclass
+class RunsConfig(TaskConfig):
+    kind: str = "runs"
+
+
+@dataclass
+class LauncherConfig:
+    """How the processes of a run start."""
+
+    kind: str = ""
+
+
+@dataclass
+class LocalConfig(LauncherConfig):
+    kind: str = "local"
+    num_processes: int = 1  # processes on this machine, joined over loopback
+    port: int = 0  # of the coordinator; 0: a free one
+
+
+@dataclass
+class RunConfig:
+    """One run, whole. Nobody below `launch` sees this class; functions take their own slice."""
+
+    run: str = "default"  # its name: the same name again goes on with the run
+    runs: str = "runs"  # the folder of all runs
+    seed: int = 0  # of initialisation, data order, dropout and sampling
+    devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
+    resume: Resume = Resume.auto
+    init_from: str | None = None  # a run's name or folder, NAME@STEP for one step: begin from its weights
+    reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
+    source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
+    step: int | None = None  # evaluate, generate, inspect: the checkpoint; null: the newest
+    prompt: str | None = None  # generate: what to go on from
+    format: Format = Format.table  # inspect, evaluate, runs: how to print
+    task: TaskConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=SentencePieceConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=NextTokenConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=CosineConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sharding: ShardingRules = field(default_factory=ShardingRules)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trackers: dict[str, TrackerConfig] = field(default_factory=dict)
+    launcher: LauncherConfig = field(default_factory=LocalConfig)
+
+
+GROUPS: dict[str, dict[str, type]] = {
+    "task": {
+        "train": TrainConfig,
+        "prepare": PrepareConfig,
+        "evaluate": EvaluateConfig,
+        "generate": GenerateConfig,
+        "inspect": InspectConfig,
+        "runs": RunsConfig,
+    },
+    "source": {
+        "text": TextConfig,
+        "jsonl": JsonlConfig,
+        "parquet": ParquetConfig,
+        "arrayrecord": ArrayRecordConfig,
+        "huggingface": HuggingFaceConfig,
+        "synthetic": SyntheticConfig,
+        "python_stdlib": PythonStdlibConfig,
+    },
+    "tokenizer": {
+        "sentencepiece": SentencePieceConfig,
+        "tokenizer_json": TokenizerJsonConfig,
+        "bytes": BytesConfig,
+        "characters": CharactersConfig,
+    },
+    "model": {"transformer": ModelConfig},
+    "objective": {"next_token": NextTokenConfig},
+    "optimizer": {
+        "adamw": AdamWConfig,
+        "adafactor": AdafactorConfig,
+        "lion": LionConfig,
+        "muon": MuonConfig,
+        "soap": SoapConfig,
+        "sgd": SgdConfig,
+        "schedule_free": ScheduleFreeConfig,
+    },
+    "schedule": {
+        "cosine": CosineConfig,
+        "linear": LinearConfig,
+        "constant": ConstantConfig,
+        "wsd": WsdConfig,
+        "inverse_sqrt": InverseSqrtConfig,
+    },
+    "mesh": {"mesh": MeshConfig},
+    "checkpoint": {"checkpoint": CheckpointConfig},
+    "tracker": {"wandb": WandbConfig, "tensorboard": TensorboardConfig},
+    "launcher": {"local": LocalConfig},
+}
+
+# Groups of which a run has exactly one class: their schema needs no name of its own.
+_SINGLE = ("model", "mesh", "checkpoint")
+# Groups that need no YAML: the dataclass is the option.
+_BARE = ("task", "launcher")
+
+
+def register() -> None:
+    """Makes every dataclass known to Hydra: `<kind>_schema` in its group, for YAML files to build upon."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for group, classes in GROUPS.items():
+        for name, cls in classes.items():
+            if group in _BARE:
+                store.store(group=group, name=name, node=cls, package=group)
+            else:
+                store.store(group=group, name="schema" if group in _SINGLE else f"{name}_schema", node=cls)
+
+
+def to_typed(node: Any) -> RunConfig:
+    """A composed Hydra config as a `RunConfig`, checked; see `validate`.
+
+    Raises: ValueError naming key, value, reason and fix.
+    """
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        key = missing[0]
+        raise ValueError(f"{key}=???: no value was given; set it on the command line: {key}=VALUE")
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, RunConfig)
+    validate(config)
+    return config
+
+
+def from_saved(saved: dict[str, Any]) -> RunConfig:
+    """A `config.yaml` of a run folder as a `RunConfig`: each node says its class by `kind`."""
+    tree = OmegaConf.structured(RunConfig)
+    plain = {key: value for key, value in saved.items() if key not in _POLYMORPHIC}
+    tree = OmegaConf.merge(tree, {key: v for key, v in plain.items() if key not in ("data", "trackers")})
+    for key, group in _POLYMORPHIC.items():
+        if group is not None:
+            setattr(tree, key, _typed_node(group, saved[key]))
+    data = {key: value for key, value in saved["data"].items() if key != "sources"}
+    tree.data = OmegaConf.merge(OmegaConf.structured(DataConfig), data)
+    for name, node in saved["data"]["sources"].items():
+        tree.data.sources[name] = _typed_node("source", node)
+    for name, node in saved["trackers"].items():
+        tree.trackers[name] = _typed_node("tracker", node)
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+_POLYMORPHIC = {
+    "task": "task",
+    "tokenizer": "tokenizer",
+    "objective": "objective",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "launcher": "launcher",
+}
+
+
+def _typed_node(group: str, node: dict[str, Any]) -> Any:
+    cls = GROUPS[group].get(node["kind"])
+    if cls is None:
+        raise ValueError(f"{group}.kind={node['kind']}: no such {group}; known: {', '.join(GROUPS[group])}")
+    return OmegaConf.merge(OmegaConf.structured(cls), node)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain dicts, lists, numbers and words, for YAML and JSON."""
+    if is_dataclass(config):
+        return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}  # type: ignore[return-value]
+    if isinstance(config, enum.Enum):
+        return config.name  # type: ignore[return-value]
+    if isinstance(config, dict):
+        return {str(key): to_plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_plain(value) for value in config]  # type: ignore[return-value]
+    return config
+
+
+def validate(config: RunConfig) -> None:
+    """What one key alone cannot say. Raises: ValueError naming key, value, reason and fix."""
+    name = config.run
+    if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>| '):
+        raise ValueError(f"run={name!r}: is the name of a folder: letters, digits, '.', '_' and '-' only")
+    unknown = set(config.reset) - {"optimizer", "data", "step"}
+    if unknown:
+        raise ValueError(f"reset={config.reset}: {sorted(unknown)[0]!r} is none of optimizer, data, step")
+    if config.devices is not None and config.devices < 1:
+        raise ValueError(f"devices={config.devices}: must be at least 1, or null for the real devices")
+    sources = config.data.sources
+    if config.source_weights:
+        if len(config.source_weights) != len(sources):
+            raise ValueError(
+                f"source_weights={config.source_weights}: {len(config.source_weights)} numbers for "
+                f"{len(sources)} sources ({', '.join(sources)}); give one for each, in that order"
+            )
+        for source, weight in zip(sources.values(), config.source_weights, strict=True):
+            source.weight = weight
+    given = [source.weight is not None for source in sources.values()]
+    if any(given) and not all(given):
+        without = [key for key, source in sources.items() if source.weight is None]
+        raise ValueError(
+            f"data.sources.{without[0]}.weight=null: other sources have a weight, so this one needs one too"
+        )
+    for key, source in sources.items():
+        if source.weight is not None and source.weight <= 0:
+            raise ValueError(
+                f"data.sources.{key}.weight={source.weight}: must be above 0; leave the source out of "
+                "source=[...] instead"
+            )
+    config.model.validate()
+    task = config.task
+    if isinstance(task, TrainConfig):
+        for field_name in ("num_steps", "num_microbatches", "log_every"):
+            if getattr(task, field_name) < 1:
+                raise ValueError(f"task.{field_name}={getattr(task, field_name)}: must be at least 1")
+        if task.profile_steps and len(task.profile_steps) != 2:
+            raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
+    for key in ("batch_size", "seq_len"):
+        if getattr(config.data, key) < 1:
+            raise ValueError(f"data.{key}={getattr(config.data, key)}: must be at least 1")

@@ -1,0 +1,23 @@
+"""The one shape of training data that crosses from `data` to the core.
+
+Shape letters: B batch, L length.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # a NumPy array on the host, a jax.Array on the mesh, a ShapeDtypeStruct in a plan
+
+
+class TokenBatch(NamedTuple):
+    """Packed token sequences. Every leaf has a leading batch dim."""
+
+    tokens: Array  # [B, L] i32
+    targets: Array  # [B, L] i32: the token that follows, inside the same document
+    loss_mask: Array  # [B, L] f32: 1 where `targets` is to be learnt
+    segment_ids: Array  # [B, L] i32: 1, 2, ... for the documents of a row; 0 is padding
+    positions: Array  # [B, L] i32: restart at 0 with each document
+
+
+DTYPES = TokenBatch(np.int32, np.int32, np.float32, np.int32, np.int32)

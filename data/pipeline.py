@@ -1,0 +1,212 @@
+"""The one order of all batches, and the way to any place in it.
+
+Row i of the run is a formula of (seed, sources, i): the mixture picks the source, the source's epoch shuffles its
+rows, the plan of packing says which documents they hold. Batch s is rows [s B, (s + 1) B). Nothing is replayed to get
+anywhere, and hosts, workers and prefetching only decide who computes what, and when.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data.batch import DTYPES, TokenBatch
+from data.packing import Corpus, Packing, build_row, make_plan
+from data.sources import SourceConfig
+
+Place = Callable[[TokenBatch], Any]
+_LAST = 2**48  # rows of a run: more than will ever be asked for
+
+
+@dataclass
+class DataConfig:
+    batch_size: int = 8  # sequences of the global batch
+    seq_len: int = 256  # tokens of a sequence
+    packing: Packing = Packing.concat
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    shuffle: bool = True  # rows, anew in each epoch
+    epochs: float | None = None  # refuse to train longer than so many passes over the data; null: as often as needed
+    prefetch: int = 2  # batches made ahead
+    eval_batches: int = 16  # of held-out text from each source, at most; 0: all
+    prepared: str | None = None  # the folder of token shards; null: prepared/ in the folder of all runs
+
+
+class PackedRows:
+    """The rows of one corpus."""
+
+    def __init__(self, corpus: Corpus, *, seq_len: int, packing: Packing, seed: int):
+        self.corpus, self.seq_len = corpus, seq_len
+        self.plan = make_plan(corpus.lengths, seq_len=seq_len, packing=packing, seed=seed)
+
+    def __len__(self) -> int:
+        return self.plan.num_rows
+
+    def __getitem__(self, row: int) -> TokenBatch:
+        return build_row(self.corpus, self.plan.pieces(int(row)), self.seq_len)
+
+
+class Mixture:
+    """All rows of a run, by index."""
+
+    def __init__(
+        self, corpora: Mapping[str, Corpus], config: DataConfig, seed: int, weights: Mapping[str, float] | None = None
+    ):
+        """`weights` None: by the tokens of each corpus. Raises: ValueError for a source without a whole row."""
+        import grain
+
+        self.names = list(corpora)
+        self.rows = {
+            name: PackedRows(
+                corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name)
+            )
+            for name, corpus in corpora.items()
+        }
+        for name, rows in self.rows.items():
+            if not len(rows):
+                raise ValueError(f"data.sources.{name}: has no tokens to train on")
+        tokens = {name: float(corpus.lengths.sum()) for name, corpus in corpora.items()}
+        given = dict(weights) if weights else tokens
+        total = sum(given.values())
+        self.weights = {name: given[name] / total for name in self.names}
+        parts = []
+        for index, (name, rows) in enumerate(self.rows.items()):
+            part = grain.MapDataset.range(len(rows)).seed(source_seed(seed, name) % 2**32)
+            part = (part.shuffle() if config.shuffle else part).repeat(None)
+            parts.append(part.map(_Tagged(index)))
+        self._index = grain.MapDataset.mix(parts, [self.weights[n] for n in self.names]) if len(parts) > 1 else parts[0]
+        self.fingerprint = _sha(
+            {
+                "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
+                "weights": self.weights,
+                "seed": seed,
+                "seq_len": config.seq_len,
+                "packing": config.packing.name,
+                "shuffle": config.shuffle,
+            }
+        )
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """The source of row `index` and the row within its plan."""
+        source, row = self._index[index]
+        return self.names[source], row
+
+    def __getitem__(self, index: int) -> TokenBatch:
+        name, row = self.locate(index)
+        return self.rows[name][row]
+
+    def num_rows(self, epochs: float) -> int:
+        """Rows until some source has been passed over `epochs` times."""
+        return int(min(len(self.rows[name]) * epochs / self.weights[name] for name in self.names))
+
+
+class _Tagged:
+    """Puts the source's number beside a row number; a class, so that Grain can copy it to workers."""
+
+    def __init__(self, source: int):
+        self.source = source
+
+    def __call__(self, row: int) -> tuple[int, int]:
+        return self.source, int(row)
+
+
+def source_seed(seed: int, name: str) -> int:
+    """Each source shuffles by itself, whatever the others are."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
+
+
+def _sha(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def stack(rows: Sequence[TokenBatch]) -> TokenBatch:
+    return TokenBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+class _LocalRows:
+    """The rows that this process feeds, one after the other: position p is slot p mod R of step p div R."""
+
+    def __init__(self, mixture: Mixture, first: int, batch_size: int, slots: Sequence[int]):
+        self.mixture, self.first, self.batch_size, self.slots = mixture, first, batch_size, [int(s) for s in slots]
+
+    def __len__(self) -> int:
+        return _LAST
+
+    def __getitem__(self, position: int) -> TokenBatch:
+        step, slot = divmod(int(position), len(self.slots))
+        return self.mixture[self.first + step * self.batch_size + self.slots[slot]]
+
+
+class OfflineSource:
+    """Batches of a mixture, made ahead in the background and placed on the mesh there."""
+
+    def __init__(self, mixture: Mixture, *, batch_size: int, slots: Sequence[int], place: Place, prefetch: int):
+        """`slots`: rows of the global batch that this process feeds."""
+        self.mixture, self.batch_size, self.slots = mixture, batch_size, slots
+        self.place, self.prefetch = place, prefetch
+        self.next_index = 0  # row of the run with which the next batch begins
+        self._iterator: Iterator[Any] | None = None
+
+    def next_batch(self, state: Any = None) -> Any:
+        if self._iterator is None:
+            self._iterator = self._open()
+        batch = next(self._iterator)
+        self.next_index += self.batch_size
+        return batch
+
+    def _open(self) -> Iterator[Any]:
+        import grain
+
+        rows = _LocalRows(self.mixture, self.next_index, self.batch_size, self.slots)
+        read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # one thread, below: more only contend
+        made = grain.MapDataset.source(rows).batch(len(self.slots), batch_fn=stack).to_iter_dataset(read)
+        made = made.map(self.place)
+        if self.prefetch:
+            made = grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=self.prefetch)
+        return iter(made)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self.next_index, "fingerprint": self.mixture.fingerprint}
+
+    def set_state(self, saved: dict[str, Any]) -> None:
+        """Raises: ValueError where the data is no longer what the position counts."""
+        if saved["fingerprint"] != self.mixture.fingerprint:
+            raise ValueError(
+                "data: sources, weights, tokenizer, packing, seq_len or seed are not those of the checkpoint, so its "
+                "position says nothing about this data; set them back, or begin the data anew with reset=[data]"
+            )
+        self.close()
+        self.next_index = int(saved["next_index"])
+
+    def global_batch(self) -> TokenBatch:
+        """The whole next batch, of all processes, on the host."""
+        return stack([self.mixture[self.next_index + slot] for slot in range(self.batch_size)])
+
+    def close(self) -> None:
+        if self._iterator is not None and hasattr(self._iterator, "close"):
+            self._iterator.close()
+        self._iterator = None
+
+
+def batch_hash(batch: TokenBatch) -> str:
+    """SHA-256 over every field of a batch in its canonical dtype."""
+    digest = hashlib.sha256()
+    for name, value, dtype in zip(batch._fields, batch, DTYPES, strict=True):
+        array = np.ascontiguousarray(value, np.dtype(dtype).newbyteorder("<"))
+        digest.update(f"{name}:{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def heldout_batches(
+    rows: PackedRows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
+) -> Iterator[Any]:
+    """The first batches of held-out rows, always the same; what is missing in the last one is padding."""
+    count = -(-len(rows) // batch_size)
+    if max_batches:
+        count = min(count, max_batches)
+    nothing = TokenBatch(*(np.zeros(rows.seq_len, dtype) for dtype in DTYPES))
+    for first in range(0, count * batch_size, batch_size):
+        wanted = [first + int(slot) for slot in slots]
+        yield place(stack([rows[i] if i < len(rows) else nothing for i in wanted]))

@@ -1,0 +1,428 @@
+"""Where text comes from. A source is cut into units of work, and a unit gives documents.
+
+Bad input never stops a run and is never silent: what cannot be read is counted by file and reason, with the place of
+the first case, and the counts reach the run's summary.
+"""
+
+import glob
+import gzip
+import io
+import json
+import random
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+UNIT_BYTES = 16 << 20  # of files that are read in one piece of work
+
+
+class Unit(NamedTuple):
+    """A piece of work: always the same documents while its files stay as they are."""
+
+    files: tuple[str, ...]
+    start: int = 0  # records, row groups or bytes of a single file, as its source counts them
+    stop: int = -1  # -1: to the end
+
+
+class BadRecords:
+    """Input that could not be used: counts by file and reason, and where each reason was met first."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def add(self, file: str, reason: str, where: str = "") -> None:
+        entry = self.found.setdefault(file, {}).setdefault(reason, {"count": 0, "first": where})
+        entry["count"] += 1
+
+    def merge(self, found: dict[str, dict[str, dict[str, Any]]]) -> None:
+        for file, reasons in found.items():
+            for reason, entry in reasons.items():
+                mine = self.found.setdefault(file, {}).setdefault(reason, {"count": 0, "first": entry["first"]})
+                mine["count"] += entry["count"]
+
+    @property
+    def count(self) -> int:
+        return sum(entry["count"] for reasons in self.found.values() for entry in reasons.values())
+
+
+@dataclass
+class SourceConfig:
+    kind: str = ""
+    weight: float | None = None  # share of the mixture; null for all sources: by their tokens
+    heldout_fraction: float = 0.01  # of documents, by a hash of their content; never trained on
+    max_documents: int | None = None  # take so many at most
+
+    def units(self) -> list[Unit]:
+        """Raises: ValueError where there is nothing to read, naming key, value and fix."""
+        raise TypeError(f"source.kind={self.kind}: choose one with source=[NAME]")
+
+    def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
+        raise TypeError(f"source.kind={self.kind}: choose one with source=[NAME]")
+
+
+@dataclass
+class FileSourceConfig(SourceConfig):
+    paths: list[str] = field(default_factory=list)  # files, folders (searched through) and globs
+
+    def suffixes(self) -> tuple[str, ...]:
+        """What is taken from a folder; empty: every file."""
+        return ()
+
+    def files(self) -> list[str]:
+        """All files in a fixed order, each once."""
+        if not self.paths:
+            raise ValueError(f"data.sources.{self.kind}.paths=[]: name at least one file, folder or glob")
+        found: dict[str, None] = {}
+        for path in self.paths:
+            here = _matching(path, self.suffixes())
+            if not here:
+                raise ValueError(f"data.sources.{self.kind}.paths: {path!r} {_why_nothing(path, self.suffixes())}")
+            found.update(dict.fromkeys(here))
+        return list(found)
+
+    def units(self) -> list[Unit]:
+        """Small files go together; a big one stands alone."""
+        units: list[Unit] = []
+        group: list[str] = []
+        size = 0
+        for file in self.files():
+            size += Path(file).stat().st_size
+            group.append(file)
+            if size >= UNIT_BYTES:
+                units.append(Unit(tuple(group)))
+                group, size = [], 0
+        return [*units, Unit(tuple(group))] if group else units
+
+    def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
+        for file in unit.files:
+            try:
+                if Path(file).stat().st_size == 0:
+                    bad.add(file, "empty file")
+                    continue
+                yield from self.read_file(file, bad)
+            except (OSError, EOFError, ValueError) as error:  # a file may break anywhere in its middle
+                if isinstance(error, ValueError) and str(error).startswith("data.sources"):
+                    raise
+                bad.add(file, "unreadable or truncated", str(error)[:200])
+
+    def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
+        raise TypeError(self.kind)
+
+
+def _matching(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    path = str(Path(path).expanduser())
+    if Path(path).is_file():
+        return [path]
+    if Path(path).is_dir():
+        inside = sorted(p for p in Path(path).rglob("*") if p.is_file() and not _hidden(p, Path(path)))
+        return [str(p) for p in inside if not suffixes or p.name.endswith(suffixes)]
+    return sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _why_nothing(path: str, suffixes: tuple[str, ...]) -> str:
+    import difflib
+
+    if Path(path).is_dir():
+        wanted = f" that ends in {', '.join(suffixes)}" if suffixes else ""
+        return f"is a folder without a file{wanted}"
+    parent = Path(path).parent
+    if any(c in path for c in "*?["):
+        return "matches no file"
+    if not parent.is_dir():
+        return f"is not there, and neither is the folder {str(parent)!r}"
+    near = difflib.get_close_matches(Path(path).name, [p.name for p in parent.iterdir()], n=3)
+    return "is not there" + (f"; did you mean {' or '.join(repr(str(parent / n)) for n in near)}?" if near else "")
+
+
+def decode(content: bytes, file: str, bad: BadRecords, where: str = "") -> str | None:
+    """Text of UTF-8 bytes; None, and a count, for what is binary or another encoding."""
+    if b"\0" in content:
+        bad.add(file, "binary", where)
+        return None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        bad.add(file, "not UTF-8", where or f"byte {error.start}")
+        return None
+
+
+@dataclass
+class TextConfig(FileSourceConfig):
+    """One document a file, or several between separators."""
+
+    kind: str = "text"
+    suffix: str = ""  # take only files that end so from folders
+    separator: str = ""  # text between documents of a file; empty: a file is one document
+
+    def suffixes(self) -> tuple[str, ...]:
+        return (self.suffix,) if self.suffix else ()
+
+    def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
+        text = decode(Path(file).read_bytes(), file, bad)
+        if text is None:
+            return
+        for index, document in enumerate(text.split(self.separator) if self.separator else [text]):
+            if document.strip():
+                yield document
+            else:
+                bad.add(file, "empty document", f"document {index + 1}")
+
+
+@dataclass
+class JsonlConfig(FileSourceConfig):
+    """One JSON object a line; .gz and .zst are unpacked on the way."""
+
+    kind: str = "jsonl"
+    text_field: str = "text"
+
+    def suffixes(self) -> tuple[str, ...]:
+        return tuple(f"{end}{packed}" for end in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
+
+    def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
+        with _open_packed(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                text = decode(line, file, bad, f"line {number}")
+                if text is None:
+                    continue
+                try:
+                    record = json.loads(text)
+                except ValueError:
+                    bad.add(file, "broken JSON", f"line {number}")
+                    continue
+                yield from take_text(record, self.text_field, file, bad, f"line {number}")
+
+
+def take_text(record: Any, text_field: str, file: str, bad: BadRecords, where: str) -> Iterator[str]:
+    """The text of a record, if it has one."""
+    if not isinstance(record, dict):
+        bad.add(file, "not an object", where)
+    elif text_field not in record:
+        bad.add(file, f"no field {text_field!r}", f"{where}; its fields: {', '.join(map(str, record))[:200]}")
+    elif not isinstance(record[text_field], str):
+        bad.add(file, f"field {text_field!r} is not text", where)
+    elif not record[text_field].strip():
+        bad.add(file, "empty document", where)
+    else:
+        yield record[text_field]
+
+
+def _open_packed(file: str) -> Any:
+    if file.endswith(".gz"):
+        return gzip.open(file, "rb")
+    if file.endswith(".zst"):
+        return io.BufferedReader(_extra("zstandard", "zstd", file).ZstdDecompressor().stream_reader(open(file, "rb")))
+    return open(file, "rb")
+
+
+def _extra(module: str, extra: str, what: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"data.sources: {what} needs an extra: pip install -e '.[{extra}]'") from None
+
+
+@dataclass
+class ParquetConfig(FileSourceConfig):
+    kind: str = "parquet"
+    text_field: str = "text"
+
+    def suffixes(self) -> tuple[str, ...]:
+        return (".parquet",)
+
+    def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
+        parquet = _extra("pyarrow.parquet", "parquet", "parquet")
+        table = parquet.ParquetFile(file)
+        if self.text_field not in table.schema_arrow.names:
+            names = ", ".join(table.schema_arrow.names)
+            raise ValueError(f"data.sources.parquet.text_field={self.text_field}: {file} has the columns {names}")
+        row = 0
+        for batch in table.iter_batches(columns=[self.text_field]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield from take_text({self.text_field: value}, self.text_field, file, bad, f"row {row}")
+
+
+@dataclass
+class ArrayRecordConfig(FileSourceConfig):
+    """Records that are text, JSON objects, or tf.train.Example messages."""
+
+    kind: str = "arrayrecord"
+    text_field: str = "text"
+
+    def files(self) -> list[str]:
+        return [f for f in super().files() if "array_record" in Path(f).name or len(self.paths) == 1]
+
+    def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
+        module = _extra("array_record.python.array_record_module", "arrayrecord", "arrayrecord")
+        try:
+            reader = module.ArrayRecordReader(file)
+        except Exception as error:
+            bad.add(file, "unreadable or truncated", str(error)[:200])
+            return
+        for index in range(reader.num_records()):
+            yield from self._text(reader.read(), file, bad, f"record {index + 1}")
+        reader.close()
+
+    def _text(self, record: bytes, file: str, bad: BadRecords, where: str) -> Iterator[str]:
+        example = parse_example(record)
+        if example is not None:
+            values = example.get(self.text_field)
+            content = values[0] if values else None
+            if content is None:
+                bad.add(file, f"no field {self.text_field!r}", f"{where}; its fields: {', '.join(example)}")
+                return
+            record = content
+        text = decode(record, file, bad, where)
+        if text is None:
+            return
+        if example is None and text.lstrip().startswith("{"):
+            try:
+                yield from take_text(json.loads(text), self.text_field, file, bad, where)
+            except ValueError:
+                bad.add(file, "broken JSON", where)
+            return
+        yield from take_text({"text": text}, "text", file, bad, where)
+
+
+def parse_example(record: bytes) -> dict[str, list[bytes]] | None:
+    """The bytes features of a tf.train.Example; None where `record` is none.
+
+    Example{1: Features{1: map<string, Feature{1: BytesList{1: bytes}}>}} in protobuf's wire format.
+    """
+    try:
+        features: dict[str, list[bytes]] = {}
+        outer = _fields(record)
+        if not outer or any(number != 1 for number, _ in outer):
+            return None
+        for _, inside in outer:
+            for number, entry in _fields(inside):
+                if number != 1:
+                    return None
+                pair = dict(_fields(entry))
+                lists = _fields(pair.get(2, b""))
+                features[pair[1].decode()] = [v for n, values in lists if n == 1 for _, v in _fields(values)]
+        return features
+    except (IndexError, KeyError, UnicodeDecodeError, ValueError):
+        return None
+
+
+def _fields(message: bytes) -> list[tuple[int, bytes]]:
+    """Length-delimited fields of a protobuf message. Raises: ValueError for any other wire type."""
+    found, at = [], 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while at < len(message):
+        tag = varint()
+        if tag & 7 != 2:
+            raise ValueError("not length-delimited")
+        size = varint()
+        if at + size > len(message):
+            raise ValueError("truncated")
+        found.append((tag >> 3, message[at : at + size]))
+        at += size
+    return found
+
+
+@dataclass
+class HuggingFaceConfig(SourceConfig):
+    """A `datasets` data set: a folder of `save_to_disk`, or a name on the Hub."""
+
+    kind: str = "huggingface"
+    path: str = "???"  # folder or name
+    name: str | None = None  # its configuration
+    split: str = "train"
+    text_field: str = "text"
+    streaming: bool = False  # read a data set on the Hub without downloading it whole
+
+    def units(self) -> list[Unit]:
+        return [Unit((self.path,))]
+
+    def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
+        datasets = _extra("datasets", "huggingface", "huggingface")
+        if Path(self.path).is_dir() and (
+            (Path(self.path) / "dataset_info.json").exists() or (Path(self.path) / "dataset_dict.json").exists()
+        ):
+            rows = datasets.load_from_disk(self.path)
+            rows = rows[self.split] if isinstance(rows, dict) else rows
+        else:
+            rows = datasets.load_dataset(self.path, self.name, split=self.split, streaming=self.streaming)
+        for index, row in enumerate(rows):
+            yield from take_text(dict(row), self.text_field, self.path, bad, f"row {index + 1}")
+
+
+@dataclass
+class SyntheticConfig(SourceConfig):
+    """Sentences of a small made-up grammar: something to learn where there is no text at hand."""
+
+    kind: str = "synthetic"
+    heldout_fraction: float = 0.05
+    num_documents: int = 2000
+    seed: int = 0
+
+    def units(self) -> list[Unit]:
+        return [Unit((), 0, self.num_documents)]
+
+    def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
+        words = {
+            "noun": "cat dog tree river stone king queen bird".split(),
+            "verb": "sees follows finds loves leaves".split(),
+            "how": "slowly gladly often never".split(),
+        }
+        for index in range(unit.start, unit.stop):
+            draw = random.Random(f"{self.seed}:{index}")  # strings are seeded the same on every platform
+            sentences = [
+                f"the {draw.choice(words['noun'])} {draw.choice(words['how'])} {draw.choice(words['verb'])} "
+                f"the {draw.choice(words['noun'])}."
+                for _ in range(draw.randint(1, 12))
+            ]
+            yield " ".join(sentences) + f" {index}"
+
+
+@dataclass
+class PythonStdlibConfig(SourceConfig):
+    """The sources of the running Python's own standard library: real text on every machine."""
+
+    kind: str = "python_stdlib"
+    heldout_fraction: float = 0.02
+    max_bytes: int = 6_000_000  # of text, taken evenly over the library
+
+    def units(self) -> list[Unit]:
+        root = Path(sysconfig.get_path("stdlib"))
+        skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+        # pydoc_data and the codec tables are data, not code.
+        skipped |= {"pydoc_data", "encodings"}
+        files = [
+            p
+            for p in sorted(root.rglob("*.py"))
+            if not skipped & set(p.relative_to(root).parts) and 500 <= p.stat().st_size <= 400_000
+        ]
+        total = sum(p.stat().st_size for p in files)
+        if total > self.max_bytes:
+            step = total / self.max_bytes
+            taken = sorted({int(i * step) for i in range(int(len(files) / step))})
+            files = [files[i] for i in taken if i < len(files)]
+        size = 40
+        return [Unit(tuple(str(p) for p in files[i : i + size])) for i in range(0, len(files), size)]
+
+    def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
+        yield from TextConfig(paths=list(unit.files)).read(unit, bad)

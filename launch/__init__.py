@@ -1,0 +1,1 @@
+"""How a process, and a cluster job, starts."""

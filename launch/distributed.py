@@ -1,0 +1,182 @@
+"""How one process finds the others: explicit settings first, then what the cluster announces.
+
+`settings` is a pure function of the environment, so that every cluster can be tested without one. JAX itself reads
+neither `JAX_NUM_PROCESSES` nor `JAX_PROCESS_ID`, which launchers and charts do set; and under SLURM it gives each task
+one GPU whatever the job asked for. Both are put right here.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FIRST_PORT, LAST_PORT = 61440, 65535  # where ports made from a job id lie
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """What `jax.distributed.initialize` is told. All None but `source`: JAX detects it itself."""
+
+    source: str  # who said so
+    coordinator: str | None = None  # host:port of process 0
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: list[int] | None = None  # None: all that the process sees
+
+
+def announced(env: Mapping[str, str] | None = None) -> bool:
+    """Whether this process was started as one of several."""
+    return settings(os.environ if env is None else env) is not None
+
+
+def settings(env: Mapping[str, str]) -> ProcessSettings | None:
+    """What `env` says about the processes of this job; None where there is only this one.
+
+    Raises: ValueError where the explicit settings are incomplete or contradict each other.
+    """
+    for detect in (_explicit, _slurm, _open_mpi, _tpu_pod, _kubernetes):
+        found = detect(env)
+        if found is not None:
+            return None if found.num_processes == 1 else found
+    return None
+
+
+def _explicit(env: Mapping[str, str]) -> ProcessSettings | None:
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if env.get(name)]
+    if not given or given == ["JAX_COORDINATOR_ADDRESS"]:  # the address alone: the cluster tells the rest
+        return None
+    if len(given) < 3:
+        missing = [name for name in names if name not in given]
+        raise ValueError(f"{given[0]}={env[given[0]]}: {', '.join(missing)} must be set as well")
+    count, index = (_integer(env, name) for name in names[1:])
+    if not 0 <= index < count:
+        raise ValueError(f"JAX_PROCESS_ID={index}: must lie between 0 and JAX_NUM_PROCESSES - 1 = {count - 1}")
+    address = env["JAX_COORDINATOR_ADDRESS"]
+    if ":" not in address:
+        address = f"{address}:{env.get('JAX_COORDINATOR_PORT', '1234')}"
+    ids = [int(i) for i in env["JAX_LOCAL_DEVICE_IDS"].split(",")] if env.get("JAX_LOCAL_DEVICE_IDS") else None
+    return ProcessSettings("explicit settings", address, count, index, ids)
+
+
+def _slurm(env: Mapping[str, str]) -> ProcessSettings | None:
+    needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    if not all(env.get(name) for name in needed):
+        return None  # not inside srun
+    host = first_host(env["SLURM_STEP_NODELIST"])
+    address = env.get("JAX_COORDINATOR_ADDRESS") or f"{host}:{_port(env['SLURM_JOB_ID'])}"
+    return ProcessSettings(
+        "SLURM", address, _integer(env, "SLURM_NTASKS"), _integer(env, "SLURM_PROCID"), _slurm_devices(env)
+    )
+
+
+def _slurm_devices(env: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of this task among those that it sees: its share where tasks of a node see them all."""
+    visible = [d for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+    tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "") or env.get("SLURM_NTASKS_PER_NODE", "") or "1")
+    count = int(tasks.group()) if tasks else 1
+    if len(visible) <= 1 or count <= 1 or len(visible) % count:
+        return None  # bound by cgroups to its own, or one task a node: take all
+    share = len(visible) // count
+    first = _integer(env, "SLURM_LOCALID") * share
+    return list(range(first, first + share))
+
+
+def _open_mpi(env: Mapping[str, str]) -> ProcessSettings | None:
+    if not env.get("OMPI_COMM_WORLD_SIZE") or not env.get("OMPI_COMM_WORLD_RANK"):
+        return None
+    size, rank = _integer(env, "OMPI_COMM_WORLD_SIZE"), _integer(env, "OMPI_COMM_WORLD_RANK")
+    address = env.get("JAX_COORDINATOR_ADDRESS")
+    if not address:
+        # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911": the launcher's host, and a number that all ranks share.
+        match = re.match(r"(\d+)\.\d+;tcp6?://\[?([^,:\]]+)", env.get("OMPI_MCA_orte_hnp_uri", ""))
+        if match is None and size > 1:
+            raise ValueError(
+                f"OMPI_COMM_WORLD_SIZE={size}: this Open MPI does not announce its launcher's host; "
+                "set JAX_COORDINATOR_ADDRESS=HOST:PORT of rank 0"
+            )
+        address = f"{match.group(2)}:{_port(match.group(1))}" if match else None
+    return ProcessSettings("Open MPI", address, size, rank)
+
+
+def _tpu_pod(env: Mapping[str, str]) -> ProcessSettings | None:
+    hosts = [h for h in (env.get("TPU_WORKER_HOSTNAMES") or "").split(",") if h]
+    slices = env.get("MEGASCALE_NUM_SLICES", "1")
+    if (len(hosts) < 2 and slices == "1") or env.get("JAX_PLATFORMS") == "cpu":
+        return None
+    return ProcessSettings("TPU pod")  # libtpu knows its topology: nothing to pass
+
+
+def _kubernetes(env: Mapping[str, str]) -> ProcessSettings | None:
+    if not env.get("KUBERNETES_SERVICE_HOST") or not env.get("JOB_COMPLETION_INDEX"):
+        return None
+    return ProcessSettings("Kubernetes")  # an Indexed Job; JAX asks the API server how many pods there are
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ValueError(f"{name}={env[name]!r}: must be a whole number") from None
+
+
+def _port(job: str) -> int:
+    return FIRST_PORT + int(re.sub(r"\D", "", job) or 0) % (LAST_PORT - FIRST_PORT + 1)
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `a[03-05,9],b` gives `a03`."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodelist)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r}: names no host")
+    return match.group(1) + (match.group(2) or "")
+
+
+def start(devices: int | None) -> None:
+    """Fake devices where asked for, the compilation cache, and the other processes. Before any other use of JAX.
+
+    Raises: ValueError where `devices` contradicts the environment or the number of processes.
+    """
+    found = settings(os.environ)
+    import jax
+
+    if devices is not None:
+        share, rest = divmod(devices, (found.num_processes or 1) if found else 1)
+        if rest or not share:
+            count = found.num_processes if found else 1
+            raise ValueError(f"devices={devices}: must be a multiple of the {count} processes")
+        own = os.environ.get("JAX_NUM_CPU_DEVICES")
+        if own and int(own) != share:
+            raise ValueError(f"devices={devices}: JAX_NUM_CPU_DEVICES={own} says otherwise; unset one of the two")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", share)
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "meshwright", "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if found is None:
+        return
+    if found.coordinator is None:
+        jax.distributed.initialize()
+        return
+    jax.distributed.initialize(
+        found.coordinator,
+        found.num_processes,
+        found.process_id,
+        found.local_device_ids,
+        **_bind(found.coordinator),
+    )
+
+
+def _bind(coordinator: str) -> dict[str, str]:
+    # By default process 0 listens on every interface; a coordinator on loopback has no need to.
+    host = coordinator.rsplit(":", 1)[0]
+    return {"coordinator_bind_address": coordinator} if host in ("127.0.0.1", "localhost") else {}
+
+
+def stop() -> None:
+    """Leaves the job together with the others."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()

@@ -1,0 +1,168 @@
+"""The command line: `meshwright TASK [hydra overrides]`.
+
+The first bare word is the task; everything after it is plain Hydra. Exit codes: 0 done, 1 failed, 2 the config or an
+input is wrong, 75 preempted with a checkpoint written (requeue me), 130 interrupted before there was anything to save.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+TASKS = {
+    "train": "train a model; the same run name again goes on with the run",
+    "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
+    "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
+    "generate": "write text with a run: generate run=NAME prompt='...'",
+    "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
+    "runs": "a table of the runs in a folder",
+}
+
+OVERVIEW = """meshwright TASK [key=value ...]
+
+{tasks}
+
+Three commands to begin with:
+  meshwright train experiment=hello                             # a small model of Python source, in two minutes
+  meshwright generate run=hello prompt='def '                   # write with it
+  meshwright train source=[text] data.sources.text.paths=[DIR]  # learn from your own folder
+
+meshwright TASK --help lists every key and group; --cfg job prints the composed config; -m runs a sweep.
+"""
+
+EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code."""
+    completing = any(a.startswith("query=") for a in arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"meshwright {version('meshwright')}")
+        return 0
+    word, rest = arguments[0], arguments[1:]
+    if not word.startswith("-") and "=" not in word:
+        if word not in TASKS:
+            from launch.messages import did_you_mean
+
+            print(f"meshwright: {word!r} is not a task{did_you_mean(word, TASKS)}\n\n{overview()}", file=sys.stderr)
+            return EXIT_WRONG_INPUT
+        arguments = [f"task={word}", *rest]
+    elif not completing and not word.startswith("-"):
+        print(f"meshwright: the first word must be a task, not {word!r}\n\n{overview()}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    if completing:
+        _complete_after_the_task()
+    return _run_hydra(arguments)
+
+
+def overview() -> str:
+    width = max(map(len, TASKS))
+    return OVERVIEW.format(tasks="\n".join(f"  {name:<{width}}  {text}" for name, text in TASKS.items()))
+
+
+def _complete_after_the_task() -> None:
+    # Shells hand over the whole line; Hydra's completion knows overrides only, so the task becomes one.
+    line = os.environ.get("COMP_LINE", "")
+    for task in TASKS:
+        old, new = f"meshwright {task} ", f"meshwright task={task} "
+        if line.startswith(old):
+            os.environ["COMP_LINE"] = new + line[len(old) :]
+            point = int(os.environ.get("COMP_POINT", len(line)))
+            os.environ["COMP_POINT"] = str(point + len(new) - len(old))
+
+
+def _run_hydra(arguments: list[str]) -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us, we say it better
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from configs.schema import register, to_typed
+    from launch import messages
+
+    register()
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-") or a.startswith("~")]
+    codes: list[int] = []
+
+    def task(node: DictConfig) -> None:
+        # Of this job: in a sweep (-m) each job has its own.
+        codes.append(dispatch(to_typed(node), list(HydraConfig.get().overrides.task)))
+
+    wrapped = hydra.main(version_base="1.3", config_path="pkg://configs", config_name="root")(task)
+    program = sys.argv
+    sys.argv = [program[0], *arguments]
+    try:
+        _check_layout()
+        wrapped()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"meshwright: {messages.explain(error, overrides)}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    except ValueError as error:
+        # What the user gave is wrong, and the message says how; a trace would bury it.
+        if os.environ.get("MESHWRIGHT_TRACEBACK"):
+            traceback.print_exc()
+        print(f"meshwright: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        print("meshwright: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILED
+    finally:
+        sys.argv = program
+    return max(codes, default=0)
+
+
+def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-def]  # RunConfig, imported late
+    """Starts the processes that the launcher asks for, or does the task in this one."""
+    from launch import distributed
+    from launch.local import launch_local
+
+    if config.launcher.kind == "local" and config.launcher.num_processes > 1 and not distributed.announced():
+        return launch_local(config, overrides)
+    distributed.start(config.devices)
+    from launch.tasks import evaluate, generate, inspect, prepare, runs, train
+
+    task = {
+        "train": train.run,
+        "prepare": prepare.run,
+        "evaluate": evaluate.run,
+        "generate": generate.run,
+        "inspect": inspect.run,
+        "runs": runs.run,
+    }[config.task.kind]
+    try:
+        return task(config, overrides)
+    finally:
+        distributed.stop()
+
+
+def _check_layout() -> None:
+    # The package names are common words: another project's `data` or `models` must not stand in for ours.
+    import importlib.util
+
+    here = Path(__file__).resolve().parent.parent
+    for name in ("trainer", "models", "data", "configs", "launch"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if found != here:
+            raise ValueError(
+                f"the package {name!r} is imported from {found}, not from {here}: another installed project shadows "
+                f"it; run `python -m launch.run` from {here}, or use an environment of its own"
+            )
+
+
+if __name__ == "__main__":
+    main()

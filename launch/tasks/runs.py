@@ -1,0 +1,74 @@
+"""`meshwright runs`: the runs of a folder, one line each."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.schema import Format, RunConfig
+from launch.run_folder import RunFolder
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """Prints the table, newest run last. An empty or absent folder is said, not an error."""
+    rows = [describe(RunFolder(path.parent)) for path in Path(config.runs).glob("*/config.yaml")]
+    rows.sort(key=lambda row: row["updated"])
+    if config.format is Format.json:
+        print(json.dumps(rows, indent=2))
+    elif not rows:
+        print(f"no runs in {config.runs}; begin with: meshwright train experiment=hello")
+    else:
+        _print_table(rows)
+    return 0
+
+
+def describe(folder: RunFolder) -> dict[str, Any]:
+    """One run: name, step, losses, how it ended, when it last wrote."""
+    saved = yaml.safe_load(folder.config.read_text())
+    latest = last_values(folder.metrics)
+    summary = json.loads(folder.summary.read_text()) if folder.summary.exists() else {}
+    newest = folder.metrics if folder.metrics.exists() else folder.config
+    return {
+        "run": folder.name,
+        "step": latest.get("step", 0),
+        "num_steps": saved["task"].get("num_steps"),
+        "train_loss": latest.get("train/loss"),
+        "eval_loss": latest.get("eval/loss"),
+        "eval_bits_per_byte": latest.get("eval/bits_per_byte"),
+        "tokens": latest.get("train/tokens"),
+        "ended": summary.get("ended", "running or killed"),
+        "updated": newest.stat().st_mtime,
+    }
+
+
+def last_values(metrics: Path) -> dict[str, Any]:
+    """The last value of each metric in a `metrics.jsonl`; a broken last line is passed over."""
+    values: dict[str, Any] = {}
+    if metrics.exists():
+        for line in metrics.read_text().splitlines():
+            try:
+                values.update(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return values
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for name in ("run", "step", "train loss", "eval loss", "bits/byte", "ended", "last written"):
+        table.add_column(name, justify="left" if name in ("run", "ended") else "right")
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    for row in rows:
+        step = f"{row['step']:,}" + (f" / {row['num_steps']:,}" if row["num_steps"] else "")
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["updated"]))
+        numbers = [number(row[key]) for key in ("train_loss", "eval_loss", "eval_bits_per_byte")]
+        table.add_row(row["run"], step, *numbers, row["ended"], when)
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""Pure architectures and what a trained model can become."""

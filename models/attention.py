@@ -1,0 +1,46 @@
+"""Attention in one function, for training on packed rows and for decoding from a cache alike.
+
+A query sees a key when both lie in the same document, the key is not later, and it is within the window. Positions
+restart with each document, so inside a document the order of positions is the order of tokens.
+
+Shape letters: B batch, L length, S key length, N query heads, K kv heads, G queries of a kv head (N = K G), H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from models.layers import dropout
+
+UNLIMITED = 2**30  # a window that hides nothing
+HIDDEN = -1e30  # finite: a row that sees nothing stays free of NaN
+
+
+def visible(q_positions, k_positions, q_segments, k_segments, window) -> jax.Array:
+    """[B, L, S] bool. Positions and segments are [B, L] and [B, S]; `window` is a scalar."""
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    same = q_segments[:, :, None] == k_segments[:, None, :]
+    return same & (distance >= 0) & (distance < window)
+
+
+def attention(
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BLS: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention with f32 scores: [B, L, N, H] in q's dtype."""
+    B, L, N, H = q_BLNH.shape
+    K = k_BSKH.shape[2]
+    q_BLKGH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).reshape(B, L, K, N // K, H)
+    s_BKGLS = jnp.einsum("BLKGH,BSKH->BKGLS", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        s_BKGLS = soft_cap * jnp.tanh(s_BKGLS / soft_cap)
+    s_BKGLS = jnp.where(mask_BLS[:, None, None], s_BKGLS, HIDDEN)
+    p_BKGLS = dropout(jax.nn.softmax(s_BKGLS, axis=-1).astype(v_BSKH.dtype), dropout_rate, rng)
+    o_BLKGH = jnp.einsum("BKGLS,BSKH->BLKGH", p_BKGLS, v_BSKH, preferred_element_type=jnp.float32)
+    return o_BLKGH.astype(q_BLNH.dtype).reshape(B, L, N, H)

@@ -1,0 +1,139 @@
+"""The parts of a block: parameters with named dims, projections, norms, rotary positions, dropout.
+
+Shape letters: B batch, L length, D model, N heads, H head dim, F mlp.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.config import Activation, MLPConfig, ModelConfig, Norm, RopeConfig, RopeScaling
+
+
+def param(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str, ...], std: float | None, config: ModelConfig):
+    """A parameter with the names of its dims: normal with `std`, ones for None, zeros for 0."""
+    dtype = jnp.dtype(config.param_dtype.name)
+    if std is None:
+        value = jnp.ones(shape, dtype)
+    elif std == 0:
+        value = jnp.zeros(shape, dtype)
+    else:
+        value = std * jax.random.normal(rngs.params(), tuple(shape), dtype)
+    return nnx.Param(value, axes=axes)
+
+
+class Projection(nnx.Module):
+    """`einsum(spec, x, kernel) + bias`, accumulated in f32 and returned in x's dtype."""
+
+    def __init__(self, rngs, config: ModelConfig, spec: str, shape, axes, *, std: float, bias_dims: int = 0):
+        self.spec = spec
+        self.kernel = param(rngs, shape, axes, std, config)
+        self.bias = param(rngs, shape[-bias_dims:], axes[-bias_dims:], 0, config) if bias_dims else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        y = jnp.einsum(self.spec, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(x.dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+class Normalize(nnx.Module):
+    """RMS or layer normalisation over the trailing dims of `shape`, computed in f32."""
+
+    def __init__(self, rngs, config: ModelConfig, shape: Sequence[int], axes: tuple[str, ...]):
+        self.eps, self.offset = config.norm_eps, config.norm_unit_offset
+        self.center = config.norm is Norm.layer
+        self.dims = tuple(range(-len(shape), 0))
+        self.scale = param(rngs, shape, axes, 0 if self.offset else None, config)
+        self.bias = param(rngs, shape, axes, 0, config) if self.center and config.norm_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.center:
+            y = y - y.mean(self.dims, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(self.dims, keepdims=True) + self.eps)
+        lift = (1,) * (x.ndim - len(self.dims))
+        scale = self.scale[...].astype(jnp.float32)
+        y = y * (scale + 1 if self.offset else scale).reshape(lift + scale.shape)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32).reshape(lift + scale.shape)
+        return y.astype(x.dtype)
+
+
+ACTIVATIONS = {
+    Activation.silu: jax.nn.silu,
+    Activation.gelu: lambda x: jax.nn.gelu(x, approximate=False),
+    Activation.gelu_tanh: lambda x: jax.nn.gelu(x, approximate=True),
+    Activation.relu: jax.nn.relu,
+    Activation.relu2: lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int, *, theta: float, scaled: bool) -> np.ndarray:
+    """Radians a position for each rotated pair: [rotated / 2] f64."""
+    rotated = int(head_dim * config.fraction)
+    freq = theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    if not scaled or config.scaling is RopeScaling.none:
+        return freq
+    if config.scaling is RopeScaling.linear:
+        return freq / config.factor
+    wavelength = 2 * np.pi / freq
+    if config.scaling is RopeScaling.llama3:
+        rotations = config.original_max_seq_len / wavelength
+        keep = (rotations - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    else:  # YaRN, appendix A.1: dims between the two numbers of rotations are blended
+        dim = lambda turns: (  # noqa: E731
+            rotated * math.log(config.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        )
+        low, high = max(math.floor(dim(config.beta_fast)), 0), min(math.ceil(dim(config.beta_slow)), rotated - 1)
+        keep = 1 - (np.arange(rotated // 2) - low) / max(high - low, 0.001)
+    keep = np.clip(keep, 0, 1)
+    return freq * keep + freq / config.factor * (1 - keep)
+
+
+def rope_temperature(config: RopeConfig) -> float:
+    """YaRN multiplies both rotated vectors by 0.1 ln(factor) + 1 (section 3.4)."""
+    return 0.1 * math.log(config.factor) + 1 if config.scaling is RopeScaling.yarn else 1.0
+
+
+def rotate(x_BLNH: jax.Array, angles_BLR: jax.Array, temperature: float) -> jax.Array:
+    """Rotates the first 2R dims of each head by `angles`, halves paired: (i, i + R)."""
+    half = angles_BLR.shape[-1]
+    cos = (jnp.cos(angles_BLR) * temperature)[:, :, None, :]
+    sin = (jnp.sin(angles_BLR) * temperature)[:, :, None, :]
+    x = x_BLNH.astype(jnp.float32)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x_BLNH.dtype)
+
+
+def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
+    if not rate or rng is None:
+        return x
+    return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Gated or plain feed-forward layer."""
+
+    def __init__(self, rngs, config: ModelConfig, out_std: float):
+        mlp: MLPConfig = config.mlp
+        D, F, std, bias = config.embed_dim, mlp.hidden_dim, config.init_std, int(mlp.bias)
+        self.activation = mlp.activation
+        widen = lambda: Projection(  # noqa: E731
+            rngs, config, "BLD,DF->BLF", (D, F), ("embed", "mlp"), std=std, bias_dims=bias
+        )
+        self.up = widen()
+        self.gate = widen() if mlp.gated else None
+        self.down = Projection(rngs, config, "BLF,FD->BLD", (F, D), ("mlp", "embed"), std=out_std, bias_dims=bias)
+
+    def __call__(self, x_BLD: jax.Array, constrain) -> jax.Array:
+        act = ACTIVATIONS[self.activation]
+        up_BLF = self.up(x_BLD)
+        hidden_BLF = act(self.gate(x_BLD)) * up_BLF if self.gate is not None else act(up_BLF)
+        return self.down(constrain(hidden_BLF, ("batch", "length", "mlp")))

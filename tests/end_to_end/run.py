@@ -1,0 +1,58 @@
+"""Starting the real command line in tests, in a process of its own, as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = [
+    "model=tiny",
+    "model.dtype=float32",
+    "tokenizer=bytes",
+    "data.batch_size=8",
+    "data.seq_len=32",
+    "task.sample_tokens=0",
+    "schedule.warmup_steps=2",
+]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    # The fake devices of conftest are for tests in its own process; here `devices=` says how many there are.
+    kept = {key: value for key, value in os.environ.items() if key not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    return kept | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "120"} | extra
+
+
+def start(folder: Path, *arguments: str, **extra: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.run", *arguments],
+        cwd=folder,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def meshwright(folder: Path, *arguments: str, expect: int = 0, **extra: str) -> tuple[str, str]:
+    """Runs the command to its end and returns what it printed: (stdout, stderr)."""
+    process = start(folder, *arguments, **extra)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == expect, f"exit {process.returncode}, not {expect}\n{out}\n{err}"
+    return out, err
+
+
+def metrics(folder: Path, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path, run: str) -> dict[int, float]:
+    return {row["step"]: row["train/loss"] for row in metrics(folder, run) if "train/loss" in row}
+
+
+def inspect(folder: Path, run: str, *arguments: str) -> dict[str, Any]:
+    out, _ = meshwright(folder, "inspect", f"run={run}", "format=json", *arguments)
+    return json.loads(out)

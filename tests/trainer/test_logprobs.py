@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.transformer import Output
+from trainer.mesh import MeshConfig, make_mesh
+from trainer.objectives.logprobs import token_logprobs
+
+B, L, D, V = 2, 10, 4, 24
+
+
+def inputs(dtype=jnp.float32, soft_cap: float | None = None) -> tuple[Output, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden_BLD = jax.random.normal(keys[0], (B, L, D), dtype)
+    head_DV = 3 * jax.random.normal(keys[1], (D, V))
+    return Output(hidden_BLD, head_DV, soft_cap), jax.random.randint(keys[2], (B, L), 0, V)
+
+
+def reference(output: Output, targets_BL: jax.Array) -> dict[str, np.ndarray]:
+    """The formulas, in float64 on the whole logits."""
+    logits = np.asarray(output.hidden_BLD, np.float64) @ np.asarray(output.head_DV, np.float64)
+    if output.logit_soft_cap is not None:
+        logits = output.logit_soft_cap * np.tanh(logits / output.logit_soft_cap)
+    logsumexp = np.log(np.exp(logits).sum(-1))
+    target = np.take_along_axis(logits, np.asarray(targets_BL)[..., None], -1)[..., 0]
+    return {
+        "logprob": target - logsumexp,
+        "logsumexp": logsumexp,
+        "mean_logit": logits.mean(-1),
+        "correct": logits.argmax(-1) == np.asarray(targets_BL),
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_any_chunk_gives_the_formula(chunk: int, soft_cap: float | None) -> None:
+    output, targets = inputs(soft_cap=soft_cap)
+    found = token_logprobs(output, targets, chunk=chunk)
+    for name, expected in reference(output, targets).items():
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 5])
+def test_chunks_do_not_change_the_gradient(chunk: int) -> None:
+    output, targets = inputs(soft_cap=5.0)
+
+    def total(hidden_BLD: jax.Array, head_DV: jax.Array, chunk: int) -> jax.Array:
+        tokens = token_logprobs(Output(hidden_BLD, head_DV, 5.0), targets, chunk=chunk)
+        return jnp.sum(tokens.logprob + 0.1 * tokens.logsumexp**2 + 0.2 * tokens.mean_logit)
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)), static_argnums=2)
+    whole, chunked = gradient(*output[:2], L), gradient(*output[:2], chunk)
+    for expected, found in zip(whole, chunked, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def largest_array(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """Elements of the largest array that any equation makes, inner programs included."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [int(np.prod(v.aval.shape)) for v in equation.outvars]
+        sizes += [largest_array(inner) for inner in jax.core.jaxprs_in_params(equation.params)]
+    return max(sizes)
+
+
+def test_logits_of_the_whole_batch_never_exist() -> None:
+    output, targets = inputs()
+
+    def total(output: Output, chunk: int) -> jax.Array:
+        return jnp.sum(token_logprobs(output, targets, chunk=chunk).logprob)
+
+    sizes = {}
+    for chunk in (2, L):
+        gradient = jax.make_jaxpr(
+            jax.grad(lambda h, w, c=chunk: total(Output(h, w, None), c), argnums=(0, 1))
+        )
+        sizes[chunk] = largest_array(gradient(*output[:2]).jaxpr)
+    assert sizes[L] == B * L * V  # the check can see them
+    assert sizes[2] == max(B * 2 * V, D * V, B * L * D)
+
+
+def test_the_head_gradient_is_summed_in_f32() -> None:
+    output, targets = inputs(jnp.bfloat16)
+    grad = jax.grad(lambda w: jnp.sum(token_logprobs(output._replace(head_DV=w), targets, chunk=2).logprob))
+    assert grad(output.head_DV).dtype == jnp.float32
+    assert token_logprobs(output, targets, chunk=2).logprob.dtype == jnp.float32
+
+
+def test_of_equal_logits_the_first_token_is_the_guess() -> None:
+    output = Output(jnp.zeros((1, 4, D)), jnp.zeros((D, V)), None)
+    found = token_logprobs(output, jnp.asarray([[0, 1, 2, V - 1]]), chunk=4)
+    np.testing.assert_array_equal(found.correct, [[True, False, False, False]])
+
+
+def test_logits_stay_cut_along_the_vocabulary() -> None:
+    mesh = make_mesh(MeshConfig(1, 1, 8))
+    output, targets = inputs()
+    split = jax.NamedSharding(mesh, jax.P(None, "tensor"))
+    head_DV = jax.device_put(output.head_DV, split)
+
+    def total(head_DV: jax.Array) -> jax.Array:
+        return jnp.sum(token_logprobs(output._replace(head_DV=head_DV), targets, chunk=5).logprob)
+
+    compiled = jax.jit(jax.grad(total), out_shardings=split).lower(head_DV).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_allclose(compiled(head_DV), jax.grad(total)(output.head_DV), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,138 @@
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from trainer.loop import StopTraining, fit
+from trainer.state import TrainState
+
+
+class Source:
+    """Counts what was taken; its batches are that count."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def next_batch(self, state: Any) -> Any:
+        self.taken += 1
+        return self.taken
+
+    def get_state(self) -> dict:
+        return {"taken": self.taken}
+
+    def set_state(self, saved: dict) -> None:
+        self.taken = saved["taken"]
+
+
+def new_state(step: int = 0) -> TrainState:
+    return TrainState(jnp.asarray(step, jnp.int32), {}, (), jax.random.key(0))
+
+
+def add_step(state: TrainState, frozen: Any, batch: int) -> tuple[TrainState, dict]:
+    state = TrainState(state.step + 1, state.params, state.opt_state, state.rng)
+    return state, {"loss": jnp.asarray(float(batch))}
+
+
+def test_each_turn_runs_hooks_then_batch_then_step_then_reports_the_turn_before() -> None:
+    events: list[str] = []
+    source = Source()
+
+    def hook(step: int, state: TrainState, source: Any) -> None:
+        events.append(f"hook {step} {int(state.step)} {source.taken}")
+
+    def step(state: TrainState, frozen: Any, batch: int) -> tuple[TrainState, dict]:
+        events.append(f"step {batch}")
+        return add_step(state, frozen, batch)
+
+    def report(step: int, metrics: dict, timing: dict) -> None:
+        events.append(f"report {step} {metrics['loss']}")
+
+    state, reason = fit(new_state(), {}, source, step, num_steps=2, hooks=[hook], report=report)
+    assert events == [
+        "hook 0 0 0",
+        "step 1",
+        "hook 1 1 1",
+        "step 2",
+        "report 1 1.0",
+        "hook 2 2 2",
+        "report 2 2.0",
+    ]
+    assert (int(state.step), reason, source.taken) == (2, "done", 2)
+
+
+def test_a_restored_state_goes_on_from_its_step() -> None:
+    reports: list[int] = []
+    fit(
+        new_state(5),
+        {},
+        Source(),
+        add_step,
+        num_steps=7,
+        hooks=[],
+        report=lambda step, metrics, timing: reports.append(step),
+    )
+    assert reports == [6, 7]
+
+
+def test_a_finished_run_runs_its_hooks_once_more_and_takes_nothing() -> None:
+    seen: list[int] = []
+    source = Source()
+    hook = lambda step, state, source: seen.append(step)
+    fit(new_state(3), {}, source, add_step, num_steps=3, hooks=[hook], report=lambda *_: None)
+    assert (seen, source.taken) == ([3], 0)
+
+
+def test_a_hook_can_end_the_run_and_no_metrics_are_lost() -> None:
+    reports: list[int] = []
+
+    def stop(step: int, state: TrainState, source: Any) -> None:
+        if step == 2:
+            raise StopTraining("preempted")
+
+    report = lambda step, metrics, timing: reports.append(step)
+    state, reason = fit(new_state(), {}, Source(), add_step, num_steps=9, hooks=[stop], report=report)
+    assert (int(state.step), reason, reports) == (2, "preempted", [1, 2])
+
+
+def test_other_errors_pass_through() -> None:
+    def fail(step: int, state: TrainState, source: Any) -> None:
+        raise RuntimeError("broken hook")
+
+    with pytest.raises(RuntimeError, match="broken hook"):
+        fit(new_state(), {}, Source(), add_step, num_steps=1, hooks=[fail], report=lambda *_: None)
+
+
+def test_time_is_told_apart() -> None:
+    timings: list[dict[str, float]] = []
+
+    class SlowSource(Source):
+        def next_batch(self, state: Any) -> Any:
+            time.sleep(0.03)
+            return super().next_batch(state)
+
+    fit(
+        new_state(),
+        {},
+        SlowSource(),
+        add_step,
+        num_steps=3,
+        hooks=[lambda *_: time.sleep(0.05)],
+        report=lambda step, metrics, timing: timings.append(timing),
+    )
+    assert len(timings) == 3
+    for timing in timings:
+        assert set(timing) == {"data_wait", "dispatch", "device_wait", "hooks", "step"}
+        assert timing["data_wait"] >= 0.03
+        assert timing["hooks"] >= 0.05
+        assert all(seconds >= 0 for seconds in timing.values())
+    assert timings[1]["step"] < timings[1]["hooks"] + timings[1]["data_wait"]
+
+
+def test_metrics_come_back_in_one_fetch_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetches: list[Any] = []
+    real = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetches.append(tree) or real(tree))
+    fit(new_state(), {}, Source(), add_step, num_steps=4, hooks=[], report=lambda *_: None)
+    assert len(fetches) == 4

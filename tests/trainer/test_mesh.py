@@ -1,0 +1,161 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from omegaconf import OmegaConf
+
+from tests.trainer import toy
+from trainer.mesh import (
+    MeshConfig,
+    ShardingRules,
+    batch_sharding,
+    check_batch,
+    make_constrain,
+    make_mesh,
+    param_shardings,
+    place_batch,
+    process_rows,
+)
+
+RULES = ShardingRules()
+SHAPES = jax.eval_shape(toy.init_params, jax.random.key(0))
+
+
+def specs(config: MeshConfig, rules: ShardingRules = RULES) -> dict:
+    shardings = param_shardings(toy.AXES, SHAPES, make_mesh(config), rules)
+    return jax.tree.map(lambda s: s.spec, shardings)
+
+
+def test_one_axis_takes_the_remaining_devices() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            MeshConfig(3, 1, 1),
+            r"mesh\.data=3: .*8 devices; nearest valid: mesh\.data=4 mesh\.fsdp=1 mesh\.tens",
+        ),
+        (MeshConfig(-1, 3, 1), r"mesh\.fsdp=3: .* must divide the 8 devices; nearest valid: .*mesh\.fsdp=4"),
+        (MeshConfig(2, 1, 1), r"mesh\.data=2: .* = 2 must equal the 8 devices; nearest valid: "),
+        (MeshConfig(-1, -1, 1), r"mesh\.fsdp=-1: mesh\.data is -1 already"),
+        (MeshConfig(0, 1, 1), r"mesh\.data=0: must be at least 1"),
+    ],
+)
+def test_sizes_that_do_not_make_the_devices_are_refused(config: MeshConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_mesh(config)
+
+
+def test_every_suggested_mesh_can_be_made() -> None:
+    with pytest.raises(ValueError) as error:
+        make_mesh(MeshConfig(3, 2, 1))
+    for choice in str(error.value).split("nearest valid: ")[1].split("; ")[:3]:
+        sizes = dict(part.removeprefix("mesh.").split("=") for part in choice.split())
+        assert make_mesh(MeshConfig(**{axis: int(size) for axis, size in sizes.items()})).size == 8
+
+
+def test_parameters_are_cut_by_the_rules() -> None:
+    found = specs(MeshConfig(2, 2, 2))
+    assert found["embedding"] == PartitionSpec(("tensor",), ("fsdp",))
+    assert found["layers"]["up"] == PartitionSpec(None, ("fsdp",), ("tensor",))
+    assert found["layers"]["scale"] == PartitionSpec(None, ("fsdp",))
+
+
+def test_a_mesh_axis_cuts_a_tensor_once() -> None:
+    rules = ShardingRules(mlp=["fsdp"])
+    assert specs(MeshConfig(1, 8, 1), rules)["layers"]["up"] == PartitionSpec(None, ("fsdp",))
+
+
+def test_an_indivisible_matrix_is_refused_with_valid_sizes() -> None:
+    axes, shapes = {"kv": ("embed", "kv_heads")}, {"kv": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    message = (
+        r"mesh\.tensor=4: cannot cut dim 1 \(kv_heads\) of parameter kv, of size 6.*nearest valid.*: 1, 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        param_shardings(axes, shapes, mesh, RULES)
+
+
+def test_an_indivisible_vector_stays_whole() -> None:
+    axes, shapes = {"scale": ("layers", "embed")}, {"scale": jax.ShapeDtypeStruct((2, 9), jnp.float32)}
+    assert (
+        param_shardings(axes, shapes, make_mesh(MeshConfig(1, 8, 1)), RULES)["scale"].spec == PartitionSpec()
+    )
+
+
+def test_unknown_axes_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"sharding\.embed=\['fdsp'\]: 'fdsp' is no mesh axis; valid: data, fsdp"
+    ):
+        specs(MeshConfig(), ShardingRules(embed=["fdsp"]))
+    with pytest.raises(ValueError, match="w: no rule for logical axis 'colour'"):
+        shapes = {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}
+        param_shardings({"w": ("colour",)}, shapes, make_mesh(MeshConfig()), RULES)
+
+
+@pytest.mark.parametrize(("size", "microbatches"), [(6, 1), (8, 2), (1, 1)])
+def test_a_batch_that_does_not_spread_is_refused(size: int, microbatches: int) -> None:
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    check_batch(8, 2, mesh, RULES)
+    if size == 8:
+        mesh = make_mesh(MeshConfig(4, 2, 1))
+    with pytest.raises(
+        ValueError, match=rf"data\.batch_size={size}: must be a multiple of .*nearest valid: "
+    ) as error:
+        check_batch(size, microbatches, mesh, RULES)
+    for valid in str(error.value).split("nearest valid: ")[1].split(", "):
+        check_batch(int(valid), microbatches, mesh, RULES)
+
+
+def test_activations_are_constrained_and_odd_sizes_stay_whole() -> None:
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    constrain = make_constrain(mesh, RULES)
+    function = jax.jit(lambda x: constrain(x, ("batch", "length", "mlp")))
+    assert function(jnp.zeros((8, 3, 4))).sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert function(jnp.zeros((1, 3, 5))).sharding.is_fully_replicated
+    width = jax.jit(lambda x: constrain(x, ("batch", "length", "embed")))(jnp.zeros((8, 3, 4)))
+    assert width.sharding.spec == PartitionSpec(("data", "fsdp"))
+
+
+def test_on_one_device_constraints_vanish() -> None:
+    x = jnp.zeros((2, 2))
+    assert make_constrain(make_mesh(MeshConfig(), jax.devices()[:1]), RULES)(x, ("batch", "embed")) is x
+
+
+@pytest.mark.parametrize("config", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 1, 8)])
+def test_a_placed_batch_has_each_row_in_its_place(config: MeshConfig) -> None:
+    sharding = batch_sharding(make_mesh(config), RULES)
+    batch = toy.batch(8)
+    rows = process_rows(sharding, 8)
+    np.testing.assert_array_equal(rows, np.arange(8))
+    placed = place_batch(batch, sharding, 8)
+    for ours, theirs in zip(batch, placed, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert theirs.sharding == sharding
+
+
+def test_a_process_feeds_the_rows_of_its_devices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second of four imaginary processes of two devices each, on a mesh whose tensor axis spans two processes.
+    mesh = make_mesh(MeshConfig(2, 1, 4))
+    sharding = batch_sharding(mesh, RULES)
+    whole = sharding.devices_indices_map((4,))
+    ours = {device: whole[device] for device in mesh.devices.flat[2:4]}
+    monkeypatch.setattr(type(sharding), "addressable_devices_indices_map", lambda self, shape: ours)
+    np.testing.assert_array_equal(process_rows(sharding, 4), [0, 1])
+
+
+def test_rows_are_placed_by_block_where_there_are_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    sharding = batch_sharding(make_mesh(MeshConfig(2, 2, 2)), RULES)
+    placed = place_batch(toy.batch(8), sharding, 8)
+    np.testing.assert_array_equal(placed.tokens, toy.batch(8).tokens)
+
+
+@pytest.mark.parametrize("cls", [MeshConfig, ShardingRules])
+def test_configs_are_structured(cls: type) -> None:
+    assert OmegaConf.to_object(OmegaConf.structured(cls)) == cls()

@@ -1,0 +1,1 @@
+"""The gradient core: knows no file format, no model family, no cluster."""

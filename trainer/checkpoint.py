@@ -1,0 +1,420 @@
+"""Checkpoints of a run: written in the background, whole or not at all, checked byte for byte before they are used.
+
+    checkpoints/STEP/state       params, opt_state, step and rng: Orbax, sharded, restored onto any mesh
+                    /source      JSON: the position of the next batch
+                    /config      JSON: the resolved config and where it ran
+                    /tokenizer   JSON: {file name: base64}
+                    /extra       JSON: what hooks remember, such as the patience of early stopping
+                    /digests.json  SHA-256 of every file above
+
+Orbax restores a flipped bit in a data file without a word, so the digests are made of the finished files, inside the
+temporary folder, just before the one rename that commits it: a committed step is never without them.
+"""
+
+import base64
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    EveryNSteps,
+    LatestN,
+)
+
+from trainer.digest import DIGESTS, find_damage, is_key, key_data, leaf_paths, write_digests
+
+State = TypeVar("State")  # a dataclass pytree: TrainState
+Tree = Any  # nested dicts, lists and tuples of arrays
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """When a run is saved and what stays."""
+
+    every: int = 1000  # steps between checkpoints; 0: at the end only
+    keep: int = 3  # the last so many stay
+    keep_every: int | None = None  # each multiple of so many steps stays for ever
+    keep_best: bool = True  # save when the evaluation loss is the best yet, and keep that one
+    asynchronous: bool = True  # write in the background while training goes on
+
+    def validate(self) -> None:
+        """Raises: ValueError naming key, value, reason and fix."""
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every={self.every}: must be at least 0 (0: at the end only)")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep}: must be at least 1, or a resume finds nothing")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"checkpoint.keep_every={self.keep_every}: must be at least 1, or null for none")
+
+
+class Restored(NamedTuple, Generic[State]):
+    """What a checkpoint gave back."""
+
+    step: int
+    state: State
+
+
+def _be_quiet(text: str) -> None:
+    """For callers that have nobody to tell."""
+
+
+def _loss_of(metrics: Mapping[str, float] | None) -> float:
+    loss = math.inf if not metrics else float(metrics.get("loss", math.inf))
+    return math.inf if math.isnan(loss) else loss
+
+
+def _retention(config: CheckpointConfig) -> AnyPreservationPolicy:
+    policies: list[Any] = [LatestN(config.keep)]
+    if config.keep_every is not None:
+        policies.append(EveryNSteps(config.keep_every))
+    if config.keep_best:
+        # BestN keeps the end of its sorted list, so that the lowest loss needs the reverse order.
+        policies.append(BestN(get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+    return AnyPreservationPolicy(policies)
+
+
+class Checkpointer:
+    """The checkpoints of one run. Every process makes one and calls the same methods in the same order.
+
+    A `read_only` one neither writes nor cleans up, so that a run that is still going on can be evaluated.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: CheckpointConfig | None = None,
+        *,
+        read_only: bool = False,
+        say: Callable[[str], None] = _be_quiet,
+    ):
+        """Opens `folder`, which need not exist. `say` is told in one line what was found wrong."""
+        self.config = config or CheckpointConfig()
+        self.config.validate()
+        self.folder = Path(os.path.abspath(folder))
+        self.say = say
+        self._verified: set[int] = set()
+        self._saving: int | None = None
+        self._manager = None if read_only else self._open_manager()
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_retention(self.config),
+            best_fn=_loss_of,  # without it Orbax does not write the metrics that the policy reads after a restart
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            # A copy of a step in a later run must not look older or newer by its metadata alone.
+            save_root_metadata=False,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for what is being written; must be called before the process ends."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def wait(self) -> None:
+        """Returns when the last `save` is committed. Raises what went wrong in the background, if anything."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    # Writing
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        source: Mapping[str, Any],
+        config: Mapping[str, Any],
+        tokenizer: Mapping[str, bytes],
+        extra: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Copies `state` to the host and writes it in the background; `state` may be donated right after.
+
+        Waits for the save before it. `metrics["loss"]` is the evaluation loss at this step, where there is one.
+        Raises: ValueError where `step` is there already.
+        """
+        assert self._manager is not None, "a read-only or closed Checkpointer cannot save"
+        self.wait()
+        if step in self._manager.all_steps():
+            raise ValueError(f"step {step} of {self.folder} is saved already; delete it or begin another run")
+        self._saving = step
+        files = {name: base64.b64encode(content).decode() for name, content in tokenizer.items()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(jax.tree.map(key_data, _as_dict(state))),
+                source=ocp.args.JsonSave(dict(source)),
+                config=ocp.args.JsonSave(dict(config)),
+                tokenizer=ocp.args.JsonSave(files),
+                extra=ocp.args.JsonSave(dict(extra or {})),
+            ),
+            metrics={"loss": _loss_of(metrics)} if math.isfinite(_loss_of(metrics)) else {},
+            force=True,  # when to save is the caller's decision
+        )
+        self._verified.add(step)
+        if not self.config.asynchronous:
+            self.wait()
+
+    def _before_commit(self) -> None:
+        """Called by Orbax in its thread on process 0, when every process has written and before the rename."""
+        assert self._saving is not None
+        temporary = sorted(self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        write_digests(temporary[-1] if temporary else self.folder / str(self._saving))
+
+    def set_aside_newer(self, step: int) -> list[int]:
+        """Moves checkpoints of later steps away, as `STEP.superseded`: the run is about to do those steps anew.
+
+        Returns: the steps that were moved.
+        """
+        assert self._manager is not None, "a read-only or closed Checkpointer moves nothing"
+        self.wait()
+        newer = [s for s in self.steps() if s > step]
+
+        def move() -> int:
+            for later in newer:
+                _set_aside(self.folder / str(later), "superseded")
+            return len(newer)
+
+        if _by_process_0(move):
+            self._manager.reload()
+        self._verified -= set(newer)
+        return newer
+
+    # Reading
+
+    def steps(self) -> list[int]:
+        """The steps that are committed, in ascending order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(ocp.utils.checkpoint_steps(self.folder))
+
+    def latest(self) -> int | None:
+        """The newest committed step, unchecked; see `latest_whole`."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step of the lowest evaluation loss among those that are there and have one."""
+        losses = {step: _loss_of(_read_json(self.folder / str(step) / "metrics" / "metrics")) for step in self.steps()}
+        known = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+        return min(known, key=lambda step: (known[step], step)) if known else None
+
+    def latest_whole(self) -> int | None:
+        """The newest step whose files are all as they were written; None where nothing was ever saved.
+
+        Newer ones that are damaged are set aside as `STEP.damaged`, so that the run can save that step again.
+        Raises: ValueError where there are checkpoints and none is whole.
+        """
+        self.wait()
+        steps = self.steps()
+        chosen = _by_process_0(lambda: self._choose(steps))
+        if chosen < 0 and steps:
+            raise ValueError(f"{self.folder}: none of its checkpoints is whole: {', '.join(map(str, steps))}")
+        if self._manager is not None and chosen != max(steps, default=-1):
+            self._manager.reload()
+        if chosen >= 0:
+            self._verified.add(chosen)
+        return chosen if chosen >= 0 else None
+
+    def _choose(self, steps: list[int]) -> int:
+        for step in reversed(steps):
+            damage = self._damage(step)
+            if damage is None:
+                return step
+            older = [s for s in steps if s < step]
+            instead = f"falling back to step {older[-1]}" if older else "there is no older one"
+            self.say(f"checkpoint of step {step} is damaged: {damage}; {instead}")
+            if self._manager is not None and older:
+                _set_aside(self.folder / str(step), "damaged")
+        return -1
+
+    def _damage(self, step: int) -> str | None:
+        if step in self._verified:
+            return None
+        folder = self.folder / str(step)
+        if not (folder / DIGESTS).exists():
+            self.say(f"checkpoint of step {step} carries no digests, so its files cannot be checked; using it as it is")
+            return None
+        return find_damage(folder)
+
+    def check(self, step: int) -> None:
+        """Raises: ValueError where `step` is not there or a file of it is not as it was written."""
+        self.wait()
+        steps = self.steps()
+        if step not in steps:
+            known = ", ".join(map(str, steps)) or "none"
+            raise ValueError(f"step={step}: no such checkpoint in {self.folder}; there are: {known}")
+        found: list[str] = []
+
+        def look() -> int:
+            found.append(self._damage(step) or "")
+            return len(found[0])
+
+        if _by_process_0(look):
+            detail = found[0] if found else "process 0 names the file"
+            raise ValueError(f"step={step}: this checkpoint is damaged: {detail}; others: {', '.join(map(str, steps))}")
+        self._verified.add(step)
+
+    def restore(self, step: int | None, abstract_state: State) -> Restored[State]:
+        """The whole state, onto the shardings of `abstract_state` (a tree of `jax.ShapeDtypeStruct`).
+
+        The mesh and the number of processes may differ from those that saved it. Without a step, the newest whole one.
+        Raises: ValueError where there is none, where an explicit one is damaged, or where it holds another structure.
+        """
+        chosen = self._checked(step)
+        wanted = _as_dict(abstract_state)
+        got = self._read(chosen, wanted, whole=True)
+        return Restored(chosen, dataclasses.replace(abstract_state, **got))  # type: ignore[type-var]
+
+    def restore_params(self, step: int | None, abstract_params: Tree, *, within: tuple[str | int, ...] = ("params",)) -> Tree:
+        """Only the parameters, cast to the dtypes of `abstract_params`; nothing else of the checkpoint is read.
+
+        `within` is the path to another tree of the same shape, such as an average inside the optimizer state.
+        """
+        wanted = abstract_params
+        for name in reversed(within):
+            wanted = {str(name): wanted}
+        got = self._read(self._checked(step), wanted, whole=False)
+        for name in within:
+            got = got[int(name) if isinstance(got, list | tuple) else str(name)]
+        return got
+
+    def _checked(self, step: int | None) -> int:
+        if step is not None:
+            self.check(step)
+            return step
+        newest = self.latest_whole()
+        if newest is None:
+            raise ValueError(f"{self.folder}: holds no checkpoint")
+        return newest
+
+    def _read(self, step: int, wanted: Tree, *, whole: bool) -> Tree:
+        """The part `wanted` of the state of `step`; `whole`: the state must hold nothing else, of the same dtypes."""
+        raw = jax.tree.map(_raw_spec, wanted)
+        folder = epath.Path(self.folder / str(step) / "state")
+        reader = ocp.PyTreeCheckpointHandler()
+        stored = reader.metadata(folder).tree
+        if not whole:  # optax states are tuples, which Orbax stores, and restores in part, as lists
+            raw = _shaped_like(stored, raw)
+        _refuse_other_structure(f"step {step} of {self.folder}", leaf_paths(stored), leaf_paths(raw), whole=whole)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(raw)
+        args = ocp.args.PyTreeRestore(item=raw, restore_args=restore_args, partial_restore=not whole)
+        got = reader.restore(folder, args=args)
+        return jax.tree.map(_typed_again, wanted, got) if whole else got
+
+    def read_json(self, step: int, item: str) -> dict[str, Any]:
+        """`source`, `config`, `tokenizer` or `extra` of a step, without touching an array."""
+        self.check(step)
+        content = _read_json(self.folder / str(step) / item / "metadata")
+        if content is None:
+            raise ValueError(f"step {step} of {self.folder}: holds no {item}")
+        return content
+
+    def read_tokenizer(self, step: int) -> dict[str, bytes]:
+        """The tokenizer's files by name."""
+        return {name: base64.b64decode(text) for name, text in self.read_json(step, "tokenizer").items()}
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _set_aside(folder: Path, why: str) -> None:
+    target = folder.with_name(f"{folder.name}.{why}")
+    count = 1
+    while target.exists():
+        count += 1
+        target = folder.with_name(f"{folder.name}.{why}-{count}")
+    folder.rename(target)
+
+
+def _by_process_0(ask: Callable[[], int]) -> int:
+    """What process 0 answers, on every process: files may look different, or not be there, from the others."""
+    if jax.process_count() == 1:
+        return ask()
+    failed = -(2**31)
+    answer, error = 0, None
+    if jax.process_index() == 0:
+        try:
+            answer = ask()
+        except Exception as raised:  # the others wait for an answer, whatever it is
+            answer, error = failed, raised
+    answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+    if error is not None:
+        raise error
+    if answer == failed:
+        raise OSError("process 0 could not read the checkpoints; its own message says why")
+    return answer
+
+
+def _raw_spec(spec: Any) -> jax.ShapeDtypeStruct:
+    """What is stored for a leaf: a typed random key is stored as its bits."""
+    sharding = getattr(spec, "sharding", None)
+    if sharding is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+    bare = jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+    raw = jax.eval_shape(jax.random.key_data, bare) if is_key(spec) else bare
+    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
+
+
+def _typed_again(spec: Any, array: jax.Array) -> jax.Array:
+    if not is_key(spec):
+        return array
+    kinds: list[Any] = []  # the kind of key is told by tracers, but not by a ShapeDtypeStruct
+    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+    return jax.random.wrap_key_data(array, impl=kinds[0])
+
+
+def _shaped_like(stored: Tree, wanted: Tree) -> Tree:
+    """`wanted`, with lists (None where nothing is asked) wherever the checkpoint stores a list."""
+    if isinstance(stored, list | tuple) and isinstance(wanted, dict):
+        return [_shaped_like(part, wanted[str(i)]) if str(i) in wanted else None for i, part in enumerate(stored)]
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        return {name: _shaped_like(stored.get(name), part) for name, part in wanted.items()}
+    return wanted
+
+
+def _refuse_other_structure(where: str, saved: dict[str, Any], wanted: dict[str, Any], *, whole: bool) -> None:
+    problems = [f"{name} is missing there" for name in wanted if name not in saved]
+    if whole:
+        problems += [f"{name} is there and unknown here" for name in saved if name not in wanted]
+    for name in wanted.keys() & saved.keys():
+        there, here = saved[name], wanted[name]
+        if tuple(there.shape) != tuple(here.shape):
+            problems.append(f"{name} is {list(there.shape)} there and {list(here.shape)} here")
+        elif whole and there.dtype != here.dtype:
+            problems.append(f"{name} is {there.dtype} there and {here.dtype} here")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{where} was saved by another model or optimizer: {'; '.join(sorted(problems)[:3])}{more}; set the "
+            "config back to that of the checkpoint, or begin another run"
+        )

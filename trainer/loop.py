@@ -1,0 +1,107 @@
+"""The loop of every phase.
+
+Order of operations in a turn, which nothing else may change:
+
+1. hooks see the state after `step` updates and the source before it moves, so what they save fits together;
+2. the batch is taken;
+3. the step is dispatched; the device works on it from here on;
+4. the metrics of the *previous* step are read, which the device has finished or is about to: Python never
+   makes the device wait, and waits itself only for a device that is slower than it;
+5. they are reported.
+
+There is one turn more than there are steps, so that the last evaluation and save stand in the same place as
+all others.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import jax
+
+from trainer.objective import BatchSource
+from trainer.state import TrainState
+from trainer.step import Metrics, TrainStep
+
+Hook = Callable[[int, TrainState, BatchSource], None]
+Report = Callable[[int, dict[str, float], dict[str, float]], None]
+
+DONE = "done"
+
+
+class StopTraining(Exception):
+    """Raised by a hook to end the run cleanly; `reason` is what `fit` returns."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Pending:
+    """Metrics of the step in flight: fetched in one call, one turn later, with where the time went."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.metrics: Metrics | None = None
+        self.step = 0
+        self.timing: dict[str, float] = {}
+        self.since = perf_counter()
+        self.in_hooks = 0.0
+
+    def flush(self) -> None:
+        if self.metrics is None:
+            return
+        start = perf_counter()
+        values = jax.device_get(self.metrics)
+        now = perf_counter()
+        self.timing |= {
+            "device_wait": now - start,
+            "hooks": self.in_hooks,
+            "step": now - self.since - self.in_hooks,
+        }
+        self.since, self.in_hooks, self.metrics = now, 0.0, None
+        self.report(self.step, {name: float(value) for name, value in values.items()}, self.timing)
+
+    def replace(self, step: int, metrics: Metrics, timing: dict[str, float]) -> None:
+        self.flush()
+        self.step, self.metrics, self.timing = step, metrics, timing
+
+
+def fit(
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    source: BatchSource,
+    train_step: TrainStep,
+    *,
+    num_steps: int,
+    hooks: Sequence[Hook],
+    report: Report,
+) -> tuple[TrainState, str]:
+    """Trains until `num_steps` updates have been done in all, or a hook raises `StopTraining`.
+
+    `report(step, metrics, timing)` is called once for each update, one turn late; `step` counts updates, that
+    one included. Seconds in `timing`: `data_wait` and `dispatch` of that update, `device_wait` for its
+    metrics, `step` since the metrics before it, without the `hooks` in between.
+    Returns: the state, and the reason for the end: "done" or the hook's.
+    """
+    pending = _Pending(report)
+    reason = DONE
+    for step in range(int(state.step), num_steps + 1):
+        start = perf_counter()
+        try:
+            for hook in hooks:
+                hook(step, state, source)
+        except StopTraining as stop:
+            reason = stop.reason
+            break
+        after_hooks = perf_counter()
+        pending.in_hooks += after_hooks - start
+        if step == num_steps:
+            break
+        batch = source.next_batch(state)
+        after_data = perf_counter()
+        state, metrics = train_step(state, frozen, batch)
+        timing = {"data_wait": after_data - after_hooks, "dispatch": perf_counter() - after_data}
+        pending.replace(step + 1, metrics, timing)
+    pending.flush()
+    return state, reason

@@ -1,0 +1,248 @@
+"""The device mesh, and which tensor dims lie along which of its axes.
+
+Models name the dims of their tensors by logical axes ('embed', 'heads', ...) and know no mesh.
+`ShardingRules` says where each logical axis goes; everything here follows from those two. An *axis* is the
+mesh's, a *dim* the tensor's.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from data.batch import TokenBatch
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_DIMS = ("layers", "experts")  # dims over which a stacked parameter is many parameters
+
+LogicalAxes = tuple[str | None, ...]
+Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
+
+
+@dataclass
+class MeshConfig:
+    """How many devices lie along each axis. One of them may be -1: all that remain."""
+
+    data: int = -1  # copies of the parameters, each with its own rows of the batch
+    fsdp: int = 1  # rows of the batch, too, and the parameters cut in as many pieces
+    tensor: int = 1  # heads, mlp and vocabulary cut in as many pieces
+
+
+@dataclass
+class ShardingRules:
+    """For each logical axis, the mesh axes along which it is cut. A mesh axis cuts a tensor once: its first
+    dim wins.
+    """
+
+    batch: list[str] = field(default_factory=lambda: ["data", "fsdp"])  # rows of the batch
+    length: list[str] = field(default_factory=list)  # tokens of a row
+    embed: list[str] = field(default_factory=lambda: ["fsdp"])  # of parameters; activations keep it whole
+    heads: list[str] = field(default_factory=lambda: ["tensor"])  # query heads
+    kv_heads: list[str] = field(default_factory=lambda: ["tensor"])  # key and value heads
+    head_dim: list[str] = field(default_factory=list)  # width of a head
+    mlp: list[str] = field(default_factory=lambda: ["tensor"])  # hidden width of the MLP
+    vocab: list[str] = field(default_factory=lambda: ["tensor"])  # tokens of the vocabulary
+    layers: list[str] = field(default_factory=list)  # the dim along which layers are stacked
+
+    def axes_of(self, logical: str | None, where: str) -> tuple[str, ...]:
+        """The mesh axes of a logical axis. Raises: ValueError where there is no such rule or mesh axis."""
+        if logical is None:
+            return ()
+        known = [f.name for f in fields(self)]
+        if logical not in known:
+            raise ValueError(f"{where}: no rule for logical axis {logical!r}; known: {', '.join(known)}")
+        axes = tuple(getattr(self, logical))
+        for axis in axes:
+            if axis not in AXES:
+                raise ValueError(
+                    f"sharding.{logical}={list(axes)}: {axis!r} is no mesh axis; valid: {', '.join(AXES)}"
+                )
+        return axes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all `devices` (default: every device of every process), `tensor` neighbours closest.
+
+    Raises: ValueError naming the key where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = _mesh_sizes(config, len(devices))
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    for axis, size in asked.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh.{axis}={size}: must be at least 1, or -1 for all remaining devices")
+    open_axes = [axis for axis, size in asked.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(
+            f"mesh.{open_axes[1]}=-1: mesh.{open_axes[0]} is -1 already, and takes all that remains; "
+            f"set mesh.{open_axes[1]}=1"
+        )
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    if num_devices % fixed == 0 and (open_axes or fixed == num_devices):
+        return tuple(num_devices // fixed if size == -1 else size for size in asked.values())
+
+    def distance(sizes: tuple[int, ...]) -> float:
+        return sum(abs(math.log(s / a)) for s, a in zip(sizes, asked.values(), strict=True) if a != -1)
+
+    candidates = itertools.product(_divisors(num_devices), repeat=len(AXES))
+    valid = sorted((c for c in candidates if math.prod(c) == num_devices), key=distance)[:3]
+    worst = max(
+        (axis for axis in AXES if asked[axis] != -1), key=lambda axis: _blame(asked[axis], num_devices)
+    )
+    product = "*".join(f"{axis}({asked[axis]})" for axis in AXES if asked[axis] != -1)
+    relation = "divide" if open_axes else "equal"
+    nearest = "; ".join(" ".join(f"mesh.{a}={s}" for a, s in zip(AXES, v, strict=True)) for v in valid)
+    raise ValueError(
+        f"mesh.{worst}={asked[worst]}: {product} = {fixed} must {relation} the {num_devices} devices; "
+        f"nearest valid: {nearest}"
+    )
+
+
+def _blame(size: int, num_devices: int) -> tuple[bool, int]:
+    return num_devices % size != 0, size
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _axis_size(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _spec(
+    logical: LogicalAxes, shape: tuple[int, ...], mesh: Mesh, rules: ShardingRules, where: str, strict: bool
+) -> PartitionSpec:
+    """The partition of one tensor. An indivisible dim is refused if `strict`, else kept whole."""
+    assert len(logical) == len(shape), f"{where}: axes {logical} for shape {shape}"
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for dim, (name, size) in enumerate(zip(logical, shape, strict=True)):
+        axes = [a for a in rules.axes_of(name, where) if a not in used and mesh.shape[a] > 1]
+        if axes and size % _axis_size(mesh, axes):
+            if strict:
+                raise ValueError(_indivisible(axes, mesh, where, dim, str(name), size))
+            axes = []
+        used.update(axes)
+        entries.append(tuple(axes) or None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def _indivisible(axes: list[str], mesh: Mesh, where: str, dim: int, name: str, size: int) -> str:
+    product = _axis_size(mesh, axes)
+    key = "*".join(f"mesh.{axis}" for axis in axes)
+    possible = _divisors(math.gcd(size, mesh.size))
+    valid = sorted(sorted(possible, key=lambda d: abs(d - product))[:2])
+    return (
+        f"{key}={product}: cannot cut dim {dim} ({name}) of parameter {where}, of size {size}, in {product} "
+        f"equal pieces; nearest valid {key}: {', '.join(map(str, valid))}"
+    )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'layers/attention/query' for a key path of a nested dict."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def param_shardings(axes_tree: Any, abstract_params: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+    """The `NamedSharding` of each parameter, in the tree of the parameters.
+
+    Vectors (one dim beside `layers`) that do not divide stay whole on each device: they weigh nothing.
+    Raises: ValueError naming parameter, dim, size and axis where a matrix does not divide.
+    """
+
+    def sharding(path: tuple[Any, ...], param: jax.ShapeDtypeStruct, logical: LogicalAxes) -> NamedSharding:
+        is_matrix = sum(name not in BATCH_DIMS for name in logical) > 1
+        return NamedSharding(
+            mesh, _spec(logical, param.shape, mesh, rules, path_name(path), strict=is_matrix)
+        )
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract_params, axes_tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
+    """Rows (dim 0) over the axes of `batch`; fits arrays of any rank."""
+    axes = tuple(a for a in rules.axes_of("batch", "sharding") if mesh.shape[a] > 1)
+    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
+
+
+def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh, rules: ShardingRules) -> None:
+    """Each microbatch must spread evenly over the mesh. Raises: ValueError with the nearest valid values."""
+    axes = rules.axes_of("batch", "sharding")
+    factor = _axis_size(mesh, axes) * num_microbatches
+    if batch_size > 0 and batch_size % factor == 0:
+        return
+    parts = [f"mesh.{axis}={mesh.shape[axis]}" for axis in axes] + [
+        f"task.num_microbatches={num_microbatches}"
+    ]
+    below, above = batch_size // factor * factor, (batch_size // factor + 1) * factor
+    valid = ", ".join(str(v) for v in (below, above) if v > 0)
+    raise ValueError(
+        f"data.batch_size={batch_size}: must be a multiple of {factor} ({' * '.join(parts)}); "
+        f"nearest valid: {valid}"
+    )
+
+
+def make_constrain(mesh: Mesh, rules: ShardingRules) -> Constrain:
+    """`constrain(x, ('batch', 'length', 'embed'))` for activations inside a model.
+
+    The rows' axes are taken first, so `embed` of an activation stays whole where `fsdp` already cuts its
+    rows. A dim that does not divide stays whole: the batches of generation come in any size.
+    """
+    if mesh.size == 1:
+        return lambda x, logical: x
+
+    def constrain(x: jax.Array, logical: LogicalAxes) -> jax.Array:
+        # `fsdp` cuts rows of activations and `embed` of parameters; an activation's own width is never cut.
+        logical = tuple(None if name == "embed" else name for name in logical)
+        spec = _spec(logical, x.shape, mesh, rules, "activation", strict=False)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return constrain
+
+
+def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Sorted global indices [R] i64 of the rows that this process's devices hold, each once.
+
+    Where `tensor` crosses processes, several of them hold the same rows.
+    """
+    rows = np.zeros(batch_size, bool)
+    for index in sharding.addressable_devices_indices_map((batch_size,)).values():
+        assert index is not None
+        rows[index[0]] = True
+    return np.flatnonzero(rows)
+
+
+def place_batch(batch: TokenBatch, sharding: NamedSharding, batch_size: int) -> TokenBatch:
+    """Global arrays [batch_size, ...] from this process's rows, in the order of `process_rows`."""
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    rows = process_rows(sharding, batch_size)
+
+    def place(local: np.ndarray) -> jax.Array:
+        assert len(local) == len(rows), f"{len(local)} rows given, {len(rows)} to place"
+
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))  # a device's rows are consecutive among ours
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, block)
+
+    return jax.tree.map(place, batch)

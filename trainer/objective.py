@@ -1,0 +1,69 @@
+"""The contracts on which every phase stands.
+
+A phase is four choices: a loss, the frozen models that it reads, where its batches come from, and which
+parameters train. The first three are described here; the last is an optimizer mask or a parameter transform.
+
+Losses travel as a sum and a weight, never as a mean, so that they add up exactly over microbatches, devices, steps
+and hosts: the step differentiates the sum and divides once by the global weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from data.batch import TokenBatch
+from models.transformer import Apply
+
+Params = Any  # a nested dict of arrays
+Batch = TokenBatch  # any NamedTuple of arrays that share their leading batch dim
+
+
+class Mean(NamedTuple):
+    """A weighted mean that has not been divided yet."""
+
+    total: jax.Array
+    weight: jax.Array
+
+    def value(self) -> jax.Array:
+        """`total / weight`, and 0 where nothing was weighed."""
+        return self.total / jax.numpy.maximum(self.weight, 1e-9)
+
+
+class Objective(Protocol):
+    """What is minimised."""
+
+    def loss(
+        self, apply: Apply, params: Params, frozen: Mapping[str, Any], batch: Batch, rng: jax.Array | None
+    ) -> tuple[Mean, dict[str, Mean]]:
+        """Returns the loss to minimise and metrics beside it. `rng` is None in evaluation: no dropout."""
+        ...
+
+    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
+        """The batch as `jax.ShapeDtypeStruct`s: for plans, tests and input checks."""
+        ...
+
+
+@dataclass
+class ObjectiveConfig:
+    """Base of all objectives' configs."""
+
+    kind: str = ""
+
+    def build(self, token_bytes: np.ndarray | None) -> Objective:
+        """`token_bytes` [V] i32: how many bytes of text each token stands for, for bits per byte."""
+        raise TypeError(f"objective.kind={self.kind}: choose one with objective=NAME")
+
+
+class BatchSource(Protocol):
+    """Where batches come from. Offline data ignores the state; a rollout source samples with it."""
+
+    def next_batch(self, state: Any) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able position of the next batch."""
+        ...
+
+    def set_state(self, saved: dict[str, Any]) -> None: ...

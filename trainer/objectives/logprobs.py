@@ -1,0 +1,73 @@
+"""Log-probabilities of target tokens, without ever holding the logits of a whole batch.
+
+Shared by every objective. Logits [B, C, V] exist for C tokens of each row at a time, in the forward pass and
+again in the backward pass, where they are computed anew.
+
+Shape letters: B batch, L length, C chunk of the length, D model, V vocab.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models.transformer import Output
+
+
+class TokenLogprobs(NamedTuple):
+    """Per token, [B, L]."""
+
+    logprob: jax.Array  # f32: natural logarithm of the probability of the target
+    logsumexp: jax.Array  # f32: of the logits, for the z-loss
+    mean_logit: jax.Array  # f32: over the vocabulary, for label smoothing
+    correct: jax.Array  # bool: the target is the most probable token
+
+
+def _chunk_logprobs(
+    hidden_BCD: jax.Array, targets_BC: jax.Array, head_DV: jax.Array, soft_cap: float | None
+) -> TokenLogprobs:
+    # The cast stands inside, so that the head's gradient is summed over chunks in its own f32.
+    logits_BCV = jnp.einsum(
+        "BCD,DV->BCV", hidden_BCD, head_DV.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32
+    )
+    if soft_cap is not None:
+        logits_BCV = soft_cap * jnp.tanh(logits_BCV / soft_cap)
+    max_BC1 = jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1, keepdims=True))
+    logsumexp_BC = jnp.log(jnp.sum(jnp.exp(logits_BCV - max_BC1), axis=-1)) + max_BC1[..., 0]
+    # Compare and sum instead of a gather: it stays where the vocabulary is cut.
+    token_BCV = jax.lax.broadcasted_iota(targets_BC.dtype, logits_BCV.shape, 2)
+    target_BC = jnp.sum(jnp.where(token_BCV == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
+    # The first of equals wins, as in argmax, which is slow on CPUs.
+    first_BC = jnp.min(jnp.where(logits_BCV == max_BC1, token_BCV, logits_BCV.shape[-1]), axis=-1)
+    return TokenLogprobs(
+        target_BC - logsumexp_BC, logsumexp_BC, jnp.mean(logits_BCV, axis=-1), first_BC == targets_BC
+    )
+
+
+def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> TokenLogprobs:
+    """`chunk`: tokens of each row whose logits exist at once; a chunk of the whole length or more is no
+    chunking.
+    """
+    hidden_BLD, head_DV, soft_cap = output
+    length = targets_BL.shape[1]
+    if chunk >= length:
+        return _chunk_logprobs(hidden_BLD, targets_BL, head_DV, soft_cap)
+    num_chunks = -(-length // chunk)
+
+    def split(x: jax.Array) -> jax.Array:
+        """[B, L, ...] to [L / C, B, C, ...], with zeros at the end of the last chunk."""
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
+        return x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def body(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, TokenLogprobs]:
+        return None, _chunk_logprobs(*part, head_DV, soft_cap)
+
+    # A scan keeps its steps apart, so the barriers against merging the recomputation with the first pass are
+    # waste.
+    body = jax.checkpoint(body, prevent_cse=False)
+    _, parts = jax.lax.scan(body, None, (split(hidden_BLD), split(targets_BL)))
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(x.shape[1], num_chunks * chunk)[:, :length]
+
+    return jax.tree.map(join, parts)

@@ -1,0 +1,77 @@
+"""Cross entropy on the next token: pretraining and supervised fine-tuning, which differ in the mask only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.batch import DTYPES, TokenBatch
+from models.transformer import Apply
+from trainer.objective import Mean, ObjectiveConfig, Params
+from trainer.objectives.logprobs import token_logprobs
+
+
+@dataclass
+class NextTokenConfig(ObjectiveConfig):
+    """Its build checks the values."""
+
+    kind: str = "next_token"
+    z_loss: float = 0.0  # times the squared logsumexp of the logits, which keeps them near 0 (PaLM: 1e-4)
+    label_smoothing: float = 0.0  # share of the target's probability spread evenly over the vocabulary
+    loss_chunk: int = 128  # tokens of each row whose logits exist at once; the length or more: all
+
+    def build(self, token_bytes: np.ndarray | None) -> "NextToken":
+        """Raises: ValueError naming the key of a value that cannot be."""
+        if self.loss_chunk < 1:
+            raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1; nearest valid: 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 1"
+            )
+        if self.z_loss < 0:
+            raise ValueError(f"objective.z_loss={self.z_loss}: must not be negative; 0 turns it off")
+        return NextToken(self, token_bytes)
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Metrics beside the loss: `nll` (plain cross entropy), `accuracy`, and `bytes` per token where known."""
+
+    config: NextTokenConfig
+    token_bytes: np.ndarray | None  # [V] i32
+
+    def loss(
+        self,
+        apply: Apply,
+        params: Params,
+        frozen: Mapping[str, Any],
+        batch: TokenBatch,
+        rng: jax.Array | None,
+    ) -> tuple[Mean, dict[str, Mean]]:
+        output = apply(
+            params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids, rng=rng
+        )
+        tokens = token_logprobs(output, batch.targets, chunk=self.config.loss_chunk)
+        mask_BL = batch.loss_mask.astype(jnp.float32)
+        weight = jnp.sum(mask_BL)
+
+        def mean(values_BL: jax.Array) -> Mean:
+            return Mean(jnp.sum(values_BL * mask_BL), weight)
+
+        nll_BL = -tokens.logprob
+        loss_BL = nll_BL
+        if smoothing := self.config.label_smoothing:
+            uniform_BL = tokens.logsumexp - tokens.mean_logit
+            loss_BL = (1 - smoothing) * nll_BL + smoothing * uniform_BL
+        if self.config.z_loss:
+            loss_BL = loss_BL + self.config.z_loss * jnp.square(tokens.logsumexp)
+        metrics = {"nll": mean(nll_BL), "accuracy": mean(tokens.correct.astype(jnp.float32))}
+        if self.token_bytes is not None:
+            metrics["bytes"] = mean(jnp.asarray(self.token_bytes, jnp.float32)[batch.targets])
+        return mean(loss_BL), metrics
+
+    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
+        return TokenBatch(*(jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for dtype in DTYPES))

@@ -1,0 +1,376 @@
+"""The optimizers: a dataclass each, which gives the direction of an update; what they share is in `build`.
+
+    clip by global norm > direction > weight decay > rate of the role > learning rate > parameter average
+
+The learning rate is read from the step given to `update(..., step=)`, never from a counter hidden in the
+optimizer's state, so `reset=[optimizer]` and `reset=[step]` do what they say. Roles (`trainer/roles.py`) come
+from logical axes, so stacked layers are never taken for one matrix.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainer.factored import scale_by_factored_rms
+from trainer.roles import MatrixDims, Role, matrix_dims, param_roles
+from trainer.schedule import Schedule
+from trainer.soap import scale_by_soap
+from trainer.state import TrainState
+
+Params = Any  # a nested dict of arrays
+Tree = Any  # a tree in the shape of the parameters'
+
+DECAYED = (Role.matrix, Role.embedding, Role.head)
+
+
+@dataclass
+class OptimizerConfig:
+    """Base of all optimizers. Weight decay is decoupled, times the learning rate, and spares biases and norm
+    scales.
+    """
+
+    kind: str = ""
+    learning_rate: float = 1e-3  # peak; the schedule scales it
+    weight_decay: float = 0.1  # of matrices, embeddings and the head
+    clip_norm: float | None = 1.0  # global norm above which gradients are scaled down; null: off
+    ema_decay: float | None = None  # keep an average of the parameters, used in evaluation; null: off
+    role_learning_rates: dict[str, float] = field(default_factory=dict)  # by role; each 1 if not given
+
+    def build(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
+        """The transformation; its `update` needs `step=`. `param_axes`: the logical axes of each parameter.
+
+        Raises: ValueError naming the key of a value that cannot be.
+        """
+        self.check()
+        parts = [self.descend(schedule, param_axes)]
+        if self.clip_norm is not None:
+            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+        if self.ema_decay is not None:
+            parts.append(average_params(self.ema_decay))
+        return optax.with_extra_args_support(optax.chain(*parts))
+
+    def check(self) -> None:
+        roles = [role.name for role in Role]
+        for role, factor in self.role_learning_rates.items():
+            if role not in roles:
+                raise ValueError(
+                    f"optimizer.role_learning_rates.{role}={factor}: no such role; valid: {', '.join(roles)}"
+                )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(
+                f"optimizer.clip_norm={self.clip_norm}: must be above 0; null turns clipping off"
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"optimizer.ema_decay={self.ema_decay}: must be between 0 and 1, as 0.999; null turns it off"
+            )
+
+    def descend(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
+        """From clipped gradients to what is added to the parameters."""
+        roles = param_roles(param_axes)
+        return optax.chain(
+            self.direction(param_axes),
+            optax.add_decayed_weights(
+                self.weight_decay, mask=jax.tree.map(lambda role: role in DECAYED, roles)
+            ),
+            scale_by_rates(
+                schedule, jax.tree.map(lambda role: self.role_learning_rates.get(role.name, 1.0), roles)
+            ),
+        )
+
+    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+        """The update before weight decay and learning rate, pointing uphill."""
+        raise TypeError(f"optimizer.kind={self.kind}: choose one with optimizer=NAME")
+
+
+@dataclass
+class AdamWConfig(OptimizerConfig):
+    """Loshchilov and Hutter 2019."""
+
+    kind: str = "adamw"
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # added to the root of the latter
+
+    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+
+
+@dataclass
+class LionConfig(OptimizerConfig):
+    """Chen et al. 2023: the sign of a momentum. Wants a tenth of AdamW's rate and ten times its decay."""
+
+    kind: str = "lion"
+    learning_rate: float = 1e-4  # peak
+    weight_decay: float = 1.0  # of matrices, embeddings and the head
+    b1: float = 0.9  # weight of the momentum in the update
+    b2: float = 0.99  # decay of the momentum
+
+    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+        return optax.scale_by_lion(b1=self.b1, b2=self.b2)
+
+
+@dataclass
+class SgdConfig(OptimizerConfig):
+    """Gradient descent with momentum."""
+
+    kind: str = "sgd"
+    learning_rate: float = 0.1  # peak
+    weight_decay: float = 0.0  # of matrices, embeddings and the head
+    momentum: float = 0.9  # decay of the summed gradients; 0: none
+    nesterov: bool = False  # look one step ahead
+
+    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+        if self.momentum == 0:
+            return optax.identity()
+        return optax.trace(decay=self.momentum, nesterov=self.nesterov)
+
+
+@dataclass
+class AdafactorConfig(OptimizerConfig):
+    """Shazeer and Stern 2018: second moments as row and column means; clipping and scale per layer, not per
+    stack.
+    """
+
+    kind: str = "adafactor"
+    learning_rate: float = 0.01  # peak; relative to the size of the weights if scale_by_param
+    weight_decay: float = 0.0  # of matrices, embeddings and the head
+    decay_power: float = 0.8  # second moments forget as 1 - t ** -decay_power
+    clip_update: float = 1.0  # root mean square above which a layer's update is scaled down
+    scale_by_param: bool = True  # times the root mean square of the layer's weights
+    min_dim_to_factor: int = 128  # smaller matrices keep all second moments
+    eps: float = 1e-30  # added to squared gradients
+
+    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+        return scale_by_factored_rms(
+            param_axes,
+            decay_power=self.decay_power,
+            clip_update=self.clip_update,
+            scale_by_param=self.scale_by_param,
+            min_dim_to_factor=self.min_dim_to_factor,
+            eps=self.eps,
+        )
+
+
+@dataclass
+class MuonConfig(OptimizerConfig):
+    """Jordan et al. 2024: momentum made orthogonal, for the matrices of layers; the rest goes by AdamW."""
+
+    kind: str = "muon"
+    momentum: float = 0.95  # of the matrices
+    ns_steps: int = 5  # Newton-Schulz iterations
+    consistent_rms: float | None = 0.2  # size of updates, as AdamW's (Liu et al. 2025); null: Jordan's
+    b1: float = 0.9  # of AdamW
+    b2: float = 0.95  # of AdamW
+    eps: float = 1e-8  # of both
+
+    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+        dims = matrices_only(param_axes, _muon_dims)
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(
+                ns_steps=self.ns_steps, beta=self.momentum, eps=self.eps, weight_dimension_numbers=dims
+            ),
+            scale_by_size(matrices_only(param_axes, matrix_dims), self.consistent_rms),
+        )
+        return matrices_by(muon, optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
+
+
+@dataclass
+class SoapConfig(OptimizerConfig):
+    """Vyas et al. 2024: Adam in the eigenbasis of Shampoo, for the matrices of layers; the rest goes by
+    AdamW.
+    """
+
+    kind: str = "soap"
+    learning_rate: float = 3e-3  # peak
+    weight_decay: float = 0.01  # of matrices, embeddings and the head
+    b1: float = 0.95  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares, and of the preconditioners
+    eps: float = 1e-8  # added to the root of the former
+    precondition_frequency: int = 10  # updates between refreshed eigenbases
+    max_precond_dim: int = 10_000  # a side longer than this keeps its own basis
+
+    def check(self) -> None:
+        super().check()
+        for key in ("precondition_frequency", "max_precond_dim"):
+            if getattr(self, key) < 1:
+                raise ValueError(
+                    f"optimizer.{key}={getattr(self, key)}: must be at least 1; nearest valid: 1"
+                )
+
+    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+        soap = scale_by_soap(
+            matrices_only(param_axes, matrix_dims),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            frequency=self.precondition_frequency,
+            max_dim=self.max_precond_dim,
+        )
+        return matrices_by(soap, optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
+
+
+@dataclass
+class ScheduleFreeConfig(OptimizerConfig):
+    """Defazio et al. 2024: AdamW whose averaging replaces the decay of the rate. Use it with
+    schedule=constant.
+    """
+
+    kind: str = "schedule_free"
+    learning_rate: float = 2.5e-3  # peak
+    b1: float = 0.9  # how far gradients are taken towards the average
+    b2: float = 0.95  # decay of the mean of squared gradients
+    eps: float = 1e-8  # added to its root
+
+    def check(self) -> None:
+        super().check()
+        if self.ema_decay is not None:
+            raise ValueError(
+                f"optimizer.ema_decay={self.ema_decay}: optimizer=schedule_free has an average of its own; "
+                "set optimizer.ema_decay=null"
+            )
+        if not 0 < self.b1 < 1:
+            raise ValueError(f"optimizer.b1={self.b1}: must be between 0 and 1, as 0.9")
+
+    def descend(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
+        return schedule_free(super().descend(schedule, param_axes), schedule, b1=self.b1)
+
+    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+        return optax.scale_by_rms(decay=self.b2, eps=self.eps, eps_in_sqrt=False, bias_correction=True)
+
+
+def _muon_dims(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers:
+    dims = matrix_dims(axes)
+    return optax.contrib.MuonDimensionNumbers(dims.row_axes(), dims.col_axes(len(axes)))
+
+
+def matrices_only(param_axes: Tree, value: Any) -> Tree:
+    """`value(axes)` at each matrix, and optax's mark for 'not mine' at all else."""
+    return jax.tree.map(
+        lambda role, axes: value(axes) if role is Role.matrix else optax.MaskedNode(),
+        param_roles(param_axes),
+        param_axes,
+    )
+
+
+def matrices_by(
+    matrices: optax.GradientTransformation, others: optax.GradientTransformation, param_axes: Tree
+) -> optax.GradientTransformation:
+    """One transformation for the matrices of layers, another for all else."""
+    labels = jax.tree.map(lambda role: "matrix" if role is Role.matrix else "other", param_roles(param_axes))
+    return optax.partition({"matrix": matrices, "other": others}, labels)
+
+
+def scale_by_size(dims: Tree, consistent_rms: float | None) -> optax.GradientTransformation:
+    """Orthogonal [R, C] updates times sqrt(max(R, C)) * consistent_rms, or else times sqrt(max(1, C / R))."""
+
+    def scale(update: jax.Array, matrix: MatrixDims) -> jax.Array:
+        _, rows, cols = matrix.matrix_shape(update.shape)
+        size = max(1.0, cols / rows) if consistent_rms is None else max(rows, cols) * consistent_rms**2
+        return update * size**0.5
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, dims))
+
+
+def scale_by_rates(schedule: Schedule, factors: Tree) -> optax.GradientTransformationExtraArgs:
+    """Times minus the learning rate of `step`, times the factor of each parameter (a tree of floats)."""
+
+    def update(
+        updates: Tree, state: Any, params: Params = None, *, step: jax.Array, **_: Any
+    ) -> tuple[Tree, Any]:
+        rate = schedule(step)
+        return jax.tree.map(lambda u, factor: u * (-rate * factor).astype(u.dtype), updates, factors), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+class AverageState(NamedTuple):
+    count: jax.Array  # [] i32
+    average: Params  # f32
+
+
+def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
+    """Keeps `average = d * average + (1 - d) * params` of the updated parameters; changes no update.
+
+    d = min(decay, (1 + count) / (10 + count)): an average of 0.9999 would else hold on to the initial weights
+    for ten thousand updates (the rule of TensorFlow's ExponentialMovingAverage).
+    """
+
+    def init(params: Params) -> AverageState:
+        # A copy: the state and the parameters are donated together, and must not share a buffer.
+        return AverageState(
+            jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+        )
+
+    def update(
+        updates: Tree, state: AverageState, params: Params = None, **_: Any
+    ) -> tuple[Tree, AverageState]:
+        d = jnp.minimum(decay, (1.0 + state.count) / (10.0 + state.count))
+        new = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: a + (1 - d) * (p.astype(jnp.float32) - a), state.average, new)
+        return updates, AverageState(state.count + 1, average)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class ScheduleFreeState(NamedTuple):
+    inner: Any
+    z: Params  # the point that plain descent would have reached
+    weight_sum: jax.Array  # [] f32
+    max_rate: jax.Array  # [] f32
+    b1: jax.Array  # [] f32: kept, for the average is computed from it
+
+
+def schedule_free(
+    descent: optax.GradientTransformation, schedule: Schedule, *, b1: float
+) -> optax.GradientTransformationExtraArgs:
+    """Gradients are taken at y = (1 - b1) z + b1 x, where x is the average of z, weighed by squared rates.
+
+    The parameters are y; x is (y - (1 - b1) z) / b1, so only one copy is kept beside them. `optax.contrib`
+    has the same, but counts its own steps.
+    """
+    inner_update = optax.with_extra_args_support(descent).update
+
+    def init(params: Params) -> ScheduleFreeState:
+        zero = jnp.zeros((), jnp.float32)
+        return ScheduleFreeState(
+            descent.init(params), jax.tree.map(jnp.array, params), zero, zero, jnp.asarray(b1, jnp.float32)
+        )
+
+    def update(
+        updates: Tree, state: ScheduleFreeState, params: Params = None, *, step: jax.Array, **extra: Any
+    ) -> tuple[Tree, ScheduleFreeState]:
+        deltas, inner = inner_update(updates, state.inner, params, step=step, **extra)
+        max_rate = jnp.maximum(state.max_rate, schedule(step))
+        weight_sum = state.weight_sum + max_rate**2
+        share = max_rate**2 / jnp.maximum(weight_sum, 1e-30)
+        z = optax.apply_updates(state.z, deltas)
+
+        def move(y: jax.Array, z_old: jax.Array, z_new: jax.Array) -> jax.Array:
+            x_old = (y - (1 - b1) * z_old) / b1
+            x_new = (1 - share) * x_old + share * z_new
+            return b1 * x_new + (1 - b1) * z_new - y
+
+        moved = jax.tree.map(move, params, state.z, z)
+        return moved, ScheduleFreeState(inner, z, weight_sum, max_rate, jnp.asarray(b1, jnp.float32))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _average_of(state: ScheduleFreeState, params: Params) -> Params:
+    b1 = state.b1
+    return jax.tree.map(lambda y, z: ((y - (1 - b1) * z) / b1).astype(y.dtype), params, state.z)
+
+
+def eval_params(state: TrainState) -> Params:
+    """The parameters to evaluate, export and generate with: the average where the optimizer keeps one."""
+    kinds = (AverageState, ScheduleFreeState)
+    for found in jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(found, AverageState):
+            return jax.tree.map(lambda a, p: a.astype(p.dtype), found.average, state.params)
+        if isinstance(found, ScheduleFreeState):
+            return _average_of(found, state.params)
+    return state.params

@@ -1,0 +1,154 @@
+"""The learning rate as a function of the step: warm-up, then one of five shapes.
+
+Update s (the first is 0) uses `schedule(s)`. The warm-up rises as (s + 1) / (warmup_steps + 1), so that no
+update is wasted on a rate of zero, and update `warmup_steps` has the peak. All shapes end at `num_steps`, the
+warm-up included.
+"""
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+@dataclass
+class ScheduleConfig:
+    """Base of all schedules: `fraction` is what a subclass gives."""
+
+    kind: str = ""
+    warmup_steps: int = 100  # updates of linear warm-up; 0: none
+
+    def build(self, peak: float, num_steps: int) -> Schedule:
+        """`schedule(step) -> learning rate`. Raises: ValueError where the parts do not fit in `num_steps`."""
+        self.check(num_steps)
+
+        def schedule(step: jax.Array | int) -> jax.Array:
+            step = jnp.asarray(step, jnp.float32)
+            warmup = jnp.minimum(1.0, (step + 1) / (self.warmup_steps + 1))
+            return peak * jnp.where(step < self.warmup_steps, warmup, self.fraction(step, num_steps))
+
+        return schedule
+
+    def check(self, num_steps: int) -> None:
+        if not 0 <= self.warmup_steps <= num_steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.warmup_steps}: must be from 0 to task.num_steps={num_steps}, "
+                f"it is part of the run; nearest valid: {min(max(self.warmup_steps, 0), num_steps)}"
+            )
+
+    def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
+        """Share of the peak at `step >= warmup_steps`, f32."""
+        raise TypeError(f"schedule.kind={self.kind}: choose one with schedule=NAME")
+
+    def progress(self, step: jax.Array, num_steps: int) -> jax.Array:
+        """0 at the end of the warm-up, 1 at `num_steps` and after."""
+        return jnp.clip((step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1), 0.0, 1.0)
+
+
+def _check_fraction(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        nearest = min(max(value, 0), 1)
+        raise ValueError(f"schedule.{key}={value}: is a share, so from 0 to 1; nearest valid: {nearest}")
+
+
+@dataclass
+class ConstantConfig(ScheduleConfig):
+    """The peak, all along: for schedule-free optimizers and for trying things."""
+
+    kind: str = "constant"
+
+    def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
+        return jnp.ones_like(step)
+
+
+@dataclass
+class CosineConfig(ScheduleConfig):
+    """Half a cosine wave down to `final_fraction` (Loshchilov and Hutter 2017, without restarts)."""
+
+    kind: str = "cosine"
+    final_fraction: float = 0.1  # of the peak, at num_steps
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        _check_fraction("final_fraction", self.final_fraction)
+
+    def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
+        wave = 0.5 * (1 + jnp.cos(jnp.pi * self.progress(step, num_steps)))
+        return self.final_fraction + (1 - self.final_fraction) * wave
+
+
+@dataclass
+class LinearConfig(ScheduleConfig):
+    """A straight line down to `final_fraction`."""
+
+    kind: str = "linear"
+    final_fraction: float = 0.0  # of the peak, at num_steps
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        _check_fraction("final_fraction", self.final_fraction)
+
+    def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
+        return 1 - (1 - self.final_fraction) * self.progress(step, num_steps)
+
+
+class Decay(enum.Enum):
+    linear = "linear"
+    cosine = "cosine"
+    one_minus_sqrt = "one_minus_sqrt"  # 1 - sqrt(progress) (Haegele et al. 2024)
+
+
+@dataclass
+class WsdConfig(ScheduleConfig):
+    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM): a run can be prolonged from before its decay."""
+
+    kind: str = "wsd"
+    decay_fraction: float = 0.2  # of num_steps, at the end
+    decay_steps: int | None = None  # the same in updates; wins over decay_fraction
+    decay: Decay = Decay.linear  # shape of the decay
+    final_fraction: float = 0.0  # of the peak, at num_steps
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        _check_fraction("final_fraction", self.final_fraction)
+        _check_fraction("decay_fraction", self.decay_fraction)
+        most = num_steps - self.warmup_steps
+        if not 0 <= self._num_decay(num_steps) <= most:
+            key = "decay_fraction" if self.decay_steps is None else "decay_steps"
+            nearest = math.floor(1e4 * most / num_steps) / 1e4 if self.decay_steps is None else most
+            raise ValueError(
+                f"schedule.{key}={getattr(self, key)}: a decay of {self._num_decay(num_steps)} updates does "
+                f"not fit after schedule.warmup_steps={self.warmup_steps} in task.num_steps={num_steps}; "
+                f"nearest valid: {nearest}"
+            )
+
+    def _num_decay(self, num_steps: int) -> int:
+        return round(self.decay_fraction * num_steps) if self.decay_steps is None else self.decay_steps
+
+    def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
+        num_decay = self._num_decay(num_steps)
+        progress = jnp.clip((step - (num_steps - num_decay)) / max(num_decay, 1), 0.0, 1.0)
+        shape = {
+            Decay.linear: 1 - progress,
+            Decay.cosine: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+            Decay.one_minus_sqrt: 1 - jnp.sqrt(progress),
+        }[self.decay]
+        return self.final_fraction + (1 - self.final_fraction) * shape
+
+
+@dataclass
+class InverseSqrtConfig(ScheduleConfig):
+    """Falls as 1 / sqrt(step) after the warm-up (Vaswani et al. 2017); it knows no end, so a run can be
+    prolonged.
+    """
+
+    kind: str = "inverse_sqrt"
+
+    def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
+        first = max(self.warmup_steps, 1)
+        return jnp.sqrt(first / jnp.maximum(step, first))

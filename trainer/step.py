@@ -1,0 +1,124 @@
+"""One optimizer update as a pure function. Nothing here knows a phase, a model family or a mesh."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models.transformer import Apply
+from trainer.objective import Batch, Mean, Objective, Params
+from trainer.schedule import Schedule
+from trainer.state import TrainState
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Params, Mapping[str, Any], Batch], dict[str, Mean]]
+
+
+def make_train_step(
+    objective: Objective,
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int = 1,
+    schedule: Schedule | None = None,
+) -> TrainStep:
+    """`train_step(state, frozen, batch) -> (state, metrics)`, to be jitted once with `state` donated.
+
+    Metrics are f32 scalars: the objective's own as means, and `loss`, `tokens` (the loss's total weight),
+    `grad_norm` (before clipping), `param_norm` (before the update) and, with a schedule, `learning_rate`.
+    """
+    update = optax.with_extra_args_support(optimizer).update
+
+    def loss_sum(params: Params, frozen: Mapping[str, Any], batch: Batch, rng: jax.Array):
+        loss, metrics = objective.loss(apply, params, frozen, batch, rng)
+        return loss.total, _f32({"loss": loss, **metrics})
+
+    def train_step(state: TrainState, frozen: Mapping[str, Any], batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        grads, means = _accumulate(loss_sum, state.params, frozen, batch, rng, num_microbatches)
+        weight = means["loss"].weight
+        # One division by the weight of the whole batch: exact in tokens, however they fell on microbatches.
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9), grads)
+        updates, opt_state = update(grads, state.opt_state, state.params, step=state.step)
+        params = optax.apply_updates(state.params, updates)
+        # Where nothing is to be learnt, moments must not decay and weights must not drift.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(weight > 0, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        metrics = {name: mean.value() for name, mean in means.items()}
+        metrics |= {
+            "tokens": weight,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(state.params),
+        }
+        if schedule is not None:
+            metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        return replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def _accumulate(
+    loss_sum: Callable[..., tuple[jax.Array, dict[str, Mean]]],
+    params: Params,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+    rng: jax.Array,
+    num_microbatches: int,
+) -> tuple[Params, dict[str, Mean]]:
+    """Gradients of the summed loss, and the summed means, both in f32."""
+
+    def gradients(index: jax.Array | int, part: Batch) -> tuple[Params, dict[str, Mean]]:
+        grads, means = jax.grad(loss_sum, has_aux=True)(params, frozen, part, jax.random.fold_in(rng, index))
+        return _f32(grads), means
+
+    if num_microbatches == 1:
+        return gradients(0, batch)
+    parts = jax.tree.map(lambda x: split_rows(x, num_microbatches), batch)
+
+    def body(total: Any, indexed_part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients(*indexed_part)), None
+
+    shapes = jax.eval_shape(gradients, 0, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(num_microbatches), parts))
+    return total
+
+
+def split_rows(x: jax.Array, num_microbatches: int) -> jax.Array:
+    """[B, ...] to [M, B / M, ...]: microbatch m takes the rows m, M + m, 2M + m, ...
+
+    A device's rows are consecutive, so every microbatch still lies on all devices, and nothing moves between
+    them.
+    """
+    rows = x.shape[0]
+    if rows % num_microbatches:
+        below, above = (
+            rows // num_microbatches * num_microbatches,
+            (rows // num_microbatches + 1) * num_microbatches,
+        )
+        raise ValueError(
+            f"task.num_microbatches={num_microbatches}: does not divide the batch of {rows} rows; "
+            f"nearest valid data.batch_size: {', '.join(str(v) for v in (below, above) if v)}"
+        )
+    return x.reshape(rows // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+
+def make_eval_step(objective: Objective, apply: Apply) -> EvalStep:
+    """`eval_step(params, frozen, batch)`: means of one batch, `loss` among them; no dropout."""
+
+    def eval_step(params: Params, frozen: Mapping[str, Any], batch: Batch) -> dict[str, Mean]:
+        loss, metrics = objective.loss(apply, params, frozen, batch, None)
+        return _f32({"loss": loss, **metrics})
+
+    return eval_step
+
+
+def _f32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)

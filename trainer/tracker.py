@@ -1,0 +1,331 @@
+"""Where numbers go: the terminal and `metrics.jsonl` always, W&B and TensorBoard where they are asked for.
+
+Only process 0 has trackers. The JSONL file is the source of truth: each row is flushed as it is written, whereas W&B
+holds back its last rows in memory. A remote tracker that fails is named once and left out; it never ends a run.
+"""
+
+import enum
+import html
+import json
+import math
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+Metrics = Mapping[str, float]
+Say = Callable[[str], None]
+
+
+class Tracker(Protocol):
+    """One place that numbers go to."""
+
+    def log_config(self, config: Mapping[str, Any]) -> None: ...
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def log_text(self, step: int, name: str, text: str) -> None: ...
+
+    def log_image(self, step: int, name: str, path: Path) -> None: ...
+
+    def summary(self, values: Mapping[str, Any]) -> None: ...
+
+    def finish(self, exit_code: int = 0) -> None: ...
+
+
+class Silent:
+    """A tracker that does nothing; the others override what they can show."""
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        pass
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        pass
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        pass
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        pass
+
+    def finish(self, exit_code: int = 0) -> None:
+        pass
+
+
+@dataclass
+class TrackerConfig:
+    """Base of all trackers that are a choice."""
+
+    kind: str = ""
+
+    def build(self, *, run_folder: Path, run_name: str, start_step: int) -> Tracker:
+        raise ValueError(f"tracker.kind={self.kind}: choose trackers with tracker=[NAME,...]")
+
+
+class WandbMode(enum.Enum):
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class WandbConfig(TrackerConfig):
+    kind: str = "wandb"
+    project: str = "meshwright"
+    entity: str | None = None  # user or team; null: the account's default
+    group: str | None = None  # runs shown together
+    tags: list[str] = field(default_factory=list)
+    mode: WandbMode | None = None  # null: as WANDB_MODE says, else online
+
+    def build(self, *, run_folder: Path, run_name: str, start_step: int) -> Tracker:
+        return WandbTracker(self, run_folder=run_folder, run_name=run_name)
+
+
+@dataclass
+class TensorboardConfig(TrackerConfig):
+    kind: str = "tensorboard"
+    flush_seconds: int = 10  # at most so many seconds of points are lost to a kill
+
+    def build(self, *, run_folder: Path, run_name: str, start_step: int) -> Tracker:
+        return TensorboardTracker(run_folder / "tensorboard", flush_seconds=self.flush_seconds, start_step=start_step)
+
+
+class JsonlTracker(Silent):
+    """`metrics.jsonl`: one object a line, `step`, `time` (seconds since 1970) and metrics; null where not finite."""
+
+    def __init__(self, path: Path, *, start_step: int = 0):
+        """Rows of steps after `start_step`, which will be done again, and a line that a kill broke are dropped."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_rows(path, after=start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._file.flush()
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; lines that a kill broke are left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def drop_rows(path: Path, *, after: int) -> None:
+    """Leaves whole rows with `step <= after`, by one rename: a kill leaves the old file or the new one."""
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if row["step"] <= after]
+    half = path.with_name(path.name + ".tmp")
+    half.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(half, path)
+
+
+class WandbTracker(Silent):
+    """One W&B run for all starts of a run, by an id that is kept in the run's folder."""
+
+    def __init__(self, config: WandbConfig, *, run_folder: Path, run_name: str):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it looks up a host even when offline
+        import wandb
+
+        self._wandb = wandb
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            tags=list(config.tags) or None,
+            mode=config.mode.value if config.mode is not None else None,
+            name=run_name,
+            id=wandb_id(run_folder, run_name),
+            resume="allow",
+            dir=str(run_folder),
+            # The remote of a checkout may hold a password; our own environment.json has the commit.
+            settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True),
+        )
+        # Points are drawn at their own step: W&B drops those whose own counter goes back, as it does after a kill.
+        self._run.define_metric("train/step")
+        self._run.define_metric("*", step_metric="train/step")
+        self._run.define_metric("eval/loss", step_metric="train/step", summary="min")
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        self._run.config.update(without_secrets(config), allow_val_change=True)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log({**metrics, "train/step": step})
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        self._run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "train/step": step})
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        self._run.log({name: self._wandb.Image(str(path)), "train/step": step})
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(values))
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._run.finish(exit_code=exit_code)
+
+
+def wandb_id(run_folder: Path, run_name: str) -> str:
+    """The run's name and eight random characters, made at its first start and read at the later ones.
+
+    Not the name alone: another folder with a run of that name would go on in the W&B run of this one.
+    """
+    path = run_folder / "wandb" / "id"
+    if path.exists():
+        return path.read_text().strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', run_name)[:55]}-{secrets.token_hex(4)}"
+    half = path.with_name("id.tmp")
+    half.write_text(name)
+    os.replace(half, path)
+    return name
+
+
+_SECRET = re.compile(r"(^|_)(password|passwd|secret|api_key|access_key|access_token|auth_token|credentials?)$", re.I)
+
+
+def without_secrets(config: Any, key: str = "") -> Any:
+    """`config` with the values of keys that are named like secrets hidden."""
+    if isinstance(config, Mapping):
+        return {name: without_secrets(value, str(name)) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [without_secrets(value, key) for value in config]
+    return "***" if _SECRET.search(key) and config is not None else config
+
+
+class TensorboardTracker(Silent):
+    """Event files in `tensorboard/`, written without TensorFlow."""
+
+    def __init__(self, folder: Path, *, flush_seconds: int = 10, start_step: int = 0):
+        """Raises: ValueError where tensorboardX is not installed."""
+        try:
+            from tensorboardX import SummaryWriter
+            from tensorboardX.proto.summary_pb2 import Summary
+        except ImportError as error:
+            raise ValueError(
+                "tracker=tensorboard: needs tensorboardX; install it with: pip install -e '.[tensorboard]'"
+            ) from error
+        # Points at and after this step, drawn by a start that was killed, disappear from the plots.
+        purge = start_step + 1 if start_step else None
+        self._summary = Summary
+        self._writer = SummaryWriter(str(folder), flush_secs=flush_seconds, purge_step=purge)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        self._writer.add_text("config", f"```\n{json.dumps(without_secrets(config), indent=2, default=str)}\n```", 0)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        # One event for all: a call for each scalar takes milliseconds together.
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.file_writer.add_summary(self._summary(value=values), step)
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        self._writer.add_text(name, f"```\n{text}\n```", step)
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        from matplotlib.image import imread
+
+        self._writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._writer.add_text("summary", f"```\n{json.dumps(dict(values), indent=2, default=str)}\n```", 0)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._writer.close()
+
+
+class Trackers:
+    """Several trackers as one. Those of `optional` are left out, with one line, when they fail."""
+
+    def __init__(
+        self, always: Sequence[Tracker] = (), optional: Mapping[str, Tracker] | None = None, *, say: Say = print
+    ):
+        self._always = list(always)
+        self._optional = dict(optional or {})
+        self._say = say
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in self._always:
+            call(tracker)
+        for name, tracker in list(self._optional.items()):
+            try:
+                call(tracker)
+            except Exception as error:  # of any kind: the network's, the service's, the library's
+                del self._optional[name]
+                self._say(f"tracker {name} failed and is left out from here on: {_first_line(error)}")
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        self._each(lambda tracker: tracker.log_config(config))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._each(lambda tracker: tracker.log(step, metrics))
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        self._each(lambda tracker: tracker.log_text(step, name, text))
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        self._each(lambda tracker: tracker.log_image(step, name, path))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._each(lambda tracker: tracker.summary(values))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """To be called whatever happened: the last rows of some trackers are written only now. Twice is harmless."""
+        self._each(lambda tracker: tracker.finish(exit_code))
+        self._always, self._optional = [], {}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def build_trackers(
+    configs: Mapping[str, TrackerConfig],
+    *,
+    run_folder: Path,
+    run_name: str,
+    num_steps: int,
+    start_step: int = 0,
+    log_every: int = 10,
+    say: Say = print,
+) -> Trackers:
+    """The trackers of a run. To be called on every process; only process 0 gets any.
+
+    Raises: ValueError where a tracker is not installed. One that cannot be reached is named and left out.
+    """
+    import jax
+
+    from trainer.progress import ConsoleTracker
+
+    if jax.process_index() != 0:
+        return Trackers()
+    optional: dict[str, Tracker] = {}
+    for name, config in configs.items():
+        try:
+            optional[name] = config.build(run_folder=run_folder, run_name=run_name, start_step=start_step)
+        except ValueError:
+            raise
+        except Exception as error:  # no account, no network: the run goes on without
+            say(f"tracker {name} is left out: {_first_line(error)}")
+    jsonl = JsonlTracker(run_folder / "metrics.jsonl", start_step=start_step)
+    console = ConsoleTracker(run_name, num_steps=num_steps, start_step=start_step, log_every=log_every)
+    return Trackers([jsonl, console], optional, say=say)

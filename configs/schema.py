@@ -156,18 +156,18 @@ class RunConfig:
     step: int | None = None  # evaluate, generate, inspect: the checkpoint; null: the newest
     prompt: str | None = None  # generate: what to go on from
     format: Format = Format.table  # inspect, evaluate, runs: how to print
-    task: TaskConfig = field(default_factory=TrainConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)  # groups choose the classes from here on
     data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=SentencePieceConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=NextTokenConfig)
-    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
-    schedule: ScheduleConfig = field(default_factory=CosineConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sharding: ShardingRules = field(default_factory=ShardingRules)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trackers: dict[str, TrackerConfig] = field(default_factory=dict)
-    launcher: LauncherConfig = field(default_factory=LocalConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
 
 GROUPS: dict[str, dict[str, type]] = {

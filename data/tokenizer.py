@@ -351,3 +351,10 @@ class StreamDecoder:
         new = now[len(before) :]
         self.text += new
         return new
+
+    def flush(self) -> str:
+        """What is still held back, with U+FFFD for a character that never became whole."""
+        new = self.tokenizer.decode(self.ids[self.done :])
+        self.done = len(self.ids)
+        self.text += new
+        return new

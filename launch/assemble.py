@@ -4,8 +4,7 @@
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from configs.schema import RunConfig, TrainConfig
 from data.batch import TokenBatch
-from data.pipeline import OfflineSource, heldout_batches, mixture
-from data.prepare import Manifest, TokenCorpus, open_prepared, prepare_source
-from data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, save_tokenizer
+from data.pipeline import Mixture, OfflineSource, PackedRows, heldout_batches, source_seed
+from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder
+from data.sources import BadRecords
+from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from launch.run_folder import RunFolder
 from models.config import ModelConfig
-from models.cost import flops_per_token
+from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
+from trainer.checkpoint import Checkpointer
 from trainer.evaluate import evaluate_sources
 from trainer.mesh import (
     batch_sharding,
@@ -35,8 +36,261 @@ from trainer.mesh import (
     process_rows,
 )
 from trainer.objective import Objective, Params
-from trainer.optimizer import eval_params
 from trainer.state import TrainState, abstract_state, init_sharded_state
-from trainer.step import make_eval_step, make_train_step
+from trainer.step import EvalStep, TrainStep, make_eval_step, make_train_step
 
 Say = Callable[[str], None]
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def is_chief() -> bool:
+    """Process 0 alone writes files and speaks to the user."""
+    return jax.process_index() == 0
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The text of a run, as tokens."""
+
+    tokenizer: Tokenizer
+    manifests: dict[str, Manifest]
+    train: dict[str, TokenCorpus]
+    heldout: dict[str, TokenCorpus]  # of sources that have any
+
+    @property
+    def bad_records(self) -> dict[str, Any]:
+        """Input that could not be used, by source, file and reason."""
+        return {name: m.bad for name, m in self.manifests.items() if m.bad}
+
+
+def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
+    """The run's tokenizer: the one in its folder, else a new one, trained on its sources by process 0."""
+    found = load_tokenizer(folder.tokenizer)
+    if found is None and is_chief():
+        say(f"making the tokenizer: {config.tokenizer.kind}")
+        save_tokenizer(config.tokenizer.build(partial(_documents, config)), folder.tokenizer)
+    if found is None:
+        wait_for_all("tokenizer")
+        found = load_tokenizer(folder.tokenizer)
+    assert found is not None
+    return found
+
+
+def _documents(config: RunConfig) -> Iterator[str]:
+    """Documents of all sources in turns, so that a tokenizer that reads only the first of them sees every source."""
+    bad = BadRecords()  # counted when the source is prepared
+    streams = [
+        (document for unit in source.units() for document in source.read(unit, bad))
+        for source in config.data.sources.values()
+    ]
+    while streams:
+        for stream in list(streams):
+            document = next(stream, None)
+            if document is None:
+                streams.remove(stream)
+            else:
+                yield document
+
+
+def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
+    """Token shards of every source, made by process 0 where they are not there yet.
+
+    Raises: ValueError where a source has nothing to train on.
+    """
+    if not config.data.sources:
+        raise ValueError("source=[]: name at least one source, for example source=[text]")
+    tokenizer = get_tokenizer(config, folder, say)
+    root = Path(config.data.prepared or Path(config.runs) / "prepared")
+    if is_chief():
+        _prepare_all(config, tokenizer, root, say)
+    wait_for_all("prepared")
+    manifests = {}
+    for name, source in config.data.sources.items():
+        manifests[name] = prepare_source(source, tokenizer, prepared_folder(root, name, source, tokenizer))
+    train = {name: TokenCorpus(manifest, "train") for name, manifest in manifests.items()}
+    heldout = {name: TokenCorpus(manifest, "heldout") for name, manifest in manifests.items()}
+    heldout = {name: corpus for name, corpus in heldout.items() if corpus.num_tokens}
+    return Corpora(tokenizer, manifests, train, heldout)
+
+
+def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    console = Console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        for name, source in config.data.sources.items():
+            task = bar.add_task(f"tokenising {name}", total=None, note="")
+
+            def show(done: int, total: int, tokens: int, task: Any = task) -> None:
+                bar.update(task, completed=done, total=total, note=f"{tokens:,} tokens")
+
+            manifest = prepare_source(source, tokenizer, prepared_folder(root, name, source, tokenizer), show)
+            bad = sum(e["count"] for reasons in manifest.bad.values() for e in reasons.values())
+            said = f"; {bad:,} bad records left out, see summary.json" if bad else ""
+            documents, tokens = manifest.count("train", "documents"), manifest.count("train", "tokens")
+            held = manifest.count("heldout", "tokens")
+            say(f"source {name}: {documents:,} documents, {tokens:,} tokens, {held:,} held out{said}")
+
+
+# The core
+
+
+@dataclass(frozen=True)
+class Core:
+    """Model, objective, optimizer and mesh, with everything compiled from them; no weights yet."""
+
+    model: ModelConfig
+    mesh: Mesh
+    constrain: Constrain
+    apply: Apply
+    objective: Objective
+    train_step: TrainStep  # jitted, the state donated
+    eval_step: EvalStep
+    abstract: TrainState  # shapes and shardings
+    init_state: Callable[[], TrainState]
+    rows: np.ndarray  # of the global batch, that this process feeds
+    batch_size: int
+    sharding: NamedSharding  # of batches
+
+    def place(self, batch: TokenBatch) -> TokenBatch:
+        """This process's rows as part of the global batch."""
+        return place_batch(batch, self.sharding, self.batch_size)
+
+
+def model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The model with its vocabulary. Raises: ValueError where the tokenizer has more tokens than the model."""
+    model = config.model
+    if tokenizer is None or model.vocab_size >= tokenizer.vocab_size:
+        return model
+    if model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; "
+            "use at least as many, or 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
+    """Raises: ValueError where mesh, batch, model and optimizer do not go together."""
+    task = config.task if isinstance(config.task, TrainConfig) else TrainConfig()
+    model = model_config(config, tokenizer)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.data.batch_size, task.num_microbatches, mesh, config.sharding)
+    if model.position.name == "learned" and config.data.seq_len > model.max_seq_len:
+        raise ValueError(
+            f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "
+            "are learned; shorten it, or raise model.max_seq_len"
+        )
+    axes = param_axes(model)
+    shardings = param_shardings(axes, abstract_params(model), mesh, config.sharding)
+    schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
+    optimizer = config.optimizer.build(schedule, axes)
+    constrain = make_constrain(mesh, config.sharding)
+    apply = make_apply(model, constrain)
+    objective = config.objective.build(_token_bytes(model, tokenizer))
+    step = make_train_step(
+        objective, apply, optimizer, num_microbatches=task.num_microbatches, schedule=schedule
+    )
+    init = partial(init_params, model)
+    sharding = batch_sharding(mesh, config.sharding)
+    return Core(
+        model=model,
+        mesh=mesh,
+        constrain=constrain,
+        apply=apply,
+        objective=objective,
+        train_step=jax.jit(step, donate_argnums=0),
+        eval_step=jax.jit(make_eval_step(objective, apply)),
+        abstract=abstract_state(init, optimizer, param_shardings=shardings),
+        init_state=lambda: init_sharded_state(
+            init, optimizer, jax.random.key(config.seed), param_shardings=shardings
+        ),
+        rows=process_rows(sharding, config.data.batch_size),
+        batch_size=config.data.batch_size,
+        sharding=sharding,
+    )
+
+
+def _token_bytes(model: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray | None:
+    if tokenizer is None:
+        return None
+    sizes = tokenizer.token_bytes()
+    return np.pad(sizes, (0, model.vocab_size - len(sizes)))
+
+
+def build_source(config: RunConfig, corpora: Corpora, core: Core) -> OfflineSource:
+    """Batches of the mixture. Raises: ValueError where the run is longer than `data.epochs` allows."""
+    sources = config.data.sources
+    weights = {name: float(source.weight) for name, source in sources.items() if source.weight is not None}
+    mixture = Mixture(corpora.train, config.data, config.seed, weights or None)
+    task = config.task
+    if config.data.epochs is not None and isinstance(task, TrainConfig):
+        rows = mixture.num_rows(config.data.epochs)
+        if task.num_steps * core.batch_size > rows:
+            raise ValueError(
+                f"task.num_steps={task.num_steps}: {config.data.epochs:g} epochs hold only {rows:,} rows; "
+                f"nearest valid: {rows // core.batch_size}"
+            )
+    return OfflineSource(
+        mixture, batch_size=core.batch_size, slots=core.rows.tolist(), place=core.place, prefetch=config.data.prefetch
+    )
+
+
+def build_evaluation(config: RunConfig, corpora: Corpora, core: Core) -> Callable[[Params], dict[str, float]]:
+    """`evaluate(params)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held out."""
+    data = config.data
+    rows = {
+        name: PackedRows(corpus, seq_len=data.seq_len, packing=data.packing, seed=source_seed(config.seed, name))
+        for name, corpus in corpora.heldout.items()
+    }
+
+    def batches(packed: PackedRows) -> Iterator[TokenBatch]:
+        return heldout_batches(
+            packed,
+            batch_size=core.batch_size,
+            slots=core.rows.tolist(),
+            max_batches=data.eval_batches,
+            place=core.place,
+        )
+
+    def evaluate(params: Params) -> dict[str, float]:
+        return evaluate_sources(core.eval_step, params, {}, {name: batches(packed) for name, packed in rows.items()})
+
+    return evaluate
+
+
+# Runs that exist already
+
+
+def load_weights(reference: str, runs: str, abstract: Params, say: Say) -> tuple[Params, str]:
+    """Parameters of another run, `NAME`, `FOLDER` or either with `@STEP`, onto the shardings of `abstract`.
+
+    Raises: ValueError where there is no such run or its weights have other shapes.
+    """
+    name, _, step = reference.partition("@")
+    path = Path(name) if Path(name, "config.yaml").exists() else Path(runs, name)
+    if not (path / "config.yaml").exists():
+        raise ValueError(f"init_from={reference}: there is no run in {path}; give a run's name or folder")
+    if step and not step.isdigit():
+        raise ValueError(f"init_from={reference}: {step!r} is no step; give NAME@STEP")
+    with Checkpointer(path / "checkpoints", read_only=True, say=say) as checkpointer:
+        at = int(step) if step else checkpointer.latest_whole()
+        if at is None:
+            raise ValueError(f"init_from={reference}: {path} has no checkpoint")
+        try:
+            return checkpointer.restore_params(at, abstract), f"{path.name}, step {at}"
+        except ValueError as error:
+            raise ValueError(f"init_from={reference}: {error}") from error
+

@@ -7,7 +7,7 @@ Shape letters: B batch, L length, S slots, V vocab.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -122,40 +122,49 @@ class _Rows(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _programs(key: "_Hashable"):
+def _programs(program: "_Program"):
     """Jitted prefill and one-token turn for a model and its sampling; their shapes are bucketed by the caller."""
-    config, sampling, constrain, eos_id = key.config, key.sampling, key.constrain, key.eos_id
+    config, sampling, constrain, vocab_size, num_slots = program
 
-    @partial(jax.jit, donate_argnums=3)
-    def start(params, tokens_BL, lengths_B, cache):
-        logits_BV, cache = prefill(params, tokens_BL, lengths_B, cache, config=config, constrain=constrain)
+    @jax.jit
+    def start(params, tokens_BL, lengths_B) -> _Rows:
         B, L = tokens_BL.shape
+        cache = init_cache(config, B, num_slots)
+        logits_BV, cache = prefill(params, tokens_BL, lengths_B, cache, config=config, constrain=constrain)
         real = jnp.arange(L)[None] < lengths_B[:, None]
         seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], tokens_BL].max(real)
         return _Rows(logits_BV, lengths_B, seen_BV, cache)
 
     @partial(jax.jit, donate_argnums=1)
-    def turn(params, rows: _Rows, keys_B):
-        # A row's stream of random numbers is its own: folded with how many tokens it has, not with the turn.
-        draw = jax.vmap(jax.random.fold_in)(keys_B, rows.lengths_B)
-        tokens_B, logprobs_B = sample(rows.logits_BV, draw, rows.seen_BV, sampling)
-        seen_BV = rows.seen_BV.at[jnp.arange(tokens_B.shape[0]), tokens_B].set(True)
+    def turn(params, rows: _Rows, seed: jax.Array) -> tuple[_Rows, jax.Array, jax.Array]:
+        # A row's stream of random numbers is its own: of its place and of how many tokens it has.
+        B = rows.lengths_B.shape[0]
+        key = lambda row, length: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), length)  # noqa: E731
+        keys_B = jax.vmap(key)(jnp.arange(B), rows.lengths_B)
+        logits_BV = jnp.where(jnp.arange(config.vocab_size)[None] < vocab_size, rows.logits_BV, -jnp.inf)
+        tokens_B, logprobs_B = sample(logits_BV, keys_B, rows.seen_BV, sampling)
+        seen_BV = rows.seen_BV.at[jnp.arange(B), tokens_B].set(True)
         logits_BV, cache = decode_step(
             params, tokens_B, rows.lengths_B, rows.cache, config=config, constrain=constrain
         )
+        # Every process reads the tokens, so they lie on all devices.
+        tokens_B, logprobs_B = constrain(tokens_B, (None,)), constrain(logprobs_B, (None,))
         return _Rows(logits_BV, rows.lengths_B + 1, seen_BV, cache), tokens_B, logprobs_B
 
     return start, turn
 
 
-class _Hashable(NamedTuple):
+class _Program(NamedTuple):
+    """What a compiled program depends on. Configs are not hashable, so their text stands for them."""
+
     config: ModelConfig
     sampling: SamplingConfig
     constrain: Constrain
-    eos_id: int | None
+    vocab_size: int
+    num_slots: int
 
     def __hash__(self) -> int:
-        return hash((repr(self.config), repr(self.sampling), self.constrain, self.eos_id))
+        return hash((repr(self.config), repr(self.sampling), self.constrain, self.vocab_size, self.num_slots))
 
 
 def generate(
@@ -165,13 +174,13 @@ def generate(
     sampling: SamplingConfig,
     *,
     eos_id: int | None,
+    vocab_size: int | None = None,
     constrain: Constrain = no_constraint,
     on_token: Callable[[int, int], bool] | None = None,
-    to_host: Callable[[jax.Array], np.ndarray] = np.asarray,
 ) -> list[Completion]:
     """Completions of prompts of any lengths, all at once.
 
-    `on_token(row, token)` sees every token as it comes (not EOS) and may return True to stop that row: for stop
+    `vocab_size`: tokens that there are, where the model's rows are padded beyond them. `on_token(row, token)` sees every token as it comes (not EOS) and may return True to stop that row: for stop
     texts and for streaming. Prompt and completion must fit into learned positions.
     Raises: ValueError for an empty prompt, or one that leaves no room.
     """
@@ -184,22 +193,21 @@ def generate(
     if room < 1:
         raise ValueError(f"prompt: {longest} tokens leave no room in model.max_seq_len={config.max_seq_len}")
     num_new = min(sampling.max_new_tokens, room)
-    B, L = len(prompts), _bucket(longest)
+    B, L = len(prompts), min(_bucket(longest), limit)
+    # NumPy arrays: the same on every process, wherever the parameters lie.
     tokens_BL = np.zeros((B, L), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BL[row, : len(prompt)] = prompt
-    lengths_B = jnp.asarray([len(p) for p in prompts], jnp.int32)
-    if config.position is Position.learned:
-        tokens_BL = tokens_BL[:, : config.max_seq_len]
-    start, turn = _programs(_Hashable(config, sampling, constrain, eos_id))
-    cache = init_cache(config, B, _bucket(longest + num_new))
-    rows = start(params, jnp.asarray(tokens_BL), lengths_B, cache)
-    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(sampling.seed), i))(jnp.arange(B))
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    num_slots = max(_bucket(longest + num_new), L)
+    kept = replace(sampling, seed=0, max_new_tokens=1)  # neither changes the program
+    start, turn = _programs(_Program(config, kept, constrain, vocab_size or config.vocab_size, num_slots))
+    rows, seed = start(params, tokens_BL, lengths_B), np.uint32(sampling.seed)
     done = [Completion() for _ in prompts]
     active = [True] * B
     for _ in range(num_new):
-        rows, tokens_B, logprobs_B = turn(params, rows, keys_B)
-        tokens, logprobs = to_host(tokens_B), to_host(logprobs_B)
+        rows, tokens_B, logprobs_B = turn(params, rows, seed)
+        tokens, logprobs = np.asarray(tokens_B), np.asarray(logprobs_B)
         for row in range(B):
             if not active[row]:
                 continue

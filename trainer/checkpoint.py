@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, whole or not at all, checked byte for byte before they are used.
+"""Checkpoints of a run: written in the background, whole or not at all, checked before they are used.
 
     checkpoints/STEP/state       params, opt_state, step and rng: Orbax, sharded, restored onto any mesh
                     /source      JSON: the position of the next batch
@@ -7,8 +7,9 @@
                     /extra       JSON: what hooks remember, such as the patience of early stopping
                     /digests.json  SHA-256 of every file above
 
-Orbax restores a flipped bit in a data file without a word, so the digests are made of the finished files, inside the
-temporary folder, just before the one rename that commits it: a committed step is never without them.
+Orbax restores a flipped bit in a data file without a word, so the digests are made of the finished files,
+inside the temporary folder, just before the one rename that commits it: a committed step is never without
+them.
 """
 
 import base64
@@ -82,7 +83,9 @@ def _retention(config: CheckpointConfig) -> AnyPreservationPolicy:
         policies.append(EveryNSteps(config.keep_every))
     if config.keep_best:
         # BestN keeps the end of its sorted list, so that the lowest loss needs the reverse order.
-        policies.append(BestN(get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+        policies.append(
+            BestN(get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        )
     return AnyPreservationPolicy(policies)
 
 
@@ -112,7 +115,7 @@ class Checkpointer:
     def _open_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_retention(self.config),
-            best_fn=_loss_of,  # without it Orbax does not write the metrics that the policy reads after a restart
+            best_fn=_loss_of,  # else Orbax does not write the metrics that the policy reads after a restart
             best_mode="min",
             cleanup_tmp_directories=True,
             # A copy of a step in a later run must not look older or newer by its metadata alone.
@@ -136,7 +139,7 @@ class Checkpointer:
             self._manager = None
 
     def wait(self) -> None:
-        """Returns when the last `save` is committed. Raises what went wrong in the background, if anything."""
+        """Returns when the last `save` is committed; raises what went wrong in the background."""
         if self._manager is not None:
             self._manager.wait_until_finished()
 
@@ -155,7 +158,8 @@ class Checkpointer:
     ) -> None:
         """Copies `state` to the host and writes it in the background; `state` may be donated right after.
 
-        Waits for the save before it. `metrics["loss"]` is the evaluation loss at this step, where there is one.
+        Waits for the save before it. `metrics["loss"]` is the evaluation loss at this step, where there is
+        one.
         Raises: ValueError where `step` is there already.
         """
         assert self._manager is not None, "a read-only or closed Checkpointer cannot save"
@@ -181,13 +185,13 @@ class Checkpointer:
             self.wait()
 
     def _before_commit(self) -> None:
-        """Called by Orbax in its thread on process 0, when every process has written and before the rename."""
+        """Called by Orbax, in its thread on process 0, when all have written and before the rename."""
         assert self._saving is not None
         temporary = sorted(self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         write_digests(temporary[-1] if temporary else self.folder / str(self._saving))
 
     def set_aside_newer(self, step: int) -> list[int]:
-        """Moves checkpoints of later steps away, as `STEP.superseded`: the run is about to do those steps anew.
+        """Moves checkpoints of later steps away, as `STEP.superseded`: those steps will be done anew.
 
         Returns: the steps that were moved.
         """
@@ -219,7 +223,10 @@ class Checkpointer:
 
     def best(self) -> int | None:
         """The step of the lowest evaluation loss among those that are there and have one."""
-        losses = {step: _loss_of(_read_json(self.folder / str(step) / "metrics" / "metrics")) for step in self.steps()}
+        losses = {
+            step: _loss_of(_read_json(self.folder / str(step) / "metrics" / "metrics"))
+            for step in self.steps()
+        }
         known = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         return min(known, key=lambda step: (known[step], step)) if known else None
 
@@ -257,7 +264,9 @@ class Checkpointer:
             return None
         folder = self.folder / str(step)
         if not (folder / DIGESTS).exists():
-            self.say(f"checkpoint of step {step} carries no digests, so its files cannot be checked; using it as it is")
+            self.say(
+                f"checkpoint of step {step} carries no digests, so nothing can be checked; using it as it is"
+            )
             return None
         return find_damage(folder)
 
@@ -276,22 +285,28 @@ class Checkpointer:
 
         if _by_process_0(look):
             detail = found[0] if found else "process 0 names the file"
-            raise ValueError(f"step={step}: this checkpoint is damaged: {detail}; others: {', '.join(map(str, steps))}")
+            raise ValueError(
+                f"step={step}: this checkpoint is damaged: {detail}; others: {', '.join(map(str, steps))}"
+            )
         self._verified.add(step)
 
     def restore(self, step: int | None, abstract_state: State) -> Restored[State]:
         """The whole state, onto the shardings of `abstract_state` (a tree of `jax.ShapeDtypeStruct`).
 
-        The mesh and the number of processes may differ from those that saved it. Without a step, the newest whole one.
-        Raises: ValueError where there is none, where an explicit one is damaged, or where it holds another structure.
+        The mesh and the number of processes may differ from those that saved it. Without a step, the newest
+        whole one.
+        Raises: ValueError where there is none, where an explicit one is damaged, or where it holds another
+        structure.
         """
         chosen = self._checked(step)
         wanted = _as_dict(abstract_state)
         got = self._read(chosen, wanted, whole=True)
         return Restored(chosen, dataclasses.replace(abstract_state, **got))  # type: ignore[type-var]
 
-    def restore_params(self, step: int | None, abstract_params: Tree, *, within: tuple[str | int, ...] = ("params",)) -> Tree:
-        """Only the parameters, cast to the dtypes of `abstract_params`; nothing else of the checkpoint is read.
+    def restore_params(
+        self, step: int | None, abstract_params: Tree, *, within: tuple[str | int, ...] = ("params",)
+    ) -> Tree:
+        """Only the parameters, cast to the dtypes of `abstract_params`; nothing else is read.
 
         `within` is the path to another tree of the same shape, such as an average inside the optimizer state.
         """
@@ -313,14 +328,16 @@ class Checkpointer:
         return newest
 
     def _read(self, step: int, wanted: Tree, *, whole: bool) -> Tree:
-        """The part `wanted` of the state of `step`; `whole`: the state must hold nothing else, of the same dtypes."""
+        """The part `wanted` of the state of `step`; `whole`: nothing else may be there, nor other dtypes."""
         raw = jax.tree.map(_raw_spec, wanted)
         folder = epath.Path(self.folder / str(step) / "state")
         reader = ocp.PyTreeCheckpointHandler()
         stored = reader.metadata(folder).tree
         if not whole:  # optax states are tuples, which Orbax stores, and restores in part, as lists
             raw = _shaped_like(stored, raw)
-        _refuse_other_structure(f"step {step} of {self.folder}", leaf_paths(stored), leaf_paths(raw), whole=whole)
+        _refuse_other_structure(
+            f"step {step} of {self.folder}", leaf_paths(stored), leaf_paths(raw), whole=whole
+        )
         restore_args = ocp.checkpoint_utils.construct_restore_args(raw)
         args = ocp.args.PyTreeRestore(item=raw, restore_args=restore_args, partial_restore=not whole)
         got = reader.restore(folder, args=args)
@@ -357,7 +374,7 @@ def _set_aside(folder: Path, why: str) -> None:
 
 
 def _by_process_0(ask: Callable[[], int]) -> int:
-    """What process 0 answers, on every process: files may look different, or not be there, from the others."""
+    """What process 0 answers, on every process: the others may see other files, or none."""
     if jax.process_count() == 1:
         return ask()
     failed = -(2**31)
@@ -389,20 +406,26 @@ def _typed_again(spec: Any, array: jax.Array) -> jax.Array:
     if not is_key(spec):
         return array
     kinds: list[Any] = []  # the kind of key is told by tracers, but not by a ShapeDtypeStruct
-    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+    jax.eval_shape(
+        lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+    )
     return jax.random.wrap_key_data(array, impl=kinds[0])
 
 
 def _shaped_like(stored: Tree, wanted: Tree) -> Tree:
     """`wanted`, with lists (None where nothing is asked) wherever the checkpoint stores a list."""
     if isinstance(stored, list | tuple) and isinstance(wanted, dict):
-        return [_shaped_like(part, wanted[str(i)]) if str(i) in wanted else None for i, part in enumerate(stored)]
+        return [
+            _shaped_like(part, wanted[str(i)]) if str(i) in wanted else None for i, part in enumerate(stored)
+        ]
     if isinstance(stored, dict) and isinstance(wanted, dict):
         return {name: _shaped_like(stored.get(name), part) for name, part in wanted.items()}
     return wanted
 
 
-def _refuse_other_structure(where: str, saved: dict[str, Any], wanted: dict[str, Any], *, whole: bool) -> None:
+def _refuse_other_structure(
+    where: str, saved: dict[str, Any], wanted: dict[str, Any], *, whole: bool
+) -> None:
     problems = [f"{name} is missing there" for name in wanted if name not in saved]
     if whole:
         problems += [f"{name} is there and unknown here" for name in saved if name not in wanted]
@@ -415,6 +438,6 @@ def _refuse_other_structure(where: str, saved: dict[str, Any], wanted: dict[str,
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"{where} was saved by another model or optimizer: {'; '.join(sorted(problems)[:3])}{more}; set the "
-            "config back to that of the checkpoint, or begin another run"
+            f"{where} was saved by another model or optimizer: {'; '.join(sorted(problems)[:3])}{more}; "
+            "set the config back to that of the checkpoint, or begin another run"
         )

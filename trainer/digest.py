@@ -1,4 +1,4 @@
-"""SHA-256 of what was written and of what is in memory: damage is found, and equal states are seen to be equal."""
+"""SHA-256 of what was written and of what is in memory: damage is found, equal states are seen as equal."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ def key_data(leaf: Any) -> Any:
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:
-    """Leaves by path, such as `params.layers.mlp.up`: alike for dicts, NamedTuples and what Orbax makes of them."""
+    """Leaves by path (`params.layers.mlp.up`), alike for NamedTuples and what Orbax makes of them."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 
@@ -80,8 +80,8 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
 def state_hash(tree: Any) -> str:
     """SHA-256 over all leaves, in the order of their paths: path, dtype, shape, little-endian bytes.
 
-    The same for the same values on any mesh and any number of processes, all of which must call it. One leaf at a
-    time is gathered to the host.
+    The same for the same values on any mesh and any number of processes, all of which must call it. One leaf
+    at a time is gathered to the host.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(leaf_paths(tree).items()):

@@ -25,14 +25,14 @@ _WRITE_EVERY = 5.0  # seconds between writes of the ledger's file
 class Ledger:
     """Every second of this process belongs to one category: that of the innermost open phase, else `other`.
 
-    With a `path` (process 0), the seconds of earlier starts are read from it and this start is written to it every
-    few seconds, so that a kill loses little of the account.
+    With a `path` (process 0), the seconds of earlier starts are read from it and this start is written to it
+    every few seconds, so that a kill loses little of the account.
     """
 
     def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.monotonic):
         self.path = path
         self._clock = clock
-        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._seconds: dict[str, float] = {name: 0.0 for name in CATEGORIES}
         self._stack: list[str] = []
         self._begin = self._mark = clock()
         self._written = -float("inf")
@@ -105,7 +105,7 @@ class Ledger:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Seconds by category over all starts; `total` is their sum, in which the time between starts is not."""
+        """Seconds by category over all starts, and their sum: the time between starts is not in it."""
         self._settle()
         starts = [*self._earlier, self._this_start()]
         seconds = {name: sum(s["seconds"].get(name, 0.0) for s in starts) for name in CATEGORIES}
@@ -122,16 +122,25 @@ class Ledger:
         """The summary for people, the largest first."""
         summary = self.summary()
         total, starts = summary["total"], summary["starts"]
-        lines = [f"how the wall-clock was spent: {duration(total)}" + (f" in {starts} starts" if starts > 1 else "")]
+        lines = [
+            f"how the wall-clock was spent: {duration(total)}"
+            + (f" in {starts} starts" if starts > 1 else "")
+        ]
         for name, seconds in sorted(summary["seconds"].items(), key=lambda item: -item[1]):
             share = seconds / total if total > 0 else 0.0
             if share >= 0.0005:
                 word = _WORDS.get(name, name)
-                lines.append(f"  {word:<17} {duration(seconds):>10} {share:7.1%}  {'█' * round(30 * share)}")
+                bar = "█" * round(30 * share)
+                lines.append(f"  {word:<17} {duration(seconds):>10} {share:7.1%}  {bar}".rstrip())
         return "\n".join(lines)
 
 
-_WORDS = {"step": "training", "data_preparation": "data preparation", "data_wait": "waiting for data", "lost": "lost to kills"}
+_WORDS = {
+    "step": "training",
+    "data_preparation": "data preparation",
+    "data_wait": "waiting for data",
+    "lost": "lost to kills",
+}
 
 
 def duration(seconds: float) -> str:

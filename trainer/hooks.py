@@ -1,11 +1,11 @@
 """What happens between steps: evaluate, save, sample, profile, stop.
 
-A hook is called with `(step, state, source)` after `step` updates, before the next batch is taken. The order in which
-a run lists its hooks is its meaning: evaluate, sample, save, then the ones that stop, which save first themselves, so
-that whatever ends a run leaves a checkpoint of its last step.
+A hook is called with `(step, state, source)` after `step` updates, before the next batch is taken. The order
+in which a run lists its hooks is its meaning: evaluate, sample, save, then the ones that stop, which save
+first themselves, so that whatever ends a run leaves a checkpoint of its last step.
 
-`get_state(step)` and `set_state(saved)` are what a hook remembers across a restart; `save_every` puts it into the
-checkpoint. A hook that has done its work at a step does not do it again when a run resumes at that step.
+`get_state(step)` and `set_state(saved)` are what a hook remembers across a restart; `save_every` puts it into
+the checkpoint. A hook that has done its work at a step does not do it again when a run resumes at that step.
 """
 
 import math
@@ -110,7 +110,7 @@ class SaveEvery:
         evaluation: EvaluateEvery | None = None,
         on_saved: Callable[[int, float], None] | None = None,
     ):
-        """`config`: what is written beside the arrays. `remembers`: whose state goes into the checkpoint, by name.
+        """`config`: what is written beside the arrays. `remembers`: whose state goes with it, by name.
 
         `on_saved(step, seconds)` is told how long training stood still.
         """
@@ -210,8 +210,12 @@ class EarlyStopping:
             raise StopTraining(STOPPED_EARLY)
 
     def get_state(self, step: int) -> dict[str, Any]:
-        self.look()  # the checkpoint of a step knows the evaluation of that step, though this hook comes later
-        return {"best": self._best if math.isfinite(self._best) else None, "bad": self._bad, "seen": self._seen}
+        self.look()  # a checkpoint knows the evaluation of its own step, though this hook comes later
+        return {
+            "best": self._best if math.isfinite(self._best) else None,
+            "bad": self._bad,
+            "seen": self._seen,
+        }
 
     def set_state(self, saved: Mapping[str, Any]) -> None:
         self._best = math.inf if saved["best"] is None else float(saved["best"])
@@ -219,10 +223,10 @@ class EarlyStopping:
 
 
 class StopOnSignal(AbstractContextManager["StopOnSignal"]):
-    """Turns SIGTERM and Ctrl-C into a checkpoint and a clean end before the next step; a second one ends it at once.
+    """Turns SIGTERM and Ctrl-C into a checkpoint and a clean end; a second one ends the process at once.
 
-    Among several processes, JAX's own service owns SIGTERM and makes all of them agree on the step; Ctrl-C is passed
-    on to it. The handlers of before are put back on leaving the context.
+    Among several processes, JAX's own service owns SIGTERM and makes all of them agree on the step; Ctrl-C is
+    passed on to it. The handlers of before are put back on leaving the context.
     """
 
     def __init__(self, save: Save):

@@ -1,10 +1,10 @@
 """Numbers derived from a step: what is logged, under which names, and by which conventions.
 
-`perf/tokens_per_second` counts the positions of the global batch, padding included, for the machine computes them
-all. `perf/mfu` is model FLOP/s over peak FLOP/s: the FLOPs that the architecture needs for a forward and a backward
-pass (`models/cost.py` states how they are counted; recomputation under remat is not counted), over the dense bf16
-peak of all devices. For a CPU, which publishes no such figure, the peak is that of a large matrix product, measured
-at start-up in the dtype of the run.
+`perf/tokens_per_second` counts the positions of the global batch, padding included, for the machine computes
+them all. `perf/mfu` is model FLOP/s over peak FLOP/s: the FLOPs that the architecture needs for a forward and
+a backward pass (`models/cost.py` states how they are counted; recomputation under remat is not counted), over
+the dense bf16 peak of all devices. For a CPU, which publishes no such figure, the peak is that of a large
+matrix product, measured at start-up in the dtype of the run.
 """
 
 import math
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 LN2 = math.log(2.0)
 
-# Dense bf16 peak in TFLOP/s for what JAX calls one device, by a part of `device_kind`; from the vendors' data sheets.
+# Dense bf16 peak in TFLOP/s of what JAX calls one device, by a part of `device_kind`: vendors' data sheets.
 PEAK_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -60,12 +60,12 @@ class Peak:
 
 
 def published_peak(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one device, or None where it is not in the table. The longest matching name wins."""
+    """Dense bf16 FLOP/s of one device; None where it is not in the table. The longest matching name wins."""
     names = [name for name in PEAK_TFLOPS if name.lower() in device_kind.lower()]
     return PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else None
 
 
-def measure_matmul(dtype: str = "float32", size: int = 1024, seconds: float = 0.15) -> float:
+def measure_matmul(dtype: str = "float32", size: int = 1024, seconds: float = 0.25) -> float:
     """FLOP/s of a `size`^3 matrix product with f32 accumulation on one local device: the best of many."""
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
@@ -79,7 +79,7 @@ def measure_matmul(dtype: str = "float32", size: int = 1024, seconds: float = 0.
 
 
 def peak(dtype: str = "bfloat16") -> Peak:
-    """The peak of all devices of the run; `dtype` is that of its matrix products and matters on a CPU only."""
+    """The peak of all devices of the run; `dtype`, of its matrix products, matters on a CPU only."""
     device = jax.devices()[0]
     known = published_peak(device.device_kind)
     if known is not None:
@@ -87,7 +87,9 @@ def peak(dtype: str = "bfloat16") -> Peak:
         return Peak(known * jax.device_count(), text)
     if device.platform == "cpu":
         measured = measure_matmul(dtype)  # fake devices and local processes share the cores: one peak for all
-        return Peak(measured, f"MFU: against {measured / 1e9:,.0f} GFLOP/s, a {dtype} matrix product measured here")
+        return Peak(
+            measured, f"MFU: against {measured / 1e9:,.0f} GFLOP/s, a {dtype} matrix product measured here"
+        )
     return Peak(0.0, f"MFU: not reported, the peak of {device.device_kind} is not known")
 
 
@@ -101,7 +103,7 @@ def perplexity(nll: float) -> float:
 
 
 def memory() -> dict[str, float]:
-    """The peak on the fullest local device; where devices do not tell, the resident memory of this process."""
+    """The peak on the fullest local device; where devices do not tell, what this process occupies."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
@@ -114,7 +116,12 @@ def memory() -> dict[str, float]:
 
 
 # The loop's words for where a step's seconds went, and the names under which they are logged.
-_TIMES = {"step": "step_time", "dispatch": "dispatch_time", "device_wait": "device_time", "hooks": "hook_time"}
+_TIMES = {
+    "step": "step_time",
+    "dispatch": "dispatch_time",
+    "device_wait": "device_time",
+    "hooks": "hook_time",
+}
 
 
 class TrainMetrics:
@@ -140,12 +147,18 @@ class TrainMetrics:
     def set_state(self, saved: Mapping[str, Any]) -> None:
         self._start_step, self._start_tokens = int(saved["step"]), int(saved["tokens"])
 
-    def __call__(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> dict[str, float]:
+    def __call__(
+        self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]
+    ) -> dict[str, float]:
         """`metrics`: means of the step, as the step returns them. `timing`: seconds, by what they went into.
 
         `timing["step"]` is the time from one step to the next, by which throughput is counted.
         """
-        named = {f"train/{name}": float(value) for name, value in metrics.items() if name not in ("tokens", "bytes")}
+        named = {
+            f"train/{name}": float(value)
+            for name, value in metrics.items()
+            if name not in ("tokens", "bytes")
+        }
         if "tokens" in metrics:
             named["train/target_tokens"] = float(metrics["tokens"])
         if "nll" in metrics:

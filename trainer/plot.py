@@ -14,13 +14,15 @@ Row = dict[str, Any]  # of metrics.jsonl
 
 
 def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) -> bool:
-    """Draws training and held-out loss over steps, 1200x700 pixels; bits per byte on the right where they are known.
+    """Draws training and held-out loss over steps, 1200x700 pixels; bits per byte on the right if known.
 
     Returns: whether there was anything to draw.
     """
     rows = read_rows(metrics_jsonl)
     steps, losses = _series(rows, "train/loss")
-    names = sorted({name for row in rows for name in row if name.startswith("eval/") and name.endswith("/loss")})
+    names = sorted(
+        {name for row in rows for name in row if name.startswith("eval/") and name.endswith("/loss")}
+    )
     sources = [name for name in names if name.count("/") > 1] or names
     if not len(steps) and not sources:
         return False
@@ -39,8 +41,14 @@ def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) 
     colours = ("#e45756", "#f2a541", "#54a24b", "#b279a2", "#72b7b2", "#9d755d")
     for index, name in enumerate(sources):
         at, values = _series(rows, name)
-        label = "held-out " + name.removeprefix("eval/").removesuffix("/loss") if name.count("/") > 1 else "held-out"
-        axes.plot(at, values, "o-", color=colours[index % len(colours)], markersize=5, linewidth=1.2, label=label)
+        label = (
+            "held-out " + name.removeprefix("eval/").removesuffix("/loss")
+            if name.count("/") > 1
+            else "held-out"
+        )
+        axes.plot(
+            at, values, "o-", color=colours[index % len(colours)], markersize=5, linewidth=1.2, label=label
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title or metrics_jsonl.resolve().parent.name, fontsize=14, loc="left", pad=12)
@@ -58,12 +66,13 @@ def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) 
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A mean over about a 40th of the curve around each point: centred, so that it does not lag behind a fall."""
+    """A mean over about a 40th of the curve, around each point so that it does not lag behind a fall."""
     count = len(values)
     at = np.arange(count)
-    half = np.minimum(np.minimum(at, count - 1 - at), max(1, count // 80))
+    before = np.minimum(at, max(1, count // 80))
+    after = np.minimum(before, count - 1 - at)
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+    return (sums[at + after + 1] - sums[at - before]) / (before + after + 1)
 
 
 def _series(rows: list[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -95,4 +104,10 @@ def _add_bits_per_byte(axes: "Axes", rows: list[Row]) -> None:
 
 
 def _add_scale(axes: "Axes", factor: float, label: str) -> None:
-    axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor)).set_ylabel(label)
+    def there(y: Any) -> Any:
+        return y * factor
+
+    def back(y: Any) -> Any:
+        return y / factor
+
+    axes.secondary_yaxis("right", functions=(there, back)).set_ylabel(label)

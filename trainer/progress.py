@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from trainer.goodput import duration
@@ -24,18 +25,18 @@ def rate(per_second: float) -> str:
     return f"{per_second:.0f}"
 
 
-def status(metrics: Mapping[str, float]) -> str:
-    """What is said of a training step in one line."""
+def status(metrics: Mapping[str, float], *, short: bool = False) -> str:
+    """What is said of a training step in one line; `short`: so that a bar fits beside it in 80 columns."""
     parts = []
     if "train/loss" in metrics:
-        parts.append(f"loss {metrics['train/loss']:.4f}")
+        parts.append(f"loss {metrics['train/loss']:.{3 if short else 4}f}")
     if "train/bits_per_byte" in metrics:
-        parts.append(f"{metrics['train/bits_per_byte']:.3f} bits/byte")
+        parts.append(f"{metrics['train/bits_per_byte']:.{2 if short else 3}f} bits/byte")
     if "perf/tokens_per_second" in metrics:
         parts.append(f"{rate(metrics['perf/tokens_per_second'])} tok/s")
     if "perf/mfu" in metrics:
-        parts.append(f"MFU {metrics['perf/mfu']:.1%}")
-    return "  ".join(parts)
+        parts.append(f"MFU {metrics['perf/mfu']:.{0 if short else 1}%}")
+    return ("  " if not short else " ").join(parts)
 
 
 def evaluation_lines(step: int, metrics: Mapping[str, float]) -> list[str]:
@@ -81,10 +82,16 @@ class _Clock:
 
 
 class ConsoleTracker(Silent):
-    """Loss, bits per byte, tokens/s, MFU and time left. Colour only on a terminal, and never under NO_COLOR."""
+    """Loss, bits per byte, tokens/s, MFU, time left. Colour only on a terminal, never under NO_COLOR."""
 
     def __init__(
-        self, run_name: str, *, num_steps: int, start_step: int = 0, log_every: int = 10, console: Console | None = None
+        self,
+        run_name: str,
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        log_every: int = 10,
+        console: Console | None = None,
     ):
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._num_steps, self._log_every = num_steps, log_every
@@ -100,9 +107,12 @@ class ConsoleTracker(Silent):
         progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}", style="cyan"),
-            TextColumn("{task.fields[left]}", style="dim"),
+            # Where it is narrow, the bar shrinks first, then the status is cut; these two stay readable.
+            MofNCompleteColumn(
+                table_column=Column(no_wrap=True, min_width=2 * len(str(self._num_steps)) + 1)
+            ),
+            TextColumn("{task.fields[status]}", style="cyan", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", style="dim", table_column=Column(no_wrap=True, min_width=10)),
             console=self._console,
             refresh_per_second=4,
             expand=True,
@@ -129,7 +139,10 @@ class ConsoleTracker(Silent):
             progress = self._progress or self._start_bar()
             assert self._task is not None
             progress.update(
-                self._task, completed=step, status=status(metrics), left="" if left is None else f"{duration(left)} left"
+                self._task,
+                completed=step,
+                status=status(metrics, short=True),
+                left="" if left is None else f"{duration(left)} left",
             )
         elif step % self._log_every == 0 or step in (self._start_step + 1, self._num_steps):
             tail = "" if left is None or step == self._num_steps else f"  {duration(left)} left"

@@ -1,7 +1,8 @@
 """Where numbers go: the terminal and `metrics.jsonl` always, W&B and TensorBoard where they are asked for.
 
-Only process 0 has trackers. The JSONL file is the source of truth: each row is flushed as it is written, whereas W&B
-holds back its last rows in memory. A remote tracker that fails is named once and left out; it never ends a run.
+Only process 0 has trackers. The JSONL file is the source of truth: each row is flushed as it is written,
+whereas W&B holds back its last rows in memory. A remote tracker that fails is named once and left out; it
+never ends a run.
 """
 
 import enum
@@ -94,14 +95,16 @@ class TensorboardConfig(TrackerConfig):
     flush_seconds: int = 10  # at most so many seconds of points are lost to a kill
 
     def build(self, *, run_folder: Path, run_name: str, start_step: int) -> Tracker:
-        return TensorboardTracker(run_folder / "tensorboard", flush_seconds=self.flush_seconds, start_step=start_step)
+        return TensorboardTracker(
+            run_folder / "tensorboard", flush_seconds=self.flush_seconds, start_step=start_step
+        )
 
 
 class JsonlTracker(Silent):
-    """`metrics.jsonl`: one object a line, `step`, `time` (seconds since 1970) and metrics; null where not finite."""
+    """`metrics.jsonl`: an object a line: `step`, `time` (seconds since 1970), metrics; null if not finite."""
 
     def __init__(self, path: Path, *, start_step: int = 0):
-        """Rows of steps after `start_step`, which will be done again, and a line that a kill broke are dropped."""
+        """Drops rows of steps after `start_step`, which will be done again, and a line that a kill broke."""
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_rows(path, after=start_step)
         self._file = path.open("a", encoding="utf-8")
@@ -160,7 +163,7 @@ class WandbTracker(Silent):
             # The remote of a checkout may hold a password; our own environment.json has the commit.
             settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True),
         )
-        # Points are drawn at their own step: W&B drops those whose own counter goes back, as it does after a kill.
+        # Points are drawn at the step they name: W&B drops those whose own counter goes back after a kill.
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
         self._run.define_metric("eval/loss", step_metric="train/step", summary="min")
@@ -172,7 +175,9 @@ class WandbTracker(Silent):
         self._run.log({**metrics, "train/step": step})
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        self._run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "train/step": step})
+        self._run.log(
+            {name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "train/step": step}
+        )
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         self._run.log({name: self._wandb.Image(str(path)), "train/step": step})
@@ -200,7 +205,9 @@ def wandb_id(run_folder: Path, run_name: str) -> str:
     return name
 
 
-_SECRET = re.compile(r"(^|_)(password|passwd|secret|api_key|access_key|access_token|auth_token|credentials?)$", re.I)
+_SECRET = re.compile(
+    r"(^|_)(password|passwd|secret|api_key|access_key|access_token|auth_token|credentials?)$", re.I
+)
 
 
 def without_secrets(config: Any, key: str = "") -> Any:
@@ -219,7 +226,7 @@ class TensorboardTracker(Silent):
         """Raises: ValueError where tensorboardX is not installed."""
         try:
             from tensorboardX import SummaryWriter
-            from tensorboardX.proto.summary_pb2 import Summary
+            from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
         except ImportError as error:
             raise ValueError(
                 "tracker=tensorboard: needs tensorboardX; install it with: pip install -e '.[tensorboard]'"
@@ -230,12 +237,16 @@ class TensorboardTracker(Silent):
         self._writer = SummaryWriter(str(folder), flush_secs=flush_seconds, purge_step=purge)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        self._writer.add_text("config", f"```\n{json.dumps(without_secrets(config), indent=2, default=str)}\n```", 0)
+        self._writer.add_text(
+            "config", f"```\n{json.dumps(without_secrets(config), indent=2, default=str)}\n```", 0
+        )
 
     def log(self, step: int, metrics: Metrics) -> None:
         # One event for all: a call for each scalar takes milliseconds together.
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._writer.file_writer.add_summary(self._summary(value=values), step)
+        writer = self._writer.file_writer
+        assert writer is not None
+        writer.add_summary(self._summary(value=values), step)
 
     def log_text(self, step: int, name: str, text: str) -> None:
         self._writer.add_text(name, f"```\n{text}\n```", step)
@@ -256,7 +267,11 @@ class Trackers:
     """Several trackers as one. Those of `optional` are left out, with one line, when they fail."""
 
     def __init__(
-        self, always: Sequence[Tracker] = (), optional: Mapping[str, Tracker] | None = None, *, say: Say = print
+        self,
+        always: Sequence[Tracker] = (),
+        optional: Mapping[str, Tracker] | None = None,
+        *,
+        say: Say = print,
     ):
         self._always = list(always)
         self._optional = dict(optional or {})
@@ -288,7 +303,7 @@ class Trackers:
         self._each(lambda tracker: tracker.summary(values))
 
     def finish(self, exit_code: int = 0) -> None:
-        """To be called whatever happened: the last rows of some trackers are written only now. Twice is harmless."""
+        """To be called whatever happened: some trackers write their last rows now. Twice is harmless."""
         self._each(lambda tracker: tracker.finish(exit_code))
         self._always, self._optional = [], {}
 

@@ -2,20 +2,37 @@
 
 import dataclasses
 import json
+import math
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from configs.schema import Resume, RunConfig, TrainConfig, to_plain
-from launch.assemble import Core, Corpora, build_core, build_evaluation, build_source, load_corpora
+from data.pipeline import OfflineSource
+from launch.assemble import (
+    Core,
+    Corpora,
+    build_core,
+    build_evaluation,
+    build_source,
+    is_chief,
+    load_corpora,
+    load_weights,
+)
 from launch.run_folder import RunFolder, environment, refuse_drift, run_folder, write_whole
-from launch.writing import write_samples
+from launch.writing import append_samples, write
+from models.cost import flops_per_token, num_params
+from models.decode import SamplingConfig
 from trainer import hooks
 from trainer.checkpoint import Checkpointer
 from trainer.goodput import Ledger
 from trainer.loop import DONE, Hook, fit
-from trainer.metrics import TrainMetrics
+from trainer.metrics import TrainMetrics, peak
+from trainer.objective import Params
 from trainer.optimizer import eval_params
 from trainer.plot import draw_loss
 from trainer.state import TrainState
@@ -26,8 +43,31 @@ EXIT_PREEMPTED = 75
 
 def say(text: str) -> None:
     """One line to the user, from process 0 alone."""
-    if jax.process_index() == 0:
+    if is_chief():
         print(text, flush=True)
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """Trains until `task.num_steps`, or until there is a reason to end sooner. Returns the exit code."""
+    task = config.task
+    assert isinstance(task, TrainConfig)
+    folder = run_folder(config)
+    with ExitStack() as stack:
+        checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, config.checkpoint, say=say))
+        check_resume(config, folder, checkpointer.steps())
+        if is_chief():
+            folder.write_start(config, overrides)
+        ledger = Ledger(folder.path / "goodput.json" if is_chief() else None)
+        with ledger.phase("data_preparation"):
+            corpora = load_corpora(config, folder, say)
+        with ledger.phase("start"):
+            core = build_core(config, corpora.tokenizer)
+            source = build_source(config, corpora, core)
+            stack.callback(source.close)
+            state, saved, line = begin(config, core, source, checkpointer)
+            describe(config, core, line)
+        session = Session(config, folder, corpora, core, source, checkpointer, ledger)
+        return session.train(state, saved)
 
 
 def check_resume(config: RunConfig, folder: RunFolder, steps: list[int]) -> None:
@@ -43,22 +83,239 @@ def check_resume(config: RunConfig, folder: RunFolder, steps: list[int]) -> None
         refuse_drift(folder.saved_config(), config, folder.name)
 
 
-def initial_state(config: RunConfig, core: Core, checkpointer: Checkpointer) -> tuple[TrainState, int | None, str]:
-    """The state to begin with, the checkpoint that it came from, and one line that says what was done."""
+def begin(
+    config: RunConfig, core: Core, source: OfflineSource, checkpointer: Checkpointer
+) -> tuple[TrainState, dict[str, Any], str]:
+    """The state to go on from, what hooks remember, and one line that says what was done; moves the source."""
     step = checkpointer.latest_whole()
     if step is None:
         state = core.init_state()
         if config.init_from is None:
-            return state, None, f"beginning run {config.run!r}"
-        params, origin = core.load_params(config.init_from)
-        return dataclasses.replace(state, params=params), None, f"beginning run {config.run!r} with the weights of {origin}"
+            return state, {}, f"run {config.run!r}: begins"
+        params, origin = load_weights(config.init_from, config.runs, core.abstract.params, say)
+        return dataclasses.replace(state, params=params), {}, f"run {config.run!r}: begins with the weights of {origin}"
     if "optimizer" in config.reset:
         fresh = core.init_state()
         params = checkpointer.restore_params(step, core.abstract.params)
         state = dataclasses.replace(fresh, params=params, step=fresh.step + step)
     else:
         state = checkpointer.restore(step, core.abstract).state
+    if "data" not in config.reset:
+        source.set_state(checkpointer.read_json(step, "source"))
+    extra = checkpointer.read_json(step, "extra")
     if "step" in config.reset:
-        state = dataclasses.replace(state, step=state.step * 0)
+        state, extra = dataclasses.replace(state, step=state.step * 0), {}
     forgotten = f", without its {' and '.join(config.reset)}" if config.reset else ""
-    return state, step, f"resuming run {config.run!r} at step {step}{forgotten}"
+    return state, extra, f"run {config.run!r}: resumes at step {step}{forgotten}"
+
+
+def describe(config: RunConfig, core: Core, line: str) -> None:
+    """What is about to run, in three lines."""
+    shape = " x ".join(f"{axis} {size}" for axis, size in core.mesh.shape.items() if size > 1) or "one device"
+    tokens = config.data.batch_size * config.data.seq_len
+    parameters = num_params(core.model)["total"]
+    kind = f"{jax.device_count()} {jax.devices()[0].platform} devices, {jax.process_count()} processes"
+    say(line)
+    say(f"model: {parameters:,} parameters; {tokens:,} tokens a step; mesh: {shape} ({kind})")
+
+
+@dataclass
+class Session:
+    """One start of a run: its parts, and what they do together."""
+
+    config: RunConfig
+    folder: RunFolder
+    corpora: Corpora
+    core: Core
+    source: OfflineSource
+    checkpointer: Checkpointer
+    ledger: Ledger
+
+    @property
+    def task(self) -> TrainConfig:
+        assert isinstance(self.config.task, TrainConfig)
+        return self.config.task
+
+    def train(self, state: TrainState, saved: dict[str, Any]) -> int:
+        first_step = int(state.step)
+        self.ledger.resume(first_step)
+        metrics = TrainMetrics(
+            tokens_per_step=self.core.batch_size * self.config.data.seq_len,
+            flops_per_token=flops_per_token(self.core.model, self.config.data.seq_len),
+            peak=peak(self.core.model.dtype.name),
+        )
+        say(metrics.peak.convention)
+        trackers = build_trackers(
+            self.config.trackers,
+            run_folder=self.folder.path,
+            run_name=self.config.run,
+            num_steps=self.task.num_steps,
+            start_step=first_step,
+            log_every=self.task.log_every,
+            say=say,
+        )
+        code = 1
+        try:
+            trackers.log_config(to_plain(self.config))
+            todo, stopper = self.hooks(metrics, trackers, saved)
+            with stopper:
+                state, reason = self.fit(state, todo, self.report(metrics, trackers, first_step))
+            code = EXIT_PREEMPTED if reason == hooks.PREEMPTED else 0
+            self.finish(state, reason, trackers)
+        finally:
+            trackers.finish(code)
+        if code == 0 and is_chief():
+            print(closing_words(self.config, self.folder, reason))
+        return code
+
+    def fit(self, state: TrainState, todo: list[Hook], report: Callable) -> tuple[TrainState, str]:
+        # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
+        with self.ledger.phase("compile"):
+            batch = self.core.place(self.first_rows())
+            compiled = self.core.train_step.lower(state, {}, batch).compile()  # type: ignore[attr-defined]
+        try:
+            with self.ledger.phase("step"):
+                return fit(
+                    state, {}, self.source, compiled, num_steps=self.task.num_steps, hooks=todo, report=report
+                )
+        except ValueError as error:
+            raise RuntimeError(f"training failed: {error}") from error  # past start-up, no input of the user's
+
+    def first_rows(self) -> Any:
+        return jax.tree.map(lambda column: column[self.core.rows], self.source.global_batch())
+
+    def report(self, metrics: TrainMetrics, trackers: Trackers, first_step: int) -> Callable:
+        def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
+            self.ledger.move("step", "data_wait", timing["data_wait"])
+            self.ledger.at_step(step)
+            seconds = {
+                "step_time": timing["step"],
+                "dispatch_time": timing["dispatch"],
+                "device_wait": timing["device_wait"],
+                "data_wait": timing["data_wait"],
+            }
+            trackers.log(step, metrics(step, values, seconds))
+
+        return report
+
+    def hooks(self, metrics: TrainMetrics, trackers: Trackers, saved: dict[str, Any]) -> tuple[list[Hook], Any]:
+        """All hooks in the order that is their meaning, and the one that holds the signal handlers."""
+        task, ledger, num_steps = self.task, self.ledger, self.task.num_steps
+        compute = build_evaluation(self.config, self.corpora, self.core)
+        average = jax.jit(eval_params)
+        remembers: dict[str, hooks.Stateful] = {"metrics": metrics}
+        todo: list[Hook] = []
+        evaluation = None
+        if self.corpora.heldout:
+            evaluation = hooks.EvaluateEvery(
+                task.evaluate_every,
+                num_steps=num_steps,
+                evaluate=lambda state: compute(average(state)),
+                on_metrics=trackers.log,
+                ledger=ledger,
+            )
+            todo.append(evaluation)
+            remembers["evaluation"] = evaluation
+        elif task.patience:
+            raise ValueError(f"task.patience={task.patience}: no source holds out text to evaluate on")
+        if task.sample_tokens:
+            sampler = hooks.SampleEvery(
+                task.sample_every,
+                num_steps=num_steps,
+                params_of=average,
+                sample=lambda step, params: self.sample(step, params, trackers),
+                ledger=ledger,
+            )
+            todo.append(sampler)
+            remembers["sample"] = sampler
+        early = None
+        if evaluation is not None and task.patience:
+            early = hooks.EarlyStopping(
+                evaluation,
+                patience=task.patience,
+                min_delta=task.min_delta,
+                save=lambda *now: saver.save(*now),
+            )
+            remembers["early_stopping"] = early
+        saver = hooks.SaveEvery(
+            self.checkpointer,
+            num_steps=num_steps,
+            config={"run": to_plain(self.config), "environment": environment(), "mesh": dict(self.core.mesh.shape)},
+            tokenizer=self.corpora.tokenizer.files(),
+            ledger=ledger,
+            remembers=remembers,
+            evaluation=evaluation,
+            on_saved=lambda step, seconds: trackers.log(step, {"perf/checkpoint_wait": seconds}),
+        )
+        todo.append(saver)
+        if early is not None:
+            todo.append(early)
+        stopper = hooks.StopOnSignal(saver.save)
+        todo.append(stopper)
+        if task.profile_steps:
+            todo.append(hooks.profile(*task.profile_steps, self.folder.path / "profile"))
+        hooks.recall(saved, remembers)
+        return todo, stopper
+
+    def sample(self, step: int, params: Params, trackers: Trackers) -> None:
+        """Writes a sample to samples.jsonl and to the trackers."""
+        task, tokenizer = self.task, self.corpora.tokenizer
+        sampling = SamplingConfig(
+            max_new_tokens=task.sample_tokens, temperature=task.sample_temperature, seed=self.config.seed
+        )
+        [(text, _)] = write(
+            params, self.core.model, tokenizer, [task.sample_prompt], sampling, constrain=self.core.constrain
+        )
+        if is_chief():
+            append_samples(self.folder.samples, step, [task.sample_prompt], [text])
+            trackers.log_text(step, "sample", task.sample_prompt + text)
+
+    def finish(self, state: TrainState, reason: str, trackers: Trackers) -> None:
+        """The last save is committed; the picture and the summary are written; how time was spent is told."""
+        with self.ledger.phase("checkpoint"):
+            self.checkpointer.wait()
+        if not is_chief():
+            return
+        if draw_loss(self.folder.metrics, self.folder.picture, title=self.config.run):
+            trackers.log_image(int(state.step), "loss", self.folder.picture)
+        self.ledger.write()
+        summary = {
+            "ended": reason,
+            "step": int(state.step),
+            "parameters": num_params(self.core.model)["total"],
+            "evaluation": last_evaluation(self.folder),
+            "goodput": self.ledger.summary(),
+            "bad_records": self.corpora.bad_records,
+        }
+        write_whole(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        trackers.summary(summary)
+        print(self.ledger.table(), flush=True)
+
+
+def last_evaluation(folder: RunFolder) -> dict[str, float]:
+    """The newest `eval/...` values of the run."""
+    from launch.tasks.runs import last_values
+
+    return {
+        name: value
+        for name, value in last_values(folder.metrics).items()
+        if name.startswith("eval/") and isinstance(value, float) and math.isfinite(value)
+    }
+
+
+def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
+    """How it ended and the three commands to try next."""
+    task = config.task
+    assert isinstance(task, TrainConfig)
+    how = "" if reason == DONE else f" ({reason})"
+    arguments = " ".join(a for a in sys.argv[1:] if not a.startswith(("task=", "task.num_steps=")))
+    resume = f"meshwright train {arguments}".rstrip() + f" task.num_steps={2 * task.num_steps}"
+    prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
+    where = "" if config.runs == "runs" else f" runs={config.runs}"
+    return (
+        f"run {config.run!r} is in {folder.path}{how}; its loss curve: {folder.picture}\n"
+        "next:\n"
+        f"  {resume}\n"
+        f"  meshwright generate run={config.run}{where} prompt='{prompt} '\n"
+        "  meshwright train source=[text] data.sources.text.paths=[YOUR_FOLDER] run=mine"
+    )

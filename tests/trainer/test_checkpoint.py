@@ -47,7 +47,10 @@ def toy_state(step: int = 3, seed: int = 0) -> ToyState:
     rng = np.random.default_rng(seed)
     params = {
         "embed": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
-        "layers": {"w": jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32), "norm": jnp.ones((2, 8), jnp.bfloat16)},
+        "layers": {
+            "w": jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32),
+            "norm": jnp.ones((2, 8), jnp.bfloat16),
+        },
     }
     optimizer = toy_optimizer()
     opt_state = optimizer.init(params)
@@ -80,7 +83,9 @@ def save(checkpointer: Checkpointer, step: int, state: Any, loss: float | None =
 
 
 def data_files(folder: Path) -> list[Path]:
-    return sorted((p for p in (folder / "state").rglob("d/*") if p.is_file()), key=lambda p: -p.stat().st_size)
+    return sorted(
+        (p for p in (folder / "state").rglob("d/*") if p.is_file()), key=lambda p: -p.stat().st_size
+    )
 
 
 def flip_a_bit(path: Path) -> None:
@@ -125,7 +130,9 @@ def test_a_state_is_restored_onto_another_mesh(tmp_path, saved_on, restored_on):
 def test_a_state_may_be_donated_right_after_the_call_that_saves_it(tmp_path):
     state = toy_state()
     before = state_hash(state)
-    advance = jax.jit(lambda s: jax.tree.map(lambda a: a + 1 if a.dtype == jnp.float32 else a, s), donate_argnums=0)
+    advance = jax.jit(
+        lambda s: jax.tree.map(lambda a: a + 1 if a.dtype == jnp.float32 else a, s), donate_argnums=0
+    )
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 1, state)
         spec = abstract(toy_state())
@@ -140,7 +147,8 @@ def test_parameters_alone_are_restored_and_cast(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 3, state)
     half = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=s.sharding), abstract(state, (1, 8)).params
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=s.sharding),
+        abstract(state, (1, 8)).params,
     )
     with Checkpointer(tmp_path, read_only=True) as reader:
         exact = reader.restore_params(None, abstract(state).params)
@@ -155,10 +163,14 @@ def test_another_model_or_optimizer_is_refused_by_name(tmp_path):
     state = toy_state()
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 3, state)
-        wide = abstract(ToyState(state.step, {**state.params, "embed": jnp.ones((16, 9))}, state.opt_state, state.rng))
+        wide = abstract(
+            ToyState(state.step, {**state.params, "embed": jnp.ones((16, 9))}, state.opt_state, state.rng)
+        )
         with pytest.raises(ValueError, match=r"params\.embed is \[16, 8\] there and \[16, 9\] here"):
             checkpointer.restore(3, wide)
-        other = abstract(ToyState(state.step, state.params, optax.sgd(0.1, 0.9).init(state.params), state.rng))
+        other = abstract(
+            ToyState(state.step, state.params, optax.sgd(0.1, 0.9).init(state.params), state.rng)
+        )
         with pytest.raises(ValueError, match=r"opt_state\.0\.trace\.embed is missing there"):
             checkpointer.restore(3, other)
         with pytest.raises(ValueError, match=r"step=4: no such checkpoint.*there are: 3"):
@@ -244,7 +256,10 @@ def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_none(tmp_path):
         save(checkpointer, 1, toy_state())
         checkpointer.wait()
     flip_a_bit(data_files(tmp_path / "new" / "1")[0])
-    with Checkpointer(tmp_path / "new") as checkpointer, pytest.raises(ValueError, match="none of its checkpoints"):
+    with (
+        Checkpointer(tmp_path / "new") as checkpointer,
+        pytest.raises(ValueError, match="none of its checkpoints"),
+    ):
         checkpointer.latest_whole()
 
 
@@ -281,7 +296,9 @@ def test_a_kill_in_mid_save_leaves_the_one_before_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name]
     with Checkpointer(tmp_path, read_only=True) as reader:
         assert reader.steps() == [1]
-        assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name]  # may belong to a run that still writes
+        assert [
+            p.name for p in tmp_path.iterdir() if "tmp" in p.name
+        ]  # may belong to a run that still writes
     with Checkpointer(tmp_path, CheckpointConfig(keep=9)) as checkpointer:
         deadline = time.time() + 10
         while [p for p in tmp_path.iterdir() if "tmp" in p.name] and time.time() < deadline:

@@ -1,5 +1,6 @@
 """Evaluation adds up sums, so that batches of any size and number give the same means."""
 
+import itertools
 import math
 
 import jax
@@ -34,7 +35,7 @@ def tokens(n: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def cut(data: dict[str, np.ndarray], *at: int) -> list[dict[str, np.ndarray]]:
     edges = [0, *at, len(data["nll"])]
-    return [{k: v[a:b] for k, v in data.items()} for a, b in zip(edges, edges[1:], strict=False)]
+    return [{k: v[a:b] for k, v in data.items()} for a, b in itertools.pairwise(edges)]
 
 
 def test_the_means_do_not_depend_on_how_tokens_fall_on_batches():
@@ -47,7 +48,9 @@ def test_the_means_do_not_depend_on_how_tokens_fall_on_batches():
     assert whole["loss"] == pytest.approx(expected, rel=1e-6)  # plain cross entropy, not what is minimised
     assert whole["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
     assert whole["accuracy"] == pytest.approx((nll < 1)[mask].mean(), rel=1e-6)
-    assert whole["bits_per_byte"] == pytest.approx(nll[mask].sum() / math.log(2) / data["bytes"][mask].sum(), rel=1e-6)
+    assert whole["bits_per_byte"] == pytest.approx(
+        nll[mask].sum() / math.log(2) / data["bytes"][mask].sum(), rel=1e-6
+    )
     assert whole["tokens"] == mask.sum()
 
 

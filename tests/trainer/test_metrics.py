@@ -141,4 +141,10 @@ def test_a_broken_account_does_not_stop_a_run(tmp_path):
 
 
 def test_durations_are_short_words():
-    assert [duration(s) for s in (0.84, 42, 59.7, 185, 7620)] == ["0.8 s", "42 s", "1 min 00 s", "3 min 05 s", "2 h 07 min"]
+    assert [duration(s) for s in (0.84, 42, 59.7, 185, 7620)] == [
+        "0.8 s",
+        "42 s",
+        "1 min 00 s",
+        "3 min 05 s",
+        "2 h 07 min",
+    ]

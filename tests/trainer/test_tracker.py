@@ -229,13 +229,29 @@ def test_on_a_terminal_there_is_a_bar_with_loss_bits_speed_mfu_and_time_left(mon
     tracker.log_text(3, "sample", "[def] f(): [red]")  # never read as markup
     tracker.finish()
     text = out.getvalue()
-    for part in ("hello", "3/3", "loss 2.5000", "1.250 bits/byte", "12.3k tok/s", "MFU 31.4%", "left", "[def] f(): [red]"):
+    for part in (
+        "hello",
+        "3/3",
+        "loss 2.500",
+        "1.25 bits/byte",
+        "12.3k tok/s",
+        "MFU 31%",
+        "left",
+        "[def] f(): [red]",
+    ):
         assert part in text
     assert ("\x1b[36m" in text) is not no_colour
 
 
 def test_rates_have_three_figures():
-    assert [rate(v) for v in (842, 999.6, 1234, 12345, 99960, 1.25e6)] == ["842", "1000", "1.23k", "12.3k", "100k", "1.25M"]
+    assert [rate(v) for v in (842, 999.6, 1234, 12345, 99960, 1.25e6)] == [
+        "842",
+        "1000",
+        "1.23k",
+        "12.3k",
+        "100k",
+        "1.25M",
+    ]
 
 
 def test_a_status_says_only_what_is_known_and_one_source_is_told_once():
@@ -246,7 +262,12 @@ def test_a_status_says_only_what_is_known_and_one_source_is_told_once():
 
 
 def test_secrets_are_hidden_by_their_names_and_tokenizers_are_not():
-    config = {"tokenizer": {"kind": "bytes"}, "num_tokens": 3, "source": [{"auth_token": "x", "path": "y"}], "password": None}
+    config = {
+        "tokenizer": {"kind": "bytes"},
+        "num_tokens": 3,
+        "source": [{"auth_token": "x", "path": "y"}],
+        "password": None,
+    }
     hidden = without_secrets(config)
     assert hidden == {**config, "source": [{"auth_token": "***", "path": "y"}]}
 
@@ -278,3 +299,20 @@ def test_the_smoothed_curve_of_a_constant_is_that_constant():
     import numpy as np
 
     assert np.allclose(smoothed(np.full(300, 3.0)), 3.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the library's own
+def test_pictures_and_texts_reach_wandb_and_tensorboard(tmp_path):
+    JsonlTracker(tmp_path / "metrics.jsonl").log(1, {"train/loss": 2.0})
+    draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    for config in (WandbConfig(mode=WandbMode.offline), TensorboardConfig()):
+        tracker = config.build(run_folder=tmp_path, run_name="r", start_step=0)
+        tracker.log_text(1, "sample", "a < b")
+        tracker.log_image(1, "loss", tmp_path / "loss.png")
+        tracker.summary({"ended": "done"})
+        tracker.finish()
+    (session,) = tmp_path.glob("wandb/offline-run-*")
+    media = sorted(path.suffix for path in (session / "files" / "media").rglob("*.*"))
+    assert media == [".html", ".png"]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.stat().st_size > 10_000

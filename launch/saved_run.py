@@ -1,0 +1,89 @@
+"""A run that exists, opened to be evaluated, inspected or written with: it is read and never changed."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+
+from configs.schema import RunConfig, TrainConfig
+from data.tokenizer import Tokenizer, from_files
+from launch.assemble import Core, build_core, is_chief
+from launch.run_folder import RunFolder, run_folder
+from trainer.checkpoint import Checkpointer
+from trainer.objective import Params
+from trainer.optimizer import eval_params
+from trainer.state import TrainState
+
+
+def say(text: str) -> None:
+    if is_chief():
+        print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    folder: RunFolder
+    config: RunConfig  # as saved, with what the command line may change
+    step: int
+    tokenizer: Tokenizer
+    core: Core
+    checkpointer: Checkpointer
+
+    def state(self) -> TrainState:
+        return self.checkpointer.restore(self.step, self.core.abstract).state
+
+    def params(self) -> Params:
+        """The parameters to evaluate and write with: averaged ones where the run keeps an average."""
+        if jax.tree.structure(jax.eval_shape(eval_params, self.core.abstract)) and self._averages():
+            return jax.jit(eval_params)(self.state())
+        return self.checkpointer.restore_params(self.step, self.core.abstract.params)
+
+    def _averages(self) -> bool:
+        # Only then the optimizer's state, twice as large as the parameters, has to be read.
+        optimizer = self.config.optimizer
+        return optimizer.ema_decay is not None or optimizer.kind == "schedule_free"
+
+
+def open_run(config: RunConfig, overrides: list[str]) -> SavedRun:
+    """The run `run=NAME` at `step=K` or at its newest whole checkpoint, on the mesh of this command.
+
+    Model, tokenizer, optimizer and seed are the run's own; data is, too, unless the command names some.
+    Raises: ValueError where there is no such run or no such step.
+    """
+    folder = run_folder(config)
+    saved = folder.saved_config()
+    changed = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
+    for key in changed & {"model", "optimizer", "tokenizer", "objective", "schedule"}:
+        raise ValueError(f"{key}: is fixed by the run {folder.name!r}; leave it out")
+    data = config.data if changed & {"data", "source", "source_weights"} else saved.data
+    if "source" not in changed and "data" in changed:
+        data = dataclasses.replace(data, sources=saved.data.sources)
+    merged = dataclasses.replace(
+        saved,
+        data=data,
+        mesh=config.mesh if "mesh" in changed else dataclasses.replace(saved.mesh, data=-1, fsdp=1, tensor=1),
+        runs=config.runs,
+        run=config.run,
+        format=config.format,
+        step=config.step,
+    )
+    checkpointer = Checkpointer(folder.checkpoints, read_only=True, say=say)
+    step = config.step if config.step is not None else checkpointer.latest_whole()
+    if step is None:
+        raise ValueError(f"run={folder.name}: has no checkpoint yet; they come every {saved.checkpoint.every} steps")
+    tokenizer = from_files(checkpointer.read_tokenizer(step))
+    if not isinstance(saved.task, TrainConfig):
+        merged = dataclasses.replace(merged, task=TrainConfig())
+    return SavedRun(folder, merged, step, tokenizer, build_core(_fitting(merged), tokenizer), checkpointer)
+
+
+def _fitting(config: RunConfig) -> RunConfig:
+    """Evaluation and writing take no gradient: they need no microbatches, and rows enough for the mesh they get."""
+    assert isinstance(config.task, TrainConfig)
+    shards = jax.device_count() // max(config.mesh.tensor, 1)
+    size = -(-config.data.batch_size // shards) * shards
+    return dataclasses.replace(
+        config,
+        task=dataclasses.replace(config.task, num_microbatches=1),
+        data=dataclasses.replace(config.data, batch_size=size),
+    )

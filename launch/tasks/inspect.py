@@ -1,0 +1,44 @@
+"""`meshwright inspect run=NAME [step=K]`: what a checkpoint holds. Equal hashes mean an equal run."""
+
+import json
+from typing import Any
+
+from configs.schema import Format, RunConfig
+from data.pipeline import batch_hash
+from launch.assemble import build_source, is_chief, load_corpora
+from launch.saved_run import open_run
+from models.cost import num_params, params_bytes
+from trainer.digest import state_hash
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """Prints the facts of one checkpoint; `format=json` for machines."""
+    saved = open_run(config, overrides)
+    state = saved.state()
+    found: dict[str, Any] = {
+        "run": saved.folder.name,
+        "step": int(state.step),
+        "checkpoints": saved.checkpointer.steps(),
+        "parameters": num_params(saved.core.model)["total"],
+        "parameter_bytes": params_bytes(saved.core.abstract.params),
+        "saved_on": saved.checkpointer.read_json(saved.step, "config")["mesh"],
+        "params_sha256": state_hash(state.params),
+        "optimizer_sha256": state_hash(state.opt_state),
+    }
+    position = saved.checkpointer.read_json(saved.step, "source")
+    original = saved.folder.saved_config()
+    merged = original.__class__(**{**vars(saved.config), "data": original.data})
+    corpora = load_corpora(merged, saved.folder, lambda text: None)
+    source = build_source(merged, corpora, saved.core)
+    source.batch_size = original.data.batch_size
+    source.set_state(position)
+    found |= {"data_position": position["next_index"], "next_batch_sha256": batch_hash(source.global_batch())}
+    if not is_chief():
+        return 0
+    if config.format is Format.json:
+        print(json.dumps(found, indent=2))
+    else:
+        width = max(map(len, found))
+        for name, value in found.items():
+            print(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else value}")
+    return 0

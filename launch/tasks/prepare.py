@@ -1,0 +1,19 @@
+"""`meshwright prepare`: tokenizer and token shards of a run, before it starts."""
+
+from pathlib import Path
+
+from configs.schema import RunConfig
+from launch.assemble import is_chief, load_corpora
+from launch.run_folder import run_folder
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """Makes what is missing; `train` with the same run name, sources and tokenizer finds it all done."""
+    corpora = load_corpora(config, run_folder(config), lambda text: print(text, flush=True) if is_chief() else None)
+    if is_chief():
+        for name, manifest in corpora.manifests.items():
+            print(f"{name}: {Path(manifest.folder) / 'manifest.json'}")
+            for file, reasons in manifest.bad.items():
+                for reason, entry in reasons.items():
+                    print(f"  left out: {file}: {reason}, {entry['count']} times; first: {entry['first'] or 'the file'}")
+    return 0

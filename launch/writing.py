@@ -1,0 +1,96 @@
+"""Text from a model: the one way in which training samples and `generate` write."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import StreamDecoder, Tokenizer
+from models.config import ModelConfig
+from models.decode import Completion, SamplingConfig, generate
+from models.partition import Constrain
+from trainer.objective import Params
+
+
+class StopText:
+    """Follows one row: hands out text as it becomes certain, and sees stop texts that lie across tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], show: Callable[[str], None]):
+        self.decoder, self.stop, self.show = StreamDecoder(tokenizer), [s for s in stop if s], show
+        self.text = ""  # all of it that is to be kept
+        self.shown = 0
+
+    def push(self, token: int) -> bool:
+        """Takes a token; True where a stop text is complete."""
+        self.text += self.decoder.push(token)
+        found = [at for s in self.stop if (at := self.text.find(s, max(0, self.shown - len(s)))) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self._show(len(self.text))
+            return True
+        # The beginning of a stop text may be the end of what there is: hold it back.
+        held = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        self._show(len(self.text) - held)
+        return False
+
+    def finish(self) -> str:
+        """All of the text, what was held back included."""
+        if self.decoder.done < len(self.decoder.ids):  # half a character at the very end
+            self.text += self.decoder.flush()
+        self._show(len(self.text))
+        return self.text
+
+    def _show(self, upto: int) -> None:
+        if upto > self.shown:
+            self.show(self.text[self.shown : upto])
+            self.shown = upto
+
+
+def write(
+    params: Params,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    *,
+    stop: Sequence[str] = (),
+    constrain: Constrain,
+    show: Callable[[str], None] = lambda text: None,
+) -> list[tuple[str, Completion]]:
+    """(text, completion) for each prompt; `show` gets the text of the first one while it is being written."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    rows = [StopText(tokenizer, stop, show if i == 0 else lambda text: None) for i in range(len(prompts))]
+    completions = generate(
+        params,
+        model,
+        encoded,
+        sampling,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        constrain=constrain,
+        on_token=lambda row, token: rows[row].push(token),
+    )
+    return [(row.finish(), completion) for row, completion in zip(rows, completions, strict=True)]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens to go on from. An empty prompt begins a document: after BOS, or after the end of another.
+
+    Raises: ValueError where the tokenizer has nothing to begin a document with.
+    """
+    begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    ids = begin + tokenizer.encode(prompt)
+    if ids:
+        return ids
+    if tokenizer.eos_id is None:
+        raise ValueError("prompt='': this tokenizer has no token that begins a document; give at least one character")
+    return [tokenizer.eos_id]
+
+
+def append_samples(path: Path, step: int, prompts: Sequence[str], texts: Sequence[str], **more: Any) -> None:
+    """One object a line: step, time, prompt, text."""
+    with path.open("a") as file:
+        for prompt, text in zip(prompts, texts, strict=True):
+            row = {"step": step, "time": time.time(), "prompt": prompt, "text": text, **more}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

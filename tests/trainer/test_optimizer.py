@@ -1,0 +1,364 @@
+"""Every optimizer through the same table, then what each has of its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+from omegaconf import OmegaConf
+
+from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
+from trainer.optimizer import (
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    OptimizerConfig,
+    ScheduleFreeConfig,
+    SgdConfig,
+    SoapConfig,
+    eval_params,
+)
+from trainer.roles import Role, matrix_dims, param_roles
+from trainer.schedule import ConstantConfig
+from trainer.state import TrainState, abstract_state, init_sharded_state
+
+ALL: dict[type[OptimizerConfig], float] = {  # and a rate at which each gets somewhere in 40 updates
+    AdamWConfig: 0.05,
+    LionConfig: 0.05,
+    SgdConfig: 0.02,
+    AdafactorConfig: 0.1,
+    MuonConfig: 0.2,
+    SoapConfig: 0.05,
+    ScheduleFreeConfig: 0.1,
+}
+EACH = pytest.mark.parametrize("cls", ALL)
+
+AXES = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "layers": {
+        "query": {
+            "kernel": ("layers", "embed", "heads", "head_dim"),
+            "bias": ("layers", "heads", "head_dim"),
+        },
+        "out": ("layers", "heads", "head_dim", "embed"),
+        "norm_scale": ("layers", "embed"),
+    },
+}
+SHAPES = {
+    "embedding": (16, 8),
+    "head": (8, 16),
+    "layers": {
+        "query": {"kernel": (3, 8, 2, 4), "bias": (3, 2, 4)},
+        "out": (3, 2, 4, 8),
+        "norm_scale": (3, 8),
+    },
+}
+
+
+def tree_of(make, shapes=SHAPES):
+    count = iter(range(100))
+    return jax.tree.map(
+        lambda shape: make(next(count), shape), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def init_params(key: jax.Array) -> dict:
+    return tree_of(lambda i, shape: jax.random.normal(jax.random.fold_in(key, i), shape))
+
+
+PARAMS = init_params(jax.random.key(0))
+GRADS = [init_params(jax.random.key(i)) for i in range(1, 6)]
+
+
+def build(config: OptimizerConfig, axes=AXES, learning_rate: float | None = None):
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    return config.build(ConstantConfig(warmup_steps=0).build(rate, 100), axes)
+
+
+def plain(cls: type[OptimizerConfig], **values) -> OptimizerConfig:
+    if cls is AdafactorConfig:
+        values.setdefault("min_dim_to_factor", 2)
+    if cls is SoapConfig:
+        values.setdefault("precondition_frequency", 2)
+    return cls(**{"weight_decay": 0.0, "clip_norm": None, **values})
+
+
+def run(optimizer, params, grads: list, jit: bool = True):
+    """Parameters and optimizer state after an update with each of `grads`."""
+
+    def step(i, params, state, grad):
+        updates, state = optimizer.update(grad, state, params, step=i)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step) if jit else step
+    state = optimizer.init(params)
+    for i, grad in enumerate(grads):
+        params, state = step(jnp.asarray(i), params, state, grad)
+    return params, state
+
+
+def assert_close(a, b, tolerance: float = 1e-5) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+# The table ------------------------------------------------------------------
+
+
+@EACH
+def test_each_optimizer_goes_down_a_bowl(cls: type[OptimizerConfig]) -> None:
+    optimizer = build(plain(cls), learning_rate=ALL[cls])
+    target = init_params(jax.random.key(9))
+    loss = lambda params: sum(
+        jnp.sum((p - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, target)), strict=True)
+    )
+
+    @jax.jit
+    def step(carry, i):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params, step=i)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry, _ = jax.lax.scan(step, (PARAMS, optimizer.init(PARAMS)), jnp.arange(40))
+    assert float(loss(carry[0])) < 0.3 * float(loss(PARAMS))
+
+
+@EACH
+def test_each_optimizer_does_the_same_jitted_and_eagerly(cls: type[OptimizerConfig]) -> None:
+    optimizer = build(plain(cls, weight_decay=0.1, clip_norm=1.0))
+    grads = GRADS[:2] if cls is SoapConfig else GRADS[:1]
+    assert_close(run(optimizer, PARAMS, grads)[0], run(optimizer, PARAMS, grads, jit=False)[0], 1e-4)
+
+
+@EACH
+def test_stacked_layers_go_as_if_each_were_alone(cls: type[OptimizerConfig]) -> None:
+    config = plain(cls, weight_decay=0.1)
+    stacked, _ = run(build(config), PARAMS, GRADS)
+    layer = lambda tree, i: jax.tree.map(lambda x: x[i], tree["layers"])
+    axes = jax.tree.map(lambda a: a[1:], AXES["layers"], is_leaf=lambda x: isinstance(x, tuple))
+    alone = build(config, axes)
+    for i in (0, 2):
+        found, _ = run(alone, layer(PARAMS, i), [layer(g, i) for g in GRADS])
+        assert_close(found, layer(stacked, i), 2e-4)
+
+
+@EACH
+def test_state_lies_like_its_parameters(cls: type[OptimizerConfig]) -> None:
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    shardings = param_shardings(AXES, shapes, mesh, ShardingRules())
+    abstract = abstract_state(init_params, build(plain(cls, **_averaged(cls))), param_shardings=shardings)
+    by_shape = {s.shape: s.sharding.spec for s in jax.tree.leaves(abstract.params)}
+    seen = 0
+    for leaf in jax.tree.leaves(abstract.opt_state):
+        if leaf.shape in by_shape:
+            assert leaf.sharding.spec == by_shape[leaf.shape]
+            seen += 1
+        elif leaf.size > 8:  # factors and preconditioners keep what is left of it
+            assert leaf.sharding.spec != PartitionSpec(), leaf.shape
+    assert seen >= len(by_shape)
+
+
+def _averaged(cls: type[OptimizerConfig]) -> dict:
+    return {} if cls is ScheduleFreeConfig else {"ema_decay": 0.9}
+
+
+@pytest.mark.parametrize("cls", [AdamWConfig, AdafactorConfig, MuonConfig, SoapConfig])
+def test_a_sharded_update_equals_that_of_one_device(cls: type[OptimizerConfig]) -> None:
+    optimizer = build(plain(cls))
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    shardings = param_shardings(AXES, shapes, mesh, ShardingRules())
+    state = init_sharded_state(init_params, optimizer, jax.random.key(0), param_shardings=shardings)
+    grads = [jax.device_put(g, shardings) for g in GRADS[:3]]
+    expected, _ = run(optimizer, jax.device_get(state.params), GRADS[:3])
+    found, opt_state = run(optimizer, state.params, grads)
+    assert_close(jax.device_get(found), expected, 1e-4)
+    # Steps keep the layout, so nothing is silently gathered from one to the next.
+    moment = next(x for x in jax.tree.leaves(opt_state) if x.shape == (16, 8))
+    assert not moment.sharding.is_fully_replicated
+
+
+@EACH
+def test_configs_are_structured_and_keep_their_kind(cls: type[OptimizerConfig]) -> None:
+    config = OmegaConf.to_object(OmegaConf.structured(cls))
+    assert config == cls()
+    assert isinstance(config, OptimizerConfig)
+    assert config.kind
+
+
+# What all share -------------------------------------------------------------
+
+
+def test_roles_come_from_axes_and_names() -> None:
+    assert param_roles(AXES) == {
+        "embedding": Role.embedding,
+        "head": Role.head,
+        "layers": {
+            "query": {"kernel": Role.matrix, "bias": Role.vector},
+            "out": Role.matrix,
+            "norm_scale": Role.vector,
+        },
+    }
+    assert param_roles({"position_embedding": ("length", "embed")}) == {"position_embedding": Role.embedding}
+
+
+def test_heads_and_their_width_are_one_side_of_a_matrix() -> None:
+    assert matrix_dims(AXES["layers"]["query"]["kernel"]).matrix_shape((3, 8, 2, 4)) == (3, 8, 8)
+    assert matrix_dims(AXES["layers"]["out"]).matrix_shape((3, 2, 4, 8)) == (3, 8, 8)
+    assert matrix_dims(("embed", "mlp")).matrix_shape((8, 32)) == (1, 8, 32)
+
+
+def test_weight_decay_spares_biases_and_norms() -> None:
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    after, _ = run(build(AdamWConfig(weight_decay=0.5), learning_rate=0.1), PARAMS, [zero])
+    decayed = jax.tree.map(
+        lambda role, p: p if role is Role.vector else p * (1 - 0.05), param_roles(AXES), PARAMS
+    )
+    assert_close(after, decayed)
+
+
+def test_roles_have_rates_of_their_own() -> None:
+    rates = {"embedding": 0.5, "vector": 0.0}
+    once, _ = run(build(plain(SgdConfig, role_learning_rates=rates), learning_rate=0.1), PARAMS, GRADS[:1])
+    factors = {Role.embedding: 0.5, Role.vector: 0.0}
+    expected = jax.tree.map(
+        lambda r, p, g: p - 0.1 * factors.get(r, 1) * g, param_roles(AXES), PARAMS, GRADS[0]
+    )
+    assert_close(once, expected)
+
+
+def test_clipping_scales_all_gradients_together() -> None:
+    once, _ = run(build(plain(SgdConfig, clip_norm=1e-2), learning_rate=1.0), PARAMS, GRADS[:1])
+    moved = jax.tree.map(lambda a, b: a - b, PARAMS, once)
+    np.testing.assert_allclose(optax.global_norm(moved), 1e-2, rtol=1e-3)
+
+
+def test_parameter_average_follows_its_formula() -> None:
+    params, average = PARAMS, PARAMS
+    optimizer = build(plain(SgdConfig, ema_decay=0.25, momentum=0.0), learning_rate=0.1)
+    for t, grad in enumerate(GRADS[:3]):
+        decay = min(0.25, (1 + t) / (10 + t))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grad)
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)
+    found, opt_state = run(optimizer, PARAMS, GRADS[:3])
+    state = TrainState(jnp.asarray(3), found, opt_state, jax.random.key(0))
+    assert_close(found, params)
+    assert_close(eval_params(state), average)
+
+
+def test_without_an_average_the_parameters_are_evaluated() -> None:
+    params, opt_state = run(build(AdamWConfig()), PARAMS, GRADS[:1])
+    assert eval_params(TrainState(jnp.asarray(1), params, opt_state, jax.random.key(0))) is params
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            AdamWConfig(role_learning_rates={"heads": 1.0}),
+            r"role_learning_rates\.heads=1\.0: .*valid: embedding, head",
+        ),
+        (AdamWConfig(clip_norm=0.0), r"optimizer\.clip_norm=0\.0: .*null"),
+        (AdamWConfig(ema_decay=1.0), r"optimizer\.ema_decay=1\.0: "),
+        (ScheduleFreeConfig(ema_decay=0.9), r"optimizer\.ema_decay=0\.9: .*ema_decay=null"),
+        (SoapConfig(precondition_frequency=0), r"optimizer\.precondition_frequency=0: .*nearest valid: 1"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(config: OptimizerConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config)
+
+
+# Against other implementations ----------------------------------------------
+
+
+def test_schedule_free_is_that_of_optax() -> None:
+    config = ScheduleFreeConfig(weight_decay=0.0, clip_norm=None, learning_rate=0.1)
+    theirs = optax.contrib.schedule_free_adamw(0.1, b1=config.b1, b2=config.b2, eps=config.eps)
+    params, state = PARAMS, theirs.init(PARAMS)
+    update = jax.jit(theirs.update)
+    for grad in GRADS:
+        updates, state = update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    found, opt_state = run(build(config), PARAMS, GRADS)
+    assert_close(found, params)
+    average = eval_params(TrainState(jnp.asarray(5), found, opt_state, jax.random.key(0)))
+    assert_close(average, optax.contrib.schedule_free_eval_params(state, params))
+
+
+@pytest.mark.parametrize("min_dim", [2, 128])
+def test_adafactor_of_one_matrix_is_that_of_optax(min_dim: int) -> None:
+    params, grads = PARAMS["embedding"], [g["embedding"] for g in GRADS]
+    theirs = optax.adafactor(0.1, min_dim_size_to_factor=min_dim)
+    state, expected = theirs.init(params), params
+    for grad in grads:
+        updates, state = theirs.update(grad, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    config = plain(AdafactorConfig, min_dim_to_factor=min_dim)
+    found, _ = run(build(config, {"w": ("vocab", "embed")}, 0.1), {"w": params}, [{"w": g} for g in grads])
+    assert_close(found["w"], expected)
+
+
+def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adam() -> None:
+    after, _ = run(build(plain(MuonConfig, consistent_rms=None), learning_rate=1.0), PARAMS, GRADS[:1])
+    adam, _ = run(build(plain(AdamWConfig), learning_rate=1.0), PARAMS, GRADS[:1])
+    assert_close(after["embedding"], adam["embedding"])
+    assert_close(after["layers"]["norm_scale"], adam["layers"]["norm_scale"])
+    moved = np.asarray(PARAMS["layers"]["out"] - after["layers"]["out"]).reshape(3, 8, 8)
+    singular = np.linalg.svd(moved, compute_uv=False)
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
+
+
+def test_muon_updates_have_the_size_of_adams() -> None:
+    after, _ = run(build(plain(MuonConfig), learning_rate=1.0), PARAMS, GRADS[:1])
+    moved = np.asarray(PARAMS["layers"]["query"]["kernel"] - after["layers"]["query"]["kernel"])
+    assert 0.1 < np.sqrt((moved**2).mean()) < 0.3
+
+
+def soap_reference(grads: list[np.ndarray], config: SoapConfig) -> np.ndarray:
+    """The sum of directions for one matrix, in float64, with a loop over everything (algorithm 3 of the paper)."""
+    rows, cols = grads[0].shape
+    sides = [size <= config.max_precond_dim for size in (rows, cols)]
+    gram = [(1 - config.b2) * grads[0] @ grads[0].T, (1 - config.b2) * grads[0].T @ grads[0]]
+    basis = [
+        np.linalg.eigh(g)[1][:, ::-1] if use else np.eye(len(g)) for g, use in zip(gram, sides, strict=True)
+    ]
+    mu, nu, total = np.zeros((rows, cols)), np.zeros((rows, cols)), np.zeros((rows, cols))
+    for t, grad in enumerate(grads[1:], start=1):
+        projected = basis[0].T @ grad @ basis[1]
+        mu = config.b1 * mu + (1 - config.b1) * grad
+        nu = config.b2 * nu + (1 - config.b2) * projected**2
+        numerator = basis[0].T @ mu @ basis[1] / (1 - config.b1**t)
+        direction = numerator / (np.sqrt(nu / (1 - config.b2**t)) + config.eps)
+        total += basis[0] @ direction @ basis[1].T
+        for side, outer in enumerate((grad @ grad.T, grad.T @ grad)):
+            gram[side] = config.b2 * gram[side] + (1 - config.b2) * outer
+            if not sides[side] or t % config.precondition_frequency:
+                continue
+            eigenvalues = np.diag(basis[side].T @ gram[side] @ basis[side])
+            order = np.argsort(-eigenvalues)
+            nu = np.take(nu, order, axis=side)
+            basis[side] = np.linalg.qr(gram[side] @ basis[side][:, order])[0]
+    return total
+
+
+# The shorter side alone of 4 x 6: one gradient leaves the longer one's basis open.
+@pytest.mark.parametrize(
+    ("frequency", "max_dim", "rows"), [(1, 100, 6), (3, 100, 6), (2, 6, 8), (2, 4, 4), (2, 3, 4)]
+)
+def test_soap_is_the_algorithm_of_the_paper(frequency: int, max_dim: int, rows: int) -> None:
+    config = plain(SoapConfig, precondition_frequency=frequency, max_precond_dim=max_dim)
+    rng = np.random.default_rng(0)
+    grads = [rng.normal(size=(2, rows, 2, 3)) for _ in range(8)]  # two layers
+    axes = {"w": ("layers", "embed", "heads", "head_dim")}
+    zeros = {"w": jnp.zeros((2, rows, 2, 3))}
+    found, _ = run(build(config, axes, 1.0), zeros, [{"w": jnp.asarray(g, jnp.float32)} for g in grads])
+    for layer in range(2):
+        expected = soap_reference([g[layer].reshape(rows, 6) for g in grads], config)
+        np.testing.assert_allclose(-found["w"][layer].reshape(rows, 6), expected, rtol=2e-3, atol=2e-3)

@@ -35,6 +35,8 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         return _unknown_key(match.group(1) or match.group(2), overrides)
     if match := re.search(r"full_key: (\S+)", text):
         key = match.group(1)
+        if re.search(r"Key '[^']*' (is )?not in", text):
+            return _unknown_key(key, overrides)
         return _wrong_value(key, _given(key, overrides), text)
     if "no viable alternative" in text or "mismatched input" in text or "token recognition" in text:
         return f"{text.splitlines()[0]}\nquote values with spaces, brackets or commas: 'key=\"a value\"'"

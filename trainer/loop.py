@@ -27,6 +27,7 @@ Hook = Callable[[int, TrainState, BatchSource], None]
 Report = Callable[[int, dict[str, float], dict[str, float]], None]
 
 DONE = "done"
+LONG_HOOKS = 0.005  # seconds of hooks beyond which a step is not timed
 
 
 class StopTraining(Exception):
@@ -54,11 +55,9 @@ class _Pending:
         start = perf_counter()
         values = jax.device_get(self.metrics)
         now = perf_counter()
-        self.timing |= {
-            "device_wait": now - start,
-            "hooks": self.in_hooks,
-            "step": now - self.since - self.in_hooks,
-        }
+        self.timing |= {"device_wait": now - start, "hooks": self.in_hooks}
+        if self.in_hooks < LONG_HOOKS:  # else the device worked while they did, and nobody can tell for how long
+            self.timing["step"] = now - self.since - self.in_hooks
         self.since, self.in_hooks, self.metrics = now, 0.0, None
         self.report(self.step, {name: float(value) for name, value in values.items()}, self.timing)
 
@@ -81,12 +80,14 @@ def fit(
 
     `report(step, metrics, timing)` is called once for each update, one turn late; `step` counts updates, that
     one included. Seconds in `timing`: `data_wait` and `dispatch` of that update, `device_wait` for its
-    metrics, `step` since the metrics before it, without the `hooks` in between.
+    metrics, `step` since the metrics before it, without the `hooks` in between, unless those took long.
     Returns: the state, and the reason for the end: "done" or the hook's.
     """
     pending = _Pending(report)
     reason = DONE
     for step in range(int(state.step), num_steps + 1):
+        if step == num_steps:
+            pending.flush()  # nothing is dispatched after it that its metrics could wait for
         start = perf_counter()
         try:
             for hook in hooks:

@@ -188,13 +188,7 @@ class Session:
         def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
             self.ledger.move("step", "data_wait", timing["data_wait"])
             self.ledger.at_step(step)
-            seconds = {
-                "step_time": timing["step"],
-                "dispatch_time": timing["dispatch"],
-                "device_wait": timing["device_wait"],
-                "data_wait": timing["data_wait"],
-            }
-            trackers.log(step, metrics(step, values, seconds))
+            trackers.log(step, metrics(step, values, timing))
 
         return report
 

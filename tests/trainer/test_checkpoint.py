@@ -20,6 +20,8 @@ from omegaconf import OmegaConf
 
 from trainer.checkpoint import CheckpointConfig, Checkpointer
 from trainer.digest import state_hash
+from trainer.optimizer import AdafactorConfig, AdamWConfig, MuonConfig, SoapConfig
+from trainer.state import abstract_state, init_sharded_state
 
 
 @jax.tree_util.register_dataclass
@@ -351,3 +353,30 @@ def test_the_hash_of_a_state_depends_on_values_names_dtypes_and_shapes_alone():
 
 def test_the_config_is_one_that_hydra_accepts():
     assert OmegaConf.structured(CheckpointConfig).keep == 3
+
+
+@pytest.mark.parametrize(
+    "config", [AdamWConfig(ema_decay=0.9), AdafactorConfig(), MuonConfig(), SoapConfig()]
+)
+def test_every_kind_of_optimizer_state_is_restored_onto_another_mesh(tmp_path, config):
+    axes = {"embedder": {"table": ("vocab", "embed")}, "layers": {"w": ("layers", "embed", "mlp")}}
+
+    def init(key: jax.Array) -> Any:
+        return {"embedder": {"table": jax.random.normal(key, (16, 8))}, "layers": {"w": jnp.ones((2, 8, 16))}}
+
+    def shardings(count: int) -> Any:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("fsdp",))
+        specs = {"embedder": {"table": ("fsdp",)}, "layers": {"w": (None, "fsdp")}}
+        is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
+        return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s)), specs, is_leaf=is_leaf)
+
+    optimizer = config.build(lambda step: jnp.float32(1e-3), axes)
+    state = init_sharded_state(init, optimizer, jax.random.key(0), param_shardings=shardings(8))
+    target = abstract_state(init, optimizer, param_shardings=shardings(4))
+    with Checkpointer(tmp_path) as checkpointer:
+        save(checkpointer, 0, state)
+        back = checkpointer.restore(0, target).state
+    assert state_hash(back) == state_hash(state)
+    assert [leaf.sharding for leaf in jax.tree.leaves(back)] == [
+        leaf.sharding for leaf in jax.tree.leaves(target)
+    ]

@@ -1,0 +1,135 @@
+"""Writing: rows independent, filters exact, log-probabilities those of the model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.decode import SamplingConfig, filter_logits, generate
+from models.transformer import init_params, logits, make_apply
+from tests.models.test_transformer import BASE, FAMILIES, V
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [7, 7]]
+
+
+def write(config, prompts=PROMPTS, **sampling):
+    params = init_params(config, jax.random.key(0))
+    settings = SamplingConfig(**{"max_new_tokens": 6, **sampling})
+    return params, generate(params, config, prompts, settings, eos_id=None)
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+def test_greedy_is_the_argmax_of_the_full_forward_with_its_logprob(config):
+    params, found = write(config, temperature=0.0)
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        tokens = [*prompt]
+        for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
+            n = len(tokens)
+            output = make_apply(config)(
+                params,
+                jnp.array([tokens]),
+                positions_BL=jnp.arange(n)[None],
+                segment_ids_BL=jnp.ones((1, n), jnp.int32),
+            )
+            p = jax.nn.log_softmax(logits(output)[0, -1])
+            assert token == int(p.argmax())
+            assert logprob == pytest.approx(float(p[token]), abs=1e-4)
+            tokens.append(token)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    _, together = write(BASE, temperature=1.0, seed=3)
+    _, alone = write(BASE, prompts=PROMPTS[:1], temperature=1.0, seed=3)
+    _, three = write(BASE, prompts=PROMPTS[:3], temperature=1.0, seed=3)
+    assert together[0].tokens == alone[0].tokens
+    assert [c.tokens for c in together[:3]] == [c.tokens for c in three]
+
+
+def test_the_seed_decides_what_is_drawn():
+    one, same, other = (write(BASE, temperature=2.0, seed=s)[1] for s in (1, 1, 2))
+    assert [c.tokens for c in one] == [c.tokens for c in same] != [c.tokens for c in other]
+
+
+def test_equal_prompts_in_one_batch_are_drawn_apart():
+    _, found = write(BASE, prompts=[[1, 2]] * 4, temperature=2.0)
+    assert len({tuple(c.tokens) for c in found}) > 1
+
+
+def test_eos_and_stop_end_a_row_and_the_rest_goes_on():
+    params, free = write(BASE, temperature=0.0)
+    eos = free[0].tokens[2]
+    again = generate(params, BASE, PROMPTS, SamplingConfig(max_new_tokens=6, temperature=0.0), eos_id=eos)
+    first = free[0].tokens.index(eos)
+    assert again[0].tokens == free[0].tokens[:first] and again[0].finish_reason == "eos"
+    stopped = generate(
+        params,
+        BASE,
+        PROMPTS,
+        SamplingConfig(max_new_tokens=6, temperature=0.0),
+        eos_id=None,
+        on_token=lambda row, token: row == 1,
+    )
+    assert len(stopped[1].tokens) == 1 and stopped[1].finish_reason == "stop"
+    assert stopped[2].tokens == free[2].tokens and stopped[2].finish_reason == "length"
+
+
+def test_padded_vocabulary_is_never_written():
+    params = init_params(BASE, jax.random.key(0))
+    found = generate(
+        params, BASE, [[1]] * 8, SamplingConfig(max_new_tokens=20, temperature=5.0), eos_id=None, vocab_size=5
+    )
+    assert {t for c in found for t in c.tokens} <= set(range(5))
+
+
+def probabilities(x, **settings):
+    config = SamplingConfig(**settings)
+    seen = jnp.zeros((1, len(x)), bool).at[0, 0].set(True)
+    return np.asarray(jax.nn.softmax(filter_logits(jnp.array([x]), seen, config)))[0]
+
+
+def test_filters_equal_enumeration():
+    x = np.log(np.array([0.4, 0.25, 0.2, 0.1, 0.05]))
+    p = np.exp(x)
+    np.testing.assert_allclose(probabilities(x), p, atol=1e-6)
+    np.testing.assert_allclose(probabilities(x, temperature=0.5), p**2 / (p**2).sum(), atol=1e-6)
+    np.testing.assert_allclose(probabilities(x, top_k=2), [0.4 / 0.65, 0.25 / 0.65, 0, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(probabilities(x, top_p=0.6), [0.4 / 0.65, 0.25 / 0.65, 0, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(probabilities(x, top_p=0.66), np.array([0.4, 0.25, 0.2, 0, 0]) / 0.85, atol=1e-6)
+    np.testing.assert_allclose(probabilities(x, min_p=0.3), np.array([0.4, 0.25, 0.2, 0, 0]) / 0.85, atol=1e-6)
+    # Log-probabilities are negative: a penalty multiplies them (Keskar et al. 2019).
+    penalised = np.exp(np.concatenate([x[:1] * 1.5, x[1:]]))
+    np.testing.assert_allclose(
+        probabilities(x, repetition_penalty=1.5), penalised / penalised.sum(), atol=1e-6
+    )
+
+
+def test_sampling_draws_from_the_filtered_distribution():
+    config = dataclasses.replace(BASE, num_layers=1)
+    params, found = write(config, prompts=[[1]] * 600, temperature=1.0, max_new_tokens=1, top_k=3)
+    output = make_apply(config)(
+        params, jnp.array([[1]]), positions_BL=jnp.zeros((1, 1), jnp.int32), segment_ids_BL=jnp.ones((1, 1), jnp.int32)
+    )
+    top = np.argsort(-np.asarray(logits(output)[0, 0]))[:3]
+    want = np.asarray(jax.nn.softmax(logits(output)[0, 0][top]))
+    counts = np.bincount([c.tokens[0] for c in found], minlength=V)
+    assert counts.sum() == counts[top].sum()
+    np.testing.assert_allclose(counts[top] / 600, want, atol=0.08)
+
+
+def test_what_cannot_be_written_is_refused():
+    params = init_params(FAMILIES["gpt2"], jax.random.key(0))
+    settings = SamplingConfig(max_new_tokens=4)
+    with pytest.raises(ValueError, match="max_seq_len=64"):
+        generate(params, FAMILIES["gpt2"], [[1] * 64], settings, eos_id=None)
+    with pytest.raises(ValueError, match="has no tokens"):
+        generate(params, FAMILIES["gpt2"], [[]], settings, eos_id=None)
+    with pytest.raises(ValueError, match=r"task.top_p=0: must be above 0"):
+        SamplingConfig(top_p=0).validate()
+
+
+def test_learned_positions_end_the_text_where_the_table_ends():
+    params = init_params(FAMILIES["gpt2"], jax.random.key(0))
+    [found] = generate(params, FAMILIES["gpt2"], [[1] * 60], SamplingConfig(max_new_tokens=50), eos_id=None)
+    assert len(found.tokens) == 4

@@ -1,0 +1,272 @@
+"""The decoder: causal, documents apart, the same by every road."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.cache import init_cache
+from models.config import (
+    Activation,
+    AttentionConfig,
+    Dtype,
+    LayerKind,
+    MLPConfig,
+    ModelConfig,
+    Norm,
+    NormPlacement,
+    Position,
+    QKNorm,
+    Remat,
+    RopeConfig,
+    RopeScaling,
+)
+from models.layers import inverse_frequencies
+from models.transformer import abstract_params, forward, init_params, logits, make_apply, param_axes
+
+V, L = 37, 16
+BASE = ModelConfig(
+    num_layers=2,
+    embed_dim=32,
+    vocab_size=V,
+    max_seq_len=64,
+    dtype=Dtype.float32,
+    init_std=0.2,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+    mlp=MLPConfig(hidden_dim=48),
+)
+
+
+def change(**fields):
+    attention = dataclasses.replace(BASE.attention, **fields.pop("attention", {}))
+    mlp = dataclasses.replace(BASE.mlp, **fields.pop("mlp", {}))
+    return dataclasses.replace(BASE, attention=attention, mlp=mlp, **fields)
+
+
+FAMILIES = {
+    "llama": BASE,
+    "gpt2": change(
+        norm=Norm.layer,
+        position=Position.learned,
+        attention={"num_kv_heads": 4, "qkv_bias": True, "out_bias": True},
+        mlp={"gated": False, "activation": Activation.gelu_tanh, "bias": True},
+    ),
+    "gemma": change(
+        num_layers=3,
+        norm_placement=NormPlacement.sandwich,
+        norm_unit_offset=True,
+        scale_embeddings=True,
+        final_soft_cap=10.0,
+        rope=RopeConfig(theta=1e6, local_theta=1e4),
+        attention={
+            "qk_norm": QKNorm.head,
+            "pattern": [LayerKind.sliding, LayerKind.full],
+            "sliding_window": 4,
+            "soft_cap": 5.0,
+            "scale": 0.3,
+        },
+    ),
+    "olmo2": change(
+        norm_placement=NormPlacement.post, tied_embeddings=False, attention={"qk_norm": QKNorm.projection}
+    ),
+    "partial rope": change(rope=RopeConfig(fraction=0.5)),
+    "plain": change(position=Position.none, mlp={"gated": False, "activation": Activation.relu2}),
+}
+families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+def setup(config, rows=2, seed=0):
+    params = init_params(config, jax.random.key(seed))
+    tokens = jax.random.randint(jax.random.key(seed + 1), (rows, L), 0, V)
+    positions = jnp.broadcast_to(jnp.arange(L)[None], (rows, L))
+    return params, tokens, positions, jnp.ones((rows, L), jnp.int32)
+
+
+def run(config, params, tokens, positions, segments):
+    return logits(make_apply(config)(params, tokens, positions_BL=positions, segment_ids_BL=segments))
+
+
+@families
+def test_no_token_depends_on_a_later_one(config):
+    """By gradient, through tokens given as vectors: exactly zero, not small."""
+    params, _, positions, segments = setup(config, rows=1)
+    params = {**params, "embedding": jax.random.normal(jax.random.key(5), (L, config.embed_dim))}
+    config = dataclasses.replace(config, vocab_size=L)  # token i is row i: its own vector
+    if not config.tied_embeddings:
+        params["head"] = jnp.ones((config.embed_dim, L))
+    head = params["embedding"]
+
+    def at(embedding, i):
+        # The output is read from the hidden vectors, for a tied head would depend on every token.
+        output = make_apply(config)(
+            {**params, "embedding": embedding}, jnp.arange(L)[None], positions_BL=positions, segment_ids_BL=segments
+        )
+        return output.hidden_BLD[0, i].sum() + jnp.square(output.hidden_BLD[0, i]).sum()
+
+    for i in (0, 3, L - 2):
+        grads = jax.grad(at)(head, i)
+        assert (grads[i + 1 :] == 0).all(), "a later token has influence"
+        assert (grads[i] != 0).any()
+
+
+@families
+def test_packed_documents_never_see_each_other(config):
+    params, _, _, _ = setup(config, rows=1)
+    embedding = jax.random.normal(jax.random.key(5), (L, config.embed_dim))
+    config = dataclasses.replace(config, vocab_size=L)
+    positions = jnp.concatenate([jnp.arange(6), jnp.arange(L - 6)])[None]
+    segments = jnp.array([[1] * 6 + [2] * (L - 6)])
+
+    def second(embedding):
+        output = make_apply(config)(
+            {**params, "embedding": embedding}, jnp.arange(L)[None], positions_BL=positions, segment_ids_BL=segments
+        )
+        return jnp.square(output.hidden_BLD[0, 6:]).sum() + output.hidden_BLD[0, 6:].sum()
+
+    grads = jax.grad(second)(embedding)
+    assert (grads[:6] == 0).all()
+    assert (grads[6:] != 0).any(axis=1).all()
+
+
+@families
+def test_a_packed_document_equals_the_same_document_alone(config):
+    params, tokens, positions, segments = setup(config, rows=1)
+    packed_positions = jnp.concatenate([jnp.arange(5), jnp.arange(L - 5)])[None]
+    packed = run(config, params, tokens, packed_positions, jnp.array([[1] * 5 + [2] * (L - 5)]))
+    alone = run(config, params, tokens[:, 5:], positions[:, : L - 5], segments[:, 5:])
+    np.testing.assert_allclose(packed[:, 5:], alone, atol=1e-5)
+
+
+@families
+def test_cached_decoding_equals_the_full_forward(config):
+    params, tokens, positions, segments = setup(config)
+    whole = run(config, params, tokens, positions, segments)
+    cache = init_cache(config, 2, 32)
+    pieces = []
+    for part in (slice(0, 7), slice(7, 8), slice(8, 9), slice(9, 12), *(slice(i, i + 1) for i in range(12, L))):
+        output, cache = forward(
+            params, tokens[:, part], positions[:, part], segments[:, part], config=config, cache=cache
+        )
+        pieces.append(logits(output))
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-5)
+
+
+@families
+def test_axes_shapes_and_parameters_are_one_tree(config):
+    params = init_params(config, jax.random.key(0))
+    shapes = abstract_params(config)
+    assert jax.tree.map(lambda p: (p.shape, p.dtype), params) == jax.tree.map(lambda s: (s.shape, s.dtype), shapes)
+    axes = param_axes(config)
+    jax.tree.map(lambda s, a: pytest.fail(f"{a} for {s.shape}") if len(a) != len(s.shape) else None, shapes, axes)
+    assert all(leaf.shape[0] == config.num_layers for leaf in jax.tree.leaves(shapes["layers"]))
+
+
+@pytest.mark.parametrize("remat", [r for r in Remat if r is not Remat.none])
+def test_remat_changes_memory_and_not_numbers(remat):
+    params, tokens, positions, segments = setup(BASE)
+
+    def loss(params, remat):
+        config = dataclasses.replace(BASE, remat=remat)
+        return jnp.square(run(config, params, tokens, positions, segments)).mean()
+
+    want, want_grads = jax.value_and_grad(loss)(params, Remat.none)
+    got, grads = jax.value_and_grad(loss)(params, remat)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, want_grads)
+
+
+def test_llama_equals_a_float64_formula():
+    config = BASE
+    params, tokens, positions, segments = setup(config, rows=1)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    a = config.attention
+
+    def rms(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
+
+    def rotate(x):  # [L, N, H]
+        half = a.head_dim // 2
+        angle = np.arange(L)[:, None] * 10_000.0 ** (-np.arange(half) / half)
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        return np.concatenate([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
+
+    x = p["embedding"][np.asarray(tokens[0])]
+    for layer in range(config.num_layers):
+        w = jax.tree.map(lambda leaf: leaf[layer], p["layers"])  # noqa: B023
+        h = rms(x, w["attention_norm"]["scale"])
+        q = rotate(np.einsum("ld,dnh->lnh", h, w["attention"]["query"]["kernel"]))
+        k = rotate(np.einsum("ld,dnh->lnh", h, w["attention"]["key"]["kernel"]))
+        v = np.einsum("ld,dnh->lnh", h, w["attention"]["value"]["kernel"])
+        k, v = (np.repeat(y, a.num_heads // a.num_kv_heads, axis=1) for y in (k, v))
+        s = np.einsum("lnh,snh->nls", q, k) / np.sqrt(a.head_dim)
+        s = np.where(np.tril(np.ones((L, L), bool)), s, -np.inf)
+        e = np.exp(s - s.max(-1, keepdims=True))
+        o = np.einsum("nls,snh->lnh", e / e.sum(-1, keepdims=True), v)
+        x = x + np.einsum("lnh,nhd->ld", o, w["attention"]["out"]["kernel"])
+        h = rms(x, w["mlp_norm"]["scale"])
+        gate, up = h @ w["mlp"]["gate"]["kernel"], h @ w["mlp"]["up"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ w["mlp"]["down"]["kernel"]
+    want = rms(x, p["final_norm"]["scale"]) @ p["embedding"].T
+    np.testing.assert_allclose(run(config, params, tokens, positions, segments)[0], want, atol=2e-5)
+
+
+def test_bfloat16_stays_near_float32():
+    params, tokens, positions, segments = setup(BASE)
+    half = dataclasses.replace(BASE, dtype=Dtype.bfloat16)
+    want = run(BASE, params, tokens, positions, segments)
+    got = run(half, params, tokens, positions, segments)
+    assert float(jnp.abs(got - want).max()) < 0.05 * float(jnp.abs(want).max())
+
+
+def test_dropout_needs_a_key_and_depends_on_it():
+    config = change(dropout=0.5, attention={"dropout": 0.5})
+    params, tokens, positions, segments = setup(config)
+
+    def hidden(rng):
+        return make_apply(config)(params, tokens, positions_BL=positions, segment_ids_BL=segments, rng=rng).hidden_BLD
+
+    assert (hidden(None) == hidden(None)).all()
+    one, same, other = (hidden(jax.random.key(i)) for i in (1, 1, 2))
+    assert (one == same).all() and not (one == other).all() and not (one == hidden(None)).all()
+
+
+def test_rope_scaling_follows_the_published_formulas():
+    plain = inverse_frequencies(RopeConfig(theta=5e5), 128, theta=5e5, scaled=True)
+    linear = inverse_frequencies(
+        RopeConfig(scaling=RopeScaling.linear, factor=4.0), 128, theta=5e5, scaled=True
+    )
+    np.testing.assert_allclose(linear, plain / 4)
+    config = RopeConfig(scaling=RopeScaling.llama3, factor=8.0, original_max_seq_len=8192)
+    got = inverse_frequencies(config, 128, theta=5e5, scaled=True)
+    for f, g in zip(plain, got, strict=True):  # as Llama 3.1's reference code has it
+        wavelength = 2 * np.pi / f
+        if wavelength < 8192 / 4:
+            want = f
+        elif wavelength > 8192 / 1:
+            want = f / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            want = (1 - smooth) * f / 8 + smooth * f
+        assert g == pytest.approx(want, rel=1e-12)
+    assert (inverse_frequencies(config, 128, theta=5e5, scaled=False) == plain).all()
+    yarn = inverse_frequencies(
+        RopeConfig(scaling=RopeScaling.yarn, factor=4.0, original_max_seq_len=4096), 128, theta=1e4, scaled=True
+    )
+    bare = inverse_frequencies(RopeConfig(), 128, theta=1e4, scaled=True)
+    assert yarn[0] == bare[0] and yarn[-1] == pytest.approx(bare[-1] / 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (change(attention={"num_kv_heads": 3}), r"num_kv_heads=3: must divide num_heads=4; valid: \[1, 2, 4\]"),
+        (change(attention={"head_dim": 7}), "head_dim=7"),
+        (change(dropout=1.0), "dropout=1.0"),
+        (change(attention={"pattern": []}), "pattern"),
+    ],
+)
+def test_impossible_models_are_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        config.validate()

@@ -19,7 +19,6 @@ from data.sources import (
     JsonlConfig,
     ParquetConfig,
     PythonStdlibConfig,
-    SourceConfig,
     SyntheticConfig,
     TextConfig,
 )

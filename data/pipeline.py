@@ -52,16 +52,18 @@ class Mixture:
     """All rows of a run, by index."""
 
     def __init__(
-        self, corpora: Mapping[str, Corpus], config: DataConfig, seed: int, weights: Mapping[str, float] | None = None
+        self,
+        corpora: Mapping[str, Corpus],
+        config: DataConfig,
+        seed: int,
+        weights: Mapping[str, float] | None = None,
     ):
         """`weights` None: by the tokens of each corpus. Raises: ValueError for a source without a whole row."""
         import grain
 
         self.names = list(corpora)
         self.rows = {
-            name: PackedRows(
-                corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name)
-            )
+            name: PackedRows(corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name))
             for name, corpus in corpora.items()
         }
         for name, rows in self.rows.items():
@@ -90,8 +92,9 @@ class Mixture:
 
     def locate(self, index: int) -> tuple[str, int]:
         """The source of row `index` and the row within its plan."""
-        source, row = self._index[index]
-        return self.names[source], row
+        found = self._index[index]
+        assert found is not None, "nothing is filtered out"
+        return self.names[found[0]], found[1]
 
     def __getitem__(self, index: int) -> TokenBatch:
         name, row = self.locate(index)
@@ -129,7 +132,12 @@ class _LocalRows:
     """The rows that this process feeds, one after the other: position p is slot p mod R of step p div R."""
 
     def __init__(self, mixture: Mixture, first: int, batch_size: int, slots: Sequence[int]):
-        self.mixture, self.first, self.batch_size, self.slots = mixture, first, batch_size, [int(s) for s in slots]
+        self.mixture, self.first, self.batch_size, self.slots = (
+            mixture,
+            first,
+            batch_size,
+            [int(s) for s in slots],
+        )
 
     def __len__(self) -> int:
         return _LAST
@@ -185,8 +193,8 @@ class OfflineSource:
         return stack([self.mixture[self.next_index + slot] for slot in range(self.batch_size)])
 
     def close(self) -> None:
-        if self._iterator is not None and hasattr(self._iterator, "close"):
-            self._iterator.close()
+        if self._iterator is not None and (close := getattr(self._iterator, "close", None)) is not None:
+            close()  # of the thread that makes batches ahead
         self._iterator = None
 
 

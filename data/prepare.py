@@ -120,7 +120,12 @@ def _manifest(wanted: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str,
 
 
 def _make_shard(
-    source: SourceConfig, tokenizer: Tokenizer, unit: Unit, stem: Path, made_of: dict[str, Any], left: int | None
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    unit: Unit,
+    stem: Path,
+    made_of: dict[str, Any],
+    left: int | None,
 ) -> dict[str, Any]:
     bad, content = BadRecords(), hashlib.sha256()
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
@@ -138,15 +143,17 @@ def _make_shard(
             sizes[split] += len(text.encode("utf-8", "surrogatepass"))
     for split in SPLITS:
         lengths = np.array([0] + [len(a) for a in arrays[split]], np.int64)
-        _save(stem.with_name(f"{stem.name}.{split}.tokens.npy"), np.concatenate([np.zeros(0, dtype), *arrays[split]]))
+        _save(
+            stem.with_name(f"{stem.name}.{split}.tokens.npy"),
+            np.concatenate([np.zeros(0, dtype), *arrays[split]]),
+        )
         _save(stem.with_name(f"{stem.name}.{split}.offsets.npy"), np.cumsum(lengths))
     shard = {
         "name": stem.name,
         "made_of": made_of,
         "content": content.hexdigest(),
         "counts": {
-            s: {"documents": len(arrays[s]), "tokens": int(sum(map(len, arrays[s]))), "bytes": sizes[s]}
-            for s in SPLITS
+            s: {"documents": len(arrays[s]), "tokens": int(sum(map(len, arrays[s]))), "bytes": sizes[s]} for s in SPLITS
         },
         "bad_records": bad.found,
     }
@@ -219,7 +226,7 @@ class TokenCorpus:
         self.fingerprint = f"{manifest.fingerprint}:{split}"
         carve = self._carving(manifest)
         source = "train" if carve and split == "heldout" else split
-        load = lambda name, what: np.load(  # noqa: E731
+        load = lambda name, what: np.load(
             manifest.folder / f"{name}.{source}.{what}.npy", mmap_mode="r", allow_pickle=False
         )
         self._tokens = [load(name, "tokens") for name in shards]

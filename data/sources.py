@@ -384,9 +384,9 @@ class SyntheticConfig(SourceConfig):
 
     def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
         words = {
-            "noun": "cat dog tree river stone king queen bird".split(),
-            "verb": "sees follows finds loves leaves".split(),
-            "how": "slowly gladly often never".split(),
+            "noun": ["cat", "dog", "tree", "river", "stone", "king", "queen", "bird"],
+            "verb": ["sees", "follows", "finds", "loves", "leaves"],
+            "how": ["slowly", "gladly", "often", "never"],
         }
         for index in range(unit.start, unit.stop):
             draw = random.Random(f"{self.seed}:{index}")  # strings are seeded the same on every platform
@@ -408,7 +408,16 @@ class PythonStdlibConfig(SourceConfig):
 
     def units(self) -> list[Unit]:
         root = Path(sysconfig.get_path("stdlib"))
-        skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+        skipped = {
+            "site-packages",
+            "dist-packages",
+            "test",
+            "tests",
+            "idlelib",
+            "lib2to3",
+            "turtledemo",
+            "__pycache__",
+        }
         # pydoc_data and the codec tables are data, not code.
         skipped |= {"pydoc_data", "encodings"}
         files = [

@@ -59,7 +59,7 @@ class SentencePiece:
         self.model = model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self.processor.vocab_size()
-        none = lambda i: None if i < 0 else i  # noqa: E731
+        none = lambda i: None if i < 0 else i
         self.bos_id, self.eos_id = none(self.processor.bos_id()), none(self.processor.eos_id())
         self.pad_id = none(self.processor.pad_id())
 
@@ -99,7 +99,7 @@ class TokenizerJson:
         self.content, self.special = content, special
         self.inner = HfTokenizer.from_str(content.decode())
         self.vocab_size = self.inner.get_vocab_size()
-        find = lambda name: None if special.get(name) is None else self.inner.token_to_id(str(special[name]))  # noqa: E731
+        find = lambda name: None if special.get(name) is None else self.inner.token_to_id(str(special[name]))
         self.bos_id, self.eos_id, self.pad_id = find("bos"), find("eos"), find("pad")
 
     def encode(self, text: str) -> list[int]:

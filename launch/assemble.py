@@ -127,7 +127,12 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     console = Console()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         for name, source in config.data.sources.items():
@@ -200,9 +205,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     constrain = make_constrain(mesh, config.sharding)
     apply = make_apply(model, constrain)
     objective = config.objective.build(_token_bytes(model, tokenizer))
-    step = make_train_step(
-        objective, apply, optimizer, num_microbatches=task.num_microbatches, schedule=schedule
-    )
+    step = make_train_step(objective, apply, optimizer, num_microbatches=task.num_microbatches, schedule=schedule)
     init = partial(init_params, model)
     sharding = batch_sharding(mesh, config.sharding)
     return Core(
@@ -214,9 +217,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
         train_step=jax.jit(step, donate_argnums=0),
         eval_step=jax.jit(make_eval_step(objective, apply)),
         abstract=abstract_state(init, optimizer, param_shardings=shardings),
-        init_state=lambda: init_sharded_state(
-            init, optimizer, jax.random.key(config.seed), param_shardings=shardings
-        ),
+        init_state=lambda: init_sharded_state(init, optimizer, jax.random.key(config.seed), param_shardings=shardings),
         rows=process_rows(sharding, config.data.batch_size),
         batch_size=config.data.batch_size,
         sharding=sharding,
@@ -244,7 +245,11 @@ def build_source(config: RunConfig, corpora: Corpora, core: Core) -> OfflineSour
                 f"nearest valid: {rows // core.batch_size}"
             )
     return OfflineSource(
-        mixture, batch_size=core.batch_size, slots=core.rows.tolist(), place=core.place, prefetch=config.data.prefetch
+        mixture,
+        batch_size=core.batch_size,
+        slots=core.rows.tolist(),
+        place=core.place,
+        prefetch=config.data.prefetch,
     )
 
 
@@ -293,4 +298,3 @@ def load_weights(reference: str, runs: str, abstract: Params, say: Say) -> tuple
             return checkpointer.restore_params(at, abstract), f"{path.name}, step {at}"
         except ValueError as error:
             raise ValueError(f"init_from={reference}: {error}") from error
-

@@ -150,7 +150,7 @@ def start(devices: int | None) -> None:
             raise ValueError(f"devices={devices}: JAX_NUM_CPU_DEVICES={own} says otherwise; unset one of the two")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", share)
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "meshwright", "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

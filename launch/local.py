@@ -31,7 +31,7 @@ def launch_local(config: RunConfig, overrides: list[str]) -> int:
             "JAX_NUM_PROCESSES": str(launcher.num_processes),
             "JAX_PROCESS_ID": str(index),
         }
-        output = None if index == 0 else open(logs / f"process_{index}.log", "ab")
+        output = None if index == 0 else open(logs / f"process_{index}.log", "ab")  # noqa: SIM115
         children.append(
             subprocess.Popen(
                 [sys.executable, "-m", "launch.run", config.task.kind, *_flags(), *_without_task(overrides)],

@@ -31,7 +31,9 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     if match := re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
         return f"{group}={option}: there is no such {group}{did_you_mean(option, _options(group))}"
-    if match := re.search(r"[Oo]verriding.*?'([^']+)'.*?No match in the defaults list|Could not override '([^']+)'", text):
+    if match := re.search(
+        r"[Oo]verriding.*?'([^']+)'.*?No match in the defaults list|Could not override '([^']+)'", text
+    ):
         return _unknown_key(match.group(1) or match.group(2), overrides)
     if match := re.search(r"full_key: (\S+)", text):
         key = match.group(1)
@@ -68,7 +70,9 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     if not near:  # the right word in the wrong place
         leaf = key.rsplit(".", 1)[-1]
         near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:3]
-        near = near or [k for k in known if difflib.SequenceMatcher(None, k.rsplit(".", 1)[-1], leaf).ratio() > 0.75][:3]
+        near = (
+            near or [k for k in known if difflib.SequenceMatcher(None, k.rsplit(".", 1)[-1], leaf).ratio() > 0.75][:3]
+        )
     if near:
         return f"{key}: there is no such key; did you mean {' or '.join(repr(n) for n in near)}?"
     parent = key.rsplit(".", 1)[0] if "." in key else ""
@@ -113,7 +117,7 @@ def _options(group: str) -> list[str]:
     """Names that `group=` accepts: YAML files and bare dataclasses."""
     from importlib.resources import files
 
-    from configs.schema import GROUPS, _BARE
+    from configs.schema import _BARE, GROUPS
 
     folder = files("configs") / group
     names = [p.name.removesuffix(".yaml") for p in folder.iterdir()] if folder.is_dir() else []

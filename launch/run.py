@@ -53,7 +53,10 @@ def run(arguments: list[str]) -> int:
         if word not in TASKS:
             from launch.messages import did_you_mean
 
-            print(f"meshwright: {word!r} is not a task{did_you_mean(word, TASKS)}\n\n{overview()}", file=sys.stderr)
+            print(
+                f"meshwright: {word!r} is not a task{did_you_mean(word, TASKS)}\n\n{overview()}",
+                file=sys.stderr,
+            )
             return EXIT_WRONG_INPUT
         arguments = [f"task={word}", *rest]
     elif not completing and not word.startswith("-"):
@@ -92,7 +95,7 @@ def _run_hydra(arguments: list[str]) -> int:
     from launch import messages
 
     register()
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-") or a.startswith("~")]
+    overrides = [a for a in arguments if ("=" in a and not a.startswith("-")) or a.startswith("~")]
     codes: list[int] = []
 
     def task(node: DictConfig) -> None:

@@ -101,7 +101,9 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    flags = {name: os.environ[name] for name in ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS") if name in os.environ}
+    flags = {
+        name: os.environ[name] for name in ("XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS") if name in os.environ
+    }
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "folder": os.getcwd(),
@@ -123,10 +125,13 @@ def git_state() -> dict[str, Any] | None:
     """Commit of the code that runs and whether files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
-        run = lambda *a: subprocess.run(  # noqa: E731
+        run = lambda *a: subprocess.run(
             ["git", "-C", str(here), *a], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
-        return {"commit": run("rev-parse", "HEAD"), "changed_files": run("status", "--short").splitlines()[:50]}
+        return {
+            "commit": run("rev-parse", "HEAD"),
+            "changed_files": run("status", "--short").splitlines()[:50],
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -97,7 +97,13 @@ def prefill(params: Params, tokens_BL, lengths_B, cache: KVCache, *, config: Mod
     B, L = tokens_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
     output, cache = forward(
-        params, tokens_BL, positions_BL, jnp.ones((B, L), jnp.int32), config=config, constrain=constrain, cache=cache
+        params,
+        tokens_BL,
+        positions_BL,
+        jnp.ones((B, L), jnp.int32),
+        config=config,
+        constrain=constrain,
+        cache=cache,
     )
     last_B1D = jnp.take_along_axis(output.hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)
     return logits(output._replace(hidden_BLD=last_B1D))[:, 0], cache
@@ -139,14 +145,12 @@ def _programs(program: "_Program"):
     def turn(params, rows: _Rows, seed: jax.Array) -> tuple[_Rows, jax.Array, jax.Array]:
         # A row's stream of random numbers is its own: of its place and of how many tokens it has.
         B = rows.lengths_B.shape[0]
-        key = lambda row, length: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), length)  # noqa: E731
+        key = lambda row, length: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), length)
         keys_B = jax.vmap(key)(jnp.arange(B), rows.lengths_B)
         logits_BV = jnp.where(jnp.arange(config.vocab_size)[None] < vocab_size, rows.logits_BV, -jnp.inf)
         tokens_B, logprobs_B = sample(logits_BV, keys_B, rows.seen_BV, sampling)
         seen_BV = rows.seen_BV.at[jnp.arange(B), tokens_B].set(True)
-        logits_BV, cache = decode_step(
-            params, tokens_B, rows.lengths_B, rows.cache, config=config, constrain=constrain
-        )
+        logits_BV, cache = decode_step(params, tokens_B, rows.lengths_B, rows.cache, config=config, constrain=constrain)
         # Every process reads the tokens, so they lie on all devices.
         tokens_B, logprobs_B = constrain(tokens_B, (None,)), constrain(logprobs_B, (None,))
         return _Rows(logits_BV, rows.lengths_B + 1, seen_BV, cache), tokens_B, logprobs_B
@@ -180,8 +184,9 @@ def generate(
 ) -> list[Completion]:
     """Completions of prompts of any lengths, all at once.
 
-    `vocab_size`: tokens that there are, where the model's rows are padded beyond them. `on_token(row, token)` sees every token as it comes (not EOS) and may return True to stop that row: for stop
-    texts and for streaming. Prompt and completion must fit into learned positions.
+    `vocab_size`: tokens that there are, where the model's rows are padded beyond them. `on_token(row, token)` sees
+    every token as it comes (not EOS) and may return True to stop that row: for stop texts and for streaming. Prompt
+    and completion must fit into learned positions.
     Raises: ValueError for an empty prompt, or one that leaves no room.
     """
     sampling.validate()

@@ -88,10 +88,13 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, *, theta: float, scal
         rotations = config.original_max_seq_len / wavelength
         keep = (rotations - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
     else:  # YaRN, appendix A.1: dims between the two numbers of rotations are blended
-        dim = lambda turns: (  # noqa: E731
+        dim = lambda turns: (
             rotated * math.log(config.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
         )
-        low, high = max(math.floor(dim(config.beta_fast)), 0), min(math.ceil(dim(config.beta_slow)), rotated - 1)
+        low, high = (
+            max(math.floor(dim(config.beta_fast)), 0),
+            min(math.ceil(dim(config.beta_slow)), rotated - 1),
+        )
         keep = 1 - (np.arange(rotated // 2) - low) / max(high - low, 0.001)
     keep = np.clip(keep, 0, 1)
     return freq * keep + freq / config.factor * (1 - keep)
@@ -125,9 +128,7 @@ class MLP(nnx.Module):
         mlp: MLPConfig = config.mlp
         D, F, std, bias = config.embed_dim, mlp.hidden_dim, config.init_std, int(mlp.bias)
         self.activation = mlp.activation
-        widen = lambda: Projection(  # noqa: E731
-            rngs, config, "BLD,DF->BLF", (D, F), ("embed", "mlp"), std=std, bias_dims=bias
-        )
+        widen = lambda: Projection(rngs, config, "BLD,DF->BLF", (D, F), ("embed", "mlp"), std=std, bias_dims=bias)
         self.up = widen()
         self.gate = widen() if mlp.gated else None
         self.down = Projection(rngs, config, "BLF,FD->BLD", (F, D), ("mlp", "embed"), std=out_std, bias_dims=bias)

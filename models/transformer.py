@@ -18,7 +18,16 @@ from jax.ad_checkpoint import checkpoint_name
 from models.attention import UNLIMITED, attention, visible
 from models.cache import KVCache
 from models.config import LayerKind, ModelConfig, NormPlacement, Position, QKNorm, Remat
-from models.layers import MLP, Normalize, Projection, dropout, inverse_frequencies, param, rope_temperature, rotate
+from models.layers import (
+    MLP,
+    Normalize,
+    Projection,
+    dropout,
+    inverse_frequencies,
+    param,
+    rope_temperature,
+    rotate,
+)
 from models.partition import Constrain, no_constraint
 
 Params = Any  # a nested dict of arrays
@@ -80,7 +89,7 @@ class Attention(nnx.Module):
             rngs, config, "BLNH,NHD->BLD", (N, H, D), out_axes, std=out_std, bias_dims=int(a.out_bias)
         )
         whole = a.qk_norm is QKNorm.projection
-        norm = lambda count, name: (  # noqa: E731
+        norm = lambda count, name: (
             None
             if a.qk_norm is QKNorm.none
             else Normalize(rngs, config, (count, H) if whole else (H,), (name, "head_dim") if whole else ("head_dim",))
@@ -100,18 +109,13 @@ class Attention(nnx.Module):
         q_BLNH = checkpoint_name(context.constrain(q_BLNH, ("batch", "length", "heads", "head_dim")), "qkv")
         k_BLKH = checkpoint_name(context.constrain(k_BLKH, ("batch", "length", "kv_heads", "head_dim")), "qkv")
         v_BLKH = checkpoint_name(context.constrain(v_BLKH, ("batch", "length", "kv_heads", "head_dim")), "qkv")
-        kv = (k_BLKH, v_BLKH)
         if cached is not None:
-            rows = jnp.arange(x_BLD.shape[0])[:, None]
-            kv = tuple(old.at[rows, context.q_positions].set(new) for old, new in zip(cached, kv, strict=True))
-        mask = visible(
-            context.q_positions, context.k_positions, context.q_segments, context.k_segments, layer.window
-        )
+            at = jnp.arange(x_BLD.shape[0])[:, None], context.q_positions
+            k_BLKH, v_BLKH = cached[0].at[at].set(k_BLKH), cached[1].at[at].set(v_BLKH)
+        mask = visible(context.q_positions, context.k_positions, context.q_segments, context.k_segments, layer.window)
         scale = a.head_dim**-0.5 if a.scale is None else a.scale
-        out = attention(
-            q_BLNH, *kv, mask, scale=scale, soft_cap=a.soft_cap, dropout_rate=a.dropout, rng=rng
-        )
-        return self.out(checkpoint_name(out, "attention")), kv
+        out = attention(q_BLNH, k_BLKH, v_BLKH, mask, scale=scale, soft_cap=a.soft_cap, dropout_rate=a.dropout, rng=rng)
+        return self.out(checkpoint_name(out, "attention")), (k_BLKH, v_BLKH)
 
 
 class Block(nnx.Module):
@@ -126,14 +130,14 @@ class Block(nnx.Module):
         self.mlp = MLP(rngs, config, out_std)
         before = config.norm_placement is not NormPlacement.post
         after = config.norm_placement is not NormPlacement.pre
-        norm = lambda use: Normalize(rngs, config, (config.embed_dim,), ("embed",)) if use else None  # noqa: E731
+        norm = lambda use: Normalize(rngs, config, (config.embed_dim,), ("embed",)) if use else None
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
         self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
 
     def __call__(self, x_BLD, context: Context, layer: PerLayer, cached, rng):
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         rate = self.config.dropout
-        norm = lambda module, x: x if module is None else module(x)  # noqa: E731
+        norm = lambda module, x: x if module is None else module(x)
         y_BLD, kv = self.attention(norm(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
         x_BLD = x_BLD + dropout(norm(self.attention_post_norm, y_BLD), rate, rngs[1])
         y_BLD = self.mlp(norm(self.mlp_norm, x_BLD), context.constrain)
@@ -181,7 +185,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """
     ends_key, layers_key = jax.random.split(key)
     ends = nnx.to_pure_dict(nnx.state(Ends(nnx.Rngs(ends_key), config), nnx.Param))
-    block = lambda k: nnx.to_pure_dict(nnx.state(Block(nnx.Rngs(k), config), nnx.Param))  # noqa: E731
+    block = lambda k: nnx.to_pure_dict(nnx.state(Block(nnx.Rngs(k), config), nnx.Param))
     return {**ends, "layers": jax.vmap(block)(jax.random.split(layers_key, config.num_layers))}
 
 
@@ -193,7 +197,7 @@ def abstract_params(config: ModelConfig) -> Params:
 def param_axes(config: ModelConfig) -> Params:
     """The tree of `init_params` with a tuple of logical axis names for each array."""
     ends, block = _abstract_modules(config)
-    named = lambda module, lead: nnx.to_pure_dict(  # noqa: E731
+    named = lambda module, lead: nnx.to_pure_dict(
         jax.tree.map(
             lambda p: p.replace((*lead, *p.get_metadata()["axes"])),
             nnx.state(module, nnx.Param),
@@ -230,8 +234,9 @@ def forward(
 
     With a cache, position p of a row is slot p of its cache, and each row is one document.
     """
-    ends_graph, block_graph = (nnx.split(module)[0] for module in _abstract_modules(config))
-    ends = nnx.merge(ends_graph, nnx.State({k: v for k, v in params.items() if k != "layers"}))
+    abstract_ends, abstract_block = _abstract_modules(config)
+    block_graph = nnx.split(abstract_block)[0]
+    ends = nnx.merge(nnx.split(abstract_ends)[0], nnx.State({k: v for k, v in params.items() if k != "layers"}))
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), ("batch", "length", "embed"))
     context = _context(config, positions_BL, segment_ids_BL, cache, constrain)
@@ -250,7 +255,7 @@ def forward(
         jnp.arange(config.num_layers),
     )
     x_BLD, kv = jax.lax.scan(_remat(body, config.remat), x_BLD, layers)
-    return ends.output(x_BLD), (None if cache is None else KVCache(*kv))
+    return ends.output(x_BLD), (None if kv is None else KVCache(*kv))
 
 
 def per_layer(config: ModelConfig) -> PerLayer:

@@ -83,9 +83,7 @@ def _retention(config: CheckpointConfig) -> AnyPreservationPolicy:
         policies.append(EveryNSteps(config.keep_every))
     if config.keep_best:
         # BestN keeps the end of its sorted list, so that the lowest loss needs the reverse order.
-        policies.append(
-            BestN(get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        )
+        policies.append(BestN(get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     return AnyPreservationPolicy(policies)
 
 
@@ -223,10 +221,7 @@ class Checkpointer:
 
     def best(self) -> int | None:
         """The step of the lowest evaluation loss among those that are there and have one."""
-        losses = {
-            step: _loss_of(_read_json(self.folder / str(step) / "metrics" / "metrics"))
-            for step in self.steps()
-        }
+        losses = {step: _loss_of(_read_json(self.folder / str(step) / "metrics" / "metrics")) for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         return min(known, key=lambda step: (known[step], step)) if known else None
 
@@ -264,9 +259,7 @@ class Checkpointer:
             return None
         folder = self.folder / str(step)
         if not (folder / DIGESTS).exists():
-            self.say(
-                f"checkpoint of step {step} carries no digests, so nothing can be checked; using it as it is"
-            )
+            self.say(f"checkpoint of step {step} carries no digests, so nothing can be checked; using it as it is")
             return None
         return find_damage(folder)
 
@@ -285,9 +278,7 @@ class Checkpointer:
 
         if _by_process_0(look):
             detail = found[0] if found else "process 0 names the file"
-            raise ValueError(
-                f"step={step}: this checkpoint is damaged: {detail}; others: {', '.join(map(str, steps))}"
-            )
+            raise ValueError(f"step={step}: this checkpoint is damaged: {detail}; others: {', '.join(map(str, steps))}")
         self._verified.add(step)
 
     def restore(self, step: int | None, abstract_state: State) -> Restored[State]:
@@ -335,9 +326,7 @@ class Checkpointer:
         stored = reader.metadata(folder).tree
         if not whole:  # optax states are tuples, which Orbax stores, and restores in part, as lists
             raw = _shaped_like(stored, raw)
-        _refuse_other_structure(
-            f"step {step} of {self.folder}", leaf_paths(stored), leaf_paths(raw), whole=whole
-        )
+        _refuse_other_structure(f"step {step} of {self.folder}", leaf_paths(stored), leaf_paths(raw), whole=whole)
         restore_args = ocp.checkpoint_utils.construct_restore_args(raw)
         args = ocp.args.PyTreeRestore(item=raw, restore_args=restore_args, partial_restore=not whole)
         got = reader.restore(folder, args=args)
@@ -406,26 +395,20 @@ def _typed_again(spec: Any, array: jax.Array) -> jax.Array:
     if not is_key(spec):
         return array
     kinds: list[Any] = []  # the kind of key is told by tracers, but not by a ShapeDtypeStruct
-    jax.eval_shape(
-        lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(spec.shape, spec.dtype)
-    )
+    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(spec.shape, spec.dtype))
     return jax.random.wrap_key_data(array, impl=kinds[0])
 
 
 def _shaped_like(stored: Tree, wanted: Tree) -> Tree:
     """`wanted`, with lists (None where nothing is asked) wherever the checkpoint stores a list."""
     if isinstance(stored, list | tuple) and isinstance(wanted, dict):
-        return [
-            _shaped_like(part, wanted[str(i)]) if str(i) in wanted else None for i, part in enumerate(stored)
-        ]
+        return [_shaped_like(part, wanted[str(i)]) if str(i) in wanted else None for i, part in enumerate(stored)]
     if isinstance(stored, dict) and isinstance(wanted, dict):
         return {name: _shaped_like(stored.get(name), part) for name, part in wanted.items()}
     return wanted
 
 
-def _refuse_other_structure(
-    where: str, saved: dict[str, Any], wanted: dict[str, Any], *, whole: bool
-) -> None:
+def _refuse_other_structure(where: str, saved: dict[str, Any], wanted: dict[str, Any], *, whole: bool) -> None:
     problems = [f"{name} is missing there" for name in wanted if name not in saved]
     if whole:
         problems += [f"{name} is there and unknown here" for name in saved if name not in wanted]

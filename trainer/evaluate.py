@@ -15,9 +15,7 @@ Sums = dict[str, tuple[float, float]]  # metric: total and weight, f64 on the ho
 _IN_FLIGHT = 2  # batches that the device may be behind: it is never idle, and holds few of them
 
 
-def sum_batches(
-    eval_step: EvalStep, params: Params, frozen: Mapping[str, Any], batches: Iterable[Batch]
-) -> Sums:
+def sum_batches(eval_step: EvalStep, params: Params, frozen: Mapping[str, Any], batches: Iterable[Batch]) -> Sums:
     """Adds up the metrics of all batches in f64."""
     sums: Sums = {}
     pending: deque[dict[str, Mean]] = deque()
@@ -78,9 +76,7 @@ def evaluate_sources(
     for name, batches in sources.items():
         sums = sum_batches(eval_step, params, frozen, batches)
         if not sums:
-            raise ValueError(
-                f"evaluation: source {name!r} has no batch of held-out text; give it more documents"
-            )
+            raise ValueError(f"evaluation: source {name!r} has no batch of held-out text; give it more documents")
         result |= {f"eval/{name}/{metric}": value for metric, value in summarise(sums).items()}
         for metric, (total, weight) in sums.items():
             before = together.get(metric, (0.0, 0.0))

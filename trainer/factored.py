@@ -104,9 +104,7 @@ def scale_by_factored_rms(
             scaled = _scaled(grad.astype(jnp.float32), plan, *moments)
             factor = 1 / jnp.maximum(1.0, _rms(scaled, plan.layer_axes()) / clip_update)
             if scale_by_param:
-                factor = factor * jnp.maximum(
-                    _rms(param.astype(jnp.float32), plan.layer_axes()), min_param_rms
-                )
+                factor = factor * jnp.maximum(_rms(param.astype(jnp.float32), plan.layer_axes()), min_param_rms)
             return scaled * jnp.broadcast_to(factor, scaled.shape)
 
         directions = over(direction, updates, params, rows, cols, full)

@@ -122,10 +122,7 @@ class Ledger:
         """The summary for people, the largest first."""
         summary = self.summary()
         total, starts = summary["total"], summary["starts"]
-        lines = [
-            f"how the wall-clock was spent: {duration(total)}"
-            + (f" in {starts} starts" if starts > 1 else "")
-        ]
+        lines = [f"how the wall-clock was spent: {duration(total)}" + (f" in {starts} starts" if starts > 1 else "")]
         for name, seconds in sorted(summary["seconds"].items(), key=lambda item: -item[1]):
             share = seconds / total if total > 0 else 0.0
             if share >= 0.0005:

@@ -59,13 +59,11 @@ class ShardingRules:
         axes = tuple(getattr(self, logical))
         for axis in axes:
             if axis not in AXES:
-                raise ValueError(
-                    f"sharding.{logical}={list(axes)}: {axis!r} is no mesh axis; valid: {', '.join(AXES)}"
-                )
+                raise ValueError(f"sharding.{logical}={list(axes)}: {axis!r} is no mesh axis; valid: {', '.join(AXES)}")
         return axes
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all `devices` (default: every device of every process), `tensor` neighbours closest.
 
     Raises: ValueError naming the key where the sizes do not multiply to the number of devices.
@@ -95,9 +93,7 @@ def _mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
     candidates = itertools.product(_divisors(num_devices), repeat=len(AXES))
     valid = sorted((c for c in candidates if math.prod(c) == num_devices), key=distance)[:3]
-    worst = max(
-        (axis for axis in AXES if asked[axis] != -1), key=lambda axis: _blame(asked[axis], num_devices)
-    )
+    worst = max((axis for axis in AXES if asked[axis] != -1), key=lambda axis: _blame(asked[axis], num_devices))
     product = "*".join(f"{axis}({asked[axis]})" for axis in AXES if asked[axis] != -1)
     relation = "divide" if open_axes else "equal"
     nearest = "; ".join(" ".join(f"mesh.{a}={s}" for a, s in zip(AXES, v, strict=True)) for v in valid)
@@ -164,9 +160,7 @@ def param_shardings(axes_tree: Any, abstract_params: Any, mesh: Mesh, rules: Sha
 
     def sharding(path: tuple[Any, ...], param: jax.ShapeDtypeStruct, logical: LogicalAxes) -> NamedSharding:
         is_matrix = sum(name not in BATCH_DIMS for name in logical) > 1
-        return NamedSharding(
-            mesh, _spec(logical, param.shape, mesh, rules, path_name(path), strict=is_matrix)
-        )
+        return NamedSharding(mesh, _spec(logical, param.shape, mesh, rules, path_name(path), strict=is_matrix))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_params, axes_tree)
 
@@ -188,14 +182,11 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh, rules: Shard
     factor = _axis_size(mesh, axes) * num_microbatches
     if batch_size > 0 and batch_size % factor == 0:
         return
-    parts = [f"mesh.{axis}={mesh.shape[axis]}" for axis in axes] + [
-        f"task.num_microbatches={num_microbatches}"
-    ]
+    parts = [f"mesh.{axis}={mesh.shape[axis]}" for axis in axes] + [f"task.num_microbatches={num_microbatches}"]
     below, above = batch_size // factor * factor, (batch_size // factor + 1) * factor
     valid = ", ".join(str(v) for v in (below, above) if v > 0)
     raise ValueError(
-        f"data.batch_size={batch_size}: must be a multiple of {factor} ({' * '.join(parts)}); "
-        f"nearest valid: {valid}"
+        f"data.batch_size={batch_size}: must be a multiple of {factor} ({' * '.join(parts)}); nearest valid: {valid}"
     )
 
 

@@ -87,9 +87,7 @@ def peak(dtype: str = "bfloat16") -> Peak:
         return Peak(known * jax.device_count(), text)
     if device.platform == "cpu":
         measured = measure_matmul(dtype)  # fake devices and local processes share the cores: one peak for all
-        return Peak(
-            measured, f"MFU: against {measured / 1e9:,.0f} GFLOP/s, a {dtype} matrix product measured here"
-        )
+        return Peak(measured, f"MFU: against {measured / 1e9:,.0f} GFLOP/s, a {dtype} matrix product measured here")
     return Peak(0.0, f"MFU: not reported, the peak of {device.device_kind} is not known")
 
 
@@ -147,18 +145,12 @@ class TrainMetrics:
     def set_state(self, saved: Mapping[str, Any]) -> None:
         self._start_step, self._start_tokens = int(saved["step"]), int(saved["tokens"])
 
-    def __call__(
-        self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]
-    ) -> dict[str, float]:
+    def __call__(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> dict[str, float]:
         """`metrics`: means of the step, as the step returns them. `timing`: seconds, by what they went into.
 
         `timing["step"]` is the time from one step to the next, by which throughput is counted.
         """
-        named = {
-            f"train/{name}": float(value)
-            for name, value in metrics.items()
-            if name not in ("tokens", "bytes")
-        }
+        named = {f"train/{name}": float(value) for name, value in metrics.items() if name not in ("tokens", "bytes")}
         if "tokens" in metrics:
             named["train/target_tokens"] = float(metrics["tokens"])
         if "nll" in metrics:

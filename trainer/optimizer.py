@@ -60,9 +60,7 @@ class OptimizerConfig:
                     f"optimizer.role_learning_rates.{role}={factor}: no such role; valid: {', '.join(roles)}"
                 )
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(
-                f"optimizer.clip_norm={self.clip_norm}: must be above 0; null turns clipping off"
-            )
+            raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0; null turns clipping off")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(
                 f"optimizer.ema_decay={self.ema_decay}: must be between 0 and 1, as 0.999; null turns it off"
@@ -73,12 +71,8 @@ class OptimizerConfig:
         roles = param_roles(param_axes)
         return optax.chain(
             self.direction(param_axes),
-            optax.add_decayed_weights(
-                self.weight_decay, mask=jax.tree.map(lambda role: role in DECAYED, roles)
-            ),
-            scale_by_rates(
-                schedule, jax.tree.map(lambda role: self.role_learning_rates.get(role.name, 1.0), roles)
-            ),
+            optax.add_decayed_weights(self.weight_decay, mask=jax.tree.map(lambda role: role in DECAYED, roles)),
+            scale_by_rates(schedule, jax.tree.map(lambda role: self.role_learning_rates.get(role.name, 1.0), roles)),
         )
 
     def direction(self, param_axes: Tree) -> optax.GradientTransformation:
@@ -197,9 +191,7 @@ class SoapConfig(OptimizerConfig):
         super().check()
         for key in ("precondition_frequency", "max_precond_dim"):
             if getattr(self, key) < 1:
-                raise ValueError(
-                    f"optimizer.{key}={getattr(self, key)}: must be at least 1; nearest valid: 1"
-                )
+                raise ValueError(f"optimizer.{key}={getattr(self, key)}: must be at least 1; nearest valid: 1")
 
     def direction(self, param_axes: Tree) -> optax.GradientTransformation:
         soap = scale_by_soap(
@@ -278,9 +270,7 @@ def scale_by_size(dims: Tree, consistent_rms: float | None) -> optax.GradientTra
 def scale_by_rates(schedule: Schedule, factors: Tree) -> optax.GradientTransformationExtraArgs:
     """Times minus the learning rate of `step`, times the factor of each parameter (a tree of floats)."""
 
-    def update(
-        updates: Tree, state: Any, params: Params = None, *, step: jax.Array, **_: Any
-    ) -> tuple[Tree, Any]:
+    def update(updates: Tree, state: Any, params: Params = None, *, step: jax.Array, **_: Any) -> tuple[Tree, Any]:
         rate = schedule(step)
         return jax.tree.map(lambda u, factor: u * (-rate * factor).astype(u.dtype), updates, factors), state
 
@@ -301,13 +291,9 @@ def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
 
     def init(params: Params) -> AverageState:
         # A copy: the state and the parameters are donated together, and must not share a buffer.
-        return AverageState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-        )
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
 
-    def update(
-        updates: Tree, state: AverageState, params: Params = None, **_: Any
-    ) -> tuple[Tree, AverageState]:
+    def update(updates: Tree, state: AverageState, params: Params = None, **_: Any) -> tuple[Tree, AverageState]:
         d = jnp.minimum(decay, (1.0 + state.count) / (10.0 + state.count))
         new = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: a + (1 - d) * (p.astype(jnp.float32) - a), state.average, new)

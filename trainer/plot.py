@@ -20,9 +20,7 @@ def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) 
     """
     rows = read_rows(metrics_jsonl)
     steps, losses = _series(rows, "train/loss")
-    names = sorted(
-        {name for row in rows for name in row if name.startswith("eval/") and name.endswith("/loss")}
-    )
+    names = sorted({name for row in rows for name in row if name.startswith("eval/") and name.endswith("/loss")})
     sources = [name for name in names if name.count("/") > 1] or names
     if not len(steps) and not sources:
         return False
@@ -41,14 +39,8 @@ def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) 
     colours = ("#e45756", "#f2a541", "#54a24b", "#b279a2", "#72b7b2", "#9d755d")
     for index, name in enumerate(sources):
         at, values = _series(rows, name)
-        label = (
-            "held-out " + name.removeprefix("eval/").removesuffix("/loss")
-            if name.count("/") > 1
-            else "held-out"
-        )
-        axes.plot(
-            at, values, "o-", color=colours[index % len(colours)], markersize=5, linewidth=1.2, label=label
-        )
+        label = "held-out " + name.removeprefix("eval/").removesuffix("/loss") if name.count("/") > 1 else "held-out"
+        axes.plot(at, values, "o-", color=colours[index % len(colours)], markersize=5, linewidth=1.2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title or metrics_jsonl.resolve().parent.name, fontsize=14, loc="left", pad=12)

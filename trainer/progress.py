@@ -108,9 +108,7 @@ class ConsoleTracker(Silent):
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             # Where it is narrow, the bar shrinks first, then the status is cut; these two stay readable.
-            MofNCompleteColumn(
-                table_column=Column(no_wrap=True, min_width=2 * len(str(self._num_steps)) + 1)
-            ),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self._num_steps)) + 1)),
             TextColumn("{task.fields[status]}", style="cyan", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[left]}", style="dim", table_column=Column(no_wrap=True, min_width=10)),
             console=self._console,

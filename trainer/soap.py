@@ -143,12 +143,8 @@ def scale_by_soap(
             pairs = zip(stored, shapes, absent, strict=True)
             matrix = _Matrix(*(None if gone else x.reshape(shape) for x, shape, gone in pairs))
             grad_NRC = grad.astype(jnp.float32).reshape(n, r, c)
-            direction, new = _update_matrix(
-                grad_NRC, matrix, state.count, b1=b1, b2=b2, eps=eps, frequency=frequency
-            )
-            kept = [
-                x if x_new is None else x_new.reshape(x.shape) for x, x_new in zip(stored, new, strict=True)
-            ]
+            direction, new = _update_matrix(grad_NRC, matrix, state.count, b1=b1, b2=b2, eps=eps, frequency=frequency)
+            kept = [x if x_new is None else x_new.reshape(x.shape) for x, x_new in zip(stored, new, strict=True)]
             return direction.reshape(grad.shape), *kept
 
         results = jax.tree.map(one, updates, matrix_dims, *state[1:])

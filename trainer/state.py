@@ -81,9 +81,7 @@ def _opt_state_shardings(opt_state: Any, params: Params, param_shardings: Any, w
     the parameter is; dims that were reduced to 1, and dims that follow the parameter's own, stay whole.
     """
     flat = jax.tree_util.tree_leaves_with_path(params)
-    owners = {
-        path: (leaf.shape, s) for (path, leaf), s in zip(flat, jax.tree.leaves(param_shardings), strict=True)
-    }
+    owners = {path: (leaf.shape, s) for (path, leaf), s in zip(flat, jax.tree.leaves(param_shardings), strict=True)}
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         # The longest ending: with parameters `w` and `a/w`, the moment `mu/a/w` is of `a/w`.

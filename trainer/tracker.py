@@ -95,9 +95,7 @@ class TensorboardConfig(TrackerConfig):
     flush_seconds: int = 10  # at most so many seconds of points are lost to a kill
 
     def build(self, *, run_folder: Path, run_name: str, start_step: int) -> Tracker:
-        return TensorboardTracker(
-            run_folder / "tensorboard", flush_seconds=self.flush_seconds, start_step=start_step
-        )
+        return TensorboardTracker(run_folder / "tensorboard", flush_seconds=self.flush_seconds, start_step=start_step)
 
 
 class JsonlTracker(Silent):
@@ -175,9 +173,7 @@ class WandbTracker(Silent):
         self._run.log({**metrics, "train/step": step})
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        self._run.log(
-            {name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "train/step": step}
-        )
+        self._run.log({name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "train/step": step})
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         self._run.log({name: self._wandb.Image(str(path)), "train/step": step})
@@ -205,9 +201,7 @@ def wandb_id(run_folder: Path, run_name: str) -> str:
     return name
 
 
-_SECRET = re.compile(
-    r"(^|_)(password|passwd|secret|api_key|access_key|access_token|auth_token|credentials?)$", re.I
-)
+_SECRET = re.compile(r"(^|_)(password|passwd|secret|api_key|access_key|access_token|auth_token|credentials?)$", re.I)
 
 
 def without_secrets(config: Any, key: str = "") -> Any:
@@ -237,9 +231,7 @@ class TensorboardTracker(Silent):
         self._writer = SummaryWriter(str(folder), flush_secs=flush_seconds, purge_step=purge)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        self._writer.add_text(
-            "config", f"```\n{json.dumps(without_secrets(config), indent=2, default=str)}\n```", 0
-        )
+        self._writer.add_text("config", f"```\n{json.dumps(without_secrets(config), indent=2, default=str)}\n```", 0)
 
     def log(self, step: int, metrics: Metrics) -> None:
         # One event for all: a call for each scalar takes milliseconds together.

@@ -14,7 +14,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     assert isinstance(task, EvaluateConfig)
     saved = open_run(config, overrides)
     data = dataclasses.replace(
-        saved.config.data, eval_batches=task.batches or saved.config.data.eval_batches, batch_size=saved.core.batch_size
+        saved.config.data,
+        eval_batches=task.batches or saved.config.data.eval_batches,
+        batch_size=saved.core.batch_size,
     )
     merged = dataclasses.replace(saved.config, data=data)
     quiet = config.format is Format.json
@@ -44,6 +46,9 @@ def _print_table(found: dict[str, float], sources: list[str]) -> None:
     for source in sources:
         prefix = f"eval/{source}/" if source else "eval/"
         values = [found.get(prefix + column) for column in columns]
-        cells = ["" if v is None else f"{v:,.0f}" if c == "tokens" else f"{v:.4f}" for c, v in zip(columns, values)]
+        cells = [
+            "" if v is None else f"{v:,.0f}" if c == "tokens" else f"{v:.4f}"
+            for c, v in zip(columns, values, strict=False)
+        ]
         table.add_row(source or "all", *cells)
     Console().print(table)

@@ -46,7 +46,12 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         print()
     elif config.format is Format.json:
         for prompt, (text, completion) in zip(prompts, results, strict=True):
-            row = {"prompt": prompt, "text": text, "tokens": completion.tokens, "logprobs": completion.logprobs}
+            row = {
+                "prompt": prompt,
+                "text": text,
+                "tokens": completion.tokens,
+                "logprobs": completion.logprobs,
+            }
             print(json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False))
     else:
         for number, (prompt, (text, _)) in enumerate(zip(prompts, results, strict=True), 1):

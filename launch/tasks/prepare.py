@@ -15,5 +15,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             print(f"{name}: {Path(manifest.folder) / 'manifest.json'}")
             for file, reasons in manifest.bad.items():
                 for reason, entry in reasons.items():
-                    print(f"  left out: {file}: {reason}, {entry['count']} times; first: {entry['first'] or 'the file'}")
+                    print(
+                        f"  left out: {file}: {reason}, {entry['count']} times; first: {entry['first'] or 'the file'}"
+                    )
     return 0

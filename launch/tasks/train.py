@@ -93,7 +93,11 @@ def begin(
         if config.init_from is None:
             return state, {}, f"run {config.run!r}: begins"
         params, origin = load_weights(config.init_from, config.runs, core.abstract.params, say)
-        return dataclasses.replace(state, params=params), {}, f"run {config.run!r}: begins with the weights of {origin}"
+        return (
+            dataclasses.replace(state, params=params),
+            {},
+            f"run {config.run!r}: begins with the weights of {origin}",
+        )
     if "optimizer" in config.reset:
         fresh = core.init_state()
         params = checkpointer.restore_params(step, core.abstract.params)
@@ -175,9 +179,7 @@ class Session:
             compiled = self.core.train_step.lower(state, {}, batch).compile()  # type: ignore[attr-defined]
         try:
             with self.ledger.phase("step"):
-                return fit(
-                    state, {}, self.source, compiled, num_steps=self.task.num_steps, hooks=todo, report=report
-                )
+                return fit(state, {}, self.source, compiled, num_steps=self.task.num_steps, hooks=todo, report=report)
         except ValueError as error:
             raise RuntimeError(f"training failed: {error}") from error  # past start-up, no input of the user's
 
@@ -228,13 +230,17 @@ class Session:
                 evaluation,
                 patience=task.patience,
                 min_delta=task.min_delta,
-                save=lambda *now: saver.save(*now),
+                save=lambda step, state, source: saver.save(step, state, source),
             )
             remembers["early_stopping"] = early
         saver = hooks.SaveEvery(
             self.checkpointer,
             num_steps=num_steps,
-            config={"run": to_plain(self.config), "environment": environment(), "mesh": dict(self.core.mesh.shape)},
+            config={
+                "run": to_plain(self.config),
+                "environment": environment(),
+                "mesh": dict(self.core.mesh.shape),
+            },
             tokenizer=self.corpora.tokenizer.files(),
             ledger=ledger,
             remembers=remembers,

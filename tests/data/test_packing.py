@@ -30,9 +30,7 @@ packings = pytest.mark.parametrize("packing", list(Packing))
 @given(lengths=lengths, seq_len=st.integers(1, 16), seed=st.integers(0, 3))
 def test_every_token_of_every_document_comes_exactly_once(packing, lengths, seq_len, seed):
     plan = make_plan(np.array(lengths), seq_len=seq_len, packing=packing, seed=seed)
-    seen = [
-        (p.document, t) for row in range(plan.num_rows) for p in plan.pieces(row) for t in range(p.start, p.stop)
-    ]
+    seen = [(p.document, t) for row in range(plan.num_rows) for p in plan.pieces(row) for t in range(p.start, p.stop)]
     assert sorted(seen) == [(d, t) for d, n in enumerate(lengths) for t in range(n)]
     assert all(sum(p.stop - p.start for p in plan.pieces(row)) <= seq_len for row in range(plan.num_rows))
 

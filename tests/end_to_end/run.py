@@ -16,6 +16,7 @@ TINY = [
     "data.batch_size=8",
     "data.seq_len=32",
     "task.sample_tokens=0",
+    "schedule=constant",
     "schedule.warmup_steps=2",
 ]
 

@@ -41,7 +41,11 @@ def test_slurm_takes_the_first_host_and_a_port_from_the_job():
 
 
 def test_slurm_shares_the_gpus_of_a_node_among_its_tasks():
-    gpus = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"}
+    gpus = {
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_LOCALID": "1",
+    }
     found = settings(SLURM | gpus)
     assert found is not None and found.local_device_ids == [4, 5, 6, 7]
 
@@ -77,5 +81,7 @@ def test_open_mpi_without_a_host_says_what_to_set():
 
 def test_tpu_pods_and_indexed_jobs_are_left_to_jax():
     assert settings({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}) == ProcessSettings("TPU pod")
-    assert settings({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}) == ProcessSettings("Kubernetes")
+    assert settings({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}) == ProcessSettings(
+        "Kubernetes"
+    )
     assert settings({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None

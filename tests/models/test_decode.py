@@ -100,16 +100,17 @@ def test_filters_equal_enumeration():
     np.testing.assert_allclose(probabilities(x, min_p=0.3), np.array([0.4, 0.25, 0.2, 0, 0]) / 0.85, atol=1e-6)
     # Log-probabilities are negative: a penalty multiplies them (Keskar et al. 2019).
     penalised = np.exp(np.concatenate([x[:1] * 1.5, x[1:]]))
-    np.testing.assert_allclose(
-        probabilities(x, repetition_penalty=1.5), penalised / penalised.sum(), atol=1e-6
-    )
+    np.testing.assert_allclose(probabilities(x, repetition_penalty=1.5), penalised / penalised.sum(), atol=1e-6)
 
 
 def test_sampling_draws_from_the_filtered_distribution():
     config = dataclasses.replace(BASE, num_layers=1)
     params, found = write(config, prompts=[[1]] * 600, temperature=1.0, max_new_tokens=1, top_k=3)
     output = make_apply(config)(
-        params, jnp.array([[1]]), positions_BL=jnp.zeros((1, 1), jnp.int32), segment_ids_BL=jnp.ones((1, 1), jnp.int32)
+        params,
+        jnp.array([[1]]),
+        positions_BL=jnp.zeros((1, 1), jnp.int32),
+        segment_ids_BL=jnp.ones((1, 1), jnp.int32),
     )
     top = np.argsort(-np.asarray(logits(output)[0, 0]))[:3]
     want = np.asarray(jax.nn.softmax(logits(output)[0, 0][top]))

@@ -68,9 +68,7 @@ FAMILIES = {
             "scale": 0.3,
         },
     ),
-    "olmo2": change(
-        norm_placement=NormPlacement.post, tied_embeddings=False, attention={"qk_norm": QKNorm.projection}
-    ),
+    "olmo2": change(norm_placement=NormPlacement.post, tied_embeddings=False, attention={"qk_norm": QKNorm.projection}),
     "partial rope": change(rope=RopeConfig(fraction=0.5)),
     "plain": change(position=Position.none, mlp={"gated": False, "activation": Activation.relu2}),
 }
@@ -101,7 +99,10 @@ def test_no_token_depends_on_a_later_one(config):
     def at(embedding, i):
         # The output is read from the hidden vectors, for a tied head would depend on every token.
         output = make_apply(config)(
-            {**params, "embedding": embedding}, jnp.arange(L)[None], positions_BL=positions, segment_ids_BL=segments
+            {**params, "embedding": embedding},
+            jnp.arange(L)[None],
+            positions_BL=positions,
+            segment_ids_BL=segments,
         )
         return output.hidden_BLD[0, i].sum() + jnp.square(output.hidden_BLD[0, i]).sum()
 
@@ -121,7 +122,10 @@ def test_packed_documents_never_see_each_other(config):
 
     def second(embedding):
         output = make_apply(config)(
-            {**params, "embedding": embedding}, jnp.arange(L)[None], positions_BL=positions, segment_ids_BL=segments
+            {**params, "embedding": embedding},
+            jnp.arange(L)[None],
+            positions_BL=positions,
+            segment_ids_BL=segments,
         )
         return jnp.square(output.hidden_BLD[0, 6:]).sum() + output.hidden_BLD[0, 6:].sum()
 
@@ -145,7 +149,13 @@ def test_cached_decoding_equals_the_full_forward(config):
     whole = run(config, params, tokens, positions, segments)
     cache = init_cache(config, 2, 32)
     pieces = []
-    for part in (slice(0, 7), slice(7, 8), slice(8, 9), slice(9, 12), *(slice(i, i + 1) for i in range(12, L))):
+    for part in (
+        slice(0, 7),
+        slice(7, 8),
+        slice(8, 9),
+        slice(9, 12),
+        *(slice(i, i + 1) for i in range(12, L)),
+    ):
         output, cache = forward(
             params, tokens[:, part], positions[:, part], segments[:, part], config=config, cache=cache
         )
@@ -190,7 +200,9 @@ def test_llama_equals_a_float64_formula():
         half = a.head_dim // 2
         angle = np.arange(L)[:, None] * 10_000.0 ** (-np.arange(half) / half)
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        return np.concatenate([x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1)
+        return np.concatenate(
+            [x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin], -1
+        )
 
     x = p["embedding"][np.asarray(tokens[0])]
     for layer in range(config.num_layers):
@@ -234,9 +246,7 @@ def test_dropout_needs_a_key_and_depends_on_it():
 
 def test_rope_scaling_follows_the_published_formulas():
     plain = inverse_frequencies(RopeConfig(theta=5e5), 128, theta=5e5, scaled=True)
-    linear = inverse_frequencies(
-        RopeConfig(scaling=RopeScaling.linear, factor=4.0), 128, theta=5e5, scaled=True
-    )
+    linear = inverse_frequencies(RopeConfig(scaling=RopeScaling.linear, factor=4.0), 128, theta=5e5, scaled=True)
     np.testing.assert_allclose(linear, plain / 4)
     config = RopeConfig(scaling=RopeScaling.llama3, factor=8.0, original_max_seq_len=8192)
     got = inverse_frequencies(config, 128, theta=5e5, scaled=True)
@@ -252,7 +262,10 @@ def test_rope_scaling_follows_the_published_formulas():
         assert g == pytest.approx(want, rel=1e-12)
     assert (inverse_frequencies(config, 128, theta=5e5, scaled=False) == plain).all()
     yarn = inverse_frequencies(
-        RopeConfig(scaling=RopeScaling.yarn, factor=4.0, original_max_seq_len=4096), 128, theta=1e4, scaled=True
+        RopeConfig(scaling=RopeScaling.yarn, factor=4.0, original_max_seq_len=4096),
+        128,
+        theta=1e4,
+        scaled=True,
     )
     bare = inverse_frequencies(RopeConfig(), 128, theta=1e4, scaled=True)
     assert yarn[0] == bare[0] and yarn[-1] == pytest.approx(bare[-1] / 4)
@@ -261,7 +274,10 @@ def test_rope_scaling_follows_the_published_formulas():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (change(attention={"num_kv_heads": 3}), r"num_kv_heads=3: must divide num_heads=4; valid: \[1, 2, 4\]"),
+        (
+            change(attention={"num_kv_heads": 3}),
+            r"num_kv_heads=3: must divide num_heads=4; valid: \[1, 2, 4\]",
+        ),
         (change(attention={"head_dim": 7}), "head_dim=7"),
         (change(dropout=1.0), "dropout=1.0"),
         (change(attention={"pattern": []}), "pattern"),

@@ -85,9 +85,7 @@ def save(checkpointer: Checkpointer, step: int, state: Any, loss: float | None =
 
 
 def data_files(folder: Path) -> list[Path]:
-    return sorted(
-        (p for p in (folder / "state").rglob("d/*") if p.is_file()), key=lambda p: -p.stat().st_size
-    )
+    return sorted((p for p in (folder / "state").rglob("d/*") if p.is_file()), key=lambda p: -p.stat().st_size)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -132,9 +130,7 @@ def test_a_state_is_restored_onto_another_mesh(tmp_path, saved_on, restored_on):
 def test_a_state_may_be_donated_right_after_the_call_that_saves_it(tmp_path):
     state = toy_state()
     before = state_hash(state)
-    advance = jax.jit(
-        lambda s: jax.tree.map(lambda a: a + 1 if a.dtype == jnp.float32 else a, s), donate_argnums=0
-    )
+    advance = jax.jit(lambda s: jax.tree.map(lambda a: a + 1 if a.dtype == jnp.float32 else a, s), donate_argnums=0)
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 1, state)
         spec = abstract(toy_state())
@@ -165,14 +161,10 @@ def test_another_model_or_optimizer_is_refused_by_name(tmp_path):
     state = toy_state()
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 3, state)
-        wide = abstract(
-            ToyState(state.step, {**state.params, "embed": jnp.ones((16, 9))}, state.opt_state, state.rng)
-        )
+        wide = abstract(ToyState(state.step, {**state.params, "embed": jnp.ones((16, 9))}, state.opt_state, state.rng))
         with pytest.raises(ValueError, match=r"params\.embed is \[16, 8\] there and \[16, 9\] here"):
             checkpointer.restore(3, wide)
-        other = abstract(
-            ToyState(state.step, state.params, optax.sgd(0.1, 0.9).init(state.params), state.rng)
-        )
+        other = abstract(ToyState(state.step, state.params, optax.sgd(0.1, 0.9).init(state.params), state.rng))
         with pytest.raises(ValueError, match=r"opt_state\.0\.trace\.embed is missing there"):
             checkpointer.restore(3, other)
         with pytest.raises(ValueError, match=r"step=4: no such checkpoint.*there are: 3"):
@@ -298,9 +290,7 @@ def test_a_kill_in_mid_save_leaves_the_one_before_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name]
     with Checkpointer(tmp_path, read_only=True) as reader:
         assert reader.steps() == [1]
-        assert [
-            p.name for p in tmp_path.iterdir() if "tmp" in p.name
-        ]  # may belong to a run that still writes
+        assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name]  # may belong to a run that still writes
     with Checkpointer(tmp_path, CheckpointConfig(keep=9)) as checkpointer:
         deadline = time.time() + 10
         while [p for p in tmp_path.iterdir() if "tmp" in p.name] and time.time() < deadline:
@@ -355,9 +345,7 @@ def test_the_config_is_one_that_hydra_accepts():
     assert OmegaConf.structured(CheckpointConfig).keep == 3
 
 
-@pytest.mark.parametrize(
-    "config", [AdamWConfig(ema_decay=0.9), AdafactorConfig(), MuonConfig(), SoapConfig()]
-)
+@pytest.mark.parametrize("config", [AdamWConfig(ema_decay=0.9), AdafactorConfig(), MuonConfig(), SoapConfig()])
 def test_every_kind_of_optimizer_state_is_restored_onto_another_mesh(tmp_path, config):
     axes = {"embedder": {"table": ("vocab", "embed")}, "layers": {"w": ("layers", "embed", "mlp")}}
 
@@ -367,7 +355,7 @@ def test_every_kind_of_optimizer_state_is_restored_onto_another_mesh(tmp_path, c
     def shardings(count: int) -> Any:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("fsdp",))
         specs = {"embedder": {"table": ("fsdp",)}, "layers": {"w": (None, "fsdp")}}
-        is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
+        is_leaf = lambda x: isinstance(x, tuple)
         return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s)), specs, is_leaf=is_leaf)
 
     optimizer = config.build(lambda step: jnp.float32(1e-3), axes)
@@ -377,6 +365,4 @@ def test_every_kind_of_optimizer_state_is_restored_onto_another_mesh(tmp_path, c
         save(checkpointer, 0, state)
         back = checkpointer.restore(0, target).state
     assert state_hash(back) == state_hash(state)
-    assert [leaf.sharding for leaf in jax.tree.leaves(back)] == [
-        leaf.sharding for leaf in jax.tree.leaves(target)
-    ]
+    assert [leaf.sharding for leaf in jax.tree.leaves(back)] == [leaf.sharding for leaf in jax.tree.leaves(target)]

@@ -48,9 +48,7 @@ def test_the_means_do_not_depend_on_how_tokens_fall_on_batches():
     assert whole["loss"] == pytest.approx(expected, rel=1e-6)  # plain cross entropy, not what is minimised
     assert whole["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
     assert whole["accuracy"] == pytest.approx((nll < 1)[mask].mean(), rel=1e-6)
-    assert whole["bits_per_byte"] == pytest.approx(
-        nll[mask].sum() / math.log(2) / data["bytes"][mask].sum(), rel=1e-6
-    )
+    assert whole["bits_per_byte"] == pytest.approx(nll[mask].sum() / math.log(2) / data["bytes"][mask].sum(), rel=1e-6)
     assert whole["tokens"] == mask.sum()
 
 

@@ -44,9 +44,7 @@ class Saved:
         self.calls[step] = json.loads(json.dumps(items))
 
 
-def evaluation(
-    losses: dict[int, float], *, every: int = 1, num_steps: int = 100
-) -> tuple[EvaluateEvery, list[int]]:
+def evaluation(losses: dict[int, float], *, every: int = 1, num_steps: int = 100) -> tuple[EvaluateEvery, list[int]]:
     done: list[int] = []
     hook = EvaluateEvery(
         every,
@@ -86,9 +84,7 @@ def test_a_run_is_saved_when_due_at_the_end_and_when_it_is_the_best_yet():
     found, _ = evaluation({2: 5.0, 4: 3.0, 6: 4.0, 8: 2.0, 10: 9.0}, every=2, num_steps=10)
     checkpointer = Saved(CheckpointConfig(every=5, keep_best=True))
     told: list[int] = []
-    hook = saver(
-        checkpointer, evaluation=found, remembers={"evaluation": found}, on_saved=lambda s, t: told.append(s)
-    )
+    hook = saver(checkpointer, evaluation=found, remembers={"evaluation": found}, on_saved=lambda s, t: told.append(s))
     for step in range(11):
         found(step, step, SOURCE)  # type: ignore[arg-type]
         hook(step, STATE, SOURCE)
@@ -112,9 +108,7 @@ def test_patience_ends_a_run_with_a_checkpoint_and_is_remembered():
     def run(steps: range, memory: dict[str, Any] | None) -> tuple[dict[str, Any], int | None, list[int]]:
         found, _ = evaluation(losses)
         saved: list[int] = []
-        stop = EarlyStopping(
-            found, patience=3, min_delta=0.01, save=lambda step, state, source: saved.append(step)
-        )
+        stop = EarlyStopping(found, patience=3, min_delta=0.01, save=lambda step, state, source: saved.append(step))
         if memory is not None:
             recall(memory, {"found": found, "stop": stop})
         for step in steps:

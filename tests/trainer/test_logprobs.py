@@ -72,9 +72,7 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
 
     sizes = {}
     for chunk in (2, L):
-        gradient = jax.make_jaxpr(
-            jax.grad(lambda h, w, c=chunk: total(Output(h, w, None), c), argnums=(0, 1))
-        )
+        gradient = jax.make_jaxpr(jax.grad(lambda h, w, c=chunk: total(Output(h, w, None), c), argnums=(0, 1)))
         sizes[chunk] = largest_array(gradient(*output[:2]).jaxpr)
     assert sizes[L] == B * L * V  # the check can see them
     assert sizes[2] == max(B * 2 * V, D * V, B * L * D)

@@ -74,24 +74,18 @@ def test_a_mesh_axis_cuts_a_tensor_once() -> None:
 def test_an_indivisible_matrix_is_refused_with_valid_sizes() -> None:
     axes, shapes = {"kv": ("embed", "kv_heads")}, {"kv": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
     mesh = make_mesh(MeshConfig(1, 2, 4))
-    message = (
-        r"mesh\.tensor=4: cannot cut dim 1 \(kv_heads\) of parameter kv, of size 6.*nearest valid.*: 1, 2"
-    )
+    message = r"mesh\.tensor=4: cannot cut dim 1 \(kv_heads\) of parameter kv, of size 6.*nearest valid.*: 1, 2"
     with pytest.raises(ValueError, match=message):
         param_shardings(axes, shapes, mesh, RULES)
 
 
 def test_an_indivisible_vector_stays_whole() -> None:
     axes, shapes = {"scale": ("layers", "embed")}, {"scale": jax.ShapeDtypeStruct((2, 9), jnp.float32)}
-    assert (
-        param_shardings(axes, shapes, make_mesh(MeshConfig(1, 8, 1)), RULES)["scale"].spec == PartitionSpec()
-    )
+    assert param_shardings(axes, shapes, make_mesh(MeshConfig(1, 8, 1)), RULES)["scale"].spec == PartitionSpec()
 
 
 def test_unknown_axes_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"sharding\.embed=\['fdsp'\]: 'fdsp' is no mesh axis; valid: data, fsdp"
-    ):
+    with pytest.raises(ValueError, match=r"sharding\.embed=\['fdsp'\]: 'fdsp' is no mesh axis; valid: data, fsdp"):
         specs(MeshConfig(), ShardingRules(embed=["fdsp"]))
     with pytest.raises(ValueError, match="w: no rule for logical axis 'colour'"):
         shapes = {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}
@@ -104,9 +98,7 @@ def test_a_batch_that_does_not_spread_is_refused(size: int, microbatches: int) -
     check_batch(8, 2, mesh, RULES)
     if size == 8:
         mesh = make_mesh(MeshConfig(4, 2, 1))
-    with pytest.raises(
-        ValueError, match=rf"data\.batch_size={size}: must be a multiple of .*nearest valid: "
-    ) as error:
+    with pytest.raises(ValueError, match=rf"data\.batch_size={size}: must be a multiple of .*nearest valid: ") as error:
         check_batch(size, microbatches, mesh, RULES)
     for valid in str(error.value).split("nearest valid: ")[1].split(", "):
         check_batch(int(valid), microbatches, mesh, RULES)

@@ -41,9 +41,7 @@ def test_plain_loss_is_the_nll() -> None:
 def test_masked_targets_count_for_nothing() -> None:
     batch = toy.batch(4)
     other = batch._replace(targets=np.where(batch.loss_mask > 0, batch.targets, 0).astype(np.int32))
-    assert float(loss_of(NextTokenConfig(), batch)[0].total) == float(
-        loss_of(NextTokenConfig(), other)[0].total
-    )
+    assert float(loss_of(NextTokenConfig(), batch)[0].total) == float(loss_of(NextTokenConfig(), other)[0].total)
 
 
 def test_bytes_are_those_of_the_learnt_targets() -> None:

@@ -60,9 +60,7 @@ SHAPES = {
 
 def tree_of(make, shapes=SHAPES):
     count = iter(range(100))
-    return jax.tree.map(
-        lambda shape: make(next(count), shape), shapes, is_leaf=lambda x: isinstance(x, tuple)
-    )
+    return jax.tree.map(lambda shape: make(next(count), shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def init_params(key: jax.Array) -> dict:
@@ -214,9 +212,7 @@ def test_heads_and_their_width_are_one_side_of_a_matrix() -> None:
 def test_weight_decay_spares_biases_and_norms() -> None:
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     after, _ = run(build(AdamWConfig(weight_decay=0.5), learning_rate=0.1), PARAMS, [zero])
-    decayed = jax.tree.map(
-        lambda role, p: p if role is Role.vector else p * (1 - 0.05), param_roles(AXES), PARAMS
-    )
+    decayed = jax.tree.map(lambda role, p: p if role is Role.vector else p * (1 - 0.05), param_roles(AXES), PARAMS)
     assert_close(after, decayed)
 
 
@@ -224,9 +220,7 @@ def test_roles_have_rates_of_their_own() -> None:
     rates = {"embedding": 0.5, "vector": 0.0}
     once, _ = run(build(plain(SgdConfig, role_learning_rates=rates), learning_rate=0.1), PARAMS, GRADS[:1])
     factors = {Role.embedding: 0.5, Role.vector: 0.0}
-    expected = jax.tree.map(
-        lambda r, p, g: p - 0.1 * factors.get(r, 1) * g, param_roles(AXES), PARAMS, GRADS[0]
-    )
+    expected = jax.tree.map(lambda r, p, g: p - 0.1 * factors.get(r, 1) * g, param_roles(AXES), PARAMS, GRADS[0])
     assert_close(once, expected)
 
 
@@ -324,9 +318,7 @@ def soap_reference(grads: list[np.ndarray], config: SoapConfig) -> np.ndarray:
     rows, cols = grads[0].shape
     sides = [size <= config.max_precond_dim for size in (rows, cols)]
     gram = [(1 - config.b2) * grads[0] @ grads[0].T, (1 - config.b2) * grads[0].T @ grads[0]]
-    basis = [
-        np.linalg.eigh(g)[1][:, ::-1] if use else np.eye(len(g)) for g, use in zip(gram, sides, strict=True)
-    ]
+    basis = [np.linalg.eigh(g)[1][:, ::-1] if use else np.eye(len(g)) for g, use in zip(gram, sides, strict=True)]
     mu, nu, total = np.zeros((rows, cols)), np.zeros((rows, cols)), np.zeros((rows, cols))
     for t, grad in enumerate(grads[1:], start=1):
         projected = basis[0].T @ grad @ basis[1]
@@ -347,9 +339,7 @@ def soap_reference(grads: list[np.ndarray], config: SoapConfig) -> np.ndarray:
 
 
 # The shorter side alone of 4 x 6: one gradient leaves the longer one's basis open.
-@pytest.mark.parametrize(
-    ("frequency", "max_dim", "rows"), [(1, 100, 6), (3, 100, 6), (2, 6, 8), (2, 4, 4), (2, 3, 4)]
-)
+@pytest.mark.parametrize(("frequency", "max_dim", "rows"), [(1, 100, 6), (3, 100, 6), (2, 6, 8), (2, 4, 4), (2, 3, 4)])
 def test_soap_is_the_algorithm_of_the_paper(frequency: int, max_dim: int, rows: int) -> None:
     config = plain(SoapConfig, precondition_frequency=frequency, max_precond_dim=max_dim)
     rng = np.random.default_rng(0)

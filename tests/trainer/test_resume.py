@@ -64,7 +64,7 @@ def run(folder: Path, *, cut_at: int | None = None) -> tuple[str, str]:
         whole, source, start = fresh(), Counting(), 0
         ledger = Ledger(folder / "goodput.json")
         name = TrainMetrics(tokens_per_step=12, flops_per_token=1.0, peak=Peak(0.0, ""))
-        losses = lambda state: {"eval/loss": float(jnp.sum(state.params["w"] ** 2))}  # noqa: E731
+        losses = lambda state: {"eval/loss": float(jnp.sum(state.params["w"] ** 2))}
         latest = checkpointer.latest_whole()
         start = latest or 0
         tracker = Trackers([JsonlTracker(folder / "metrics.jsonl", start_step=start)])

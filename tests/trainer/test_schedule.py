@@ -49,9 +49,7 @@ def test_each_shape_has_its_values_at_its_corners(config: ScheduleConfig, values
 
 @pytest.mark.parametrize("cls", ALL)
 def test_a_warmup_longer_than_the_run_is_refused(cls: type[ScheduleConfig]) -> None:
-    with pytest.raises(
-        ValueError, match=r"schedule\.warmup_steps=11: .*task\.num_steps=10.*nearest valid: 10"
-    ):
+    with pytest.raises(ValueError, match=r"schedule\.warmup_steps=11: .*task\.num_steps=10.*nearest valid: 10"):
         cls(warmup_steps=11).build(1.0, 10)
 
 

@@ -18,15 +18,11 @@ def shardings_on(config: MeshConfig) -> dict:
 
 
 def init_on(config: MeshConfig) -> TrainState:
-    return init_sharded_state(
-        toy.init_params, OPTIMIZER, jax.random.key(3), param_shardings=shardings_on(config)
-    )
+    return init_sharded_state(toy.init_params, OPTIMIZER, jax.random.key(3), param_shardings=shardings_on(config))
 
 
 def leaves(state: TrainState) -> list[np.ndarray]:
-    state = jax.tree.map(
-        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, state
-    )
+    state = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, state)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 

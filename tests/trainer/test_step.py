@@ -77,9 +77,7 @@ def test_metrics_say_what_was_done() -> None:
     _, metrics = step_with()(state, {}, batch)
     assert float(metrics["tokens"]) == batch.loss_mask.sum()
     np.testing.assert_allclose(metrics["param_norm"], optax.global_norm(state.params), rtol=1e-6)
-    np.testing.assert_allclose(
-        metrics["bytes"], np.average(batch.targets, weights=batch.loss_mask), rtol=1e-6
-    )
+    np.testing.assert_allclose(metrics["bytes"], np.average(batch.targets, weights=batch.loss_mask), rtol=1e-6)
     assert float(metrics["learning_rate"]) == pytest.approx(1e-2)
     assert float(metrics["loss"]) != float(metrics["nll"])
     assert float(metrics["grad_norm"]) > 0
@@ -158,9 +156,7 @@ def test_evaluation_adds_up_over_batches() -> None:
     evaluate = jax.jit(make_eval_step(OBJECTIVE, toy.apply))
     params = new_state().params
     whole = evaluate(params, {}, toy.batch(8))
-    halves = [
-        evaluate(params, {}, TokenBatch(*(x[half] for x in toy.batch(8)))) for half in (slice(4), slice(4, 8))
-    ]
+    halves = [evaluate(params, {}, TokenBatch(*(x[half] for x in toy.batch(8)))) for half in (slice(4), slice(4, 8))]
     assert set(whole) == {"loss", "nll", "accuracy", "bytes"}
     summed = jax.tree.map(lambda *x: sum(x), *halves)
     assert_close(whole, summed, 1e-5)

@@ -39,9 +39,7 @@ def _chunk_logprobs(
     target_BC = jnp.sum(jnp.where(token_BCV == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
     # The first of equals wins, as in argmax, which is slow on CPUs.
     first_BC = jnp.min(jnp.where(logits_BCV == max_BC1, token_BCV, logits_BCV.shape[-1]), axis=-1)
-    return TokenLogprobs(
-        target_BC - logsumexp_BC, logsumexp_BC, jnp.mean(logits_BCV, axis=-1), first_BC == targets_BC
-    )
+    return TokenLogprobs(target_BC - logsumexp_BC, logsumexp_BC, jnp.mean(logits_BCV, axis=-1), first_BC == targets_BC)
 
 
 def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> TokenLogprobs:

@@ -28,9 +28,7 @@ class NextTokenConfig(ObjectiveConfig):
         if self.loss_chunk < 1:
             raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1; nearest valid: 1")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 1"
-            )
+            raise ValueError(f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 1")
         if self.z_loss < 0:
             raise ValueError(f"objective.z_loss={self.z_loss}: must not be negative; 0 turns it off")
         return NextToken(self, token_bytes)
@@ -51,9 +49,7 @@ class NextToken:
         batch: TokenBatch,
         rng: jax.Array | None,
     ) -> tuple[Mean, dict[str, Mean]]:
-        output = apply(
-            params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids, rng=rng
-        )
+        output = apply(params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids, rng=rng)
         tokens = token_logprobs(output, batch.targets, chunk=self.config.loss_chunk)
         mask_BL = batch.loss_mask.astype(jnp.float32)
         weight = jnp.sum(mask_BL)

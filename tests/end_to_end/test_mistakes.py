@@ -1,0 +1,78 @@
+"""Mistakes that a new user makes: each is named, with the way out, and nothing is begun."""
+
+import pytest
+
+from tests.end_to_end.run import TINY, meshwright
+
+MISTAKES = {
+    "a misspelt key": (["optimizer.lerning_rate=1"], "did you mean 'optimizer.learning_rate'"),
+    "a key in the wrong place": (["learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
+    "a misspelt group option": (["model=tinny"], "model=tinny: there is no such model; did you mean 'tiny'"),
+    "a word for a number": (["data.batch_size=many"], "data.batch_size=many: must be a whole number"),
+    "a word that is none of the menu": (["model.remat=half"], "model.remat=half: must be one of none, full"),
+    "a batch that does not divide": (
+        ["devices=4", "data.batch_size=6"],
+        "data.batch_size=6: must be a multiple of 4 (mesh.data=4",
+    ),
+    "a mesh that does not fit": (["devices=8", "mesh.fsdp=3"], "mesh.fsdp=3"),
+    "heads that do not divide": (["devices=8", "mesh.data=1", "mesh.tensor=8"], "mesh.tensor=8"),
+    "a folder that is not there": (["source=[text]", "data.sources.text.paths=[nowhere]"], "'nowhere' is not there"),
+    "a source without its path": (["source=[text]"], "data.sources.text.paths=???"),
+    "a warm-up longer than the run": (["schedule.warmup_steps=50", "task.num_steps=10"], "schedule.warmup_steps=50"),
+    "a run that cannot be resumed": (["resume=must"], "resume=must"),
+    "a run to begin from that is not there": (["init_from=nobody"], "init_from=nobody"),
+    "a name that is no name": (["run=a/b"], "run='a/b'"),
+    "weights for another number of sources": (["source_weights=[1,2]"], "source_weights=[1.0, 2.0]"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_named(tmp_path, arguments, said):
+    _, err = meshwright(tmp_path, "train", *TINY, *arguments, expect=2)
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_misspelt_task_suggests_the_right_one(tmp_path):
+    _, err = meshwright(tmp_path, "trian", expect=2)
+    assert "did you mean 'train'" in err
+
+
+def test_a_run_that_is_not_there_lists_those_that_are(tmp_path):
+    _, err = meshwright(tmp_path, "generate", "run=nobody", "prompt=x", expect=2)
+    assert "run=nobody: there is no such run" in err
+
+
+def test_the_command_alone_says_what_it_can(tmp_path):
+    out, _ = meshwright(tmp_path)
+    assert "train" in out and "meshwright train experiment=hello" in out
+    out, _ = meshwright(tmp_path, "train", "--cfg", "job", "experiment=hello")
+    assert "run: hello" in out and "kind: muon" in out
+
+
+def test_bad_input_is_counted_in_the_summary(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(40):
+        (texts / f"{i}.txt").write_text(f"a text of some length, number {i}. " * 10)
+    (texts / "empty.txt").write_text("")
+    (texts / "binary.txt").write_bytes(b"\0\1\2")
+    (texts / "latin.txt").write_bytes(b"\xfc\xe4")
+    meshwright(
+        tmp_path,
+        "train",
+        *TINY,
+        "run=a",
+        "source=[text]",
+        f"data.sources.text.paths=[{texts}]",
+        "data.sources.text.heldout_fraction=0.2",
+        "task.num_steps=2",
+    )
+    import json
+
+    bad = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())["bad_records"]["text"]
+    assert {file.rsplit("/", 1)[1]: list(reasons) for file, reasons in bad.items()} == {
+        "empty.txt": ["empty file"],
+        "binary.txt": ["binary"],
+        "latin.txt": ["not UTF-8"],
+    }

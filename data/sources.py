@@ -11,9 +11,11 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from omegaconf import MISSING
 
 UNIT_BYTES = 16 << 20  # of files that are read in one piece of work
 
@@ -64,7 +66,7 @@ class SourceConfig:
 
 @dataclass
 class FileSourceConfig(SourceConfig):
-    paths: list[str] = field(default_factory=list)  # files, folders (searched through) and globs
+    paths: list[str] = MISSING  # files, folders (searched through) and globs
 
     def suffixes(self) -> tuple[str, ...]:
         """What is taken from a folder; empty: every file."""
@@ -348,7 +350,7 @@ class HuggingFaceConfig(SourceConfig):
     """A `datasets` data set: a folder of `save_to_disk`, or a name on the Hub."""
 
     kind: str = "huggingface"
-    path: str = "???"  # folder or name
+    path: str = MISSING  # folder or name
     name: str | None = None  # its configuration
     split: str = "train"
     text_field: str = "text"

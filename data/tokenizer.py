@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from omegaconf import MISSING
 
 DESCRIPTION = "tokenizer_config.json"  # names the kind
 
@@ -290,7 +291,7 @@ def _lines(documents: Iterable[str], limit: int) -> Iterator[str]:
 @dataclass
 class TokenizerJsonConfig(TokenizerConfig):
     kind: str = "tokenizer_json"
-    path: str = "???"  # tokenizer.json, or the folder that holds it
+    path: str = MISSING  # tokenizer.json, or the folder that holds it
     bos: str | None = None  # texts of special tokens; null: those that tokenizer_config.json beside it names
     eos: str | None = None
     pad: str | None = None

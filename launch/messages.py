@@ -46,7 +46,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
 
 
 def _given(key: str, overrides: list[str]) -> str | None:
-    for override in overrides:
+    for override in reversed(overrides):  # the last one counts
         name, _, value = override.partition("=")
         if name.lstrip("+~") == key:
             return value

@@ -95,19 +95,27 @@ def _run_hydra(arguments: list[str]) -> int:
     from launch import messages
 
     register()
-    overrides = [a for a in arguments if ("=" in a and not a.startswith("-")) or a.startswith("~")]
+    is_override = lambda a: ("=" in a and not a.startswith("-")) or a.startswith("~")
+    overrides = [_quoted(a) for a in arguments if is_override(a)]
+    flags = [a for a in arguments if not is_override(a)]
+    failed: list[Exception] = []
     codes: list[int] = []
 
     def task(node: DictConfig) -> None:
-        # Of this job: in a sweep (-m) each job has its own.
-        codes.append(dispatch(to_typed(node), list(HydraConfig.get().overrides.task)))
+        try:  # Hydra would print the whole command line before an error
+            # Overrides of this job: in a sweep (-m) each job has its own.
+            codes.append(dispatch(to_typed(node), list(HydraConfig.get().overrides.task)))
+        except Exception as error:
+            failed.append(error)
 
     wrapped = hydra.main(version_base="1.3", config_path="pkg://configs", config_name="root")(task)
     program = sys.argv
-    sys.argv = [program[0], *arguments]
+    sys.argv = [program[0], *overrides, *flags]  # Hydra's parser wants it in this order
     try:
         _check_layout()
         wrapped()
+        if failed:
+            raise failed[0]
     except (HydraException, OmegaConfBaseException) as error:
         print(f"meshwright: {messages.explain(error, overrides)}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -126,6 +134,15 @@ def _run_hydra(arguments: list[str]) -> int:
     finally:
         sys.argv = program
     return max(codes, default=0)
+
+
+def _quoted(override: str) -> str:
+    """A prompt as it is: Hydra's grammar would strip its spaces and read its brackets."""
+    key, _, value = override.partition("=")
+    if key != "prompt" or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return override
+    value = value.replace("${", "\\${")
+    return f"prompt='{value}'" if "'" not in value else 'prompt="' + value.replace('"', '\\"') + '"'
 
 
 def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-def]  # RunConfig, imported late

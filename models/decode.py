@@ -96,7 +96,7 @@ def prefill(params: Params, tokens_BL, lengths_B, cache: KVCache, *, config: Mod
     """
     B, L = tokens_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
-    output, cache = forward(
+    output, filled = forward(
         params,
         tokens_BL,
         positions_BL,
@@ -105,17 +105,18 @@ def prefill(params: Params, tokens_BL, lengths_B, cache: KVCache, *, config: Mod
         constrain=constrain,
         cache=cache,
     )
+    assert filled is not None
     last_B1D = jnp.take_along_axis(output.hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)
-    return logits(output._replace(hidden_BLD=last_B1D))[:, 0], cache
+    return logits(output._replace(hidden_BLD=last_B1D))[:, 0], filled
 
 
 def decode_step(params: Params, tokens_B, positions_B, cache: KVCache, *, config: ModelConfig, constrain: Constrain):
     """Reads one token of each row at its position. Returns the logits [B, V] after it, and the cache."""
     ones = jnp.ones((tokens_B.shape[0], 1), jnp.int32)
-    output, cache = forward(
+    output, filled = forward(
         params, tokens_B[:, None], positions_B[:, None], ones, config=config, constrain=constrain, cache=cache
     )
-    return logits(output)[:, 0], cache
+    return logits(output)[:, 0], filled
 
 
 class _Rows(NamedTuple):

@@ -49,7 +49,7 @@ class _Pending:
         self.since = perf_counter()
         self.in_hooks = 0.0
 
-    def flush(self) -> None:
+    def flush(self, *, last: bool = False) -> None:
         if self.metrics is None:
             return
         start = perf_counter()
@@ -57,7 +57,10 @@ class _Pending:
         now = perf_counter()
         self.timing |= {"device_wait": now - start, "hooks": self.in_hooks}
         if self.in_hooks < LONG_HOOKS:  # else the device worked while they did, and nobody can tell for how long
-            self.timing["step"] = now - self.since - self.in_hooks
+            step = now - self.since - self.in_hooks
+            # The last step was not followed by getting the next batch: its own stands in for that.
+            own = self.timing["data_wait"] + self.timing["dispatch"]
+            self.timing["step"] = max(step, own) if last else step
         self.since, self.in_hooks, self.metrics = now, 0.0, None
         self.report(self.step, {name: float(value) for name, value in values.items()}, self.timing)
 
@@ -87,7 +90,7 @@ def fit(
     reason = DONE
     for step in range(int(state.step), num_steps + 1):
         if step == num_steps:
-            pending.flush()  # nothing is dispatched after it that its metrics could wait for
+            pending.flush(last=True)  # nothing is dispatched after it that its metrics could wait for
         start = perf_counter()
         try:
             for hook in hooks:
@@ -95,8 +98,9 @@ def fit(
         except StopTraining as stop:
             reason = stop.reason
             break
-        after_hooks = perf_counter()
-        pending.in_hooks += after_hooks - start
+        finally:
+            after_hooks = perf_counter()
+            pending.in_hooks += after_hooks - start
         if step == num_steps:
             break
         batch = source.next_batch(state)
@@ -104,5 +108,5 @@ def fit(
         state, metrics = train_step(state, frozen, batch)
         timing = {"data_wait": after_data - after_hooks, "dispatch": perf_counter() - after_data}
         pending.replace(step + 1, metrics, timing)
-    pending.flush()
+    pending.flush(last=True)
     return state, reason

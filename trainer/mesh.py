@@ -138,11 +138,12 @@ def _spec(
 def _indivisible(axes: list[str], mesh: Mesh, where: str, dim: int, name: str, size: int) -> str:
     product = _axis_size(mesh, axes)
     key = "*".join(f"mesh.{axis}" for axis in axes)
+    pad = f", or model.vocab_size={-(-size // product) * product}" if name == "vocab" else ""
     possible = _divisors(math.gcd(size, mesh.size))
     valid = sorted(sorted(possible, key=lambda d: abs(d - product))[:2])
     return (
         f"{key}={product}: cannot cut dim {dim} ({name}) of parameter {where}, of size {size}, in {product} "
-        f"equal pieces; nearest valid {key}: {', '.join(map(str, valid))}"
+        f"equal pieces; nearest valid {key}: {', '.join(map(str, valid))}{pad}"
     )
 
 

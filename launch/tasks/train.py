@@ -253,7 +253,8 @@ class Session:
         stopper = hooks.StopOnSignal(saver.save)
         todo.append(stopper)
         if task.profile_steps:
-            todo.append(hooks.profile(*task.profile_steps, self.folder.path / "profile"))
+            first, last = task.profile_steps
+            todo.append(hooks.profile(first, last, self.folder.path / "profile"))
         hooks.recall(saved, remembers)
         return todo, stopper
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TINY = [
     "model=tiny",
+    "model.vocab_size=264",  # 257 bytes and their end, rounded up so that a mesh can cut it
     "model.dtype=float32",
     "tokenizer=bytes",
     "data.batch_size=8",

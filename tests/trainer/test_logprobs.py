@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from models.transformer import Output
 from trainer.mesh import MeshConfig, make_mesh
@@ -55,12 +56,14 @@ def test_chunks_do_not_change_the_gradient(chunk: int) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def largest_array(jaxpr: jax.extend.core.Jaxpr) -> int:
+def largest_array(jaxpr: Jaxpr) -> int:
     """Elements of the largest array that any equation makes, inner programs included."""
     sizes = [0]
     for equation in jaxpr.eqns:
         sizes += [int(np.prod(v.aval.shape)) for v in equation.outvars]
-        sizes += [largest_array(inner) for inner in jax.core.jaxprs_in_params(equation.params)]
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)):
+            inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+            sizes += [largest_array(inner)] if isinstance(inner, Jaxpr) else []
     return max(sizes)
 
 

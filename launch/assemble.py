@@ -208,15 +208,17 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     step = make_train_step(objective, apply, optimizer, num_microbatches=task.num_microbatches, schedule=schedule)
     init = partial(init_params, model)
     sharding = batch_sharding(mesh, config.sharding)
+    abstract = abstract_state(init, optimizer, param_shardings=shardings)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)  # else the partitioner chooses one
     return Core(
         model=model,
         mesh=mesh,
         constrain=constrain,
         apply=apply,
         objective=objective,
-        train_step=jax.jit(step, donate_argnums=0),
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
         eval_step=jax.jit(make_eval_step(objective, apply)),
-        abstract=abstract_state(init, optimizer, param_shardings=shardings),
+        abstract=abstract,
         init_state=lambda: init_sharded_state(init, optimizer, jax.random.key(config.seed), param_shardings=shardings),
         rows=process_rows(sharding, config.data.batch_size),
         batch_size=config.data.batch_size,

@@ -37,7 +37,7 @@ class Output(NamedTuple):
     """What a forward pass gives: logits are `softcap(hidden @ head)`, made where they are needed and in pieces."""
 
     hidden_BLD: jax.Array
-    head_DV: jax.Array
+    head_DV: jax.Array  # in the parameters' dtype: cast at use, so that its gradient is summed in it
     logit_soft_cap: float | None
 
 
@@ -171,7 +171,7 @@ class Ends(nnx.Module):
 
     def output(self, x_BLD: jax.Array) -> Output:
         head_DV = self.embedding[...].T if self.head is None else self.head[...]
-        return Output(self.final_norm(x_BLD), head_DV.astype(x_BLD.dtype), self.config.final_soft_cap)
+        return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
 
 
 def _abstract_modules(config: ModelConfig) -> tuple[Ends, Block]:
@@ -267,7 +267,9 @@ def per_layer(config: ModelConfig) -> PerLayer:
 
 def logits(output: Output) -> jax.Array:
     """[B, L, V] f32, whole: for decoding and for tests; training makes them in pieces."""
-    x_BLV = jnp.einsum("BLD,DV->BLV", output.hidden_BLD, output.head_DV, preferred_element_type=jnp.float32)
+    hidden_BLD = output.hidden_BLD
+    head_DV = output.head_DV.astype(hidden_BLD.dtype)
+    x_BLV = jnp.einsum("BLD,DV->BLV", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
     cap = output.logit_soft_cap
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)
 

@@ -108,7 +108,9 @@ def begin(
         source.set_state(checkpointer.read_json(step, "source"))
     extra = checkpointer.read_json(step, "extra")
     if "step" in config.reset:
+        # Later steps would stand in the way of those to come; they stay beside them under another name.
         state, extra = dataclasses.replace(state, step=state.step * 0), {}
+        checkpointer.set_aside_newer(0)
     forgotten = f", without its {' and '.join(config.reset)}" if config.reset else ""
     return state, extra, f"run {config.run!r}: resumes at step {step}{forgotten}"
 

@@ -65,9 +65,7 @@ def test_no_yaml_restates_a_default(path):
     name = path.stem
     group = path.parent.name
     cls = GROUPS[group].get(name) or next(iter(GROUPS[group].values()))
-    default = to_plain(
-        OmegaConf.to_object(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(cls), enum_to_str=True)))
-    )
+    default = OmegaConf.to_container(OmegaConf.structured(cls), enum_to_str=True)
     body = {k: v for k, v in (yaml.safe_load(path.read_text()) or {}).items() if k != "defaults"}
 
     def walk(mine, theirs, where):

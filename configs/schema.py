@@ -92,7 +92,6 @@ class TrainConfig(TaskConfig):
 @dataclass
 class PrepareConfig(TaskConfig):
     kind: str = "prepare"
-    num_workers: int = 0  # processes that tokenise; 0: as many as there are cores
 
 
 @dataclass

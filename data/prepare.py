@@ -14,9 +14,11 @@ import enum
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -91,6 +93,17 @@ def prepare_source(
         raise ValueError(f"source {source.kind}: no text to train on{_reasons(manifest['bad_records'])}")
     _write(folder / "manifest.json", manifest)
     return Manifest(folder, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What `prepare_source` left there. Raises: ValueError where it has not, or not on a disk that is seen here."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise ValueError(
+            f"{path} is not there: process 0 has prepared this source, but on a disk that this process does not see; "
+            "let `runs` (or `data.prepared`) be on storage that all hosts share"
+        )
+    return Manifest(folder, json.loads(path.read_text()))
 
 
 def _reasons(bad: dict[str, Any]) -> str:
@@ -200,17 +213,23 @@ def _sha(content: Any) -> str:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    half = path.with_name(path.name + ".tmp")
-    with open(half, "wb") as file:
+    with _whole(path) as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
 
 
 def _write(path: Path, content: Any) -> None:
-    half = path.with_name(path.name + ".tmp")
-    half.write_text(json.dumps(content, indent=1))
+    with _whole(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it is all there; two runs may make the same one at a time."""
+    half = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    with open(half, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(half, path)
 
 

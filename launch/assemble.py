@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from configs.schema import RunConfig, TrainConfig
 from data.batch import TokenBatch
 from data.pipeline import Mixture, OfflineSource, PackedRows, heldout_batches, source_seed
-from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder
+from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.sources import BadRecords
 from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from launch.run_folder import RunFolder
@@ -114,9 +114,10 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
     if is_chief():
         _prepare_all(config, tokenizer, root, say)
     wait_for_all("prepared")
-    manifests = {}
-    for name, source in config.data.sources.items():
-        manifests[name] = prepare_source(source, tokenizer, prepared_folder(root, name, source, tokenizer))
+    manifests = {
+        name: read_manifest(prepared_folder(root, name, source, tokenizer))
+        for name, source in config.data.sources.items()
+    }
     train = {name: TokenCorpus(manifest, "train") for name, manifest in manifests.items()}
     heldout = {name: TokenCorpus(manifest, "heldout") for name, manifest in manifests.items()}
     heldout = {name: corpus for name, corpus in heldout.items() if corpus.num_tokens}

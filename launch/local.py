@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from configs.schema import LocalConfig, RunConfig
+from launch import exit_codes
 
 GRACE_SECONDS = 10.0  # for the others, when one has died: they may wait for it in a collective for ever
 
@@ -80,11 +81,14 @@ def _follow(children: list[subprocess.Popen], logs: Path) -> int:
             failed = [i for i, child in enumerate(children) if child.poll() not in (None, 0)]
             if failed and stopped_at is None:
                 code = children[failed[0]].returncode
-                if code != 75:
+                if code != exit_codes.PREEMPTED:
                     where = "" if failed[0] == 0 else f"; see {logs / f'process_{failed[0]}.log'}"
                     print(f"meshwright: process {failed[0]} ended with {code}{where}", file=sys.stderr)
                 stopped_at = time.monotonic()
-                if code not in (75, 2):  # those leave by themselves, all together
+                if code not in (
+                    exit_codes.PREEMPTED,
+                    exit_codes.WRONG_INPUT,
+                ):  # those leave by themselves, all together
                     pass_on(signal.SIGTERM, None)
             if stopped_at is not None and time.monotonic() - stopped_at > GRACE_SECONDS:
                 for child in children:

@@ -9,6 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from launch import exit_codes
+
 TASKS = {
     "train": "train a model; the same run name again goes on with the run",
     "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
@@ -29,8 +31,6 @@ Three commands to begin with:
 
 meshwright TASK --help lists every key and group; --cfg job prints the composed config; -m runs a sweep.
 """
-
-EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main() -> None:
@@ -57,14 +57,19 @@ def run(arguments: list[str]) -> int:
                 f"meshwright: {word!r} is not a task{did_you_mean(word, TASKS)}\n\n{overview()}",
                 file=sys.stderr,
             )
-            return EXIT_WRONG_INPUT
+            return exit_codes.WRONG_INPUT
         arguments = [f"task={word}", *rest]
     elif not completing and not word.startswith("-"):
         print(f"meshwright: the first word must be a task, not {word!r}\n\n{overview()}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
+        return exit_codes.WRONG_INPUT
     if completing:
         _complete_after_the_task()
-    return _run_hydra(arguments)
+    code = _run_hydra(arguments)
+    if code not in (0, exit_codes.PREEMPTED):
+        from launch import distributed
+
+        distributed.abandon(code)
+    return code
 
 
 def overview() -> str:
@@ -118,19 +123,19 @@ def _run_hydra(arguments: list[str]) -> int:
             raise failed[0]
     except (HydraException, OmegaConfBaseException) as error:
         print(f"meshwright: {messages.explain(error, overrides)}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
+        return exit_codes.WRONG_INPUT
     except ValueError as error:
         # What the user gave is wrong, and the message says how; a trace would bury it.
         if os.environ.get("MESHWRIGHT_TRACEBACK"):
             traceback.print_exc()
         print(f"meshwright: {error}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
+        return exit_codes.WRONG_INPUT
     except KeyboardInterrupt:
         print("meshwright: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     except Exception:
         traceback.print_exc()
-        return EXIT_FAILED
+        return exit_codes.FAILED
     finally:
         sys.argv = program
     return max(codes, default=0)
@@ -163,10 +168,9 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
         "inspect": inspect.run,
         "runs": runs.run,
     }[config.task.kind]
-    try:
-        return task(config, overrides)
-    finally:
-        distributed.stop()
+    code = task(config, overrides)
+    distributed.stop()
+    return code
 
 
 def _check_layout() -> None:

@@ -9,7 +9,7 @@ Shape letters: B batch, L length, S key length, N query heads, K kv heads, G que
 import jax
 import jax.numpy as jnp
 
-from models.layers import dropout
+from models.layers import contract, dropout
 
 UNLIMITED = 2**30  # a window that hides nothing
 HIDDEN = -1e30  # finite: a row that sees nothing stays free of NaN
@@ -36,11 +36,13 @@ def attention(
     """Softmax attention with f32 scores: [B, L, N, H] in q's dtype."""
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
-    q_BLKGH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).reshape(B, L, K, N // K, H)
-    s_BKGLS = jnp.einsum("BLKGH,BSKH->BKGLS", q_BLKGH, k_BSKH, preferred_element_type=jnp.float32)
+    # Heads first, so that both products are batches of plain matrices.
+    q_BKGLH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).swapaxes(1, 2).reshape(B, K, N // K, L, H)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    s_BKGLS = contract("BKGLH,BKSH->BKGLS", q_BKGLH, k_BKSH, jnp.dtype("float32"))
     if soft_cap is not None:
         s_BKGLS = soft_cap * jnp.tanh(s_BKGLS / soft_cap)
     s_BKGLS = jnp.where(mask_BLS[:, None, None], s_BKGLS, HIDDEN)
     p_BKGLS = dropout(jax.nn.softmax(s_BKGLS, axis=-1).astype(v_BSKH.dtype), dropout_rate, rng)
-    o_BLKGH = jnp.einsum("BKGLS,BSKH->BLKGH", p_BKGLS, v_BSKH, preferred_element_type=jnp.float32)
-    return o_BLKGH.astype(q_BLNH.dtype).reshape(B, L, N, H)
+    o_BKGLH = contract("BKGLS,BKSH->BKGLH", p_BKGLS, v_BKSH, q_BLNH.dtype)
+    return o_BKGLH.reshape(B, N, L, H).swapaxes(1, 2)

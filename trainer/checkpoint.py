@@ -108,7 +108,16 @@ class Checkpointer:
         self.say = say
         self._verified: set[int] = set()
         self._saving: int | None = None
-        self._manager = None if read_only else self._open_manager()
+        self._read_only = read_only
+        self._opened: ocp.CheckpointManager | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, opened by the first that writes: it starts threads and cleans up what a kill left."""
+        assert not self._read_only, "a read-only Checkpointer neither saves nor moves anything"
+        if self._opened is None:
+            self._opened = self._open_manager()
+        return self._opened
 
     def _open_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -132,14 +141,14 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for what is being written; must be called before the process ends."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def wait(self) -> None:
         """Returns when the last `save` is committed; raises what went wrong in the background."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
+        if self._opened is not None:
+            self._opened.wait_until_finished()
 
     # Writing
 
@@ -160,7 +169,6 @@ class Checkpointer:
         one.
         Raises: ValueError where `step` is there already.
         """
-        assert self._manager is not None, "a read-only or closed Checkpointer cannot save"
         self.wait()
         if step in self._manager.all_steps():
             raise ValueError(f"step {step} of {self.folder} is saved already; delete it or begin another run")
@@ -193,7 +201,6 @@ class Checkpointer:
 
         Returns: the steps that were moved.
         """
-        assert self._manager is not None, "a read-only or closed Checkpointer moves nothing"
         self.wait()
         newer = [s for s in self.steps() if s > step]
 
@@ -236,8 +243,8 @@ class Checkpointer:
         chosen = _by_process_0(lambda: self._choose(steps))
         if chosen < 0 and steps:
             raise ValueError(f"{self.folder}: none of its checkpoints is whole: {', '.join(map(str, steps))}")
-        if self._manager is not None and chosen != max(steps, default=-1):
-            self._manager.reload()
+        if self._opened is not None and chosen != max(steps, default=-1):
+            self._opened.reload()
         if chosen >= 0:
             self._verified.add(chosen)
         return chosen if chosen >= 0 else None
@@ -250,7 +257,7 @@ class Checkpointer:
             older = [s for s in steps if s < step]
             instead = f"falling back to step {older[-1]}" if older else "there is no older one"
             self.say(f"checkpoint of step {step} is damaged: {damage}; {instead}")
-            if self._manager is not None and older:
+            if not self._read_only and older:
                 _set_aside(self.folder / str(step), "damaged")
         return -1
 

@@ -13,6 +13,7 @@ import jax
 
 from configs.schema import Resume, RunConfig, TrainConfig, to_plain
 from data.pipeline import OfflineSource
+from launch import exit_codes
 from launch.assemble import (
     Core,
     Corpora,
@@ -37,8 +38,6 @@ from trainer.optimizer import eval_params
 from trainer.plot import draw_loss
 from trainer.state import TrainState
 from trainer.tracker import Trackers, build_trackers
-
-EXIT_PREEMPTED = 75
 
 
 def say(text: str) -> None:
@@ -166,7 +165,7 @@ class Session:
             todo, stopper = self.hooks(metrics, trackers, saved)
             with stopper:
                 state, reason = self.fit(state, todo, self.report(metrics, trackers, first_step))
-            code = EXIT_PREEMPTED if reason == hooks.PREEMPTED else 0
+            code = exit_codes.PREEMPTED if reason == hooks.PREEMPTED else 0
             self.finish(state, reason, trackers)
         finally:
             trackers.finish(code)

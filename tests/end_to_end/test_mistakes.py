@@ -33,6 +33,12 @@ def test_a_mistake_is_named(tmp_path, arguments, said):
     assert "Traceback" not in err
 
 
+def test_a_mistake_ends_all_processes_at_once(tmp_path):
+    wrong = ["source=[text]", "data.sources.text.paths=[nowhere]", "launcher.num_processes=2", "devices=2"]
+    _, err = meshwright(tmp_path, "train", *TINY, *wrong, "mesh.data=2", expect=2)
+    assert "'nowhere' is not there" in err
+
+
 def test_a_misspelt_task_suggests_the_right_one(tmp_path):
     _, err = meshwright(tmp_path, "trian", expect=2)
     assert "did you mean 'train'" in err

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.layers import contract
 from models.transformer import Output
 
 
@@ -26,10 +27,8 @@ class TokenLogprobs(NamedTuple):
 def _chunk_logprobs(
     hidden_BCD: jax.Array, targets_BC: jax.Array, head_DV: jax.Array, soft_cap: float | None
 ) -> TokenLogprobs:
-    # The cast stands inside, so that the head's gradient is summed over chunks in its own f32.
-    logits_BCV = jnp.einsum(
-        "BCD,DV->BCV", hidden_BCD, head_DV.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32
-    )
+    # The head's gradient comes back in its own f32, and is summed over chunks in it.
+    logits_BCV = contract("BCD,DV->BCV", hidden_BCD, head_DV, jnp.dtype("float32"))
     if soft_cap is not None:
         logits_BCV = soft_cap * jnp.tanh(logits_BCV / soft_cap)
     max_BC1 = jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1, keepdims=True))

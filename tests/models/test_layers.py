@@ -1,0 +1,26 @@
+"""The parts of a block, each against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.layers import contract
+
+
+@pytest.mark.parametrize("spec", ["BLD,DF->BLF", "BLNH,NHD->BLD", "BKGLH,BKSH->BKGLS", "BKGLS,BKSH->BKGLH"])
+def test_contract_has_the_gradients_of_einsum(spec):
+    sizes = dict(zip("BLSDFNKGH", (2, 3, 5, 4, 6, 2, 2, 3, 4), strict=True))
+    dims, (left, right) = spec.split("->")[0].split(","), jax.random.split(jax.random.key(0))
+    a = jax.random.normal(left, [sizes[d] for d in dims[0]])
+    b = jax.random.normal(right, [sizes[d] for d in dims[1]])
+    ours = jax.grad(lambda a, b: jnp.sum(jnp.sin(contract(spec, a, b, a.dtype))), argnums=(0, 1))(a, b)
+    plain = jax.grad(lambda a, b: jnp.sum(jnp.sin(jnp.einsum(spec, a, b))), argnums=(0, 1))(a, b)
+    for x, y in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_master_weights_get_gradients_that_were_never_rounded():
+    x, weights = jnp.ones((1, 257, 1), jnp.bfloat16), jnp.ones((1, 1))
+    grad = jax.grad(lambda w: jnp.sum(contract("BLD,DF->BLF", x, w, x.dtype).astype(jnp.float32)))(weights)
+    assert grad.dtype == jnp.float32 and grad[0, 0] == 257  # bf16 has no 257

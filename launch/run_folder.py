@@ -72,6 +72,12 @@ class RunFolder:
             raise ValueError(f"run={self.name}: there is no such run in {self.path.parent}{hint}")
         return from_saved(yaml.safe_load(self.config.read_text()))
 
+    def set_metrics_aside(self) -> None:
+        """Keeps what was measured before a `reset=[step]`, whose rows will have the same steps again."""
+        if self.metrics.exists():
+            number = len(list(self.path.glob("metrics.before_reset*.jsonl"))) + 1
+            os.replace(self.metrics, self.path / f"metrics.before_reset_{number}.jsonl")
+
     def write_start(self, config: RunConfig, overrides: list[str]) -> None:
         """What this start of the run was told and where it runs. By process 0 alone."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,18 @@ def _contract_backward(spec, dtype, operands, dy):
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
+@jax.custom_vjp
+def transposed(kernel: jax.Array) -> jax.Array:
+    """`kernel.T`, whose gradient is made as it is and then transposed.
+
+    Where XLA folds the transposition into the product before it, CPUs have no such product in bf16.
+    """
+    return kernel.T
+
+
+transposed.defvjp(lambda kernel: (kernel.T, None), lambda _, dy: (jax.lax.optimization_barrier(dy).T,))
+
+
 class Projection(nnx.Module):
     """`einsum(spec, x, kernel) + bias`, accumulated in f32 and returned in x's dtype."""
 

@@ -27,6 +27,7 @@ from models.layers import (
     param,
     rope_temperature,
     rotate,
+    transposed,
 )
 from models.partition import Constrain, no_constraint
 
@@ -170,7 +171,7 @@ class Ends(nnx.Module):
         return dropout(x_BLD, config.dropout, rng)
 
     def output(self, x_BLD: jax.Array) -> Output:
-        head_DV = self.embedding[...].T if self.head is None else self.head[...]
+        head_DV = transposed(self.embedding[...]) if self.head is None else self.head[...]
         return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
 
 

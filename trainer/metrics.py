@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -107,7 +106,8 @@ def memory() -> dict[str, float]:
     if peaks:
         return {"perf/device_memory_bytes": float(max(peaks))}
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            pages = int(file.read().split()[1])
     except (OSError, ValueError, IndexError):
         return {}
     return {"perf/process_memory_bytes": float(pages * 4096)}

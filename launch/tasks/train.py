@@ -63,16 +63,24 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             core = build_core(config, corpora.tokenizer)
             source = build_source(config, corpora, core)
             stack.callback(source.close)
-            state, saved, line = begin(config, core, source, checkpointer)
-            describe(config, core, line)
+            start = begin(config, core, source, checkpointer)
+            if "step" in start.forgotten and is_chief():
+                folder.set_metrics_aside()
+            describe(config, core, start.line)
         session = Session(config, folder, corpora, core, source, checkpointer, ledger)
-        return session.train(state, saved)
+        return session.train(start)
 
 
 def check_resume(config: RunConfig, folder: RunFolder, steps: list[int]) -> None:
     """Raises: ValueError where `resume` forbids what there is, or a key changed that the checkpoints depend on."""
     if not steps and config.resume is Resume.must:
         raise ValueError(f"resume=must: {folder.checkpoints} holds no checkpoint; resume=auto begins afresh")
+    aside = sorted(p.name for p in folder.checkpoints.glob("*.superseded*")) if not steps else []
+    if aside:
+        raise ValueError(
+            f"{folder.checkpoints}: a reset was cut off before its first save; rename {aside[-1]} to "
+            f"{aside[-1].partition('.')[0]} to do it again, or give another run=NAME"
+        )
     if steps and config.resume is Resume.never:
         raise ValueError(
             f"resume=never: the run {folder.name!r} has checkpoints up to step {steps[-1]}; give another run=NAME, "
@@ -82,36 +90,45 @@ def check_resume(config: RunConfig, folder: RunFolder, steps: list[int]) -> None
         refuse_drift(folder.saved_config(), config, folder.name)
 
 
-def begin(
-    config: RunConfig, core: Core, source: OfflineSource, checkpointer: Checkpointer
-) -> tuple[TrainState, dict[str, Any], str]:
-    """The state to go on from, what hooks remember, and one line that says what was done; moves the source."""
-    step = checkpointer.latest_whole()
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on from."""
+
+    state: TrainState
+    remembered: dict[str, Any]  # by hooks
+    forgotten: list[str]  # by `reset`
+    line: str  # says what was done
+
+
+def begin(config: RunConfig, core: Core, source: OfflineSource, checkpointer: Checkpointer) -> Start:
+    """Fresh, from the weights of `init_from`, or from the newest whole checkpoint; moves the source there."""
+    step, run = checkpointer.latest_whole(), f"run {config.run!r}"
     if step is None:
         state = core.init_state()
         if config.init_from is None:
-            return state, {}, f"run {config.run!r}: begins"
+            return Start(state, {}, [], f"{run}: begins")
         params, origin = load_weights(config.init_from, config.runs, core.abstract.params, say)
-        return (
-            dataclasses.replace(state, params=params),
-            {},
-            f"run {config.run!r}: begins with the weights of {origin}",
-        )
-    if "optimizer" in config.reset:
+        state = dataclasses.replace(state, params=params)
+        return Start(state, {}, [], f"{run}: begins with the weights of {origin}")
+    # A job that is started again with the same command must not forget again what it has learnt since.
+    done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset
+    reset = [] if done else config.reset
+    if "optimizer" in reset:
         fresh = core.init_state()
         params = checkpointer.restore_params(step, core.abstract.params)
         state = dataclasses.replace(fresh, params=params, step=fresh.step + step)
     else:
         state = checkpointer.restore(step, core.abstract).state
-    if "data" not in config.reset:
+    if "data" not in reset:
         source.set_state(checkpointer.read_json(step, "source"))
-    extra = checkpointer.read_json(step, "extra")
-    if "step" in config.reset:
+    remembered = checkpointer.read_json(step, "extra")
+    if "step" in reset:
         # Later steps would stand in the way of those to come; they stay beside them under another name.
-        state, extra = dataclasses.replace(state, step=state.step * 0), {}
+        state, remembered = dataclasses.replace(state, step=state.step * 0), {}
         checkpointer.set_aside_newer(0)
-    forgotten = f", without its {' and '.join(config.reset)}" if config.reset else ""
-    return state, extra, f"run {config.run!r}: resumes at step {step}{forgotten}"
+    without = f", without its {' and '.join(reset)}" if reset else ""
+    already = f" (reset=[{','.join(config.reset)}] was done before)" if config.reset and done else ""
+    return Start(state, remembered, reset, f"{run}: resumes at step {step}{without}{already}")
 
 
 def describe(config: RunConfig, core: Core, line: str) -> None:
@@ -141,8 +158,8 @@ class Session:
         assert isinstance(self.config.task, TrainConfig)
         return self.config.task
 
-    def train(self, state: TrainState, saved: dict[str, Any]) -> int:
-        first_step = int(state.step)
+    def train(self, start: Start) -> int:
+        state, first_step = start.state, int(start.state.step)
         self.ledger.resume(first_step)
         metrics = TrainMetrics(
             tokens_per_step=self.core.batch_size * self.config.data.seq_len,
@@ -162,7 +179,9 @@ class Session:
         code = 1
         try:
             trackers.log_config(to_plain(self.config))
-            todo, stopper = self.hooks(metrics, trackers, saved)
+            todo, stopper, saver = self.hooks(metrics, trackers, start.remembered)
+            if "step" in start.forgotten:
+                saver.save(first_step, state, self.source)  # those before it are set aside: a kill must find one
             with stopper:
                 state, reason = self.fit(state, todo, self.report(metrics, trackers, first_step))
             code = exit_codes.PREEMPTED if reason == hooks.PREEMPTED else 0
@@ -195,8 +214,10 @@ class Session:
 
         return report
 
-    def hooks(self, metrics: TrainMetrics, trackers: Trackers, saved: dict[str, Any]) -> tuple[list[Hook], Any]:
-        """All hooks in the order that is their meaning, and the one that holds the signal handlers."""
+    def hooks(
+        self, metrics: TrainMetrics, trackers: Trackers, remembered: dict[str, Any]
+    ) -> tuple[list[Hook], hooks.StopOnSignal, hooks.SaveEvery]:
+        """All hooks in the order that is their meaning; the one that holds the signal handlers; the one that saves."""
         task, ledger, num_steps = self.task, self.ledger, self.task.num_steps
         compute = build_evaluation(self.config, self.corpora, self.core)
         average = jax.jit(eval_params)
@@ -256,8 +277,8 @@ class Session:
         if task.profile_steps:
             first, last = task.profile_steps
             todo.append(hooks.profile(first, last, self.folder.path / "profile"))
-        hooks.recall(saved, remembers)
-        return todo, stopper
+        hooks.recall(remembered, remembers)
+        return todo, stopper, saver
 
     def sample(self, step: int, params: Params, trackers: Trackers) -> None:
         """Writes a sample to samples.jsonl and to the trackers."""

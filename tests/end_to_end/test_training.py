@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -157,3 +158,20 @@ def test_what_may_not_change_is_refused_by_name(unbroken):
     assert "resume=never" in err
     _, err = meshwright(folder, "train", "run=a", *RUN, "data.seq_len=16", expect=2)
     assert "reset=[data]" in err
+
+
+def test_a_reset_forgets_once_and_loses_nothing(unbroken, tmp_path):
+    shutil.copytree(unbroken[0] / "runs", tmp_path / "runs")
+    before = losses(tmp_path, "a")
+    again = ["run=a", *RUN, "reset=[optimizer,data,step]"]
+    out, _ = meshwright(tmp_path, "train", *again, "task.num_steps=3")
+    assert f"resumes at step {STEPS}, without its optimizer and data and step" in out
+    after = losses(tmp_path, "a")
+    assert sorted(after) == [1, 2, 3] and after[1] < before[1] - 0.3
+    run = tmp_path / "runs" / "a"
+    assert sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == [0, 3]
+    assert (run / "checkpoints" / f"{STEPS}.superseded").is_dir()
+    assert len((run / "metrics.before_reset_1.jsonl").read_text().splitlines()) >= STEPS
+    out, _ = meshwright(tmp_path, "train", *again, "task.num_steps=5")
+    assert "resumes at step 3 (reset=[optimizer,data,step] was done before)" in out
+    assert sorted(losses(tmp_path, "a")) == [1, 2, 3, 4, 5]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from models.cache import init_cache
 from models.config import (
@@ -25,6 +26,7 @@ from models.config import (
 )
 from models.layers import inverse_frequencies
 from models.transformer import abstract_params, forward, init_params, logits, make_apply, param_axes
+from trainer.objectives.logprobs import token_logprobs
 
 V, L = 37, 16
 BASE = ModelConfig(
@@ -224,12 +226,20 @@ def test_llama_equals_a_float64_formula():
     np.testing.assert_allclose(run(config, params, tokens, positions, segments)[0], want, atol=2e-5)
 
 
-def test_bfloat16_stays_near_float32():
-    params, tokens, positions, segments = setup(BASE)
-    half = dataclasses.replace(BASE, dtype=Dtype.bfloat16)
-    want = run(BASE, params, tokens, positions, segments)
-    got = run(half, params, tokens, positions, segments)
-    assert float(jnp.abs(got - want).max()) < 0.05 * float(jnp.abs(want).max())
+@pytest.mark.parametrize("chunk", [5, L])
+@families
+def test_bfloat16_gradients_stay_near_those_in_float32(config, chunk):
+    params, tokens, positions, segments = setup(config)
+
+    def gradient(config):
+        def loss(params):
+            output = make_apply(config)(params, tokens, positions_BL=positions, segment_ids_BL=segments)
+            return -token_logprobs(output, tokens, chunk=chunk).logprob.mean()
+
+        return ravel_pytree(jax.jit(jax.grad(loss))(params))[0]
+
+    want, got = gradient(config), gradient(dataclasses.replace(config, dtype=Dtype.bfloat16))
+    assert float(jnp.linalg.norm(got - want)) < 0.05 * float(jnp.linalg.norm(want))
 
 
 def test_dropout_needs_a_key_and_depends_on_it():

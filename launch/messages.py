@@ -28,7 +28,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         if re.search(r"is not in struct|Key '[^']*' not in", text):
             return _unknown_key(key, overrides)
         return _wrong_value(key, _given(key, overrides), text)
-    if match := re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'", text):
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
         return f"{group}={option}: there is no such {group}{did_you_mean(option, _options(group))}"
     if match := re.search(

@@ -1,6 +1,7 @@
 """`meshwright runs`: the runs of a folder, one line each."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, header_style="bold")
     for name in ("run", "step", "train loss", "eval loss", "bits/byte", "ended", "last written"):
-        table.add_column(name, justify="left" if name in ("run", "ended") else "right")
+        table.add_column(name, justify="left" if name in ("run", "ended") else "right", no_wrap=True)
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4f}"
@@ -71,4 +72,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["updated"]))
         numbers = [number(row[key]) for key in ("train_loss", "eval_loss", "eval_bits_per_byte")]
         table.add_row(row["run"], step, *numbers, row["ended"], when)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -179,11 +179,11 @@ class Session:
         code = 1
         try:
             trackers.log_config(to_plain(self.config))
-            todo, stopper, saver = self.hooks(metrics, trackers, start.remembered)
+            every_hook, stopper, saver = self.hooks(metrics, trackers, start.remembered)
             if "step" in start.forgotten:
                 saver.save(first_step, state, self.source)  # those before it are set aside: a kill must find one
             with stopper:
-                state, reason = self.fit(state, todo, self.report(metrics, trackers, first_step))
+                state, reason = self.fit(state, every_hook, self.report(metrics, trackers, first_step))
             code = exit_codes.PREEMPTED if reason == hooks.PREEMPTED else 0
             self.finish(state, reason, trackers)
         finally:
@@ -192,14 +192,16 @@ class Session:
             print(closing_words(self.config, self.folder, reason))
         return code
 
-    def fit(self, state: TrainState, todo: list[Hook], report: Callable) -> tuple[TrainState, str]:
+    def fit(self, state: TrainState, every_hook: list[Hook], report: Callable) -> tuple[TrainState, str]:
         # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
         with self.ledger.phase("compile"):
             batch = self.core.place(self.first_rows())
             compiled = self.core.train_step.lower(state, {}, batch).compile()  # type: ignore[attr-defined]
         try:
             with self.ledger.phase("step"):
-                return fit(state, {}, self.source, compiled, num_steps=self.task.num_steps, hooks=todo, report=report)
+                return fit(
+                    state, {}, self.source, compiled, num_steps=self.task.num_steps, hooks=every_hook, report=report
+                )
         except ValueError as error:
             raise RuntimeError(f"training failed: {error}") from error  # past start-up, no input of the user's
 
@@ -222,7 +224,7 @@ class Session:
         compute = build_evaluation(self.config, self.corpora, self.core)
         average = jax.jit(eval_params)
         remembers: dict[str, hooks.Stateful] = {"metrics": metrics}
-        todo: list[Hook] = []
+        every_hook: list[Hook] = []
         evaluation = None
         if self.corpora.heldout:
             evaluation = hooks.EvaluateEvery(
@@ -232,7 +234,7 @@ class Session:
                 on_metrics=trackers.log,
                 ledger=ledger,
             )
-            todo.append(evaluation)
+            every_hook.append(evaluation)
             remembers["evaluation"] = evaluation
         elif task.patience:
             raise ValueError(f"task.patience={task.patience}: no source holds out text to evaluate on")
@@ -244,7 +246,7 @@ class Session:
                 sample=lambda step, params: self.sample(step, params, trackers),
                 ledger=ledger,
             )
-            todo.append(sampler)
+            every_hook.append(sampler)
             remembers["sample"] = sampler
         early = None
         if evaluation is not None and task.patience:
@@ -269,16 +271,16 @@ class Session:
             evaluation=evaluation,
             on_saved=lambda step, seconds: trackers.log(step, {"perf/checkpoint_wait": seconds}),
         )
-        todo.append(saver)
+        every_hook.append(saver)
         if early is not None:
-            todo.append(early)
+            every_hook.append(early)
         stopper = hooks.StopOnSignal(saver.save)
-        todo.append(stopper)
+        every_hook.append(stopper)
         if task.profile_steps:
             first, last = task.profile_steps
-            todo.append(hooks.profile(first, last, self.folder.path / "profile"))
+            every_hook.append(hooks.profile(first, last, self.folder.path / "profile"))
         hooks.recall(remembered, remembers)
-        return todo, stopper, saver
+        return every_hook, stopper, saver
 
     def sample(self, step: int, params: Params, trackers: Trackers) -> None:
         """Writes a sample to samples.jsonl and to the trackers."""

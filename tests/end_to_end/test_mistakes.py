@@ -8,6 +8,7 @@ MISTAKES = {
     "a misspelt key": (["optimizer.lerning_rate=1"], "did you mean 'optimizer.learning_rate'"),
     "a key in the wrong place": (["learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
     "a misspelt group option": (["model=tinny"], "model=tinny: there is no such model; did you mean 'tiny'"),
+    "a misspelt option in a list": (["source=[txt]"], "source=txt: there is no such source; did you mean 'text'?"),
     "a word for a number": (["data.batch_size=many"], "data.batch_size=many: must be a whole number"),
     "a word that is none of the menu": (["model.remat=half"], "model.remat=half: must be one of none, full"),
     "a batch that does not divide": (

@@ -132,10 +132,12 @@ def test_patience_ends_a_run_with_a_checkpoint_and_is_remembered():
 
 def test_no_patience_means_for_ever():
     found, _ = evaluation(dict.fromkeys(range(1, 50), 1.0))
-    stop = EarlyStopping(found, patience=0, save=lambda *_: None)
+    saved: list[int] = []
+    stop = EarlyStopping(found, patience=0, save=lambda step, *_: saved.append(step))
     for step in range(1, 50):
         found(step, step, SOURCE)  # type: ignore[arg-type]
         stop(step, STATE, SOURCE)
+    assert found.step == 49 and not saved
 
 
 def test_samples_are_drawn_once_for_each_due_step():

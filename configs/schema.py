@@ -126,6 +126,15 @@ class RunsConfig(TaskConfig):
 
 
 @dataclass
+class ConvertConfig(TaskConfig):
+    kind: str = "convert"
+    origin: str | None = None  # from=: hf:FOLDER, or a run's name, NAME@STEP for one step
+    target: str | None = None  # to=: a run's name, or hf:FOLDER
+    dtype: str | None = None  # of the weights in the folder; null: as they came, else the model's dtype
+    shard_gigabytes: float = 5.0  # size of a file, at most
+
+
+@dataclass
 class LauncherConfig:
     """How the processes of a run start."""
 
@@ -148,7 +157,7 @@ class RunConfig:
     seed: int = 0  # of initialisation, data order, dropout and sampling
     devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
     resume: Resume = Resume.auto
-    init_from: str | None = None  # a run's name or folder, NAME@STEP for one step: begin from its weights
+    init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP) or of hf:FOLDER
     reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
     source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
     step: int | None = None  # evaluate, generate, inspect: the checkpoint; null: the newest
@@ -176,6 +185,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "generate": GenerateConfig,
         "inspect": InspectConfig,
         "runs": RunsConfig,
+        "convert": ConvertConfig,
     },
     "source": {
         "text": TextConfig,

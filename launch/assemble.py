@@ -24,7 +24,6 @@ from launch.run_folder import RunFolder
 from models.config import ModelConfig
 from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
-from trainer.checkpoint import Checkpointer
 from trainer.evaluate import evaluate_sources
 from trainer.mesh import (
     batch_sharding,
@@ -277,27 +276,3 @@ def build_evaluation(config: RunConfig, corpora: Corpora, core: Core) -> Callabl
         return evaluate_sources(core.eval_step, params, {}, {name: batches(packed) for name, packed in rows.items()})
 
     return evaluate
-
-
-# Runs that exist already
-
-
-def load_weights(reference: str, runs: str, abstract: Params, say: Say) -> tuple[Params, str]:
-    """Parameters of another run, `NAME`, `FOLDER` or either with `@STEP`, onto the shardings of `abstract`.
-
-    Raises: ValueError where there is no such run or its weights have other shapes.
-    """
-    name, _, step = reference.partition("@")
-    path = Path(name) if Path(name, "config.yaml").exists() else Path(runs, name)
-    if not (path / "config.yaml").exists():
-        raise ValueError(f"init_from={reference}: there is no run in {path}; give a run's name or folder")
-    if step and not step.isdigit():
-        raise ValueError(f"init_from={reference}: {step!r} is no step; give NAME@STEP")
-    with Checkpointer(path / "checkpoints", read_only=True, say=say) as checkpointer:
-        at = int(step) if step else checkpointer.latest_whole()
-        if at is None:
-            raise ValueError(f"init_from={reference}: {path} has no checkpoint")
-        try:
-            return checkpointer.restore_params(at, abstract), f"{path.name}, step {at}"
-        except ValueError as error:
-            raise ValueError(f"init_from={reference}: {error}") from error

@@ -17,6 +17,7 @@ TASKS = {
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...'",
     "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
+    "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN",
     "runs": "a table of the runs in a folder",
 }
 
@@ -101,7 +102,7 @@ def _run_hydra(arguments: list[str]) -> int:
 
     register()
     is_override = lambda a: ("=" in a and not a.startswith("-")) or a.startswith("~")
-    overrides = [_quoted(a) for a in arguments if is_override(a)]
+    overrides = [_quoted(_renamed(a)) for a in arguments if is_override(a)]
     flags = [a for a in arguments if not is_override(a)]
     failed: list[Exception] = []
     codes: list[int] = []
@@ -141,6 +142,12 @@ def _run_hydra(arguments: list[str]) -> int:
     return max(codes, default=0)
 
 
+def _renamed(override: str) -> str:
+    """`from=` and `to=` of `convert`: the first is a word that no Python field can have."""
+    key, _, value = override.partition("=")
+    return {"from": "task.origin=", "to": "task.target="}.get(key, f"{key}=") + value if "=" in override else override
+
+
 def _quoted(override: str) -> str:
     """A prompt as it is: Hydra's grammar would strip its spaces and read its brackets."""
     key, _, value = override.partition("=")
@@ -158,7 +165,7 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
     if config.launcher.kind == "local" and config.launcher.num_processes > 1 and not distributed.announced():
         return launch_local(config, overrides)
     distributed.start(config.devices)
-    from launch.tasks import evaluate, generate, inspect, prepare, runs, train
+    from launch.tasks import convert, evaluate, generate, inspect, prepare, runs, train
 
     task = {
         "train": train.run,
@@ -167,6 +174,7 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
         "generate": generate.run,
         "inspect": inspect.run,
         "runs": runs.run,
+        "convert": convert.run,
     }[config.task.kind]
     code = task(config, overrides)
     distributed.stop()

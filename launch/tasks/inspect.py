@@ -1,12 +1,13 @@
 """`meshwright inspect run=NAME [step=K]`: what a checkpoint holds. Equal hashes mean an equal run."""
 
+import dataclasses
 import json
 from typing import Any
 
 from configs.schema import Format, RunConfig
 from data.pipeline import batch_hash
 from launch.assemble import build_source, is_chief, load_corpora
-from launch.saved_run import open_run
+from launch.saved_run import SavedRun, open_run
 from models.cost import num_params, params_bytes
 from trainer.digest import state_hash
 
@@ -25,14 +26,8 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         "params_sha256": state_hash(state.params),
         "optimizer_sha256": state_hash(state.opt_state),
     }
-    position = saved.checkpointer.read_json(saved.step, "source")
-    original = saved.folder.saved_config()
-    merged = original.__class__(**{**vars(saved.config), "data": original.data})
-    corpora = load_corpora(merged, saved.folder, lambda text: None)
-    source = build_source(merged, corpora, saved.core)
-    source.batch_size = original.data.batch_size
-    source.set_state(position)
-    found |= {"data_position": position["next_index"], "next_batch_sha256": batch_hash(source.global_batch())}
+    if saved.config.data.sources:
+        found |= next_batch(saved)
     if not is_chief():
         return 0
     if config.format is Format.json:
@@ -42,3 +37,15 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         for name, value in found.items():
             print(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else value}")
     return 0
+
+
+def next_batch(saved: SavedRun) -> dict[str, Any]:
+    """Where the data stands, and the hash of the global batch that comes next."""
+    position = saved.checkpointer.read_json(saved.step, "source")
+    original = saved.folder.saved_config()
+    merged = dataclasses.replace(saved.config, data=original.data)
+    corpora = load_corpora(merged, saved.folder, lambda text: None)
+    source = build_source(merged, corpora, saved.core)
+    source.batch_size = original.data.batch_size
+    source.set_state(position)
+    return {"data_position": position["next_index"], "next_batch_sha256": batch_hash(source.global_batch())}

@@ -22,8 +22,8 @@ from launch.assemble import (
     build_source,
     is_chief,
     load_corpora,
-    load_weights,
 )
+from launch.origins import adopt, adopt_tokenizer, find_origin
 from launch.run_folder import RunFolder, environment, refuse_drift, run_folder, write_whole
 from launch.writing import append_samples, write
 from models.cost import flops_per_token, num_params
@@ -51,11 +51,13 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     task = config.task
     assert isinstance(task, TrainConfig)
     folder = run_folder(config)
+    config = adopt(config, overrides, folder, say)
     with ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, config.checkpoint, say=say))
         check_resume(config, folder, checkpointer.steps())
         if is_chief():
             folder.write_start(config, overrides)
+        adopt_tokenizer(config, overrides, folder, say)
         ledger = Ledger(folder.path / "goodput.json" if is_chief() else None)
         with ledger.phase("data_preparation"):
             corpora = load_corpora(config, folder, say)
@@ -107,9 +109,9 @@ def begin(config: RunConfig, core: Core, source: OfflineSource, checkpointer: Ch
         state = core.init_state()
         if config.init_from is None:
             return Start(state, {}, [], f"{run}: begins")
-        params, origin = load_weights(config.init_from, config.runs, core.abstract.params, say)
-        state = dataclasses.replace(state, params=params)
-        return Start(state, {}, [], f"{run}: begins with the weights of {origin}")
+        origin = find_origin(config.init_from, config.runs, say)
+        state = dataclasses.replace(state, params=origin.params(core.abstract.params))
+        return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")
     # A job that is started again with the same command must not forget again what it has learnt since.
     done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset
     reset = [] if done else config.reset

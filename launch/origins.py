@@ -1,0 +1,122 @@
+"""Weights that exist already: another run's, or a published checkpoint's (`hf:FOLDER`)."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.schema import RunConfig, validate
+from data.tokenizer import Tokenizer, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
+from launch.assemble import is_chief, wait_for_all
+from launch.run_folder import RunFolder
+from models.config import ModelConfig
+from models.huggingface import family_of
+from models.huggingface_files import Folder, load_params
+from trainer.checkpoint import Checkpointer
+from trainer.objective import Params
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `init_from` names."""
+
+    name: str  # for people
+    model: ModelConfig
+    tokenizer_config: TokenizerConfig
+    tokenizer: Callable[[], Tokenizer]
+    params: Callable[[Params], Params]  # onto the shapes and shardings given
+
+
+def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") -> Origin:
+    """`hf:FOLDER`, or a run's `NAME` or `FOLDER`, either with `@STEP`.
+
+    Raises: ValueError where there is none, naming `key` and the way out.
+    """
+    if reference.startswith("hf:"):
+        return published(Path(reference.removeprefix("hf:")))
+    name, _, step = reference.partition("@")
+    path = Path(name) if Path(name, "config.yaml").exists() else Path(runs, name)
+    if not (path / "config.yaml").exists():
+        raise ValueError(
+            f"{key}={reference}: there is no run in {path}; give a run's name or folder, or hf:FOLDER of a "
+            "published checkpoint"
+        )
+    if step and not step.isdigit():
+        raise ValueError(f"{key}={reference}: {step!r} is no step; give NAME@STEP")
+    checkpointer = Checkpointer(path / "checkpoints", read_only=True, say=say)
+    at = int(step) if step else checkpointer.latest_whole()
+    if at is None:
+        raise ValueError(f"{key}={reference}: {path} has no checkpoint")
+    saved = RunFolder(path).saved_config()
+
+    def params(abstract: Params) -> Params:
+        try:
+            return checkpointer.restore_params(at, abstract)
+        except ValueError as error:
+            raise ValueError(f"{key}={reference}: {error}") from error
+
+    tokenizer = lambda: from_files(checkpointer.read_tokenizer(at))
+    return Origin(f"{path.name}, step {at}", saved.model, saved.tokenizer, tokenizer, params)
+
+
+def published(path: Path) -> Origin:
+    folder = Folder(path)
+    model = family_of(folder.config).read(folder.config)
+    config = TokenizerJsonConfig(path=str(path / "tokenizer.json"))
+
+    def tokenizer() -> Tokenizer:
+        if not (path / "tokenizer.json").exists():
+            raise ValueError(f"hf:{path}: there is no tokenizer.json; choose a tokenizer with tokenizer=NAME")
+        return config.build(lambda: iter(()))
+
+    return Origin(f"hf:{path}", model, config, tokenizer, lambda abstract: load_params(folder, model, abstract))
+
+
+def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> RunConfig:
+    """With `init_from`: the model and the tokenizer of the origin, where the command line chooses no others.
+
+    Single keys such as `model.remat=full` change the model that was adopted. A run that goes on keeps what it began
+    with, so that its origin may be gone by then.
+    """
+    if config.init_from is None:
+        return config
+    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    if "experiment" in named:
+        return config
+    if folder.config.exists():
+        before = folder.saved_config()
+        model, tokenizer = before.model, before.tokenizer
+    else:
+        origin = find_origin(config.init_from, config.runs, say)
+        model, tokenizer = origin.model, origin.tokenizer_config
+    if "model" not in named:
+        model = copy.deepcopy(model)
+        for key in sorted(named):
+            if key.startswith("model."):
+                _set(model, key.removeprefix("model."), config.model)
+        config = replace(config, model=model)
+    if not any(key.partition(".")[0] == "tokenizer" for key in named):
+        config = replace(config, tokenizer=tokenizer)
+    validate(config)
+    return config
+
+
+def _set(model: Any, key: str, given: Any) -> None:
+    first, _, rest = key.partition(".")
+    if rest and is_dataclass(getattr(model, first)):
+        _set(getattr(model, first), rest, getattr(given, first))
+    else:
+        setattr(model, first, getattr(given, first))
+
+
+def adopt_tokenizer(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> None:
+    """Puts the origin's own tokenizer in the run folder: one trained anew would give its weights other tokens."""
+    chosen = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
+    if config.init_from is None or chosen & {"tokenizer", "experiment"} or any(folder.tokenizer.glob("*.json")):
+        return
+    if is_chief():
+        save_tokenizer(find_origin(config.init_from, config.runs, say).tokenizer(), folder.tokenizer)
+    wait_for_all("adopted tokenizer")

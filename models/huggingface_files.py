@@ -1,0 +1,288 @@
+"""Published checkpoints on disk: safetensors straight onto the mesh and back, a slice at a time.
+
+No pickle is ever opened, and no process holds more of a checkpoint than its own shards and one tensor.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import ModelConfig
+from models.huggingface import LETTERS, Family, Rule, family_of, write_config
+from models.transformer import Params, abstract_params, param_axes
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # of older files: constants, not weights
+BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+Progress = Callable[[int, int], None]  # done, in all
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ValueError("reading and writing hf: folders needs the extra: pip install -e '.[safetensors]'") from None
+    return safetensors
+
+
+class Folder:
+    """A checkpoint that is there: its config, and slices of its tensors by name."""
+
+    def __init__(self, path: Path):
+        """Raises: ValueError where there is no config.json or no safetensors, naming the way out."""
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise ValueError(f"hf:{path}: there is no config.json; give the folder of a downloaded checkpoint")
+        self.config: dict[str, Any] = json.loads((path / "config.json").read_text())
+        if (path / INDEX).exists():
+            named: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
+            missing = sorted({file for file in named.values() if not (path / file).is_file()})
+            if missing:
+                raise ValueError(f"hf:{path}: {missing[0]} is not there; the download is not whole")
+            self._files = {name: path / file for name, file in named.items()}
+        elif (path / SINGLE).exists():
+            self._files = dict.fromkeys(self._open(path / SINGLE).keys(), path / SINGLE)
+        else:
+            pickled = sorted(p.name for p in path.glob("*.bin"))
+            way_out = (
+                f"{pickled[0]} is a pickle, which can run code and is never opened: save it again as safetensors with "
+                "transformers (model.save_pretrained(folder))"
+                if pickled
+                else f"neither {SINGLE} nor {INDEX} is there"
+            )
+            raise ValueError(f"hf:{path}: {way_out}")
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        return {file: self._open(file) for file in set(self._files.values())}
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        try:
+            return _safetensors().safe_open(file, framework="numpy")
+        except OSError as error:
+            raise ValueError(f"hf:{file}: cannot be read: {error}") from None
+
+    def names(self) -> set[str]:
+        return {name for name in self._files if not name.endswith(BUFFERS)}
+
+    def slice(self, name: str) -> Any:
+        """Something to index: reads what is asked for and nothing else."""
+        return self._handles[self._files[name]].get_slice(name)
+
+
+# From rules to arrays
+
+
+def _groups(pattern: str) -> list[str]:
+    """`(NH)D` to [NH, D]."""
+    groups, rest = [], pattern
+    while rest:
+        end = rest.index(")") + 1 if rest[0] == "(" else 1
+        groups.append(rest[:end].strip("()"))
+        rest = rest[end:]
+    return groups
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+class Layout:
+    """Where each array of ours stands in the tensors of a family."""
+
+    def __init__(self, config: ModelConfig, family: Family):
+        self.config, self.rules = config, family.rules(config)
+        self._axes, self._abstract = param_axes(config), abstract_params(config)
+        self.places = {self._path(r, path): (r, path) for r in self.rules for path, _ in r.parts}
+
+    def _path(self, rule: Rule, path: str) -> str:
+        return f"layers.{path}" if "{i}" in rule.name else path
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """Of our dims, by letter, in our order; without the dim of the layers."""
+        named = zip(_at(self._axes, path), _at(self._abstract, path).shape, strict=True)
+        return {LETTERS[axis]: size for axis, size in named if axis != "layers"}
+
+    def shape(self, rule: Rule) -> tuple[int, ...]:
+        """Of their tensor."""
+        whole: list[int] = []
+        for path, pattern in rule.parts:
+            sizes = self.sizes(self._path(rule, path))
+            shape = [int(np.prod([sizes[d] for d in group])) for group in _groups(pattern)]
+            if whole:
+                whole[rule.axis] += shape[rule.axis]
+            else:
+                whole = shape
+        return tuple(whole)
+
+    def tensors(self) -> Iterator[tuple[str, Rule, int | None]]:
+        """Their names, with rule and layer."""
+        for rule in self.rules:
+            if "{i}" not in rule.name:
+                yield rule.name, rule, None
+                continue
+            for layer in range(self.config.num_layers):
+                yield rule.name.format(i=layer), rule, layer
+
+    def read(self, tensor: Any, rule: Rule, path: str, wanted: Mapping[str, slice]) -> np.ndarray:
+        """A slice of one layer of an array of ours, out of their tensor, in our order of dims."""
+        start = 0
+        for part, pattern in rule.parts:
+            sizes, groups = self.sizes(self._path(rule, part)), _groups(pattern)
+            if part == path:
+                break
+            start += int(np.prod([sizes[d] for d in groups[rule.axis]]))
+        ranges, left, dims = [], dict(wanted), []
+        for axis, group in enumerate(groups):
+            major, rest = group[0], int(np.prod([sizes[d] for d in group[1:]]))
+            low, high, _ = wanted[major].indices(sizes[major])
+            left[major] = slice(None)
+            offset = start if axis == rule.axis else 0
+            ranges.append(slice(offset + low * rest, offset + high * rest))
+            dims += [high - low, *(sizes[d] for d in group[1:])]
+        letters = "".join(groups)
+        part_of = np.asarray(tensor[tuple(ranges)]).reshape(dims)
+        return part_of.transpose([letters.index(d) for d in sizes])[tuple(left[d] for d in sizes)]
+
+    def write(self, params: Params, rule: Rule, layer: int | None) -> np.ndarray:
+        """One tensor of theirs, whole, on this host."""
+        parts = []
+        for path, pattern in rule.parts:
+            ours = _at(params, self._path(rule, path))
+            array = _to_host(ours if layer is None else ours[layer])
+            order = list(self.sizes(self._path(rule, path)))
+            groups = _groups(pattern)
+            array = array.transpose([order.index(d) for d in "".join(groups)])
+            sizes = self.sizes(self._path(rule, path))
+            parts.append(array.reshape([int(np.prod([sizes[d] for d in group])) for group in groups]))
+        return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, rule.axis))
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _names_there(folder: Folder, layout: Layout) -> dict[str, str]:
+    """Our spelling of each name to that in the files. Raises: ValueError where the two do not match, naming tensors."""
+    there = folder.names()
+    wanted = {name: layout.shape(rule) for name, rule, _ in layout.tensors()}
+    bare = lambda name: name.partition(".")[2]  # GPT-2's files leave the name of the whole out
+    spelt = {name: name if name in there or bare(name) not in there else bare(name) for name in wanted}
+    missing = sorted(name for name, found in spelt.items() if found not in there)
+    unmapped = sorted(there - set(spelt.values()))
+    if layout.config.tied_embeddings:
+        unmapped = [name for name in unmapped if name != "lm_head.weight"]  # a copy of the embedding
+    problems = [f"{name} is missing" for name in missing] + [f"{name} has no place here" for name in unmapped]
+    for name, found in spelt.items():
+        if found in there and (shape := tuple(folder.slice(found).get_shape())) != wanted[name]:
+            problems.append(f"{found} is {list(shape)}, and config.json says {list(wanted[name])}")
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"hf:{folder.path}: {'; '.join(problems[:5])}{more}")
+    return spelt
+
+
+def load_params(folder: Folder, config: ModelConfig, abstract: Params, progress: Progress = lambda *_: None) -> Params:
+    """Parameters onto the shardings and dtypes of `abstract`; each process reads its own slices, in parallel.
+
+    Raises: ValueError naming each tensor that is missing, unmapped or of another shape.
+    """
+    layout = Layout(config, family_of(folder.config))
+    spelt = _names_there(folder, layout)
+    done = [0]
+
+    def load(path: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
+        rule, part = layout.places[path]
+        letters = list(layout.sizes(path))
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if "{i}" not in rule.name:
+                wanted = dict(zip(letters, index, strict=True))
+                return layout.read(folder.slice(spelt[rule.name]), rule, part, wanted).astype(spec.dtype)
+            wanted = dict(zip(letters, index[1:], strict=True))
+            layers = range(*index[0].indices(config.num_layers))
+            names = [spelt[rule.name.format(i=layer)] for layer in layers]
+            return np.stack([layout.read(folder.slice(n), rule, part, wanted).astype(spec.dtype) for n in names])
+
+        sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        array = jax.make_array_from_callback(spec.shape, sharding, read)
+        done[0] += 1
+        progress(done[0], len(leaves))
+        return array
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    named = [(".".join(str(key.key) for key in path), spec) for path, spec in leaves]
+    with ThreadPoolExecutor(4) as pool:
+        arrays = list(pool.map(lambda item: load(*item), named))
+    return jax.tree.unflatten(structure, arrays)
+
+
+def first_difference(folder: Folder, config: ModelConfig, params: Params) -> str | None:
+    """The name of the first tensor there that is not, bit for bit, the one that `params` would write; None if none."""
+    layout = Layout(config, family_of(folder.config))
+    spelt = _names_there(folder, layout)
+    for name, rule, layer in layout.tensors():
+        there = np.asarray(folder.slice(spelt[name])[:])
+        ours = layout.write(params, rule, layer).astype(there.dtype)
+        if not np.array_equal(ours.view(np.uint8), there.view(np.uint8)):
+            return spelt[name]
+    return None
+
+
+def save_params(
+    path: Path,
+    config: ModelConfig,
+    params: Params,
+    family: Family,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Writes config.json and the tensors, in files of at most `shard_bytes` where no tensor is larger.
+
+    Every process calls it, process 0 writes, and holds one file's tensors at a time.
+    """
+    layout, numpy_dtype = Layout(config, family), np.dtype(jnp.dtype(dtype))
+    shards: list[list[tuple[str, Rule, int | None]]] = [[]]
+    filled, total = 0, 0
+    for name, rule, layer in layout.tensors():
+        size = int(np.prod(layout.shape(rule))) * numpy_dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, rule, layer))
+        filled, total = filled + size, total + size
+    chief = jax.process_index() == 0
+    path.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: layout.write(params, rule, layer).astype(numpy_dtype) for name, rule, layer in shard}
+        if chief:
+            _safetensors().numpy.save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        progress(number, len(shards))
+    if chief:
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        written = write_config(family, config) | {"dtype": dtype, "torch_dtype": dtype}
+        (path / "config.json").write_text(json.dumps(written, indent=2) + "\n")

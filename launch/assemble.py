@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +15,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from configs.schema import RunConfig, TrainConfig
+from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
 from data.pipeline import Mixture, OfflineSource, PackedRows, heldout_batches, source_seed
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.sources import BadRecords
 from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, write_whole
 from models.config import ModelConfig
 from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
@@ -72,13 +73,24 @@ class Corpora:
         return {name: m.bad for name, m in self.manifests.items() if m.bad}
 
 
+MADE_OF = "made_of.json"  # beside a tokenizer: the settings and sources that it was made from
+
+
 def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
-    """The run's tokenizer: the one in its folder, else a new one, trained on its sources by process 0."""
+    """The run's tokenizer: the one in its folder, else a new one, trained on its sources by process 0.
+
+    One that was made from other settings is made anew, as long as no checkpoint depends on it.
+    """
+    made_of = to_plain({"tokenizer": config.tokenizer, "sources": config.data.sources})
+    note = folder.tokenizer / MADE_OF
     found = load_tokenizer(folder.tokenizer)
-    if found is None and is_chief():
+    stale = note.exists() and json.loads(note.read_text()) != made_of and not folder.has_checkpoints()
+    wait_for_all("tokenizer looked at")
+    if (found is None or stale) and is_chief():
         say(f"making the tokenizer: {config.tokenizer.kind}")
         save_tokenizer(config.tokenizer.build(partial(_documents, config)), folder.tokenizer)
-    if found is None:
+        write_whole(note, json.dumps(made_of, indent=1) + "\n")
+    if found is None or stale:
         wait_for_all("tokenizer")
         found = load_tokenizer(folder.tokenizer)
     assert found is not None

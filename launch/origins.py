@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.schema import RunConfig, validate
 from data.tokenizer import Tokenizer, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
-from launch.assemble import is_chief, wait_for_all
+from launch.assemble import MADE_OF, is_chief, wait_for_all
 from launch.run_folder import RunFolder
 from models.config import ModelConfig
 from models.huggingface import family_of
@@ -115,8 +115,9 @@ def _set(model: Any, key: str, given: Any) -> None:
 def adopt_tokenizer(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> None:
     """Puts the origin's own tokenizer in the run folder: one trained anew would give its weights other tokens."""
     chosen = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
-    if config.init_from is None or chosen & {"tokenizer", "experiment"} or any(folder.tokenizer.glob("*.json")):
+    if config.init_from is None or chosen & {"tokenizer", "experiment"} or folder.has_checkpoints():
         return
     if is_chief():
+        (folder.tokenizer / MADE_OF).unlink(missing_ok=True)
         save_tokenizer(find_origin(config.init_from, config.runs, say).tokenizer(), folder.tokenizer)
     wait_for_all("adopted tokenizer")

@@ -59,6 +59,9 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    def has_checkpoints(self) -> bool:
+        return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+
     def saved_config(self) -> RunConfig:
         """The config that the run was started with.
 

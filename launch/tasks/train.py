@@ -55,8 +55,6 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     with ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, config.checkpoint, say=say))
         check_resume(config, folder, checkpointer.steps())
-        if is_chief():
-            folder.write_start(config, overrides)
         adopt_tokenizer(config, overrides, folder, say)
         ledger = Ledger(folder.path / "goodput.json" if is_chief() else None)
         with ledger.phase("data_preparation"):
@@ -66,8 +64,10 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             source = build_source(config, corpora, core)
             stack.callback(source.close)
             start = begin(config, core, source, checkpointer)
-            if "step" in start.forgotten and is_chief():
-                folder.set_metrics_aside()
+            if is_chief():
+                folder.write_start(config, overrides)  # not before: a start that is refused changes nothing
+                if "step" in start.forgotten:
+                    folder.set_metrics_aside()
             describe(config, core, start.line)
         session = Session(config, folder, corpora, core, source, checkpointer, ledger)
         return session.train(start)

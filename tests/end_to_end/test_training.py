@@ -158,6 +158,7 @@ def test_what_may_not_change_is_refused_by_name(unbroken):
     assert "resume=never" in err
     _, err = meshwright(folder, "train", "run=a", *RUN, "data.seq_len=16", expect=2)
     assert "reset=[data]" in err
+    assert "seq_len: 32" in (folder / "runs" / "a" / "config.yaml").read_text()  # the refused one left no trace
 
 
 def test_a_reset_forgets_once_and_loses_nothing(unbroken, tmp_path):

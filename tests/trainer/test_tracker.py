@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,12 @@ def test_an_offline_wandb_run_says_on_disk_what_was_logged_and_goes_on_under_one
         tracker.finish(0)
     sessions = sorted(tmp_path.glob("wandb/offline-run-*"), key=lambda path: path.stat().st_mtime)
     assert len(sessions) == 2
-    first, second = (read_wandb(session) for session in sessions)
+    deadline = time.monotonic() + 30
+    while True:  # the library's service may still be writing when `finish` has returned
+        first, second = (read_wandb(session) for session in sessions)
+        if (first[3] and second[3]) or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     assert first[0] == second[0] == (tmp_path / "wandb" / "id").read_text()
     assert first[0].startswith("hello-world-1-") and len(first[0]) <= 64
     assert first[1]["seed"] == 7 and first[1]["optimizer"] == {"learning_rate": 1e-3}

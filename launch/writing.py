@@ -8,8 +8,9 @@ from typing import Any
 
 from data.tokenizer import StreamDecoder, Tokenizer
 from models.config import ModelConfig
-from models.decode import Completion, SamplingConfig, generate
+from models.decode import Completion, generate
 from models.partition import Constrain
+from models.sampling import SamplingConfig
 from trainer.objective import Params
 
 
@@ -66,7 +67,7 @@ def write(
         model,
         encoded,
         sampling,
-        eos_id=tokenizer.eos_id,
+        stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         vocab_size=tokenizer.vocab_size,
         constrain=constrain,
         on_token=lambda row, token: rows[row].push(token),

@@ -1,4 +1,4 @@
-"""Attention in one function, for training on packed rows and for decoding from a cache alike.
+"""Attention, for training on packed rows and for decoding from a cache.
 
 A query sees a key when both lie in the same document, the key is not later, and it is within the window. Positions
 restart with each document, so inside a document the order of positions is the order of tokens.
@@ -9,6 +9,7 @@ Shape letters: B batch, L length, S key length, N query heads, K kv heads, G que
 import jax
 import jax.numpy as jnp
 
+from models.cache import BLOCK, LayerCache
 from models.layers import contract, dropout
 
 UNLIMITED = 2**30  # a window that hides nothing
@@ -46,3 +47,51 @@ def attention(
     p_BKGLS = dropout(jax.nn.softmax(s_BKGLS, axis=-1).astype(v_BSKH.dtype), dropout_rate, rng)
     o_BKGLH = contract("BKGLS,BKSH->BKGLH", p_BKGLS, v_BKSH, q_BLNH.dtype)
     return o_BKGLH.reshape(B, N, L, H).swapaxes(1, 2)
+
+
+def cached_attention(
+    q_BLNH: jax.Array,
+    cache: LayerCache,
+    positions_BL: jax.Array,
+    first_row: jax.Array | int,
+    *,
+    window: jax.Array | int,
+    scale: float,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """Attention to the cached tokens of rows `first_row` onwards: [B, L, N, H] in q's dtype.
+
+    Reads the cache block by block as far as the furthest row needs, with a running softmax (Milakov & Gimelshein
+    2018). A block that holds nothing for a row changes no bit of its result, so that a row gets the same whatever
+    its neighbours are. Rows whose first position lies beyond the cache are idle, and get zeros or noise.
+    """
+    B, L, N, H = q_BLNH.shape
+    K, S = cache.keys.shape[1:3]
+    q_BKGLH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).swapaxes(1, 2).reshape(B, K, N // K, L, H)
+    busy_B1 = positions_BL[:, :1] < S
+    last = jnp.max(jnp.where(busy_B1, positions_BL, 0))
+    first = jnp.min(jnp.where(busy_B1, positions_BL, S)) - window + 1
+    f32 = jnp.dtype("float32")
+
+    def body(i, state):
+        m_BKGL, sum_BKGL, o_BKGLH = state
+        block = lambda x: jax.lax.dynamic_slice(x, (first_row, 0, i * BLOCK, 0), (B, K, BLOCK, x.shape[-1]))
+        s_BKGLT = contract("BKGLH,BKTH->BKGLT", q_BKGLH, block(cache.keys), f32)
+        if soft_cap is not None:
+            s_BKGLT = soft_cap * jnp.tanh(s_BKGLT / soft_cap)
+        distance_BLT = positions_BL[:, :, None] - (i * BLOCK + jnp.arange(BLOCK))[None, None]
+        mask_BLT = (distance_BLT >= 0) & (distance_BLT < window)
+        s_BKGLT = jnp.where(mask_BLT[:, None, None], s_BKGLT, HIDDEN)
+        new_m_BKGL = jnp.maximum(m_BKGL, s_BKGLT.max(-1))
+        p_BKGLT = jnp.exp(s_BKGLT - new_m_BKGL[..., None])
+        keep_BKGL = jnp.exp(m_BKGL - new_m_BKGL)
+        dtype = cache.values.dtype
+        o = contract("BKGLT,BKTH->BKGLH", p_BKGLT.astype(dtype), block(cache.values), f32)
+        return new_m_BKGL, sum_BKGL * keep_BKGL + p_BKGLT.sum(-1), o_BKGLH * keep_BKGL[..., None] + o
+
+    zeros = jnp.zeros((B, K, N // K, L))
+    start = (jnp.full_like(zeros, HIDDEN), zeros, jnp.zeros((*zeros.shape, cache.values.shape[-1])))
+    blocks = jnp.maximum(first, 0) // BLOCK, jnp.minimum(last, S - 1) // BLOCK + 1
+    _, sum_BKGL, o_BKGLH = jax.lax.fori_loop(*blocks, body, start)
+    o_BKGLH = o_BKGLH / jnp.maximum(sum_BKGL, 1e-30)[..., None]
+    return o_BKGLH.reshape(B, N, L, -1).swapaxes(1, 2).astype(q_BLNH.dtype)

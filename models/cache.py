@@ -1,6 +1,8 @@
-"""Keys and values of the tokens so far, stacked by layer.
+"""Keys and values of the tokens so far: one slot of a fixed length for each row, one pair of arrays for each layer.
 
-Shape letters: B batch, S slots, K kv heads, H head dim.
+Layers are kept apart, so that a step writes one position in place and copies nothing.
+
+Shape letters: B rows, S positions, K kv heads, H head dim.
 """
 
 from typing import NamedTuple
@@ -9,17 +11,32 @@ import jax
 import jax.numpy as jnp
 
 from models.config import ModelConfig
+from models.partition import Constrain, no_constraint
+
+BLOCK = 128  # positions that attention reads at once: a cache is a whole number of blocks long
+CACHE_AXES = ("batch", "kv_heads", None, "head_dim")
 
 
-class KVCache(NamedTuple):
-    """Slot p of a row holds the token at position p."""
+class LayerCache(NamedTuple):
+    """Position p of a row holds the token at position p."""
 
-    keys: jax.Array  # [layers, B, S, K, H]
-    values: jax.Array  # [layers, B, S, K, H]
+    keys: jax.Array  # [B, K, S, H]
+    values: jax.Array  # [B, K, S, H]
 
 
-def init_cache(config: ModelConfig, batch_size: int, num_slots: int) -> KVCache:
-    a = config.attention
-    shape = (config.num_layers, batch_size, num_slots, a.num_kv_heads, a.head_dim)
-    zeros = jnp.zeros(shape, jnp.dtype(config.dtype.name))
-    return KVCache(zeros, zeros)
+Cache = tuple[LayerCache, ...]
+
+
+def init_cache(config: ModelConfig, rows: int, length: int, constrain: Constrain = no_constraint) -> Cache:
+    """`length` is rounded up to whole blocks."""
+    a, dtype = config.attention, jnp.dtype(config.dtype.name)
+    shape = (rows, a.num_kv_heads, -(-length // BLOCK) * BLOCK, a.head_dim)
+    zeros = lambda: constrain(jnp.zeros(shape, dtype), CACHE_AXES)
+    return tuple(LayerCache(zeros(), zeros()) for _ in range(config.num_layers))
+
+
+def write_cache(cache: LayerCache, keys_BLKH, values_BLKH, positions_BL, first_row) -> LayerCache:
+    """The cache with new tokens at their positions, from row `first_row` on. What lies beyond its end is dropped."""
+    rows = first_row + jnp.arange(positions_BL.shape[0])[:, None]
+    put = lambda old, new: old.at[rows, :, positions_BL].set(new.astype(old.dtype), mode="drop")
+    return LayerCache(put(cache.keys, keys_BLKH), put(cache.values, values_BLKH))

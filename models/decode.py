@@ -1,175 +1,386 @@
-"""Writing with a model: prefill, one token at a time from a cache, sampling, stopping.
+"""Writing with a model: an engine that serves many requests at once, each as if it were alone.
 
-Rows of a batch are independent: what one row writes depends on its prompt, its seed and the weights, never on which
-other rows are there.
+A request gets a slot of the cache. Its prompt is read in chunks between the steps of the others; then it writes a token
+a step until it ends, and the next request takes its slot. What a request gets depends on its prompt, its settings and
+the weights, never on its neighbours: every program has one shape, rows do not mix, and a prefix that is found in
+another slot was computed in the same chunks.
 
-Shape letters: B batch, L length, S slots, V vocab.
+Steps are given to the device one ahead of reading their tokens, so that it does not wait for Python.
+
+Shape letters: B slots, L length, V vocab.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.cache import KVCache, init_cache
+from models.cache import BLOCK, Cache, init_cache
 from models.config import ModelConfig, Position
+from models.layers import RowsFirst
 from models.partition import Constrain, no_constraint
-from models.transformer import Params, forward, logits
+from models.sampling import History, SamplingConfig, Settings, sample
+from models.transformer import Params, forward_cached, logits
+
+MAX_TOP_LOGPROBS = 20
+IDLE = 2**30  # the position of a slot that has nothing to read: beyond every cache
 
 
 @dataclass
-class SamplingConfig:
-    """How the next token is drawn. Filters apply in this order: penalty, temperature, top-k, top-p, min-p."""
+class Request:
+    """What to go on from, and how."""
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0  # 0: the likeliest token
-    top_k: int = 0  # keep the k likeliest; 0: all
-    top_p: float = 1.0  # keep the fewest whose probabilities reach p: Holtzman et al. 2020
-    min_p: float = 0.0  # keep those of at least this share of the likeliest's probability
-    repetition_penalty: float = 1.0  # above 1: what has occurred becomes less likely (Keskar et al. 2019)
-    seed: int = 0
+    prompt: Sequence[int]
+    sampling: SamplingConfig
+    stop_ids: Sequence[int] = ()  # tokens that end it
+    stream: int = 0  # requests of one seed are drawn apart by it
+    top_logprobs: int = 0  # of how many of the likeliest tokens the log-probabilities are wanted
 
-    def validate(self) -> None:
-        """Raises: ValueError naming key, value and what would be valid."""
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "at least 0 (0: greedy)"),
-            "top_k": (self.top_k >= 0, "at least 0 (0: off)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1: off)"),
-        }
-        for key, (ok, valid) in checks.items():
-            if not ok:
-                raise ValueError(f"task.{key}={getattr(self, key)}: must be {valid}")
+
+class Event(NamedTuple):
+    """One token of one request."""
+
+    request: int
+    token: int
+    logprob: float  # under the model itself: temperature 1, no filter
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens and their log-probabilities
+    finish_reason: str | None  # eos: the token is one of `stop_ids`; length: it is the last that was asked for
 
 
 @dataclass
 class Completion:
-    tokens: list[int] = field(default_factory=list)  # written ones, without the prompt
+    tokens: list[int] = field(default_factory=list)  # written ones, without the prompt and the one that ends them
     logprobs: list[float] = field(default_factory=list)  # of each, under the model itself: temperature 1, no filter
     finish_reason: str = "length"  # length, eos or stop
+    end: tuple[int, float] | None = None  # the token that ended it, and its log-probability
 
 
-def filter_logits(logits_BV: jax.Array, seen_BV: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Logits [B, V] of the distribution to draw from; tokens that may not be drawn are -inf."""
-    x = logits_BV
-    if config.repetition_penalty != 1:
-        penalised = jnp.where(x > 0, x / config.repetition_penalty, x * config.repetition_penalty)
-        x = jnp.where(seen_BV, penalised, x)
-    if config.temperature == 0:
-        return x
-    x = x / config.temperature
-    if 0 < config.top_k < x.shape[-1]:
-        x = jnp.where(x < jax.lax.top_k(x, config.top_k)[0][:, -1:], -jnp.inf, x)
-    if config.top_p < 1:
-        ordered = jnp.sort(x, axis=-1)[:, ::-1]
-        p = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(p, axis=-1) - p < config.top_p  # the one that crosses p is kept
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        x = jnp.where(x < least, -jnp.inf, x)
-    if config.min_p > 0:
-        p = jax.nn.softmax(x, axis=-1)
-        x = jnp.where(p < config.min_p * p.max(-1, keepdims=True), -jnp.inf, x)
-    return x
+# Programs
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array, config: SamplingConfig):
-    """Tokens [B] and their log-probabilities [B] under the unfiltered model."""
-    filtered = filter_logits(logits_BV, seen_BV, config)
-    if config.temperature == 0:
-        tokens_B = jnp.argmax(filtered, axis=-1)
-    else:
-        tokens_B = jax.vmap(jax.random.categorical)(keys_B, filtered)
-    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    return tokens_B.astype(jnp.int32), jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
+class Memory(NamedTuple):
+    """What stays on the device between steps."""
+
+    tokens_B: jax.Array  # the last token of each slot
+    history: History
 
 
-def prefill(params: Params, tokens_BL, lengths_B, cache: KVCache, *, config: ModelConfig, constrain: Constrain):
-    """Reads right-padded prompts. Returns the logits [B, V] after the last token of each, and the cache.
+class Feed(NamedTuple):
+    """What a step is told about each slot: [B] i32."""
 
-    What padding leaves in the cache is overwritten before any query can see it.
-    """
-    B, L = tokens_BL.shape
-    positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
-    output, filled = forward(
-        params,
-        tokens_BL,
-        positions_BL,
-        jnp.ones((B, L), jnp.int32),
-        config=config,
-        constrain=constrain,
-        cache=cache,
-    )
-    assert filled is not None
-    last_B1D = jnp.take_along_axis(output.hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)
-    return logits(output._replace(hidden_BLD=last_B1D))[:, 0], filled
-
-
-def decode_step(params: Params, tokens_B, positions_B, cache: KVCache, *, config: ModelConfig, constrain: Constrain):
-    """Reads one token of each row at its position. Returns the logits [B, V] after it, and the cache."""
-    ones = jnp.ones((tokens_B.shape[0], 1), jnp.int32)
-    output, filled = forward(
-        params, tokens_B[:, None], positions_B[:, None], ones, config=config, constrain=constrain, cache=cache
-    )
-    return logits(output)[:, 0], filled
-
-
-class _Rows(NamedTuple):
-    """What the decode loop carries on the device."""
-
-    logits_BV: jax.Array
-    lengths_B: jax.Array  # tokens of each row so far: the position of the next
-    seen_BV: jax.Array
-    cache: KVCache
-
-
-@lru_cache(maxsize=32)
-def _programs(program: "_Program"):
-    """Jitted prefill and one-token turn for a model and its sampling; their shapes are bucketed by the caller."""
-    config, sampling, constrain, vocab_size, num_slots = program
-
-    @jax.jit
-    def start(params, tokens_BL, lengths_B) -> _Rows:
-        B, L = tokens_BL.shape
-        cache = init_cache(config, B, num_slots)
-        logits_BV, cache = prefill(params, tokens_BL, lengths_B, cache, config=config, constrain=constrain)
-        real = jnp.arange(L)[None] < lengths_B[:, None]
-        seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], tokens_BL].max(real)
-        return _Rows(logits_BV, lengths_B, seen_BV, cache)
-
-    @partial(jax.jit, donate_argnums=1)
-    def turn(params, rows: _Rows, seed: jax.Array) -> tuple[_Rows, jax.Array, jax.Array]:
-        # A row's stream of random numbers is its own: of its place and of how many tokens it has.
-        B = rows.lengths_B.shape[0]
-        key = lambda row, length: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), length)
-        keys_B = jax.vmap(key)(jnp.arange(B), rows.lengths_B)
-        logits_BV = jnp.where(jnp.arange(config.vocab_size)[None] < vocab_size, rows.logits_BV, -jnp.inf)
-        tokens_B, logprobs_B = sample(logits_BV, keys_B, rows.seen_BV, sampling)
-        seen_BV = rows.seen_BV.at[jnp.arange(B), tokens_B].set(True)
-        logits_BV, cache = decode_step(params, tokens_B, rows.lengths_B, rows.cache, config=config, constrain=constrain)
-        # Every process reads the tokens, so they lie on all devices.
-        tokens_B, logprobs_B = constrain(tokens_B, (None,)), constrain(logprobs_B, (None,))
-        return _Rows(logits_BV, rows.lengths_B + 1, seen_BV, cache), tokens_B, logprobs_B
-
-    return start, turn
+    positions: np.ndarray  # of the token to be read, or IDLE
+    tokens: np.ndarray  # that token, or -1 for the one written last
+    index: np.ndarray  # how many tokens its request has written
 
 
 class _Program(NamedTuple):
-    """What a compiled program depends on. Configs are not hashable, so their text stands for them."""
+    """What compiled programs depend on. Configs are not hashable, so their text stands for them."""
 
     config: ModelConfig
-    sampling: SamplingConfig
     constrain: Constrain
     vocab_size: int
-    num_slots: int
 
     def __hash__(self) -> int:
-        return hash((repr(self.config), repr(self.sampling), self.constrain, self.vocab_size, self.num_slots))
+        return hash((repr(self.config), self.constrain, self.vocab_size))
+
+
+class _Jitted(NamedTuple):
+    prepare: Callable[..., Params]
+    empty: Callable[..., tuple[Cache, Memory]]
+    turn: Callable[..., Any]
+    fill: Callable[..., Cache]
+    copy: Callable[..., Cache]
+    remember: Callable[..., Memory]
+
+
+@lru_cache(maxsize=32)
+def _programs(program: _Program) -> _Jitted:
+    """Jitted, and kept from one engine to the next: training samples again and again."""
+    config, constrain, vocab_size = program
+    read = partial(forward_cached, config=config, constrain=constrain)
+
+    @partial(jax.jit, donate_argnums=(1, 2), static_argnums=5)
+    def turn(params, cache: Cache, memory: Memory, settings: Settings, feed: Feed, num_top: int):
+        """A token for each slot: (cache, memory, (tokens, logprobs, top tokens, their logprobs))."""
+        tokens_B = jnp.where(feed.tokens < 0, memory.tokens_B, feed.tokens)
+        output, cache = read(params, tokens_B[:, None], feed.positions[:, None], cache)
+        x_BV = logits(output)[:, 0]
+        x_BV = jnp.where(jnp.arange(x_BV.shape[1])[None] < vocab_size, x_BV, -jnp.inf)
+        history = memory.history
+        tokens_B = sample(x_BV, history, settings, feed.index)
+        busy_B = jnp.asarray(feed.positions) < IDLE  # the first token of a row may be a while after `remember`
+        counts_BV = history.counts_BV.at[jnp.arange(tokens_B.shape[0]), tokens_B].add(busy_B.astype(jnp.int32))
+        whole_B = jax.nn.logsumexp(x_BV, axis=-1)
+        logprobs_B = jnp.take_along_axis(x_BV, tokens_B[:, None], axis=-1)[:, 0] - whole_B
+        top, top_ids = jax.lax.top_k(x_BV, num_top)
+        # Every process reads them, so they lie on all devices.
+        written = [constrain(x, (None,) * x.ndim) for x in (tokens_B, logprobs_B, top_ids, top - whole_B[:, None])]
+        return cache, Memory(tokens_B, history._replace(counts_BV=counts_BV)), written
+
+    @partial(jax.jit, donate_argnums=1)
+    def fill(params, cache: Cache, slot, tokens_1L, start) -> Cache:
+        """Reads a piece of a prompt. What padding leaves behind it is overwritten before any token can see it."""
+        positions_1L = start + jnp.arange(tokens_1L.shape[1])[None]
+        return read(params, tokens_1L, positions_1L, cache, first_row=slot)[1]
+
+    @partial(jax.jit, donate_argnums=0)
+    def copy(cache: Cache, origin, target) -> Cache:
+        return jax.tree.map(lambda x: x.at[target].set(x[origin]), cache)
+
+    @partial(jax.jit, donate_argnums=0)
+    def remember(memory: Memory, slot, prompt_V) -> Memory:
+        prompt_BV, counts_BV = memory.history
+        history = History(prompt_BV.at[slot].set(prompt_V), counts_BV.at[slot].set(0))
+        return memory._replace(history=history)
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def empty(rows: int, length: int) -> tuple[Cache, Memory]:
+        shape = (rows, config.vocab_size)
+        history = History(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
+        return init_cache(config, rows, length, constrain), Memory(jnp.zeros(rows, jnp.int32), history)
+
+    return _Jitted(jax.jit(partial(decoding_params, config=config)), empty, turn, fill, copy, remember)
+
+
+def decoding_params(params: Params, config: ModelConfig) -> Params:
+    """The parameters as decoding reads them: layers apart, matrices in the dtype of the computation.
+
+    That gives the numbers of `forward` over whole rows, which casts the same matrices at every use. On CPUs, where a
+    few rows times a matrix take half the time with the matrix first, matrices are stored so.
+    """
+    dtype = jnp.dtype(config.dtype.name)
+    rows_first = jax.default_backend() == "cpu" and jax.device_count() == 1
+
+    def ready(path, leaf):
+        name = path[-1].key
+        if name not in ("kernel", "embedding", "head"):
+            return leaf
+        leaf = leaf.astype(dtype)
+        if rows_first and name == "kernel":
+            num_out = 1 if path[-2].key in ("out", "down", "up", "gate") else 2
+            return RowsFirst.of(leaf, num_out)
+        return leaf
+
+    def apart(layers):
+        layer = lambda i: jax.tree.map(lambda x: x[i], layers)
+        return tuple(jax.tree_util.tree_map_with_path(ready, layer(i)) for i in range(config.num_layers))
+
+    ends = jax.tree_util.tree_map_with_path(ready, {k: v for k, v in params.items() if k != "layers"})
+    return {**ends, "layers": apart(params["layers"])}
+
+
+# The engine
+
+
+@dataclass
+class _Slot:
+    request: int | None = None
+    tokens: list[int] = field(default_factory=list)  # whose keys and values are here, or will be once it is filled
+    filled: int = 0  # how many of them are here
+    asked: Request | None = None
+    dispatched: int = 0  # tokens that the device was told to write
+    received: int = 0
+    used: int = 0  # when last: the longest unused is given away first
+
+
+@dataclass
+class EngineConfig:
+    """How much is kept and done at once."""
+
+    slots: int = 16  # requests that are written at once
+    length: int = 4096  # tokens of a prompt and its completion, at most
+    chunk: int = 64  # tokens of a prompt that are read at once; a power of two
+    chunks_per_step: int = 4  # pieces of prompts that are read between two steps, at most
+
+
+class Engine:
+    """`submit` requests, then `step` while it is `busy`. Every process of a run makes the same calls."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        engine: EngineConfig,
+        *,
+        vocab_size: int | None = None,
+        constrain: Constrain = no_constraint,
+    ):
+        """`vocab_size`: tokens that there are, where the model's rows are padded beyond them."""
+        limit = config.max_seq_len if config.position is Position.learned else engine.length
+        self.length = min(engine.length, limit)  # of prompt and completion
+        self.engine, self.vocab_size = engine, vocab_size or config.vocab_size
+        self._jitted = _programs(_Program(config, constrain, self.vocab_size))
+        self.params = self._jitted.prepare(params)
+        self._cache, self._memory = self._jitted.empty(engine.slots, self.length)
+        self._settings = Settings.of(engine.slots)
+        self._slots = [_Slot() for _ in range(engine.slots)]
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._flying: tuple[list[tuple[int, int]], Any] | None = None  # (slot, request) of a step, and its arrays
+        self._next_id = self._clock = 0
+        self.reused_tokens = self.prompt_tokens = 0  # found in a slot; in all
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or self._flying is not None or any(s.request is not None for s in self._slots)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        return sum(slot.request is not None for slot in self._slots)
+
+    def submit(self, request: Request) -> int:
+        """The number by which its events are known. Raises: ValueError for an empty prompt, or one without room."""
+        request.sampling.validate("")
+        n = len(request.prompt)
+        if n == 0:
+            raise ValueError("prompt='': has no tokens; give at least one character")
+        if n >= self.length:
+            raise ValueError(
+                f"prompt: its {n} tokens leave no room to write; prompt and completion may have {self.length} tokens"
+            )
+        outside = [t for t in request.prompt if not 0 <= t < self.vocab_size]
+        if outside:
+            raise ValueError(f"prompt: {outside[0]} is no token; they are 0 to {self.vocab_size - 1}")
+        if request.top_logprobs > MAX_TOP_LOGPROBS:
+            raise ValueError(f"top_logprobs={request.top_logprobs}: must be at most {MAX_TOP_LOGPROBS}")
+        self._next_id += 1
+        self._waiting.append((self._next_id, request))
+        return self._next_id
+
+    def cancel(self, request: int) -> None:
+        """It gets no further events; unknown and finished ones are let be."""
+        self._waiting = deque(item for item in self._waiting if item[0] != request)
+        for slot in self._slots:
+            if slot.request == request:
+                self._release(slot)
+
+    def step(self) -> list[Event]:
+        """Reads pieces of prompts, has the next token of every slot written, and returns those of the step before."""
+        self._admit()
+        self._read_prompts()
+        flying, self._flying = self._flying, self._dispatch()
+        return [] if flying is None else self._receive(*flying)
+
+    # Slots
+
+    def _release(self, slot: _Slot) -> None:
+        """Its tokens stay to be found by a request that begins with them."""
+        self._clock += 1
+        slot.request, slot.asked, slot.used = None, None, self._clock
+        slot.tokens = slot.tokens[: slot.filled]
+
+    def _admit(self) -> None:
+        """Gives free slots to waiting requests, where a beginning that is there already is not read again."""
+        for item in list(self._waiting):
+            if all(slot.request is not None for slot in self._slots):
+                return
+            number, request = item
+            prompt = list(request.prompt)
+            shared = [self._shared(slot, prompt, slot.filled) for slot in self._slots]
+            if max(self._shared(slot, prompt, len(slot.tokens)) for slot in self._slots) > max(shared):
+                continue  # another request is reading the same beginning: soon it is there
+            best = int(np.argmax(shared))
+            free = [i for i, slot in enumerate(self._slots) if slot.request is None]
+            found = shared[best]
+            target = best if best in free and found else min(free, key=lambda i: self._slots[i].used)
+            if found and target != best:
+                self._cache = self._jitted.copy(self._cache, np.int32(best), np.int32(target))
+            self._waiting.remove(item)
+            slot = self._slots[target]
+            slot.request, slot.asked, slot.tokens, slot.filled = number, request, prompt, found
+            slot.dispatched = slot.received = 0
+            self._settings.put(target, request.sampling, request.stream)
+            self.reused_tokens, self.prompt_tokens = self.reused_tokens + found, self.prompt_tokens + len(prompt)
+            if request.sampling.penalises:
+                seen_V = np.zeros(self._memory.history.prompt_BV.shape[1], bool)
+                seen_V[prompt] = True
+                self._memory = self._jitted.remember(self._memory, np.int32(target), seen_V)
+
+    def _shared(self, slot: _Slot, prompt: list[int], limit: int) -> int:
+        """Tokens at the start that are equal, in whole chunks: those are read alike in every request.
+
+        The last token of a prompt is always read again: what follows it is written from there.
+        """
+        limit = min(limit, len(prompt) - 1, len(slot.tokens))
+        equal = np.asarray(slot.tokens[:limit]) == np.asarray(prompt[:limit])
+        same = limit if equal.all() else int(np.argmin(equal))
+        return same // self.engine.chunk * self.engine.chunk
+
+    # Steps
+
+    def _read_prompts(self) -> None:
+        left = self.engine.chunks_per_step
+        for index in sorted(range(len(self._slots)), key=lambda i: self._slots[i].request or 0):  # first come first
+            slot = self._slots[index]
+            while slot.request is not None and left and slot.filled < len(slot.tokens) - 1 and not slot.dispatched:
+                piece = slot.tokens[slot.filled : min(slot.filled + self.engine.chunk, len(slot.tokens) - 1)]
+                padded = np.zeros((1, _bucket(len(piece), self.engine.chunk)), np.int32)
+                padded[0, : len(piece)] = piece
+                args = np.int32(index), padded, np.int32(slot.filled)
+                self._cache = self._jitted.fill(self.params, self._cache, *args)
+                slot.filled += len(piece)
+                left -= 1
+
+    def _dispatch(self) -> tuple[list[tuple[int, int]], Any] | None:
+        B = len(self._slots)
+        feed = Feed(np.full(B, IDLE, np.int32), np.full(B, -1, np.int32), np.zeros(B, np.int32))
+        rows: list[tuple[int, int]] = []
+        num_top = 0
+        for i, slot in enumerate(self._slots):
+            request = slot.asked
+            if request is None or slot.request is None:
+                continue
+            prompt = len(request.prompt)
+            room = min(request.sampling.max_new_tokens, self.length - prompt)
+            if slot.filled < prompt - 1 or slot.dispatched >= room:
+                continue
+            feed.positions[i], feed.index[i] = prompt - 1 + slot.dispatched, slot.dispatched
+            if slot.dispatched == 0:
+                feed.tokens[i] = request.prompt[-1]
+            slot.dispatched += 1
+            rows.append((i, slot.request))
+            num_top = max(num_top, request.top_logprobs)
+        if not rows:
+            return None
+        num_top = MAX_TOP_LOGPROBS if num_top else 0  # two programs, not twenty
+        # A copy: the device may read it later, when it has been written over for another request.
+        settings = Settings(*(x.copy() for x in self._settings))
+        args = self.params, self._cache, self._memory, settings, feed, num_top
+        self._cache, self._memory, written = self._jitted.turn(*args)
+        return rows, written
+
+    def _receive(self, rows: list[tuple[int, int]], written: Any) -> list[Event]:
+        tokens, logprobs, top_ids, top_logprobs = map(np.asarray, written)
+        events = []
+        for i, number in rows:
+            slot = self._slots[i]
+            request = slot.asked
+            if slot.request != number or request is None:
+                continue  # it ended while this step was under way
+            token = int(tokens[i])
+            # The token before it was read in this step, so that its keys and values are there now.
+            slot.filled = len(slot.tokens)
+            slot.tokens.append(token)
+            slot.received += 1
+            reason = None
+            if token in request.stop_ids:
+                reason = "eos"
+            elif slot.received >= min(request.sampling.max_new_tokens, self.length - len(request.prompt)):
+                reason = "length"
+            top = zip(top_ids[i][: request.top_logprobs], top_logprobs[i][: request.top_logprobs], strict=True)
+            pairs = tuple((int(t), float(p)) for t, p in top)
+            events.append(Event(number, token, float(logprobs[i]), pairs, reason))
+            if reason is not None:
+                self._release(slot)
+        return events
 
 
 def generate(
@@ -178,57 +389,46 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     *,
-    eos_id: int | None,
+    stop_ids: Sequence[int] = (),
     vocab_size: int | None = None,
     constrain: Constrain = no_constraint,
     on_token: Callable[[int, int], bool] | None = None,
+    max_slots: int = 64,
 ) -> list[Completion]:
-    """Completions of prompts of any lengths, all at once.
+    """Completions of prompts of any lengths.
 
-    `vocab_size`: tokens that there are, where the model's rows are padded beyond them. `on_token(row, token)` sees
-    every token as it comes (not EOS) and may return True to stop that row: for stop texts and for streaming. Prompt
-    and completion must fit into learned positions.
+    `on_token(row, token)` sees every token as it comes (not the one that ends a row) and may return True to stop that
+    row: for stop texts and for streaming. Prompt and completion must fit into learned positions.
     Raises: ValueError for an empty prompt, or one that leaves no room.
     """
-    sampling.validate()
     longest = max(len(p) for p in prompts)
-    if min(len(p) for p in prompts) == 0:
-        raise ValueError("prompt='': has no tokens; give at least one character")
-    limit = config.max_seq_len if config.position is Position.learned else longest + sampling.max_new_tokens
-    room = limit - longest
-    if room < 1:
+    length = -(-(longest + sampling.max_new_tokens) // BLOCK) * BLOCK
+    if config.position is Position.learned and longest >= config.max_seq_len:
         raise ValueError(f"prompt: {longest} tokens leave no room in model.max_seq_len={config.max_seq_len}")
-    num_new = min(sampling.max_new_tokens, room)
-    B, L = len(prompts), min(_bucket(longest), limit)
-    # NumPy arrays: the same on every process, wherever the parameters lie.
-    tokens_BL = np.zeros((B, L), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BL[row, : len(prompt)] = prompt
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    num_slots = max(_bucket(longest + num_new), L)
-    kept = replace(sampling, seed=0, max_new_tokens=1)  # neither changes the program
-    start, turn = _programs(_Program(config, kept, constrain, vocab_size or config.vocab_size, num_slots))
-    rows, seed = start(params, tokens_BL, lengths_B), np.uint32(sampling.seed)
+    chunk = min(_bucket(longest, 512), 64 if jax.default_backend() == "cpu" else 512)
+    settings = EngineConfig(min(len(prompts), max_slots), length, chunk, chunks_per_step=max_slots)
+    engine = Engine(params, config, settings, vocab_size=vocab_size, constrain=constrain)
+    rows = {engine.submit(Request(prompt, sampling, stop_ids, stream=row)): row for row, prompt in enumerate(prompts)}
     done = [Completion() for _ in prompts]
-    active = [True] * B
-    for _ in range(num_new):
-        rows, tokens_B, logprobs_B = turn(params, rows, seed)
-        tokens, logprobs = np.asarray(tokens_B), np.asarray(logprobs_B)
-        for row in range(B):
-            if not active[row]:
+    while engine.busy:
+        for event in engine.step():
+            row = rows[event.request]
+            completion = done[row]
+            if completion.finish_reason == "stop":
                 continue
-            if tokens[row] == eos_id:
-                active[row], done[row].finish_reason = False, "eos"
+            if event.finish_reason is not None:
+                completion.finish_reason = event.finish_reason
+            if event.finish_reason == "eos":
+                completion.end = event.token, event.logprob
                 continue
-            done[row].tokens.append(int(tokens[row]))
-            done[row].logprobs.append(float(logprobs[row]))
-            if on_token is not None and on_token(row, int(tokens[row])):
-                active[row], done[row].finish_reason = False, "stop"
-        if not any(active):
-            break
+            completion.tokens.append(event.token)
+            completion.logprobs.append(event.logprob)
+            if on_token is not None and on_token(row, event.token):
+                completion.finish_reason = "stop"
+                engine.cancel(event.request)
     return done
 
 
-def _bucket(length: int) -> int:
-    """The next power of two, at least 16: few shapes, few compilations."""
-    return max(16, 1 << (length - 1).bit_length())
+def _bucket(length: int, most: int) -> int:
+    """The next power of two, from 16 to `most`: few shapes, few compilations."""
+    return min(max(16, 1 << (length - 1).bit_length()), most)

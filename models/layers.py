@@ -6,6 +6,7 @@ Shape letters: B batch, L length, D model, N heads, H head dim, F mlp.
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -34,7 +35,32 @@ def contract(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Arr
     Both gradients are such products too, each returned in the dtype of its own operand: that of f32 master
     weights is never rounded to bf16, and no product mixes dtypes. `spec` names every dim in two of the three.
     """
+    if isinstance(b, RowsFirst):
+        return b.product(a, dtype)
     return _contract(spec, a, b, dtype)  # type: ignore[return-value]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowsFirst:
+    """A kernel [in..., out...] as a matrix [OUT, IN], to be multiplied from the left; without a gradient."""
+
+    matrix: jax.Array
+    num_in: int = field(metadata={"static": True})  # dims of x that are summed over: its last ones
+    out_shape: tuple[int, ...] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, kernel: jax.Array, num_out: int) -> "RowsFirst":
+        shape = kernel.shape[-num_out:]
+        return cls(kernel.reshape(-1, math.prod(shape)).T, kernel.ndim - num_out, shape)
+
+    def __getitem__(self, _: object) -> "RowsFirst":  # as a parameter is read
+        return self
+
+    def product(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        rows = x.reshape(-1, self.matrix.shape[1])
+        y = jnp.einsum("oi,ri->or", self.matrix, rows, preferred_element_type=jnp.float32).astype(dtype)
+        return y.T.reshape(*x.shape[: x.ndim - self.num_in], *self.out_shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attention import UNLIMITED, attention, visible
-from models.cache import KVCache
+from models.attention import UNLIMITED, attention, cached_attention, visible
+from models.cache import Cache, LayerCache, write_cache
 from models.config import LayerKind, ModelConfig, NormPlacement, Position, QKNorm, Remat
 from models.layers import (
     MLP,
@@ -61,10 +61,9 @@ class Context(NamedTuple):
 
     angles_local: jax.Array | None  # [B, L, R] of sliding layers
     angles_full: jax.Array | None
-    q_positions: jax.Array  # [B, L]
-    k_positions: jax.Array  # [B, S]
-    q_segments: jax.Array
-    k_segments: jax.Array
+    positions: jax.Array  # [B, L]
+    segments: jax.Array  # [B, L]
+    first_row: jax.Array | int  # of the cache, where there is one: the row that belongs to the first of the batch
     constrain: Constrain
 
 
@@ -97,8 +96,8 @@ class Attention(nnx.Module):
         )
         self.query_norm, self.key_norm = norm(N, "heads"), norm(K, "kv_heads")
 
-    def __call__(self, x_BLD, context: Context, layer: PerLayer, cached, rng):
-        """Returns the output [B, L, D] and the keys and values of this layer, cached ones included."""
+    def __call__(self, x_BLD, context: Context, layer: PerLayer, cached: LayerCache | None, rng):
+        """Returns the output [B, L, D] and the cache with these tokens in it."""
         a = self.config.attention
         q_BLNH, k_BLKH, v_BLKH = self.query(x_BLD), self.key(x_BLD), self.value(x_BLD)
         if self.query_norm is not None and self.key_norm is not None:
@@ -110,13 +109,25 @@ class Attention(nnx.Module):
         q_BLNH = checkpoint_name(context.constrain(q_BLNH, ("batch", "length", "heads", "head_dim")), "qkv")
         k_BLKH = checkpoint_name(context.constrain(k_BLKH, ("batch", "length", "kv_heads", "head_dim")), "qkv")
         v_BLKH = checkpoint_name(context.constrain(v_BLKH, ("batch", "length", "kv_heads", "head_dim")), "qkv")
-        if cached is not None:
-            at = jnp.arange(x_BLD.shape[0])[:, None], context.q_positions
-            k_BLKH, v_BLKH = cached[0].at[at].set(k_BLKH), cached[1].at[at].set(v_BLKH)
-        mask = visible(context.q_positions, context.k_positions, context.q_segments, context.k_segments, layer.window)
         scale = a.head_dim**-0.5 if a.scale is None else a.scale
-        out = attention(q_BLNH, k_BLKH, v_BLKH, mask, scale=scale, soft_cap=a.soft_cap, dropout_rate=a.dropout, rng=rng)
-        return self.out(checkpoint_name(out, "attention")), (k_BLKH, v_BLKH)
+        if cached is None:
+            positions, segments = context.positions, context.segments
+            mask = visible(positions, positions, segments, segments, layer.window)
+            out = attention(
+                q_BLNH, k_BLKH, v_BLKH, mask, scale=scale, soft_cap=a.soft_cap, dropout_rate=a.dropout, rng=rng
+            )
+        else:
+            cached = write_cache(cached, k_BLKH, v_BLKH, context.positions, context.first_row)
+            out = cached_attention(
+                q_BLNH,
+                cached,
+                context.positions,
+                context.first_row,
+                window=layer.window,
+                scale=scale,
+                soft_cap=a.soft_cap,
+            )
+        return self.out(checkpoint_name(out, "attention")), cached
 
 
 class Block(nnx.Module):
@@ -139,11 +150,11 @@ class Block(nnx.Module):
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         rate = self.config.dropout
         norm = lambda module, x: x if module is None else module(x)
-        y_BLD, kv = self.attention(norm(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
+        y_BLD, cached = self.attention(norm(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
         x_BLD = x_BLD + dropout(norm(self.attention_post_norm, y_BLD), rate, rngs[1])
         y_BLD = self.mlp(norm(self.mlp_norm, x_BLD), context.constrain)
         x_BLD = x_BLD + dropout(norm(self.mlp_post_norm, y_BLD), rate, rngs[2])
-        return context.constrain(x_BLD, ("batch", "length", "embed")), kv
+        return context.constrain(x_BLD, ("batch", "length", "embed")), cached
 
 
 class Ends(nnx.Module):
@@ -212,12 +223,16 @@ def make_apply(config: ModelConfig, constrain: Constrain = no_constraint) -> App
     """The forward pass over whole rows as a pure function of the parameters."""
 
     def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) -> Output:
-        output, _ = forward(
-            params, tokens_BL, positions_BL, segment_ids_BL, config=config, constrain=constrain, rng=rng
-        )
-        return output
+        return forward(params, tokens_BL, positions_BL, segment_ids_BL, config=config, constrain=constrain, rng=rng)
 
     return apply
+
+
+def _modules(params: Params, config: ModelConfig) -> tuple[Ends, Any]:
+    """The ends with their weights, and a layer without."""
+    abstract_ends, abstract_block = _abstract_modules(config)
+    weights = nnx.State({k: v for k, v in params.items() if k != "layers"})
+    return nnx.merge(nnx.split(abstract_ends)[0], weights), nnx.split(abstract_block)[0]
 
 
 def forward(
@@ -229,41 +244,54 @@ def forward(
     config: ModelConfig,
     constrain: Constrain = no_constraint,
     rng: jax.Array | None = None,
-    cache: KVCache | None = None,
-) -> tuple[Output, KVCache | None]:
-    """One pass, with the keys and values of earlier tokens where a cache is given.
-
-    With a cache, position p of a row is slot p of its cache, and each row is one document.
-    """
-    abstract_ends, abstract_block = _abstract_modules(config)
-    block_graph = nnx.split(abstract_block)[0]
-    ends = nnx.merge(nnx.split(abstract_ends)[0], nnx.State({k: v for k, v in params.items() if k != "layers"}))
+) -> Output:
+    """One pass over whole rows."""
+    ends, block_graph = _modules(params, config)
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), ("batch", "length", "embed"))
-    context = _context(config, positions_BL, segment_ids_BL, cache, constrain)
+    context = _context(config, positions_BL, segment_ids_BL, 0, constrain)
 
     def body(x_BLD, scanned):
-        weights, layer, cached, index = scanned
-        block = nnx.merge(block_graph, nnx.State(weights))
+        weights, layer, index = scanned
         key = None if layer_rng is None else jax.random.fold_in(layer_rng, index)
-        x_BLD, kv = block(x_BLD, context, layer, cached, key)
-        return x_BLD, (None if cached is None else kv)
+        return nnx.merge(block_graph, nnx.State(weights))(x_BLD, context, layer, None, key)
 
-    layers = (
-        params["layers"],
-        per_layer(config),
-        None if cache is None else (cache.keys, cache.values),
-        jnp.arange(config.num_layers),
-    )
-    x_BLD, kv = jax.lax.scan(_remat(body, config.remat), x_BLD, layers)
-    return ends.output(x_BLD), (None if kv is None else KVCache(*kv))
+    layers = (params["layers"], jax.tree.map(jnp.asarray, per_layer(config)), jnp.arange(config.num_layers))
+    x_BLD, _ = jax.lax.scan(_remat(body, config.remat), x_BLD, layers)
+    return ends.output(x_BLD)
+
+
+def forward_cached(
+    params: Params,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    cache: Cache,
+    *,
+    config: ModelConfig,
+    constrain: Constrain = no_constraint,
+    first_row: jax.Array | int = 0,
+) -> tuple[Output, Cache]:
+    """One pass with the keys and values of earlier tokens; each row is one document.
+
+    Rows of the batch are those of the cache from `first_row` on. The layers of `params` are a tuple, one tree each
+    (see `models.decode.decoding_params`): a scan would copy what it cuts out of a stack.
+    """
+    ends, block_graph = _modules(params, config)
+    x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), ("batch", "length", "embed"))
+    context = _context(config, positions_BL, jnp.ones_like(tokens_BL), first_row, constrain)
+    of_all, filled = per_layer(config), []
+    for index, (weights, cached) in enumerate(zip(params["layers"], cache, strict=True)):
+        layer = jax.tree.map(lambda x, index=index: x[index], of_all)
+        x_BLD, cached = nnx.merge(block_graph, nnx.State(weights))(x_BLD, context, layer, cached, None)
+        filled.append(cached)
+    return ends.output(x_BLD), tuple(filled)
 
 
 def per_layer(config: ModelConfig) -> PerLayer:
     pattern = config.attention.pattern
     sliding = np.array([pattern[i % len(pattern)] is LayerKind.sliding for i in range(config.num_layers)])
     window = np.where(sliding, config.attention.sliding_window, UNLIMITED).astype(np.int32)
-    return PerLayer(jnp.asarray(window), jnp.asarray(sliding))
+    return PerLayer(window, sliding)
 
 
 def logits(output: Output) -> jax.Array:
@@ -275,7 +303,7 @@ def logits(output: Output) -> jax.Array:
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)
 
 
-def _context(config, positions_BL, segment_ids_BL, cache: KVCache | None, constrain: Constrain) -> Context:
+def _context(config, positions_BL, segment_ids_BL, first_row, constrain: Constrain) -> Context:
     local = full = None
     if config.position is Position.rope:
         rope, H = config.rope, config.attention.head_dim
@@ -285,13 +313,7 @@ def _context(config, positions_BL, segment_ids_BL, cache: KVCache | None, constr
         position = positions_BL[:, :, None].astype(jnp.float32)
         full = position * jnp.asarray(freqs, jnp.float32)[None, None]
         local = position * jnp.asarray(local_freqs, jnp.float32)[None, None]
-    if cache is None:
-        k_positions, k_segments = positions_BL, segment_ids_BL
-    else:  # slot p holds position p; what lies beyond a row's position is hidden by that alone
-        B, S = cache.keys.shape[1:3]
-        k_positions = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
-        k_segments = jnp.broadcast_to(segment_ids_BL[:, :1], (B, S))
-    return Context(local, full, positions_BL, k_positions, segment_ids_BL, k_segments, constrain)
+    return Context(local, full, positions_BL, segment_ids_BL, first_row, constrain)
 
 
 def _remat(body, remat: Remat):

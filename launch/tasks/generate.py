@@ -8,7 +8,7 @@ from configs.schema import Format, GenerateConfig, RunConfig
 from launch.assemble import is_chief
 from launch.saved_run import open_run
 from launch.writing import write
-from models.decode import SamplingConfig
+from models.sampling import SamplingConfig
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:

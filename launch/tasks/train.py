@@ -27,7 +27,7 @@ from launch.origins import adopt, adopt_tokenizer, find_origin
 from launch.run_folder import RunFolder, environment, refuse_drift, run_folder, write_whole
 from launch.writing import append_samples, write
 from models.cost import flops_per_token, num_params
-from models.decode import SamplingConfig
+from models.sampling import SamplingConfig
 from trainer import hooks
 from trainer.checkpoint import Checkpointer
 from trainer.goodput import Ledger

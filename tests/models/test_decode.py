@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decode import SamplingConfig, filter_logits, generate
+from models.decode import generate
+from models.sampling import History, SamplingConfig, Settings, filter_logits
 from models.transformer import init_params, logits, make_apply
 from tests.models.test_transformer import BASE, FAMILIES, V
 
@@ -17,7 +18,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 1
 def write(config, prompts=PROMPTS, **sampling):
     params = init_params(config, jax.random.key(0))
     settings = SamplingConfig(**{"max_new_tokens": 6, **sampling})
-    return params, generate(params, config, prompts, settings, eos_id=None)
+    return params, generate(params, config, prompts, settings, stop_ids=())
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
@@ -60,7 +61,7 @@ def test_equal_prompts_in_one_batch_are_drawn_apart():
 def test_eos_and_stop_end_a_row_and_the_rest_goes_on():
     params, free = write(BASE, temperature=0.0)
     eos = free[0].tokens[2]
-    again = generate(params, BASE, PROMPTS, SamplingConfig(max_new_tokens=6, temperature=0.0), eos_id=eos)
+    again = generate(params, BASE, PROMPTS, SamplingConfig(max_new_tokens=6, temperature=0.0), stop_ids=[eos])
     first = free[0].tokens.index(eos)
     assert again[0].tokens == free[0].tokens[:first] and again[0].finish_reason == "eos"
     stopped = generate(
@@ -68,7 +69,7 @@ def test_eos_and_stop_end_a_row_and_the_rest_goes_on():
         BASE,
         PROMPTS,
         SamplingConfig(max_new_tokens=6, temperature=0.0),
-        eos_id=None,
+        stop_ids=(),
         on_token=lambda row, token: row == 1,
     )
     assert len(stopped[1].tokens) == 1 and stopped[1].finish_reason == "stop"
@@ -78,15 +79,17 @@ def test_eos_and_stop_end_a_row_and_the_rest_goes_on():
 def test_padded_vocabulary_is_never_written():
     params = init_params(BASE, jax.random.key(0))
     found = generate(
-        params, BASE, [[1]] * 8, SamplingConfig(max_new_tokens=20, temperature=5.0), eos_id=None, vocab_size=5
+        params, BASE, [[1]] * 8, SamplingConfig(max_new_tokens=20, temperature=5.0), stop_ids=(), vocab_size=5
     )
     assert {t for c in found for t in c.tokens} <= set(range(5))
 
 
-def probabilities(x, **settings):
-    config = SamplingConfig(**settings)
-    seen = jnp.zeros((1, len(x)), bool).at[0, 0].set(True)
-    return np.asarray(jax.nn.softmax(filter_logits(jnp.array([x]), seen, config)))[0]
+def probabilities(x, seen=(0,), **settings):
+    rows = Settings.of(1)
+    rows.put(0, SamplingConfig(**settings), stream=0)
+    prompt = jnp.zeros((1, len(x)), bool).at[0, list(seen)].set(True)
+    history = History(prompt, jnp.zeros((1, len(x)), jnp.int32).at[0, 1].set(2))
+    return np.asarray(jax.nn.softmax(filter_logits(jnp.array([x], jnp.float32), history, rows)))[0]
 
 
 def test_filters_equal_enumeration():
@@ -99,7 +102,7 @@ def test_filters_equal_enumeration():
     np.testing.assert_allclose(probabilities(x, top_p=0.66), np.array([0.4, 0.25, 0.2, 0, 0]) / 0.85, atol=1e-6)
     np.testing.assert_allclose(probabilities(x, min_p=0.3), np.array([0.4, 0.25, 0.2, 0, 0]) / 0.85, atol=1e-6)
     # Log-probabilities are negative: a penalty multiplies them (Keskar et al. 2019).
-    penalised = np.exp(np.concatenate([x[:1] * 1.5, x[1:]]))
+    penalised = np.exp(np.concatenate([x[:2] * 1.5, x[2:]]))
     np.testing.assert_allclose(probabilities(x, repetition_penalty=1.5), penalised / penalised.sum(), atol=1e-6)
 
 
@@ -123,14 +126,14 @@ def test_what_cannot_be_written_is_refused():
     params = init_params(FAMILIES["gpt2"], jax.random.key(0))
     settings = SamplingConfig(max_new_tokens=4)
     with pytest.raises(ValueError, match="max_seq_len=64"):
-        generate(params, FAMILIES["gpt2"], [[1] * 64], settings, eos_id=None)
+        generate(params, FAMILIES["gpt2"], [[1] * 64], settings, stop_ids=())
     with pytest.raises(ValueError, match="has no tokens"):
-        generate(params, FAMILIES["gpt2"], [[]], settings, eos_id=None)
+        generate(params, FAMILIES["gpt2"], [[]], settings, stop_ids=())
     with pytest.raises(ValueError, match=r"task.top_p=0: must be above 0"):
         SamplingConfig(top_p=0).validate()
 
 
 def test_learned_positions_end_the_text_where_the_table_ends():
     params = init_params(FAMILIES["gpt2"], jax.random.key(0))
-    [found] = generate(params, FAMILIES["gpt2"], [[1] * 60], SamplingConfig(max_new_tokens=50), eos_id=None)
+    [found] = generate(params, FAMILIES["gpt2"], [[1] * 60], SamplingConfig(max_new_tokens=50), stop_ids=())
     assert len(found.tokens) == 4

@@ -24,8 +24,9 @@ from models.config import (
     RopeConfig,
     RopeScaling,
 )
+from models.decode import decoding_params
 from models.layers import inverse_frequencies
-from models.transformer import abstract_params, forward, init_params, logits, make_apply, param_axes
+from models.transformer import abstract_params, forward_cached, init_params, logits, make_apply, param_axes
 from trainer.objectives.logprobs import token_logprobs
 
 V, L = 37, 16
@@ -149,7 +150,7 @@ def test_a_packed_document_equals_the_same_document_alone(config):
 def test_cached_decoding_equals_the_full_forward(config):
     params, tokens, positions, segments = setup(config)
     whole = run(config, params, tokens, positions, segments)
-    cache = init_cache(config, 2, 32)
+    cache, ready = init_cache(config, 2, 32), decoding_params(params, config)
     pieces = []
     for part in (
         slice(0, 7),
@@ -158,9 +159,7 @@ def test_cached_decoding_equals_the_full_forward(config):
         slice(9, 12),
         *(slice(i, i + 1) for i in range(12, L)),
     ):
-        output, cache = forward(
-            params, tokens[:, part], positions[:, part], segments[:, part], config=config, cache=cache
-        )
+        output, cache = forward_cached(ready, tokens[:, part], positions[:, part], cache, config=config)
         pieces.append(logits(output))
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-5)
 

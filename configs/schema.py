@@ -29,7 +29,7 @@ from data.tokenizer import (
     TokenizerConfig,
     TokenizerJsonConfig,
 )
-from models.config import ModelConfig
+from models.config import Dtype, ModelConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
@@ -98,6 +98,10 @@ class PrepareConfig(TaskConfig):
 class EvaluateConfig(TaskConfig):
     kind: str = "evaluate"
     batches: int = 0  # batches of each source; 0: data.eval_batches
+    problems: list[str] = field(default_factory=list)  # JSONL files of questions to answer, instead of sources
+    limit: int = 0  # problems of each file, the first ones; 0: all
+    limit_each: int = 0  # problems of each part of a file that has parts; 0: all
+    dtype: Dtype | None = None  # of the computation; null: the run's
 
 
 @dataclass

@@ -9,6 +9,7 @@ from configs.schema import RunConfig, TrainConfig
 from data.tokenizer import Tokenizer, from_files
 from launch.assemble import Core, build_core, is_chief
 from launch.run_folder import RunFolder, run_folder
+from models.config import Dtype
 from trainer.checkpoint import Checkpointer
 from trainer.objective import Params
 from trainer.optimizer import eval_params
@@ -44,10 +45,11 @@ class SavedRun:
         return optimizer.ema_decay is not None or optimizer.kind == "schedule_free"
 
 
-def open_run(config: RunConfig, overrides: list[str]) -> SavedRun:
+def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = None) -> SavedRun:
     """The run `run=NAME` at `step=K` or at its newest whole checkpoint, on the mesh of this command.
 
-    Model, tokenizer, optimizer and seed are the run's own; data is, too, unless the command names some.
+    Model, tokenizer, optimizer and seed are the run's own; data is, too, unless the command names some. `dtype`: of
+    the computation, where it is not to be the run's.
     Raises: ValueError where there is no such run or no such step.
     """
     folder = run_folder(config)
@@ -61,6 +63,7 @@ def open_run(config: RunConfig, overrides: list[str]) -> SavedRun:
     merged = dataclasses.replace(
         saved,
         data=data,
+        model=saved.model if dtype is None else dataclasses.replace(saved.model, dtype=dtype),
         mesh=config.mesh if "mesh" in changed else dataclasses.replace(saved.mesh, data=-1, fsdp=1, tensor=1),
         runs=config.runs,
         run=config.run,

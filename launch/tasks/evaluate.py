@@ -1,18 +1,71 @@
-"""`meshwright evaluate run=NAME`: how well a run predicts held-out text, its own or that of other sources."""
+"""`meshwright evaluate run=NAME`: how good a run is, on held-out text, on other sources, or on problems."""
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 from configs.schema import EvaluateConfig, Format, RunConfig
+from data.problems import Problem, read_problems
+from data.tokenizer import Tokenizer
 from launch.assemble import build_evaluation, is_chief, load_corpora
-from launch.saved_run import open_run, say
+from launch.saved_run import SavedRun, open_run, say
+from trainer.progress import progress_bar
+from trainer.scoring import Text, accuracy, make_score, score_texts
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints loss, perplexity, bits per byte and accuracy for each source and for all together."""
+    """Prints loss, perplexity, bits per byte and accuracy of each source and of all together; or scores of problems."""
     task = config.task
     assert isinstance(task, EvaluateConfig)
-    saved = open_run(config, overrides)
+    files = {
+        Path(name).stem: read_problems(Path(name), limit=task.limit, limit_each=task.limit_each)
+        for name in task.problems
+    }
+    saved = open_run(config, overrides, dtype=task.dtype)
+    return on_problems(saved, files, config.format) if files else on_sources(saved, config, task)
+
+
+def on_problems(saved: SavedRun, files: dict[str, list[Problem]], form: Format) -> int:
+    """Which answer the model finds likeliest."""
+    texts = {name: problem_texts(saved.tokenizer, problems) for name, problems in files.items()}
+    too_long = max(len(text.ids) for of_file in texts.values() for text in of_file)
+    model, mesh = saved.core.model, saved.core.mesh
+    if model.position.name == "learned" and too_long > model.max_seq_len:
+        raise ValueError(f"task.problems: one has {too_long} tokens, and positions end at {model.max_seq_len}")
+    score, params = make_score(saved.core.apply, constrain=saved.core.constrain), saved.params()
+    found: dict[str, dict[str, float]] = {}
+    for name, problems in files.items():
+        with progress_bar(name, len(texts[name]), quiet=form is Format.json) as advance:
+            flat = iter(score_texts(score, params, texts[name], rows_multiple=mesh.size, progress=advance))
+        scores = [[next(flat) for _ in problem.options] for problem in problems]
+        characters = [
+            [len(option.continuation.removeprefix(" ")) for option in problem.options] for problem in problems
+        ]
+        found[name] = accuracy(scores, [problem.gold for problem in problems], characters)
+    if not is_chief():
+        return 0
+    if form is Format.json:
+        print(json.dumps({"run": saved.folder.name, "step": saved.step, "problems": found}, indent=2))
+    else:
+        say(f"run {saved.folder.name!r} at step {saved.step}, {model.dtype.name}")
+        print_table("problems", found, ("acc", "stderr", "acc_norm", "perplexity", "n"))
+    return 0
+
+
+def problem_texts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Text]:
+    """Context and continuation are tokenised apart and joined, so that the border is the same for every option."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    texts = []
+    for problem in problems:
+        for context, continuation in problem.options:
+            before = begin + tokenizer.encode(context)
+            ids = before + tokenizer.encode(continuation)
+            texts.append(Text(ids, max(len(before), 1)))
+    return texts
+
+
+def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     data = dataclasses.replace(
         saved.config.data,
         eval_batches=task.batches or saved.config.data.eval_batches,
@@ -30,25 +83,30 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         print(json.dumps({"run": saved.folder.name, "step": saved.step, **found}, indent=2))
     else:
         print(f"run {saved.folder.name!r} at step {saved.step}")
-        _print_table(found, [*corpora.heldout, ""])
+        columns = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens")
+        rows = {
+            source or "all": {
+                c: found[key] for c in columns if (key := f"eval/{source}/{c}".replace("//", "/")) in found
+            }
+            for source in [*corpora.heldout, ""]
+        }
+        print_table("source", rows, columns)
     return 0
 
 
-def _print_table(found: dict[str, float], sources: list[str]) -> None:
+def print_table(what: str, rows: dict[str, dict[str, float]], columns: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens")
     table = Table(box=None, header_style="bold")
-    table.add_column("source")
-    for column in columns:
+    table.add_column(what)
+    shown = [column for column in columns if any(column in row for row in rows.values())]
+    for column in shown:
         table.add_column(column.replace("_", " "), justify="right")
-    for source in sources:
-        prefix = f"eval/{source}/" if source else "eval/"
-        values = [found.get(prefix + column) for column in columns]
+    for name, row in rows.items():
         cells = [
-            "" if v is None else f"{v:,.0f}" if c == "tokens" else f"{v:.4f}"
-            for c, v in zip(columns, values, strict=False)
+            "" if (v := row.get(c)) is None or math.isnan(v) else f"{v:,.0f}" if c in ("tokens", "n") else f"{v:.4f}"
+            for c in shown
         ]
-        table.add_row(source or "all", *cells)
+        table.add_row(name, *cells)
     Console().print(table)

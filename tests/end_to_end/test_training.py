@@ -139,6 +139,16 @@ def test_it_writes_and_evaluates(unbroken):
     found = json.loads(out)
     last = next(row for row in reversed(metrics(folder, "a")) if "eval/loss" in row)
     assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
+    (folder / "pets.jsonl").write_text(
+        '{"query": "the cat", "choices": ["sat", "qzx"], "gold": 0}\n'
+        '{"query": "the cat sat", "choices": ["on", "zq"], "gold": 0}\n'
+    )
+    out, _ = meshwright(folder, "evaluate", "run=a", "task.problems=[pets.jsonl]", "format=json")
+    assert json.loads(out)["problems"]["pets"]["n"] == 2
+    out, _ = meshwright(folder, "evaluate", "run=a", "task.problems=[pets.jsonl]")
+    assert "pets" in out and "stderr" in out
+    _, err = meshwright(folder, "evaluate", "run=a", "task.problems=[pest.jsonl]", expect=2)
+    assert "task.problems=pest.jsonl: there is no such file" in err
     out, _ = meshwright(folder, "runs", "format=json")
     assert [row["run"] for row in json.loads(out)] == ["a"]
 

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from data.sources import BadRecords, SourceConfig, Unit
-from data.tokenizer import Tokenizer, fingerprint
+from data.tokenizer_contract import Tokenizer, fingerprint
 
 SPLITS = ("train", "heldout")
 VERSION = 1

@@ -20,7 +20,8 @@ from data.batch import TokenBatch
 from data.pipeline import Mixture, OfflineSource, PackedRows, heldout_batches, source_seed
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.sources import BadRecords
-from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from data.tokenizer import load_tokenizer, save_tokenizer
+from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
 from models.config import ModelConfig
 from models.partition import Constrain

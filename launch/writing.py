@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import StreamDecoder, Tokenizer
+from data.tokenizer import StreamDecoder
+from data.tokenizer_contract import Tokenizer
 from models.config import ModelConfig
 from models.decode import Completion, SamplingConfig, generate
 from models.partition import Constrain

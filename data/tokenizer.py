@@ -252,7 +252,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder; None where there is none yet."""
     if not (folder / DESCRIPTION).exists():
         return None
-    return from_files({path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tmp"})
+    try:
+        return from_files({path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tmp"})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 Documents = Callable[[], Iterator[str]]

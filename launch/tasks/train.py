@@ -363,11 +363,12 @@ def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
     arguments = " ".join(a for a in sys.argv[1:] if not a.startswith(("task=", "task.num_steps=")))
     resume = f"meshwright train {arguments}".rstrip() + f" task.num_steps={2 * task.num_steps}"
     prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
+    write_with = f"prompt='{prompt} '" if config.tokenizer.chat_template is None else "chat='Hello'"
     where = "" if config.runs == "runs" else f" runs={config.runs}"
     return (
         f"run {config.run!r} is in {folder.path}{how}; its loss curve: {folder.picture}\n"
         "next:\n"
         f"  {resume}\n"
-        f"  meshwright generate run={config.run}{where} prompt='{prompt} '\n"
+        f"  meshwright generate run={config.run}{where} {write_with}\n"
         "  meshwright train source=[text] data.sources.text.paths=[YOUR_FOLDER] run=mine"
     )

@@ -117,6 +117,8 @@ class GenerateConfig(TaskConfig):
     prompts: list[str] = field(default_factory=list)  # several at once, of any lengths
     prompt_file: str | None = None  # one prompt a line
     num_samples: int = 1  # completions of each prompt
+    system: str | None = None  # with chat=: what the system says before it
+    chat_file: str | None = None  # a conversation to go on with: JSON, a list of messages, or {messages, tools}
 
 
 @dataclass
@@ -166,6 +168,7 @@ class RunConfig:
     source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
     step: int | None = None  # evaluate, generate, inspect: the checkpoint; null: the newest
     prompt: str | None = None  # generate: what to go on from
+    chat: str | None = None  # generate: what the user says; the model answers, through the run's chat template
     format: Format = Format.table  # inspect, evaluate, runs: how to print
     task: TaskConfig = field(default_factory=TaskConfig)  # groups choose the classes from here on
     data: DataConfig = field(default_factory=DataConfig)

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from data.sources import BadRecords, SourceConfig, Unit
-from data.tokenizer import Tokenizer, fingerprint
+from data.tokenizer_contract import Tokenizer, fingerprint
 
 SPLITS = ("train", "heldout")
 VERSION = 1
@@ -152,7 +152,7 @@ def _make_shard(
             # By content: a document keeps its side wherever it stands and whatever stands beside it.
             share = int.from_bytes(digest[:8], "big") / 2**64
             split = "heldout" if share < source.heldout_fraction else "train"
-            arrays[split].append(np.array(ids + end, dtype))
+            arrays[split].append(np.array(tokenizer.begin(ids) + end, dtype))
             sizes[split] += len(text.encode("utf-8", "surrogatepass"))
     for split in SPLITS:
         lengths = np.array([0] + [len(a) for a in arrays[split]], np.int64)

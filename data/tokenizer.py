@@ -1,68 +1,52 @@
 """Text to tokens and back: SentencePiece, `tokenizer.json`, raw bytes, characters.
 
-A tokenizer is a few files; they are saved beside every checkpoint, and a fingerprint of them in everything made with
-it, so that tokens of one are never read with another.
+A tokenizer is a few files, saved beside every checkpoint: what it is, and its contract (`data/tokenizer_contract.py`).
 """
 
-import hashlib
-import io
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from omegaconf import MISSING
 
-DESCRIPTION = "tokenizer_config.json"  # names the kind
+from data.published_tokenizer import PublishedTokenizer, read_published
+from data.sentencepiece_training import train_sentencepiece
+from data.tokenizer_contract import (
+    DESCRIPTION,
+    Policy,
+    Spans,
+    Tokenizer,
+    between_special,
+    changed_file,
+    check_ids,
+    policy_of,
+    refuse_changed,
+)
 
 
-class Tokenizer(Protocol):
-    kind: str
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None  # appended to each document
-    pad_id: int | None
+class SentencePiece(Tokenizer):
+    """A `tokenizer.model`, and control tokens that were added to it later (`added`), beyond its own ids."""
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of the text alone, without special ones."""
-        ...
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts, on all cores where the library can."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def token_bytes(self) -> np.ndarray:
-        """[V] i32: bytes of text that each token stands for, 0 for special ones; makes bits per byte exact."""
-        ...
-
-    def files(self) -> dict[str, bytes]: ...
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of all that defines it."""
-    digest = hashlib.sha256()
-    for name, content in sorted(tokenizer.files().items()):
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
-
-
-class SentencePiece:
     kind = "sentencepiece"
+    library = "sentencepiece"
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, added: Mapping[str, int] | None = None):
         import sentencepiece
 
         self.model = model
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = self.processor.vocab_size()
+        self.processor = p = sentencepiece.SentencePieceProcessor(model_proto=model)
+        own = p.vocab_size()
+        self.added = {text: i for text, i in (added or {}).items() if i >= own}
+        self.vocab_size = max([own, *(i + 1 for i in self.added.values())])
         none = lambda i: None if i < 0 else i
-        self.bos_id, self.eos_id = none(self.processor.bos_id()), none(self.processor.eos_id())
-        self.pad_id = none(self.processor.pad_id())
+        self.bos_id, self.eos_id, self.pad_id = none(p.bos_id()), none(p.eos_id()), none(p.pad_id())
+        self.special_tokens = {p.id_to_piece(i): i for i in range(own) if p.is_control(i)} | self.added
+        self.policy = self.with_policy(add_bos=self.bos_id is not None).policy
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
@@ -70,8 +54,16 @@ class SentencePiece:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.processor.encode(texts, num_threads=os.cpu_count() or 1)
 
+    def encode_special(self, text: str) -> Spans:
+        def encode(piece: str) -> Spans:
+            found = self.processor.encode(piece, return_type="offset_mapping")
+            return Spans(found["ids"], found["offsets"])
+
+        return between_special(text, self.special_tokens, encode)
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self.processor.decode([int(i) for i in ids])
+        own = self.processor.vocab_size()
+        return self.processor.decode([int(i) for i in ids if i < own])
 
     def token_bytes(self) -> np.ndarray:
         p = self.processor
@@ -81,16 +73,25 @@ class SentencePiece:
                 return 0
             return 1 if p.is_byte(i) else len(p.id_to_piece(i).replace("\u2581", " ").encode())
 
-        return np.array([size(i) for i in range(self.vocab_size)], np.int32)
+        sizes = np.zeros(self.vocab_size, np.int32)
+        sizes[: p.vocab_size()] = [size(i) for i in range(p.vocab_size())]
+        return sizes
 
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self.model, DESCRIPTION: _describe(self.kind)}
+    def settings(self) -> dict[str, Any]:
+        return {"added": self.added} if self.added else {}
+
+    def own_files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self.model}
 
 
-class TokenizerJson:
-    """A Hugging Face `tokenizer.json`, through the `tokenizers` library alone."""
+class TokenizerJson(Tokenizer):
+    """A Hugging Face `tokenizer.json`, through the `tokenizers` library alone.
+
+    `special`: texts of `bos`, `eos` and `pad`. Texts of special tokens stand for them in every text that is encoded.
+    """
 
     kind = "tokenizer_json"
+    library = "tokenizers"
 
     def __init__(self, content: bytes, special: dict[str, str | None]):
         try:
@@ -102,12 +103,23 @@ class TokenizerJson:
         self.vocab_size = self.inner.get_vocab_size()
         find = lambda name: None if special.get(name) is None else self.inner.token_to_id(str(special[name]))
         self.bos_id, self.eos_id, self.pad_id = find("bos"), find("eos"), find("pad")
+        known = {token.content for token in self.inner.get_added_tokens_decoder().values() if token.special}
+        named = {str(text) for text in special.values() if text and self.inner.token_to_id(str(text)) is not None}
+        self.inner.add_special_tokens(sorted(named - known))  # they have ids, but were not cut out of a text
+        decoder = self.inner.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in sorted(decoder.items()) if token.special}
+        first = self.inner.encode("a", add_special_tokens=True).ids[:1]
+        self.policy = self.with_policy(add_bos=self.bos_id is not None and first == [self.bos_id]).policy
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self.inner.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_special(self, text: str) -> Spans:
+        found = self.inner.encode(text, add_special_tokens=False)
+        return Spans(found.ids, found.offsets)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -125,22 +137,27 @@ class TokenizerJson:
                 sizes[i] = len(piece) if byte_level else len(piece.replace("\u2581", " ").encode())
         return sizes
 
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self.content, DESCRIPTION: _describe(self.kind, special=self.special)}
+    def settings(self) -> dict[str, Any]:
+        return {"special": self.special}
+
+    def own_files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self.content}
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """UTF-8 bytes, then one token that ends a document."""
 
     kind = "bytes"
     vocab_size = 257
     bos_id, eos_id, pad_id = None, 256, None
+    special_tokens: ClassVar = {"<|endoftext|>": 256}  # in a rendered chat; in a document it is bytes like any other
+    policy = Policy(stop_ids=(256,))
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def encode_special(self, text: str) -> Spans:
+        return between_special(text, self.special_tokens, lambda piece: _by_character(self, piece))
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
@@ -148,15 +165,16 @@ class Bytes:
     def token_bytes(self) -> np.ndarray:
         return np.array([1] * 256 + [0], np.int32)
 
-    def files(self) -> dict[str, bytes]:
-        return {DESCRIPTION: _describe(self.kind)}
+    def settings(self) -> dict[str, Any]:
+        return {}
 
 
-class Characters:
+class Characters(Tokenizer):
     """One token a character of the corpus; nothing else, so that losses compare with nanoGPT's."""
 
     kind = "characters"
     bos_id, eos_id, pad_id = None, None, None
+    special_tokens: ClassVar = {}
 
     def __init__(self, alphabet: str):
         self.alphabet = alphabet
@@ -169,8 +187,8 @@ class Characters:
         except KeyError as error:
             raise ValueError(f"tokenizer=characters: {error.args[0]!r} did not occur in the training text") from None
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def encode_special(self, text: str) -> Spans:
+        return _by_character(self, text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.alphabet[int(i)] for i in ids)
@@ -178,22 +196,40 @@ class Characters:
     def token_bytes(self) -> np.ndarray:
         return np.array([len(c.encode()) for c in self.alphabet], np.int32)
 
-    def files(self) -> dict[str, bytes]:
-        return {DESCRIPTION: _describe(self.kind, alphabet=self.alphabet)}
+    def settings(self) -> dict[str, Any]:
+        return {"alphabet": self.alphabet}
 
 
-def _describe(kind: str, **more: object) -> bytes:
-    return (json.dumps({"kind": kind, **more}, indent=1, sort_keys=True) + "\n").encode()
+def _by_character(tokenizer: Tokenizer, text: str) -> Spans:
+    pairs = [(i, (at, at + 1)) for at, character in enumerate(text) for i in tokenizer.encode(character)]
+    return Spans([i for i, _ in pairs], [span for _, span in pairs])
 
 
-def from_files(files: dict[str, bytes]) -> Tokenizer:
-    """The tokenizer whose `files()` these are."""
+def from_files(files: Mapping[str, bytes]) -> Tokenizer:
+    """The tokenizer whose `files()` these are.
+
+    Raises: ValueError where a file is missing or was changed, or a probe gives other ids than when they were saved.
+    """
     if DESCRIPTION not in files:
         raise ValueError(f"tokenizer: {DESCRIPTION} is missing; these files were not saved by this project")
     description = json.loads(files[DESCRIPTION])
+    changed = changed_file(description, files)
+    try:
+        tokenizer = _of_kind(description, files)
+    except Exception:
+        refuse_changed(changed)  # it says more than what a library says of a broken file
+        raise
+    policy = policy_of(description, files, tokenizer.policy)
+    tokenizer = tokenizer.with_policy(**{f.name: getattr(policy, f.name) for f in dataclasses.fields(Policy)})
+    check_ids(description, tokenizer, changed)
+    refuse_changed(changed)
+    return tokenizer
+
+
+def _of_kind(description: Mapping[str, Any], files: Mapping[str, bytes]) -> Tokenizer:
     kind = description["kind"]
     if kind == "sentencepiece":
-        return SentencePiece(files["tokenizer.model"])
+        return SentencePiece(files["tokenizer.model"], description.get("added"))
     if kind == "tokenizer_json":
         return TokenizerJson(files["tokenizer.json"], description["special"])
     if kind == "characters":
@@ -216,7 +252,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder; None where there is none yet."""
     if not (folder / DESCRIPTION).exists():
         return None
-    return from_files({path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tmp"})
+    try:
+        return from_files({path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tmp"})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 Documents = Callable[[], Iterator[str]]
@@ -225,9 +264,14 @@ Documents = Callable[[], Iterator[str]]
 @dataclass
 class TokenizerConfig:
     kind: str = ""
+    chat_template: str | None = None  # chatml, gemma, llama3, mistral, plain, or a file; null: the tokenizer's own
+    add_bos: bool | None = None  # whether a text begins with BOS; null: as the tokenizer's files say
 
     def build(self, documents: Documents) -> Tokenizer:
-        """`documents` iterates over the training text, for tokenizers that learn from it."""
+        """`documents` iterates over the training text, for tokenizers that learn from it.
+
+        `data.chat.configured` then gives it the template and the policy of this config.
+        """
         raise TypeError(f"tokenizer.kind={self.kind}: choose one with tokenizer=NAME")
 
 
@@ -237,55 +281,23 @@ class SentencePieceConfig(TokenizerConfig):
     path: str | None = None  # a trained tokenizer.model; null: train one on the sources
     vocab_size: int = 8192  # of a trained one; text too small for it gives fewer
     train_bytes: int = 8_000_000  # of text that it is trained on, at most
+    special_tokens: list[str] = field(default_factory=list)  # control tokens of a trained one, such as '<|im_start|>'
 
     def build(self, documents: Documents) -> Tokenizer:
         if self.path is not None:
-            if not Path(self.path).is_file():
+            path = Path(self.path)
+            path = path / "tokenizer.model" if path.is_dir() else path
+            if not path.is_file():
                 raise ValueError(f"tokenizer.path={self.path}: there is no such file; null trains one on the sources")
-            return SentencePiece(Path(self.path).read_bytes())
+            saved = _saved_here(path.parent)
+            if saved is not None:
+                return saved
+            published = read_published(path.parent)
+            return _with_published(SentencePiece(path.read_bytes(), published.added), published)
         if self.vocab_size < 300:
             raise ValueError(f"tokenizer.vocab_size={self.vocab_size}: must be at least 300, 256 of them for bytes")
-        return SentencePiece(self._train(documents()))
-
-    def _train(self, documents: Iterable[str]) -> bytes:
-        import sentencepiece
-
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(documents, self.train_bytes),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=self.vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,  # no text is unknown
-            split_digits=True,
-            allow_whitespace_only_pieces=True,  # indentation is one token
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,  # decode(encode(x)) == x
-            user_defined_symbols=["\n", "\t"],
-            unk_id=0,
-            bos_id=-1,
-            eos_id=1,
-            pad_id=-1,
-            max_sentence_length=1 << 20,
-            num_threads=1,  # the same model on every machine
-            train_extremely_large_corpus=False,
-            minloglevel=2,
-        )
-        return model.getvalue()
-
-
-def _lines(documents: Iterable[str], limit: int) -> Iterator[str]:
-    """Text by lines, as the trainer wants it: it takes newlines for borders, and they have a token of their own."""
-    seen = 0
-    for document in documents:
-        for line in document.split("\n"):
-            if line:
-                yield line.replace("\0", " ")
-                seen += len(line.encode()) + 1
-        if seen >= limit:
-            return
+        options = {"vocab_size": self.vocab_size, "limit": self.train_bytes, "special_tokens": self.special_tokens}
+        return SentencePiece(train_sentencepiece(documents(), **options))
 
 
 @dataclass
@@ -301,14 +313,24 @@ class TokenizerJsonConfig(TokenizerConfig):
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"tokenizer.path={self.path}: there is no tokenizer.json")
-        beside = path.with_name(DESCRIPTION)
-        named = json.loads(beside.read_text()) if beside.exists() else {}
+        saved = _saved_here(path.parent)
+        if saved is not None:
+            return saved
+        published = read_published(path.parent)
+        special = {name: getattr(self, name) or text for name, text in published.special.items()}
+        return _with_published(TokenizerJson(path.read_bytes(), special), published)
 
-        def special(name: str) -> str | None:
-            token = getattr(self, name) or named.get(f"{name}_token")
-            return token["content"] if isinstance(token, dict) else token
 
-        return TokenizerJson(path.read_bytes(), {name: special(name) for name in ("bos", "eos", "pad")})
+def _saved_here(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder that `save_tokenizer` wrote: it has a contract already."""
+    described = folder / DESCRIPTION
+    return load_tokenizer(folder) if described.exists() and "kind" in json.loads(described.read_text()) else None
+
+
+def _with_published(tokenizer: Tokenizer, published: PublishedTokenizer) -> Tokenizer:
+    add_bos = tokenizer.add_bos if published.add_bos is None else published.add_bos and tokenizer.bos_id is not None
+    stops = tuple(i for i in published.stop_ids if i < tokenizer.vocab_size)
+    return tokenizer.with_policy(add_bos=add_bos, stop_ids=stops, chat_template=published.chat_template)
 
 
 @dataclass

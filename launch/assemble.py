@@ -17,10 +17,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
+from data.chat import configured
 from data.pipeline import Mixture, OfflineSource, PackedRows, heldout_batches, source_seed
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.sources import BadRecords
-from data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from data.tokenizer import load_tokenizer, save_tokenizer
+from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
 from models.config import ModelConfig
 from models.partition import Constrain
@@ -88,7 +90,8 @@ def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
     wait_for_all("tokenizer looked at")
     if (found is None or stale) and is_chief():
         say(f"making the tokenizer: {config.tokenizer.kind}")
-        save_tokenizer(config.tokenizer.build(partial(_documents, config)), folder.tokenizer)
+        made = configured(config.tokenizer.build(partial(_documents, config)), config.tokenizer)
+        save_tokenizer(made, folder.tokenizer)
         write_whole(note, json.dumps(made_of, indent=1) + "\n")
     if found is None or stale:
         wait_for_all("tokenizer")

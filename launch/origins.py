@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig, validate
-from data.tokenizer import Tokenizer, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
+from data.chat import configured
+from data.tokenizer import SentencePieceConfig, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
+from data.tokenizer_contract import Tokenizer
 from launch.assemble import MADE_OF, is_chief, wait_for_all
 from launch.run_folder import RunFolder
 from models.config import ModelConfig
@@ -65,12 +67,16 @@ def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") 
 def published(path: Path) -> Origin:
     folder = Folder(path)
     model = family_of(folder.config).read(folder.config)
-    config = TokenizerJsonConfig(path=str(path / "tokenizer.json"))
+    pieces = (path / "tokenizer.model").exists() and not (path / "tokenizer.json").exists()
+    kind = SentencePieceConfig if pieces else TokenizerJsonConfig
+    config = kind(path=str(path / ("tokenizer.model" if pieces else "tokenizer.json")))
 
     def tokenizer() -> Tokenizer:
-        if not (path / "tokenizer.json").exists():
-            raise ValueError(f"hf:{path}: there is no tokenizer.json; choose a tokenizer with tokenizer=NAME")
-        return config.build(lambda: iter(()))
+        if not Path(str(config.path)).exists():
+            raise ValueError(
+                f"hf:{path}: there is no tokenizer.json and no tokenizer.model; choose one with tokenizer=NAME"
+            )
+        return configured(config.build(lambda: iter(())), config)
 
     return Origin(f"hf:{path}", model, config, tokenizer, lambda abstract: load_params(folder, model, abstract))
 
@@ -98,8 +104,8 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
             if key.startswith("model."):
                 _set(model, key.removeprefix("model."), config.model)
         config = replace(config, model=model)
-    if not any(key.partition(".")[0] == "tokenizer" for key in named):
-        config = replace(config, tokenizer=tokenizer)
+    if not _chooses_tokenizer(named):
+        config = replace(config, tokenizer=replace(tokenizer, **_policy_keys(config, named)))
     validate(config)
     return config
 
@@ -112,12 +118,28 @@ def _set(model: Any, key: str, given: Any) -> None:
         setattr(model, first, getattr(given, first))
 
 
+POLICY_KEYS = ("tokenizer.chat_template", "tokenizer.add_bos")  # these change a tokenizer that was adopted
+
+
+def _chooses_tokenizer(named: set[str]) -> bool:
+    return any(key.partition(".")[0] == "tokenizer" for key in named - set(POLICY_KEYS))
+
+
+def _policy_keys(config: RunConfig, named: set[str]) -> dict[str, Any]:
+    fields = [key.partition(".")[2] for key in POLICY_KEYS if key in named]
+    return {name: getattr(config.tokenizer, name) for name in fields}
+
+
 def adopt_tokenizer(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> None:
-    """Puts the origin's own tokenizer in the run folder: one trained anew would give its weights other tokens."""
-    chosen = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
-    if config.init_from is None or chosen & {"tokenizer", "experiment"} or folder.has_checkpoints():
+    """Puts the origin's own tokenizer in the run folder: one trained anew would give its weights other tokens.
+
+    `tokenizer.chat_template` and `tokenizer.add_bos` of the command change it on the way.
+    """
+    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    if config.init_from is None or "experiment" in named or _chooses_tokenizer(named) or folder.has_checkpoints():
         return
     if is_chief():
         (folder.tokenizer / MADE_OF).unlink(missing_ok=True)
-        save_tokenizer(find_origin(config.init_from, config.runs, say).tokenizer(), folder.tokenizer)
+        adopted = find_origin(config.init_from, config.runs, say).tokenizer()
+        save_tokenizer(configured(adopted, TokenizerConfig(**_policy_keys(config, named))), folder.tokenizer)
     wait_for_all("adopted tokenizer")

@@ -15,7 +15,7 @@ TASKS = {
     "train": "train a model; the same run name again goes on with the run",
     "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
-    "generate": "write text with a run: generate run=NAME prompt='...'",
+    "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
     "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
     "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN",
     "runs": "a table of the runs in a folder",
@@ -149,12 +149,13 @@ def _renamed(override: str) -> str:
 
 
 def _quoted(override: str) -> str:
-    """A prompt as it is: Hydra's grammar would strip its spaces and read its brackets."""
+    """A prompt or what is said in a chat as it is: Hydra's grammar would strip its spaces and read its brackets."""
     key, _, value = override.partition("=")
-    if key != "prompt" or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+    free_text = key in ("prompt", "chat", "task.system")
+    if not free_text or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return override
     value = value.replace("${", "\\${")
-    return f"prompt='{value}'" if "'" not in value else 'prompt="' + value.replace('"', '\\"') + '"'
+    return f"{key}='{value}'" if "'" not in value else f'{key}="' + value.replace('"', '\\"') + '"'
 
 
 def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-def]  # RunConfig, imported late

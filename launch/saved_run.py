@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import jax
 
 from configs.schema import RunConfig, TrainConfig
-from data.tokenizer import Tokenizer, from_files
+from data.tokenizer import from_files
+from data.tokenizer_contract import Tokenizer
 from launch.assemble import Core, build_core, is_chief
 from launch.run_folder import RunFolder, run_folder
 from models.config import Dtype

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import StreamDecoder, Tokenizer
+from data.tokenizer import StreamDecoder
+from data.tokenizer_contract import Tokenizer
 from models.config import ModelConfig
 from models.decode import Completion, generate
 from models.partition import Constrain
@@ -52,22 +53,25 @@ def write(
     params: Params,
     model: ModelConfig,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     sampling: SamplingConfig,
     *,
     stop: Sequence[str] = (),
     constrain: Constrain,
     show: Callable[[str], None] = lambda text: None,
 ) -> list[tuple[str, Completion]]:
-    """(text, completion) for each prompt; `show` gets the text of the first one while it is being written."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    """(text, completion) for each prompt; `show` gets the text of the first one while it is being written.
+
+    A prompt is a text, or ids (of a chat) as they are.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     rows = [StopText(tokenizer, stop, show if i == 0 else lambda text: None) for i in range(len(prompts))]
     completions = generate(
         params,
         model,
         encoded,
         sampling,
-        stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
         constrain=constrain,
         on_token=lambda row, token: rows[row].push(token),
@@ -76,17 +80,18 @@ def write(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Tokens to go on from. An empty prompt begins a document: after BOS, or after the end of another.
+    """Tokens to go on from, after BOS where the tokenizer's policy says so. An empty prompt begins a document: after
+    BOS, or after the end of another.
 
     Raises: ValueError where the tokenizer has nothing to begin a document with.
     """
-    begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
-    ids = begin + tokenizer.encode(prompt)
+    ids = tokenizer.begin(tokenizer.encode(prompt))
     if ids:
         return ids
-    if tokenizer.eos_id is None:
+    first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    if first is None:
         raise ValueError("prompt='': this tokenizer has no token that begins a document; give at least one character")
-    return [tokenizer.eos_id]
+    return [first]
 
 
 def append_samples(path: Path, step: int, prompts: Sequence[str], texts: Sequence[str], **more: Any) -> None:

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 from configs.schema import ConvertConfig, RunConfig, TrainConfig, to_plain
-from data.tokenizer import Tokenizer, TokenizerJson, save_tokenizer
+from data.chat import configured
+from data.tokenizer import TokenizerConfig, save_tokenizer
 from launch.assemble import build_core, is_chief
 from launch.origins import find_origin
+from launch.published import write_tokenizer
 from launch.run_folder import environment, run_folder
 from launch.saved_run import open_run, say
 from models.cost import num_params
@@ -41,15 +43,16 @@ def to_run(config: RunConfig, reference: str) -> int:
         raise ValueError(f"to={folder.name}: this run exists already; give another name")
     origin = find_origin(reference, config.runs, say, key="from")
     # Plain descent keeps no state: the checkpoint is the weights and nothing else.
+    policy = {"chat_template": config.tokenizer.chat_template, "add_bos": config.tokenizer.add_bos}
+    tokenizer = configured(origin.tokenizer(), TokenizerConfig(**policy))
     config = dataclasses.replace(
         config,
         model=origin.model,
-        tokenizer=origin.tokenizer_config,
+        tokenizer=dataclasses.replace(origin.tokenizer_config, **policy),
         optimizer=SgdConfig(momentum=0.0),
         data=dataclasses.replace(config.data, sources={}),
         task=TrainConfig(),
     )
-    tokenizer = origin.tokenizer()
     core = build_core(config, tokenizer)
     state = core.init_state()
     state = dataclasses.replace(state, params=origin.params(core.abstract.params))
@@ -106,35 +109,9 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], p
     for name in BESIDE:
         if (carried / name).exists():
             shutil.copyfile(carried / name, half / name)
-    complete_config(half, before, saved.tokenizer)
-    if not (half / "tokenizer.json").exists():
-        say(write_tokenizer(half, saved.tokenizer))
+    say(write_tokenizer(half, saved.tokenizer, before))
     if path.exists():
         path.rmdir()
     half.rename(path)
     say(f"hf:{path}: {family.architecture}, {num_params(model)['total']:,} parameters in {dtype}, read back and equal")
     return 0
-
-
-def complete_config(path: Path, before: dict, tokenizer: Tokenizer) -> None:
-    """What config.json says beside the model: the special tokens, as they came or as the tokenizer has them."""
-    written = json.loads((path / "config.json").read_text())
-    own = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    for key, value in own.items():
-        written[key] = before.get(key, value)
-    (path / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-
-
-def write_tokenizer(path: Path, tokenizer: Tokenizer) -> str:
-    """Writes what transformers reads, where there is such a thing; returns what a user should know."""
-    if isinstance(tokenizer, TokenizerJson):
-        (path / "tokenizer.json").write_bytes(tokenizer.content)
-        named = {f"{name}_token": text for name, text in tokenizer.special.items() if text is not None}
-        described = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
-        (path / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
-        return "tokenizer: tokenizer.json"
-    for name, content in tokenizer.files().items():
-        if name.endswith(".model"):
-            (path / name).write_bytes(content)
-            return f"tokenizer: {name}, for the sentencepiece library; there is no tokenizer.json to write from it"
-    return f"tokenizer: {tokenizer.kind} has no file that other tools read; only the weights were written"

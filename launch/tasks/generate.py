@@ -1,21 +1,30 @@
-"""`meshwright generate run=NAME prompt='...'`: text from a run, streamed to the terminal."""
+"""`meshwright generate run=NAME prompt='...'`, or `chat='...'`: text from a run, streamed to the terminal."""
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from configs.schema import Format, GenerateConfig, RunConfig
+from data.chat import TEMPLATES, chat_ids, check_messages, text_after_turn
+from data.chat_template import render
+from data.tokenizer_contract import Tokenizer
 from launch.assemble import is_chief
 from launch.saved_run import open_run
 from launch.writing import write
+from models.decode import Completion
 from models.sampling import SamplingConfig
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints prompt and completion of each prompt; `format=json`: one object a line."""
+    """Prints prompt and completion of each prompt, or the answer in a chat; `format=json`: one object a line."""
     task = config.task
     assert isinstance(task, GenerateConfig)
-    prompts = [prompt for prompt in all_prompts(config, task) for _ in range(task.num_samples)]
+    chat = conversation(config, task)
+    prompts = all_prompts(config, task) if chat is None else []
+    if task.num_samples < 1:
+        raise ValueError(f"task.num_samples={task.num_samples}: must be at least 1")
     sampling = SamplingConfig(
         max_new_tokens=task.max_new_tokens,
         temperature=task.temperature,
@@ -27,25 +36,40 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     )
     sampling.validate()
     saved = open_run(config, overrides)
-    stream = len(prompts) == 1 and config.format is Format.table and is_chief()
-    if stream:
-        show(prompts[0])
+    stop, begun, given = list(task.stop), prompts, list(prompts)
+    if chat is not None:
+        begun, given, ending = answer_to(saved.tokenizer, chat, config.run)
+        stop += ending
+    begun = [prompt for prompt in begun for _ in range(task.num_samples)]
+    given = [prompt for prompt in given for _ in range(task.num_samples)]
+    stream = len(given) == 1 and config.format is Format.table and is_chief()
+    if stream and chat is None:
+        show(str(given[0]))
     results = write(
         saved.params(),
         saved.core.model,
         saved.tokenizer,
-        prompts,
+        given,
         sampling,
-        stop=task.stop,
+        stop=stop,
         constrain=saved.core.constrain,
-        show=show if stream else lambda text: None,
+        show=(show if chat is None else without_leading_space()) if stream else lambda text: None,
     )
-    if not is_chief():
-        return 0
-    if stream:
+    if chat is not None:
+        results = [(text.lstrip(), completion) for text, completion in results]
+    if is_chief():
+        print_all(begun, results, config.format, chat is not None, stream)
+    return 0
+
+
+def print_all(
+    begun: Sequence[str], results: Sequence[tuple[str, Completion]], format: Format, chat: bool, streamed: bool
+) -> None:
+    if streamed:
         print()
-    elif config.format is Format.json:
-        for prompt, (text, completion) in zip(prompts, results, strict=True):
+        return
+    for number, (prompt, (text, completion)) in enumerate(zip(begun, results, strict=True), 1):
+        if format is Format.json:
             row = {
                 "prompt": prompt,
                 "text": text,
@@ -53,10 +77,80 @@ def run(config: RunConfig, overrides: list[str]) -> int:
                 "logprobs": completion.logprobs,
             }
             print(json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False))
-    else:
-        for number, (prompt, (text, _)) in enumerate(zip(prompts, results, strict=True), 1):
-            print(f"--- {number} of {len(prompts)}\n{prompt}{text}")
-    return 0
+        else:
+            print(f"--- {number} of {len(begun)}\n{'' if chat else prompt}{text}")
+
+
+class Conversation(NamedTuple):
+    messages: list[Any]
+    tools: list[Any] | None
+
+
+def conversation(config: RunConfig, task: GenerateConfig) -> Conversation | None:
+    """What `chat=`, `task.system=` and `task.chat_file=` say; None without them.
+
+    Raises: ValueError where they contradict each other, and for messages that are none.
+    """
+    if config.chat is None and task.chat_file is None:
+        if task.system is not None:
+            raise ValueError(f"task.system={task.system!r}: opens a chat, and there is none; add chat='Hello'")
+        return None
+    if config.prompt is not None or task.prompts or task.prompt_file is not None:
+        raise ValueError(
+            "chat: a chat and a prompt exclude each other; chat= is answered through the run's template, prompt= is "
+            "gone on with as it is"
+        )
+    messages, tools = [], None
+    if task.chat_file is not None:
+        messages, tools = read_chat(Path(task.chat_file))
+    system = [] if task.system is None else [{"role": "system", "content": task.system}]
+    said = [] if config.chat is None else [{"role": "user", "content": config.chat}]
+    messages = [*system, *messages, *said]
+    check_messages(messages)
+    return Conversation(messages, tools)
+
+
+def read_chat(path: Path) -> Conversation:
+    """Messages, and tools where the file has any. Raises: ValueError naming the file."""
+    key = f"task.chat_file={path}"
+    if not path.is_file():
+        raise ValueError(f"{key}: there is no such file")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{key}: is not JSON: {error}") from None
+    content = content if isinstance(content, dict) else {"messages": content}
+    messages, tools = content.get("messages"), content.get("tools")
+    if not isinstance(messages, list) or not isinstance(tools, list | None):
+        raise ValueError(f'{key}: must be a list of messages, or an object {{"messages": [...], "tools": [...]}}')
+    return Conversation(messages, tools)
+
+
+def answer_to(tokenizer: Tokenizer, chat: Conversation, run: str) -> tuple[list[str], list[str | list[int]], list[str]]:
+    """(the rendered chat, its ids, texts that end the answer). Raises: ValueError for a run without a template."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"chat: the run {run!r} has no chat template; begin a run from it with one: meshwright train run=NAME "
+            f"init_from={run} tokenizer.chat_template=plain (or {', '.join(t for t in TEMPLATES if t != 'plain')}, or "
+            "a file); prompt= works without"
+        )
+    given = {"tools": chat.tools, "special_tokens": tokenizer.special_texts, "add_generation_prompt": True}
+    text = render(tokenizer.chat_template, chat.messages, **given)
+    after = text_after_turn(tokenizer)
+    return [text], [chat_ids(tokenizer, chat.messages, tools=chat.tools)], [] if after is None else [after]
+
+
+def without_leading_space() -> Callable[[str], None]:
+    """`show`, once there is something to see: templates of some models begin an answer with a space."""
+    begun = False
+
+    def show_rest(text: str) -> None:
+        nonlocal begun
+        text = text if begun else text.lstrip()
+        begun = begun or bool(text)
+        show(text)
+
+    return show_rest
 
 
 def show(text: str) -> None:
@@ -73,7 +167,5 @@ def all_prompts(config: RunConfig, task: GenerateConfig) -> list[str]:
             raise ValueError(f"task.prompt_file={task.prompt_file}: there is no such file")
         prompts += [line for line in path.read_text().splitlines() if line]
     if not prompts:
-        raise ValueError("prompt=null: give a text to go on from: prompt='def '")
-    if task.num_samples < 1:
-        raise ValueError(f"task.num_samples={task.num_samples}: must be at least 1")
+        raise ValueError("prompt=null: give a text to go on from: prompt='def ', or chat='Hello' to be answered")
     return prompts

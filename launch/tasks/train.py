@@ -13,6 +13,8 @@ import jax
 
 from configs.schema import Resume, RunConfig, TrainConfig, to_plain
 from data.pipeline import OfflineSource
+from data.tokenizer import from_files, load_tokenizer, save_tokenizer
+from data.tokenizer_contract import first_difference
 from launch import exit_codes
 from launch.assemble import (
     Core,
@@ -22,6 +24,7 @@ from launch.assemble import (
     build_source,
     is_chief,
     load_corpora,
+    wait_for_all,
 )
 from launch.origins import adopt, adopt_tokenizer, find_origin
 from launch.run_folder import RunFolder, environment, refuse_drift, run_folder, write_whole
@@ -56,6 +59,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, config.checkpoint, say=say))
         check_resume(config, folder, checkpointer.steps())
         adopt_tokenizer(config, overrides, folder, say)
+        recall_tokenizer(folder, checkpointer)
         ledger = Ledger(folder.path / "goodput.json" if is_chief() else None)
         with ledger.phase("data_preparation"):
             corpora = load_corpora(config, folder, say)
@@ -90,6 +94,27 @@ def check_resume(config: RunConfig, folder: RunFolder, steps: list[int]) -> None
         )
     if steps and folder.config.exists():
         refuse_drift(folder.saved_config(), config, folder.name)
+
+
+def recall_tokenizer(folder: RunFolder, checkpointer: Checkpointer) -> None:
+    """The tokenizer of the checkpoint that the run goes on from, where its folder has none.
+
+    Raises: ValueError where the folder holds another one.
+    """
+    step = checkpointer.latest_whole()
+    if step is None:
+        return
+    saved, there = from_files(checkpointer.read_tokenizer(step)), load_tokenizer(folder.tokenizer)
+    difference = None if there is None else first_difference(saved, there)
+    if difference is not None:
+        raise ValueError(
+            f"{folder.tokenizer}: its {difference} is not that of the checkpoint of step {step}, which was trained "
+            "with another; delete this folder to take the checkpoint's"
+        )
+    wait_for_all("tokenizer compared")
+    if there is None and is_chief():
+        save_tokenizer(saved, folder.tokenizer)
+    wait_for_all("tokenizer recalled")
 
 
 @dataclass(frozen=True)
@@ -338,11 +363,12 @@ def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
     arguments = " ".join(a for a in sys.argv[1:] if not a.startswith(("task=", "task.num_steps=")))
     resume = f"meshwright train {arguments}".rstrip() + f" task.num_steps={2 * task.num_steps}"
     prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
+    write_with = f"prompt='{prompt} '" if config.tokenizer.chat_template is None else "chat='Hello'"
     where = "" if config.runs == "runs" else f" runs={config.runs}"
     return (
         f"run {config.run!r} is in {folder.path}{how}; its loss curve: {folder.picture}\n"
         "next:\n"
         f"  {resume}\n"
-        f"  meshwright generate run={config.run}{where} prompt='{prompt} '\n"
+        f"  meshwright generate run={config.run}{where} {write_with}\n"
         "  meshwright train source=[text] data.sources.text.paths=[YOUR_FOLDER] run=mine"
     )

@@ -11,11 +11,11 @@ from data.tokenizer import (
     SentencePieceConfig,
     StreamDecoder,
     TokenizerJsonConfig,
-    fingerprint,
     from_files,
     load_tokenizer,
     save_tokenizer,
 )
+from data.tokenizer_contract import fingerprint
 
 CODE = 'def f(x):\n\treturn  x +  1\n\n\nclass A:\n    """Doc."""\n\n    y = [1, 23]  \n'
 TEXTS = [CODE, "  two spaces", "a\n\nb", "日本語 und Ümläute", "\U0001f600 emoji\n", "", "</s> <unk> [PAD]"]

@@ -1,0 +1,52 @@
+"""A SentencePiece model from the text of a run."""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+
+
+def train_sentencepiece(
+    documents: Iterable[str], *, vocab_size: int, limit: int, special_tokens: Sequence[str] = ()
+) -> bytes:
+    """A `tokenizer.model` of byte-pair encoding in which no text is unknown and decoding gives back the text.
+
+    `limit`: bytes of text that are read, at most. `special_tokens` get ids that no text can be encoded to.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_lines(documents, limit),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,  # no text is unknown
+        split_digits=True,
+        allow_whitespace_only_pieces=True,  # indentation is one token
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,  # decode(encode(x)) == x
+        user_defined_symbols=["\n", "\t"],
+        control_symbols=list(special_tokens),
+        unk_id=0,
+        bos_id=-1,
+        eos_id=1,
+        pad_id=-1,
+        max_sentence_length=1 << 20,
+        num_threads=1,  # the same model on every machine
+        train_extremely_large_corpus=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _lines(documents: Iterable[str], limit: int) -> Iterator[str]:
+    """Text by lines, as the trainer wants it: it takes newlines for borders, and they have a token of their own."""
+    seen = 0
+    for document in documents:
+        for line in document.split("\n"):
+            if line:
+                yield line.replace("\0", " ")
+                seen += len(line.encode()) + 1
+        if seen >= limit:
+            return

@@ -131,3 +131,17 @@ def test_tokens_are_small_where_the_vocabulary_is(tmp_path):
 
 def test_units_are_stable():
     assert SyntheticConfig(num_documents=3).units() == [Unit((), 0, 3)]
+
+
+def test_documents_begin_and_end_as_the_policy_says(texts, tmp_path):
+    class WithBos(Bytes):
+        bos_id = 1
+
+    tokenizer = WithBos().with_policy(add_bos=True)
+    folders = [prepared_folder(tmp_path, "a", texts, t) for t in (tokenizer, WithBos())]
+    assert folders[0] != folders[1]
+    for folder, made, begin in zip(folders, (tokenizer, WithBos()), ([1], []), strict=True):
+        corpus = TokenCorpus(prepare_source(texts, made, folder), "train")
+        for i in range(corpus.num_documents):
+            ids = corpus.document(i, 0, 10**9).tolist()
+            assert ids[: len(begin)] == begin and ids[len(begin)] == ord("d") and ids[-1] == 256

@@ -1,6 +1,7 @@
 """A published checkpoint in, trained on, and out again, from the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -89,6 +90,32 @@ def test_training_begins_from_it_with_its_model_and_tokenizer(published, tmp_pat
     assert inspect(tmp_path, "llama")["step"] == 0
     meshwright(tmp_path, "convert", "from=tuned", f"to=hf:{tmp_path / 'tuned'}", "task.dtype=float32")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+
+
+def test_a_chat_template_and_stop_tokens_go_in_and_out(published, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(published, source)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}a:{% endif %}"
+    (source / "chat_template.jinja").write_text(template)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 70], "temperature": 0.5}))
+    meshwright(tmp_path, "convert", f"from=hf:{source}", "to=chat")
+    out, _ = meshwright(tmp_path, "generate", "run=chat", "chat=the cat", "task.max_new_tokens=3", "format=json")
+    assert json.loads(out)["prompt"] == "user: the cat<end>\na:"
+    meshwright(tmp_path, "convert", "from=chat", f"to=hf:{tmp_path / 'back'}")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back.chat_template == template and back.eos_token == "<end>"
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {
+        "bos_token_id": None,
+        "eos_token_id": [0, 70],
+        "pad_token_id": None,
+        "temperature": 0.5,
+    }
+    meshwright(tmp_path, "convert", f"from=hf:{published}", "to=plain", "tokenizer.chat_template=plain")
+    meshwright(tmp_path, "convert", "from=plain", f"to=hf:{tmp_path / 'given'}")
+    given = transformers.AutoTokenizer.from_pretrained(tmp_path / "given")
+    chat = given.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "User: a\n\nAssistant:"
 
 
 def test_mistakes_are_named(published, tmp_path):

@@ -16,6 +16,9 @@ SPACE = "\u2581"
 KEY = "tokenizer.ggml."
 UNMERGED = -1e6  # score of a piece that no merge makes: after all those that are made
 
+END = "<|endoftext|>"  # how the end of a document is written where a tokenizer has no text for it
+NO_MERGE = f"{END} {END}"  # llama.cpp wants a list of merges, and GGUF has no empty lists; this one never happens
+
 # Ways of cutting text into words before merging, as regular expressions.
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -133,7 +136,9 @@ def _byte_level(tokens: list[str], types: list[int], found: Mapping[str, Any]) -
         for step in cut.steps
         if step != "gpt2"
     }
-    merges = [merge.split(" ") for merge in found.get("merges", [])]
+    known = set(tokens)
+    pairs = [merge.split(" ") for merge in found.get("merges", [])]
+    merges = [pair for pair in pairs if "".join(pair) in known]  # without NO_MERGE
     return _tokenizer_json(
         tokens,
         types,
@@ -222,9 +227,9 @@ def _write_bytes(tokenizer: Bytes) -> dict[str, Any]:
     return {
         "model": "gpt2",
         "pre": "gpt-2",
-        "tokens": [*_byte_characters(), "<|endoftext|>"],
+        "tokens": [*_byte_characters(), END],
         "token_type": [NORMAL] * 256 + [CONTROL],
-        "merges": [],
+        "merges": [NO_MERGE],
         "add_bos_token": False,
     }
 
@@ -290,7 +295,7 @@ def _write_json(tokenizer: TokenizerJson) -> dict[str, Any]:
             f"tokenizer.json: cuts text into words by {list(cut.steps)}, for which llama.cpp has no name known here; "
             f"known: {', '.join(CUTS)}"
         )
-    return {"model": "gpt2", "pre": name, **common, "merges": [" ".join(merge) for merge in merges]}
+    return {"model": "gpt2", "pre": name, **common, "merges": [" ".join(merge) for merge in merges] or [NO_MERGE]}
 
 
 def _parts(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:

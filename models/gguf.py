@@ -80,12 +80,12 @@ KEYS = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "context_length": "max_position_embeddings",
     "vocab_size": "vocab_size",
 }
-GEMMA_KEYS = KEYS | {
+HEAD_KEYS = KEYS | {"attention.key_length": "head_dim"}  # elsewhere llama.cpp takes width / heads
+GEMMA_KEYS = HEAD_KEYS | {
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -137,9 +137,9 @@ LLAMA_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_ga
 
 # In the order in which an export looks for one that can say what the model is.
 ARCHITECTURES = (
-    Architecture("llama", "llama", KEYS, TENSORS, SILU, LLAMA_BIASES, interleaved=True, rope_factors=True),
+    Architecture("llama", "llama", HEAD_KEYS, TENSORS, SILU, LLAMA_BIASES, interleaved=True, rope_factors=True),
     Architecture("qwen2", "qwen2", KEYS, TENSORS, SILU, windows=False),
-    Architecture("qwen3", "qwen3", KEYS, TENSORS, SILU),
+    Architecture("qwen3", "qwen3", HEAD_KEYS, TENSORS, SILU),
     Architecture("gemma2", "gemma2", GEMMA_KEYS, TENSORS | AFTER, GELU, norm_offset=1, large=46),
     Architecture(
         "gemma3", "gemma3_text", GEMMA_KEYS, TENSORS | AFTER, GELU, norm_offset=1, large=62, local_theta=10_000.0
@@ -195,7 +195,7 @@ def read_config(header: Header) -> ModelConfig:
             if len(set(value)) != 1:
                 raise ValueError(f"{row.name}.{key}={value}: differs between layers, which is not supported")
             hf[row.keys[key]] = value[0]
-    if found.get("attention.value_length", hf.get("head_dim")) != hf.get("head_dim"):
+    if found.get("attention.value_length", (key_length := found.get("attention.key_length"))) != key_length:
         raise ValueError(f"{row.name}.attention.value_length={found['attention.value_length']}: is not key_length")
     if "n_layer" not in hf:
         hf |= _read_positions(row, header, found, hf)
@@ -287,7 +287,8 @@ def write_header(row: Architecture, config: ModelConfig) -> Header:
     factors = None
     if config.position is Position.rope:
         rope, head_dim = config.rope, config.attention.head_dim
-        found["attention.value_length"] = head_dim
+        if "attention.key_length" in row.keys:
+            found["attention.value_length"] = head_dim
         found["rope.dimension_count"] = int(head_dim * rope.fraction)
         found["rope.freq_base"] = rope.theta
         if rope.local_theta is not None:

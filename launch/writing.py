@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import StreamDecoder, Tokenizer
+from data.tokenizer import StreamDecoder, Tokenizer, TokenizerJson
 from models.config import ModelConfig
 from models.decode import Completion, SamplingConfig, generate
 from models.partition import Constrain
@@ -80,6 +80,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises: ValueError where the tokenizer has nothing to begin a document with.
     """
     begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    if isinstance(tokenizer, TokenizerJson) and tokenizer.inner.encode("a").ids[:1] != begin:
+        begin = []  # it has a BOS, which texts do not begin with
     ids = begin + tokenizer.encode(prompt)
     if ids:
         return ids

@@ -207,6 +207,16 @@ def read_config(header: Header) -> ModelConfig:
     return row.family.read(hf)
 
 
+# Of YaRN; llama.cpp leaves some of them out in these architectures.
+FINER = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}
+
+
 def _read_positions(row: Architecture, header: Header, found: Mapping[str, Any], hf: HFConfig) -> dict[str, Any]:
     """What a header tells of rotary positions, in the words of config.json."""
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
@@ -228,7 +238,6 @@ def _read_positions(row: Architecture, header: Header, found: Mapping[str, Any],
         rope |= {"rope_type": "linear", "factor": found["rope.scale_linear"]}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = found.get("rope.scaling.original_context_length")
-        rope["beta_fast"], rope["beta_slow"] = (found.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow"))
     rope["partial_rotary_factor"] = found.get("rope.dimension_count", head_dim) / head_dim
     if row.interleaved and rope["partial_rotary_factor"] != 1:
         raise ValueError(f"{row.name}.rope.dimension_count={found['rope.dimension_count']}: must be {head_dim}")
@@ -297,8 +306,6 @@ def write_header(row: Architecture, config: ModelConfig) -> Header:
             found |= {"rope.scaling.type": rope.scaling.name, "rope.scaling.factor": rope.factor}
         if rope.scaling in (RopeScaling.llama3, RopeScaling.yarn):
             found["rope.scaling.original_context_length"] = rope.original_max_seq_len
-        if rope.scaling is RopeScaling.yarn:
-            found |= {"rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}
         if rope.scaling is RopeScaling.llama3:
             factors = _factors(rope, head_dim)
             # llama.cpp reads the factors alone; with these three they can be read back as what they were made of.

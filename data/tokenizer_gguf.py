@@ -242,9 +242,9 @@ def _byte_characters() -> list[str]:
 
 
 def _write_sentencepiece(tokenizer: SentencePiece) -> dict[str, Any]:
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as proto
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    model = getattr(proto, "ModelProto").FromString(tokenizer.model)  # noqa: B009  # a class made at import time
     trained, normal = model.trainer_spec, model.normalizer_spec
     if trained.model_type != trained.BPE or normal.name not in ("", "identity") or normal.remove_extra_whitespaces:
         raise ValueError(

@@ -80,7 +80,9 @@ def random_params(config: ModelConfig):
 
     def make(path, spec):
         norm = path[-1].key == "scale" and not config.norm_unit_offset
-        size = 0.25 if path[-1].key == "embedding" else spec.shape[-1] ** -0.5 if path[-1].key == "kernel" else 0.25
+        size = spec.shape[-1] ** -0.5 if path[-1].key == "kernel" else 0.25
+        if path[-1].key == "embedding" and config.scale_embeddings:
+            size = 0.05  # or a token predicts itself, whatever the layers do
         return jnp.asarray(norm + np.round(size * rng.standard_normal(spec.shape) * 4096) / 4096, spec.dtype)
 
     return jax.tree_util.tree_map_with_path(make, abstract_params(config))
@@ -122,7 +124,7 @@ def test_llama_cpp_writes_the_same_tokens(case):
     prompts = [[int(i) for i in np.random.default_rng(1).integers(1, 264, n)] for n in (40, 3)]
     ours = generate(params, config, prompts, SamplingConfig(max_new_tokens=16, temperature=0), eos_id=0)
     # ggml looks GELU up in a table of f16.
-    tolerance = 1e-5 if config.mlp.activation is Activation.silu else 0.02
+    tolerance = 1e-4 if config.mlp.activation is Activation.silu else 0.02
     for row, theirs in zip(ours, complete(path, prompts, 16), strict=True):
         assert [piece["id"] for piece in theirs][: len(row.tokens)] == row.tokens
         assert len(theirs) - len(row.tokens) == (row.finish_reason == "eos")

@@ -134,10 +134,11 @@ class RunsConfig(TaskConfig):
 @dataclass
 class ConvertConfig(TaskConfig):
     kind: str = "convert"
-    origin: str | None = None  # from=: hf:FOLDER, or a run's name, NAME@STEP for one step
-    target: str | None = None  # to=: a run's name, or hf:FOLDER
-    dtype: str | None = None  # of the weights in the folder; null: as they came, else the model's dtype
-    shard_gigabytes: float = 5.0  # size of a file, at most
+    origin: str | None = None  # from=: hf:FOLDER, gguf:FILE, or a run's name, NAME@STEP for one step
+    target: str | None = None  # to=: a run's name, hf:FOLDER or gguf:FILE
+    # float32, float16, bfloat16, and q8_0, q4_0 in a GGUF file; null: as they came, else the model's dtype
+    dtype: str | None = None
+    shard_gigabytes: float = 5.0  # size of a file in a folder, at most
 
 
 @dataclass

@@ -1,20 +1,22 @@
-"""Weights that exist already: another run's, or a published checkpoint's (`hf:FOLDER`)."""
+"""Weights that exist already: another run's, or a published checkpoint's (`hf:FOLDER`, `gguf:FILE`)."""
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig, validate
 from data.chat import configured
 from data.tokenizer import SentencePieceConfig, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
-from data.tokenizer_contract import Tokenizer
+from data.tokenizer_contract import TEMPLATE, Tokenizer
+from data.tokenizer_gguf import read_tokenizer
 from launch.assemble import MADE_OF, is_chief, wait_for_all
 from launch.run_folder import RunFolder
 from models.config import ModelConfig
+from models.gguf_files import File
 from models.huggingface import family_of
-from models.huggingface_files import Folder, load_params
+from models.huggingface_files import BESIDE, Checkpoint, Folder, load_params
 from trainer.checkpoint import Checkpointer
 from trainer.objective import Params
 
@@ -30,21 +32,24 @@ class Origin:
     tokenizer_config: TokenizerConfig
     tokenizer: Callable[[], Tokenizer]
     params: Callable[[Params], Params]  # onto the shapes and shardings given
+    checkpoint: Checkpoint | None = None  # of a published one
+    beside: dict[str, bytes] = field(default_factory=dict)  # of a published one: files that came with the weights
 
 
 def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") -> Origin:
-    """`hf:FOLDER`, or a run's `NAME` or `FOLDER`, either with `@STEP`.
+    """`hf:FOLDER`, `gguf:FILE`, or a run's `NAME` or `FOLDER`, either with `@STEP`.
 
     Raises: ValueError where there is none, naming `key` and the way out.
     """
-    if reference.startswith("hf:"):
-        return published(Path(reference.removeprefix("hf:")))
+    kind, published = published_kind(reference)
+    if kind is not None:
+        return PUBLISHED[kind](published)
     name, _, step = reference.partition("@")
     path = Path(name) if Path(name, "config.yaml").exists() else Path(runs, name)
     if not (path / "config.yaml").exists():
         raise ValueError(
-            f"{key}={reference}: there is no run in {path}; give a run's name or folder, or hf:FOLDER of a "
-            "published checkpoint"
+            f"{key}={reference}: there is no run in {path}; give a run's name or folder, or hf:FOLDER or "
+            "gguf:FILE of a published checkpoint"
         )
     if step and not step.isdigit():
         raise ValueError(f"{key}={reference}: {step!r} is no step; give NAME@STEP")
@@ -64,7 +69,13 @@ def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") 
     return Origin(f"{path.name}, step {at}", saved.model, saved.tokenizer, tokenizer, params)
 
 
-def published(path: Path) -> Origin:
+def published_kind(reference: str) -> tuple[str | None, Path]:
+    """`hf:FOLDER` to its kind and its path; None for the name of a run."""
+    kind, _, path = reference.partition(":")
+    return (kind, Path(path)) if kind in PUBLISHED else (None, Path(reference))
+
+
+def _folder(path: Path) -> Origin:
     folder = Folder(path)
     model = family_of(folder.config).read(folder.config)
     pieces = (path / "tokenizer.model").exists() and not (path / "tokenizer.json").exists()
@@ -78,7 +89,28 @@ def published(path: Path) -> Origin:
             )
         return configured(config.build(lambda: iter(())), config)
 
-    return Origin(f"hf:{path}", model, config, tokenizer, lambda abstract: load_params(folder, model, abstract))
+    beside = {name: (path / name).read_bytes() for name in ("config.json", *BESIDE) if (path / name).is_file()}
+    load = lambda abstract: load_params(folder, model, abstract)
+    return Origin(folder.label, model, config, tokenizer, load, folder, beside)
+
+
+def _file(path: Path) -> Origin:
+    file = File(path)
+
+    def tokenizer() -> Tokenizer:
+        try:
+            return configured(read_tokenizer(file.header.metadata).with_policy(chat_template=template), config)
+        except ValueError as error:
+            raise ValueError(f"{file.label}: {error}") from None
+
+    template = file.header.metadata.get("tokenizer.chat_template")
+    beside = {} if template is None else {TEMPLATE: template.encode()}
+    load = lambda abstract: load_params(file, file.model, abstract)
+    config = TokenizerJsonConfig(path=str(path))
+    return Origin(file.label, file.model, config, tokenizer, load, file, beside)
+
+
+PUBLISHED: dict[str, Callable[[Path], Origin]] = {"hf": _folder, "gguf": _file}
 
 
 def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> RunConfig:
@@ -99,15 +131,20 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
         origin = find_origin(config.init_from, config.runs, say)
         model, tokenizer = origin.model, origin.tokenizer_config
     if "model" not in named:
-        model = copy.deepcopy(model)
-        for key in sorted(named):
-            if key.startswith("model."):
-                _set(model, key.removeprefix("model."), config.model)
-        config = replace(config, model=model)
+        config = replace(config, model=with_changes(model, config, overrides))
     if not _chooses_tokenizer(named):
         config = replace(config, tokenizer=replace(tokenizer, **_policy_keys(config, named)))
     validate(config)
     return config
+
+
+def with_changes(model: ModelConfig, config: RunConfig, overrides: list[str]) -> ModelConfig:
+    """`model` with the single keys, such as `model.remat`, that the command line names."""
+    model = copy.deepcopy(model)
+    for key in sorted(override.lstrip("+~").partition("=")[0] for override in overrides):
+        if key.startswith("model."):
+            _set(model, key.removeprefix("model."), config.model)
+    return model
 
 
 def _set(model: Any, key: str, given: Any) -> None:

@@ -17,7 +17,7 @@ TASKS = {
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
     "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
-    "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN",
+    "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN, from=RUN to=gguf:FILE",
     "runs": "a table of the runs in a folder",
 }
 

@@ -2,7 +2,8 @@
 
 A rule says which arrays of ours stand in one tensor of theirs, and in which order of dims. The letters are those of
 `LETTERS`; dims in brackets are flattened into one: `(NH)D` is a matrix of N x H rows and D columns. Rotary halves are
-paired as transformers pairs them, so that nothing is permuted.
+paired as transformers pairs them, so that nothing is permuted; where a format has the two numbers of a pair side by
+side, its pattern says R for H: `(NR)D`.
 """
 
 import dataclasses

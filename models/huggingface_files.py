@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,29 @@ BESIDE = (
 Progress = Callable[[int, int], None]  # done, in all
 
 
+class Naming(Protocol):
+    """How a format spells the tensors of a model."""
+
+    @property
+    def rules(self) -> Callable[[ModelConfig], list[Rule]]: ...
+
+
+class Checkpoint(Protocol):
+    """A published checkpoint that is there, whatever its format."""
+
+    label: str  # for people: hf:FOLDER, gguf:FILE
+    source: str  # what in it tells the shapes
+
+    @property
+    def naming(self) -> Naming: ...
+
+    def names(self) -> set[str]: ...
+
+    def slice(self, name: str) -> Any:
+        """Has `get_shape()`, and reads what it is indexed with."""
+        ...
+
+
 def _safetensors() -> Any:
     try:
         import safetensors.numpy
@@ -38,9 +61,11 @@ def _safetensors() -> Any:
 class Folder:
     """A checkpoint that is there: its config, and slices of its tensors by name."""
 
+    source = "config.json"
+
     def __init__(self, path: Path):
         """Raises: ValueError where there is no config.json or no safetensors, naming the way out."""
-        self.path = path
+        self.path, self.label = path, f"hf:{path}"
         if not (path / "config.json").is_file():
             raise ValueError(f"hf:{path}: there is no config.json; give the folder of a downloaded checkpoint")
         self.config: dict[str, Any] = json.loads((path / "config.json").read_text())
@@ -61,6 +86,10 @@ class Folder:
                 else f"neither {SINGLE} nor {INDEX} is there"
             )
             raise ValueError(f"hf:{path}: {way_out}")
+
+    @property
+    def naming(self) -> Family:
+        return family_of(self.config)
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:
@@ -94,6 +123,11 @@ def _groups(pattern: str) -> list[str]:
     return groups
 
 
+def _interleaved(pattern: str) -> tuple[str, bool]:
+    """`(NR)D` to `(NH)D`, and whether there was an R: heads whose rotary pairs lie side by side."""
+    return pattern.replace("R", "H"), "R" in pattern
+
+
 def _at(tree: Any, path: str) -> Any:
     for name in path.split("."):
         tree = tree[name]
@@ -101,10 +135,10 @@ def _at(tree: Any, path: str) -> Any:
 
 
 class Layout:
-    """Where each array of ours stands in the tensors of a family."""
+    """Where each array of ours stands in the tensors of a format."""
 
-    def __init__(self, config: ModelConfig, family: Family):
-        self.config, self.rules = config, family.rules(config)
+    def __init__(self, config: ModelConfig, naming: Naming):
+        self.config, self.rules = config, naming.rules(config)
         self._axes, self._abstract = param_axes(config), abstract_params(config)
         self.places = {self._path(r, path): (r, path) for r in self.rules for path, _ in r.parts}
 
@@ -121,7 +155,7 @@ class Layout:
         whole: list[int] = []
         for path, pattern in rule.parts:
             sizes = self.sizes(self._path(rule, path))
-            shape = [int(np.prod([sizes[d] for d in group])) for group in _groups(pattern)]
+            shape = [int(np.prod([sizes[d] for d in group])) for group in _groups(_interleaved(pattern)[0])]
             if whole:
                 whole[rule.axis] += shape[rule.axis]
             else:
@@ -139,8 +173,9 @@ class Layout:
 
     def read(self, tensor: Any, rule: Rule, path: str, wanted: Mapping[str, slice]) -> np.ndarray:
         """A slice of one layer of an array of ours, out of their tensor, in our order of dims."""
-        start = 0
+        start, interleaved = 0, False
         for part, pattern in rule.parts:
+            pattern, interleaved = _interleaved(pattern)
             sizes, groups = self.sizes(self._path(rule, part)), _groups(pattern)
             if part == path:
                 break
@@ -154,8 +189,10 @@ class Layout:
             ranges.append(slice(offset + low * rest, offset + high * rest))
             dims += [high - low, *(sizes[d] for d in group[1:])]
         letters = "".join(groups)
-        part_of = np.asarray(tensor[tuple(ranges)]).reshape(dims)
-        return part_of.transpose([letters.index(d) for d in sizes])[tuple(left[d] for d in sizes)]
+        array = np.asarray(tensor[tuple(ranges)]).reshape(dims)
+        if interleaved:  # H is never the first of its brackets, so heads are whole here
+            array = array.take(np.arange(sizes["H"]).reshape(-1, 2).T.ravel(), letters.index("H"))
+        return array.transpose([letters.index(d) for d in sizes])[tuple(left[d] for d in sizes)]
 
     def write(self, params: Params, rule: Rule, layer: int | None) -> np.ndarray:
         """One tensor of theirs, whole, on this host."""
@@ -163,10 +200,13 @@ class Layout:
         for path, pattern in rule.parts:
             ours = _at(params, self._path(rule, path))
             array = _to_host(ours if layer is None else ours[layer])
-            order = list(self.sizes(self._path(rule, path)))
-            groups = _groups(pattern)
-            array = array.transpose([order.index(d) for d in "".join(groups)])
             sizes = self.sizes(self._path(rule, path))
+            order = list(sizes)
+            pattern, interleaved = _interleaved(pattern)
+            groups = _groups(pattern)
+            if interleaved:
+                array = array.take(np.arange(sizes["H"]).reshape(2, -1).T.ravel(), order.index("H"))
+            array = array.transpose([order.index(d) for d in "".join(groups)])
             parts.append(array.reshape([int(np.prod([sizes[d] for d in group])) for group in groups]))
         return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, rule.axis))
 
@@ -179,7 +219,7 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _names_there(folder: Folder, layout: Layout) -> dict[str, str]:
+def _names_there(folder: Checkpoint, layout: Layout) -> dict[str, str]:
     """Our spelling of each name to that in the files. Raises: ValueError where the two do not match, naming tensors."""
     there = folder.names()
     wanted = {name: layout.shape(rule) for name, rule, _ in layout.tensors()}
@@ -192,19 +232,21 @@ def _names_there(folder: Folder, layout: Layout) -> dict[str, str]:
     problems = [f"{name} is missing" for name in missing] + [f"{name} has no place here" for name in unmapped]
     for name, found in spelt.items():
         if found in there and (shape := tuple(folder.slice(found).get_shape())) != wanted[name]:
-            problems.append(f"{found} is {list(shape)}, and config.json says {list(wanted[name])}")
+            problems.append(f"{found} is {list(shape)}, and {folder.source} says {list(wanted[name])}")
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"hf:{folder.path}: {'; '.join(problems[:5])}{more}")
+        raise ValueError(f"{folder.label}: {'; '.join(problems[:5])}{more}")
     return spelt
 
 
-def load_params(folder: Folder, config: ModelConfig, abstract: Params, progress: Progress = lambda *_: None) -> Params:
+def load_params(
+    folder: Checkpoint, config: ModelConfig, abstract: Params, progress: Progress = lambda *_: None
+) -> Params:
     """Parameters onto the shardings and dtypes of `abstract`; each process reads its own slices, in parallel.
 
     Raises: ValueError naming each tensor that is missing, unmapped or of another shape.
     """
-    layout = Layout(config, family_of(folder.config))
+    layout = Layout(config, folder.naming)
     spelt = _names_there(folder, layout)
     done = [0]
 
@@ -234,9 +276,9 @@ def load_params(folder: Folder, config: ModelConfig, abstract: Params, progress:
     return jax.tree.unflatten(structure, arrays)
 
 
-def first_difference(folder: Folder, config: ModelConfig, params: Params) -> str | None:
+def first_difference(folder: Checkpoint, config: ModelConfig, params: Params) -> str | None:
     """The name of the first tensor there that is not, bit for bit, the one that `params` would write; None if none."""
-    layout = Layout(config, family_of(folder.config))
+    layout = Layout(config, folder.naming)
     spelt = _names_there(folder, layout)
     for name, rule, layer in layout.tensors():
         there = np.asarray(folder.slice(spelt[name])[:])

@@ -1,19 +1,24 @@
-"""`meshwright convert from=hf:FOLDER to=RUN`, and `from=RUN to=hf:FOLDER`: exact both ways, and checked."""
+"""`meshwright convert from=hf:FOLDER to=RUN`, `from=RUN to=gguf:FILE` and so on: exact both ways, and checked."""
 
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from configs.schema import ConvertConfig, RunConfig, TrainConfig, to_plain
 from data.chat import configured
 from data.tokenizer import TokenizerConfig, save_tokenizer
+from data.tokenizer_gguf import write_tokenizer as tokenizer_header
 from launch.assemble import build_core, is_chief
-from launch.origins import find_origin
+from launch.origins import find_origin, published_kind, with_changes
 from launch.published import write_tokenizer
 from launch.run_folder import environment, run_folder
-from launch.saved_run import open_run, say
+from launch.saved_run import SavedRun, open_run, say
+from models import gguf_files
 from models.cost import num_params
+from models.gguf import architecture_for
 from models.huggingface import family_for, family_of, shape_of
 from models.huggingface_files import BESIDE, Folder, first_difference, save_params
 from trainer.checkpoint import Checkpointer
@@ -26,17 +31,18 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     """Raises: ValueError where the two ends are not one published checkpoint and one run."""
     task = config.task
     assert isinstance(task, ConvertConfig)
-    origin, target = task.origin, task.target
-    if origin is None or target is None or origin.startswith("hf:") == target.startswith("hf:"):
-        raise ValueError("convert: give from=hf:FOLDER to=RUN, or from=RUN to=hf:FOLDER")
-    if origin.startswith("hf:"):
-        return to_run(dataclasses.replace(config, run=target), origin)
+    origin, target = task.origin or "", task.target or ""
+    (from_kind, _), (to_kind, path) = published_kind(origin), published_kind(target)
+    if not origin or not target or (from_kind is None) == (to_kind is None):
+        raise ValueError("convert: give from=hf:FOLDER to=RUN or from=RUN to=hf:FOLDER; gguf:FILE goes for hf:FOLDER")
+    if to_kind is None:
+        return to_run(dataclasses.replace(config, run=target), overrides, origin)
     name, _, step = origin.partition("@")
     config = dataclasses.replace(config, run=name, step=int(step) if step.isdigit() else config.step)
-    return to_published(config, task, overrides, Path(target.removeprefix("hf:")))
+    return to_published(config, task, overrides, to_kind, path)
 
 
-def to_run(config: RunConfig, reference: str) -> int:
+def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
     """A run at step 0, to be evaluated, written with, or begun from (`init_from=RUN`)."""
     folder = run_folder(config)
     if folder.config.exists():
@@ -47,7 +53,7 @@ def to_run(config: RunConfig, reference: str) -> int:
     tokenizer = configured(origin.tokenizer(), TokenizerConfig(**policy))
     config = dataclasses.replace(
         config,
-        model=origin.model,
+        model=with_changes(origin.model, config, overrides),
         tokenizer=dataclasses.replace(origin.tokenizer_config, **policy),
         optimizer=SgdConfig(momentum=0.0),
         data=dataclasses.replace(config.data, sources={}),
@@ -56,17 +62,16 @@ def to_run(config: RunConfig, reference: str) -> int:
     core = build_core(config, tokenizer)
     state = core.init_state()
     state = dataclasses.replace(state, params=origin.params(core.abstract.params))
-    source = Path(reference.removeprefix("hf:"))
-    differs = first_difference(Folder(source), origin.model, state.params)
+    assert origin.checkpoint is not None
+    differs = first_difference(origin.checkpoint, origin.model, state.params)
     if differs is not None:
         raise RuntimeError(f"{reference}: {differs} is not what was read from it; nothing was written")
     if is_chief():
         folder.write_start(config, [])
         save_tokenizer(tokenizer, folder.tokenizer)
         (folder.path / CARRIED).mkdir(exist_ok=True)
-        for name in ("config.json", *BESIDE):
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder.path / CARRIED / name)
+        for name, content in origin.beside.items():
+            (folder.path / CARRIED / name).write_bytes(content)
     with Checkpointer(folder.checkpoints, config.checkpoint, say=say) as checkpointer:
         saved = {"run": to_plain(config), "environment": environment(), "mesh": dict(core.mesh.shape)}
         checkpointer.save(0, state, source={}, config=saved, tokenizer=tokenizer.files())
@@ -77,28 +82,43 @@ def to_run(config: RunConfig, reference: str) -> int:
     return 0
 
 
-def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], path: Path) -> int:
-    """A folder that transformers, vLLM and others load. It has its name only when it is whole and checked."""
-    if path.exists() and any(path.iterdir()):
-        raise ValueError(f"to=hf:{path}: is there already and not empty; give another folder")
+def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], kind: str, path: Path) -> int:
+    """A checkpoint that other tools load. It has its name only when it is whole and checked."""
+    if path.is_file() or (path.exists() and any(path.iterdir())):
+        raise ValueError(f"to={kind}:{path}: is there already and not empty; give another name")
+    if task.dtype is not None and task.dtype not in DTYPES[kind]:
+        raise ValueError(f"task.dtype={task.dtype}: must be one of {', '.join(DTYPES[kind])} in {kind}:")
     saved = open_run(config, overrides)
-    model, folder = saved.core.model, saved.folder
-    try:
-        family = family_for(model)
-    except ValueError as error:
-        raise ValueError(f"from={folder.name}: {error}") from None
-    carried = folder.path / CARRIED
-    before = json.loads((carried / "config.json").read_text()) if (carried / "config.json").exists() else {}
-    if before and shape_of(family_of(before).read(before)) == shape_of(model):
-        family = family_of(before)
-    dtype = task.dtype or before.get("dtype") or before.get("torch_dtype") or model.dtype.name
-    params = saved.params()
     half = path.with_name(path.name + ".tmp")
     if is_chief() and half.exists():
-        shutil.rmtree(half)
-    save_params(half, model, params, family, dtype=dtype, shard_bytes=int(task.shard_gigabytes * 1e9))
+        shutil.rmtree(half) if half.is_dir() else half.unlink()
+    carried = saved.folder.path / CARRIED
+    before = json.loads((carried / "config.json").read_text()) if (carried / "config.json").exists() else {}
+    dtype = task.dtype or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
+    try:
+        written = WRITERS[kind](half, saved, before, dtype, task)
+    except ValueError as error:
+        raise ValueError(f"from={saved.folder.name}: {error}") from None
     if not is_chief():
         return 0
+    if path.exists():
+        path.rmdir()
+    half.rename(path)
+    parameters = num_params(saved.core.model)["total"]
+    say(f"{kind}:{path}: {written}, {parameters:,} parameters in {dtype}, read back and equal")
+    return 0
+
+
+def write_folder(half: Path, saved: SavedRun, before: dict[str, Any], dtype: str, task: ConvertConfig) -> str:
+    """A folder that transformers, vLLM and others load; returns the name of its class."""
+    model, carried = saved.core.model, saved.folder.path / CARRIED
+    family = family_for(model)
+    if before and shape_of(family_of(before).read(before)) == shape_of(model):
+        family = family_of(before)
+    params = saved.params()
+    save_params(half, model, params, family, dtype=dtype, shard_bytes=int(task.shard_gigabytes * 1e9))
+    if not is_chief():
+        return family.architecture
     written = Folder(half)
     read_back = family.read(written.config)
     differs = first_difference(written, read_back, params)
@@ -110,8 +130,26 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], p
         if (carried / name).exists():
             shutil.copyfile(carried / name, half / name)
     say(write_tokenizer(half, saved.tokenizer, before))
-    if path.exists():
-        path.rmdir()
-    half.rename(path)
-    say(f"hf:{path}: {family.architecture}, {num_params(model)['total']:,} parameters in {dtype}, read back and equal")
-    return 0
+    return family.architecture
+
+
+def write_file(half: Path, saved: SavedRun, before: dict[str, Any], dtype: str, task: ConvertConfig) -> str:
+    """A file that llama.cpp and what is built on it load; returns the name of its architecture."""
+    model, tokenizer = saved.core.model, saved.tokenizer
+    row = architecture_for(model)
+    metadata = {"general.type": "model", "general.name": saved.folder.name}
+    metadata |= tokenizer_header(tokenizer, model.vocab_size)
+    if tokenizer.chat_template is not None:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    params = saved.params()
+    gguf_files.save_params(half, model, params, row, metadata, dtype=dtype)
+    written = gguf_files.File(half) if is_chief() else None
+    differs = gguf_files.first_wrong(written, model, params, row, dtype=dtype)
+    if differs is not None:
+        raise RuntimeError(f"{half}: {differs} is not what was written; it stays there to be looked at")
+    return row.name
+
+
+Writer = Callable[[Path, SavedRun, dict[str, Any], str, ConvertConfig], str]
+WRITERS: dict[str, Writer] = {"hf": write_folder, "gguf": write_file}
+DTYPES = {"hf": ("float32", "float16", "bfloat16"), "gguf": tuple(gguf_files.DTYPES)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.schema import EvaluateConfig, Format, RunConfig
 from data.problems import Problem, read_problems
-from data.tokenizer import Tokenizer
+from data.tokenizer_contract import Tokenizer
 from launch.assemble import build_evaluation, is_chief, load_corpora
 from launch.saved_run import SavedRun, open_run, say
 from trainer.progress import progress_bar
@@ -55,11 +55,10 @@ def on_problems(saved: SavedRun, files: dict[str, list[Problem]], form: Format) 
 
 def problem_texts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Text]:
     """Context and continuation are tokenised apart and joined, so that the border is the same for every option."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     texts = []
     for problem in problems:
         for context, continuation in problem.options:
-            before = begin + tokenizer.encode(context)
+            before = tokenizer.begin(tokenizer.encode(context))
             ids = before + tokenizer.encode(continuation)
             texts.append(Text(ids, max(len(before), 1)))
     return texts

@@ -30,10 +30,14 @@ def attention(
     *,
     scale: float,
     soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention with f32 scores: [B, L, N, H] in q's dtype."""
+    """Softmax attention with f32 scores: [B, L, N, width of v] in q's dtype.
+
+    `sinks_N`: logits that take part in each softmax and stand for no key (GPT-OSS; Xiao et al. 2023).
+    """
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
     # Heads first, so that both products are batches of plain matrices.
@@ -43,6 +47,12 @@ def attention(
     if soft_cap is not None:
         s_BKGLS = soft_cap * jnp.tanh(s_BKGLS / soft_cap)
     s_BKGLS = jnp.where(mask_BLS[:, None, None], s_BKGLS, HIDDEN)
-    p_BKGLS = dropout(jax.nn.softmax(s_BKGLS, axis=-1).astype(v_BSKH.dtype), dropout_rate, rng)
+    if sinks_N is None:
+        p_BKGLS = jax.nn.softmax(s_BKGLS, axis=-1)
+    else:
+        sinks_KG11 = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        sinks_BKGL1 = jnp.broadcast_to(sinks_KG11, (*s_BKGLS.shape[:-1], 1))
+        p_BKGLS = jax.nn.softmax(jnp.concatenate([s_BKGLS, sinks_BKGL1], axis=-1), axis=-1)[..., :-1]
+    p_BKGLS = dropout(p_BKGLS.astype(v_BSKH.dtype), dropout_rate, rng)
     o_BKGLH = contract("BKGLS,BKSH->BKGLH", p_BKGLS, v_BKSH, q_BLNH.dtype)
-    return o_BKGLH.reshape(B, N, L, H).swapaxes(1, 2)
+    return o_BKGLH.reshape(B, N, L, v_BSKH.shape[-1]).swapaxes(1, 2)

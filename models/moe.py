@@ -298,17 +298,21 @@ def _sort_pairs(chosen_BP: jax.Array, here: int) -> tuple[jax.Array, ...]:
     return order_BP, rank_BP, sizes_BE, jnp.cumsum(sizes_BE, axis=1) - sizes_BE
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _take(x_BND: jax.Array, there_BM: jax.Array, back_BN: jax.Array, copies: int) -> jax.Array:
     """[B, M, D]: rows of x, each of which counts as `copies` rows, at `there`; zeros where that is past the end.
 
     `back` is the inverse of `there`, so that the gradient is such a look-up as well and no scatter.
     """
+    return _taken(x_BND, there_BM, back_BN, copies)  # type: ignore[return-value]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _taken(x_BND, there_BM, back_BN, copies):
     return _rows(x_BND, there_BM // copies)
 
 
 def _take_backward(copies, indices, dy_BMD):
-    there_BM, back_BN = indices
+    _, back_BN = indices
     dx_BND = _rows(dy_BMD, back_BN)
     if copies > 1:
         B, P, D = dx_BND.shape
@@ -316,7 +320,7 @@ def _take_backward(copies, indices, dy_BMD):
     return dx_BND, None, None
 
 
-_take.defvjp(lambda x, there, back, copies: (_take(x, there, back, copies), (there, back)), _take_backward)
+_taken.defvjp(lambda x, there, back, copies: (_take(x, there, back, copies), (there, back)), _take_backward)
 
 
 def _rows(x_BND: jax.Array, at_BM: jax.Array) -> jax.Array:

@@ -291,12 +291,10 @@ def balance_by_sign(
     """
 
     def update(updates: Tree, state: Any, params: Params = None, **extra: Any) -> tuple[Tree, Any]:
-        of = lambda role, balancing, other: balancing if role is Role.balance else other
-        learnt = jax.tree.map(lambda role, g: of(role, jnp.zeros_like(g), g), roles, updates)
+        learnt = jax.tree.map(lambda role, g: jnp.zeros_like(g) if role is Role.balance else g, roles, updates)
         new, state = descent.update(learnt, state, params, **extra)
-        return jax.tree.map(
-            lambda role, u, g: of(role, -rate * jnp.sign(g).astype(u.dtype), u), roles, new, updates
-        ), state
+        step = lambda role, u, g: -rate * jnp.sign(g).astype(u.dtype) if role is Role.balance else u
+        return jax.tree.map(step, roles, new, updates), state
 
     return optax.GradientTransformationExtraArgs(descent.init, update)
 

@@ -84,7 +84,7 @@ FAMILIES = {
         num_layers=3,
         rope=RopeConfig(pattern=[True, False], scaling=RopeScaling.yarn, factor=4.0, truncate=False),
         attention={"sinks": True, "pattern": [LayerKind.sliding, LayerKind.full], "sliding_window": 4},
-        mlp={"activation": Activation.gelu_sigmoid, "clamp": 0.5, "up_offset": 1.0},
+        mlp={"activation": Activation.gelu_sigmoid, "clamp": 2.0, "up_offset": 1.0},
     ),
     "latent": change(
         rope=RopeConfig(interleaved=True, scaling=RopeScaling.yarn, factor=4.0, mscale_all_dim=0.7),
@@ -270,6 +270,9 @@ def test_llama_equals_a_float64_formula():
 @pytest.mark.parametrize("chunk", [5, L])
 @families
 def test_bfloat16_gradients_stay_near_those_in_float32(config, chunk):
+    if experts := config.experts.num_experts:  # all are chosen: near ties fall otherwise in bf16, as they may
+        groups = config.experts.num_groups
+        config = replace(config, experts=replace(config.experts, experts_per_token=experts, groups_per_token=groups))
     params, tokens, positions, segments = setup(config)
 
     def gradient(config):

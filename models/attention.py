@@ -31,10 +31,14 @@ def attention(
     *,
     scale: float,
     soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention with f32 scores: [B, L, N, H] in q's dtype."""
+    """Softmax attention with f32 scores: [B, L, N, width of v] in q's dtype.
+
+    `sinks_N`: logits that take part in each softmax and stand for no key (GPT-OSS; Xiao et al. 2023).
+    """
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
     # Heads first, so that both products are batches of plain matrices.
@@ -44,9 +48,15 @@ def attention(
     if soft_cap is not None:
         s_BKGLS = soft_cap * jnp.tanh(s_BKGLS / soft_cap)
     s_BKGLS = jnp.where(mask_BLS[:, None, None], s_BKGLS, HIDDEN)
-    p_BKGLS = dropout(jax.nn.softmax(s_BKGLS, axis=-1).astype(v_BSKH.dtype), dropout_rate, rng)
+    if sinks_N is None:
+        p_BKGLS = jax.nn.softmax(s_BKGLS, axis=-1)
+    else:
+        sinks_KG11 = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        sinks_BKGL1 = jnp.broadcast_to(sinks_KG11, (*s_BKGLS.shape[:-1], 1))
+        p_BKGLS = jax.nn.softmax(jnp.concatenate([s_BKGLS, sinks_BKGL1], axis=-1), axis=-1)[..., :-1]
+    p_BKGLS = dropout(p_BKGLS.astype(v_BSKH.dtype), dropout_rate, rng)
     o_BKGLH = contract("BKGLS,BKSH->BKGLH", p_BKGLS, v_BKSH, q_BLNH.dtype)
-    return o_BKGLH.reshape(B, N, L, H).swapaxes(1, 2)
+    return o_BKGLH.reshape(B, N, L, v_BSKH.shape[-1]).swapaxes(1, 2)
 
 
 def cached_attention(
@@ -58,8 +68,9 @@ def cached_attention(
     window: jax.Array | int,
     scale: float,
     soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention to the cached tokens of rows `first_row` onwards: [B, L, N, H] in q's dtype.
+    """Attention to the cached tokens of rows `first_row` onwards: [B, L, N, width of values] in q's dtype.
 
     Reads the cache block by block as far as the furthest row needs, with a running softmax (Milakov & Gimelshein
     2018). A block that holds nothing for a row changes no bit of its result, so that a row gets the same whatever
@@ -89,8 +100,13 @@ def cached_attention(
         o = contract("BKGLT,BKTH->BKGLH", p_BKGLT.astype(dtype), block(cache.values), f32)
         return new_m_BKGL, sum_BKGL * keep_BKGL + p_BKGLT.sum(-1), o_BKGLH * keep_BKGL[..., None] + o
 
-    zeros = jnp.zeros((B, K, N // K, L))
-    start = (jnp.full_like(zeros, HIDDEN), zeros, jnp.zeros((*zeros.shape, cache.values.shape[-1])))
+    shape = (B, K, N // K, L)
+    if sinks_N is None:
+        m_BKGL, sum_BKGL = jnp.full(shape, HIDDEN), jnp.zeros(shape)
+    else:  # as if a key had been there that has no value
+        m_BKGL = jnp.broadcast_to(sinks_N.astype(f32).reshape(1, K, N // K, 1), shape)
+        sum_BKGL = jnp.ones(shape)
+    start = (m_BKGL, sum_BKGL, jnp.zeros((*shape, cache.values.shape[-1])))
     blocks = jnp.maximum(first, 0) // BLOCK, jnp.minimum(last, S - 1) // BLOCK + 1
     _, sum_BKGL, o_BKGLH = jax.lax.fori_loop(*blocks, body, start)
     o_BKGLH = o_BKGLH / jnp.maximum(sum_BKGL, 1e-30)[..., None]

@@ -21,7 +21,7 @@ class LayerCache(NamedTuple):
     """Position p of a row holds the token at position p."""
 
     keys: jax.Array  # [B, K, S, H]
-    values: jax.Array  # [B, K, S, H]
+    values: jax.Array  # [B, K, S, width of values]
 
 
 Cache = tuple[LayerCache, ...]
@@ -30,9 +30,10 @@ Cache = tuple[LayerCache, ...]
 def init_cache(config: ModelConfig, rows: int, length: int, constrain: Constrain = no_constraint) -> Cache:
     """`length` is rounded up to whole blocks."""
     a, dtype = config.attention, jnp.dtype(config.dtype.name)
-    shape = (rows, a.num_kv_heads, -(-length // BLOCK) * BLOCK, a.head_dim)
-    zeros = lambda: constrain(jnp.zeros(shape, dtype), CACHE_AXES)
-    return tuple(LayerCache(zeros(), zeros()) for _ in range(config.num_layers))
+    shape = (rows, a.num_kv_heads, -(-length // BLOCK) * BLOCK)
+    zeros = lambda width: constrain(jnp.zeros((*shape, width), dtype), CACHE_AXES)
+    layer = lambda: LayerCache(zeros(a.head_dim), zeros(a.value_dim or a.head_dim))
+    return tuple(layer() for _ in range(config.num_layers))
 
 
 def write_cache(cache: LayerCache, keys_BLKH, values_BLKH, positions_BL, first_row) -> LayerCache:

@@ -1,4 +1,4 @@
-"""What a decoder is: sizes and choices. Every dense family is a point in this space."""
+"""What a decoder is: sizes and choices. Every family is a point in this space."""
 
 import enum
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ class Activation(enum.Enum):
     silu = "silu"
     gelu = "gelu"
     gelu_tanh = "gelu_tanh"
+    gelu_sigmoid = "gelu_sigmoid"  # x sigmoid(1.702 x): Hendrycks & Gimpel 2016, section 2; GPT-OSS
     relu = "relu"
     relu2 = "relu2"
 
@@ -45,6 +46,22 @@ class Activation(enum.Enum):
 class LayerKind(enum.Enum):
     full = "full"  # attends to everything before, in its document
     sliding = "sliding"  # attends to the last `sliding_window` tokens
+
+
+class RouterScore(enum.Enum):
+    softmax = "softmax"  # over all experts. Over the chosen ones (GPT-OSS) is the same, renormalised
+    sigmoid = "sigmoid"  # of each expert by itself: DeepSeek-V3
+
+
+class Balance(enum.Enum):
+    none = "none"
+    loss = "loss"  # an auxiliary loss: Fedus et al. 2021, section 2.2, within each row
+    bias = "bias"  # a bias that counts in the choice only, moved against the load: DeepSeek-V3, section 2.1.2
+
+
+class Dispatch(enum.Enum):
+    dropless = "dropless"  # every token reaches all its experts: tokens sorted, one grouped product (MegaBlocks)
+    capacity = "capacity"  # an expert takes so many tokens of each row and no more (GShard); shapes never vary
 
 
 class Dtype(enum.Enum):
@@ -72,13 +89,29 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: the blend begins and ends at whole dims; GPT-OSS: not
+    mscale: float = 1.0  # yarn: weight of the temperature; DeepSeek-V2
+    mscale_all_dim: float = 0.0  # yarn: of the part that goes into the scale of scores, and over all dims
+    interleaved: bool = False  # neighbours (2i, 2i + 1) are rotated together, not halves: DeepSeek
+    pattern: list[bool] = field(default_factory=lambda: [True])  # which layers rotate, repeated; SmolLM3
+
+
+@dataclass
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values grow out of one narrow vector."""
+
+    kv_rank: int = 0  # width of that vector; 0: plain attention
+    query_rank: int = 0  # the same for queries; 0: queries come straight from the layer's input
+    rope_dim: int = 16  # the last dims of head_dim: rotated, and one key for all heads
 
 
 @dataclass
 class AttentionConfig:
     num_heads: int = 4
     num_kv_heads: int = 4  # fewer than num_heads: grouped queries
-    head_dim: int = 16
+    head_dim: int = 16  # of queries and keys
+    value_dim: int | None = None  # of values; null: head_dim. Latent attention only
+    latent: LatentConfig = field(default_factory=LatentConfig)
     qk_norm: QKNorm = QKNorm.none
     qkv_bias: bool = False
     out_bias: bool = False
@@ -86,6 +119,7 @@ class AttentionConfig:
     pattern: list[LayerKind] = field(default_factory=lambda: [LayerKind.full])  # repeated over the layers
     soft_cap: float | None = None  # cap * tanh(score / cap): Gemma 2
     scale: float | None = None  # of scores; null: head_dim ** -0.5
+    sinks: bool = False  # a learned logit for each head in its softmax, which takes weight from all keys: GPT-OSS
     dropout: float = 0.0  # of attention weights
 
 
@@ -95,6 +129,32 @@ class MLPConfig:
     gated: bool = True  # activation(x Wg) * (x Wu), then Wd: Shazeer 2020
     activation: Activation = Activation.silu
     bias: bool = False
+    clamp: float | None = None  # the gate is at most this, the other side within plus and minus this: GPT-OSS
+    up_offset: float = 0.0  # added to the other side before the product: GPT-OSS 1
+
+
+@dataclass
+class ExpertsConfig:
+    """Mixture of experts in place of the feed-forward layer. Their activation is that of `mlp`."""
+
+    num_experts: int = 0  # 0: no layer has any
+    num_dense_layers: int = 0  # the first layers, which keep the plain feed-forward layer: DeepSeek
+    experts_per_token: int = 2
+    hidden_dim: int = 256  # of each expert
+    shared_hidden_dim: int = 0  # of the experts that every token sees, together; 0: there are none
+    bias: bool = False  # in the experts: GPT-OSS
+    router_bias: bool = False  # GPT-OSS
+    score: RouterScore = RouterScore.softmax
+    normalize: bool = True  # the weights of the chosen experts are divided by their sum
+    scale: float = 1.0  # of these weights, thereafter: DeepSeek
+    num_groups: int = 1  # groups of experts; a token chooses within the best of them only: DeepSeek-V2, section 2.2.2
+    groups_per_token: int = 1
+    group_best: int = 2  # a group is worth its so many best scores together: DeepSeek-V3 2, DeepSeek-V2 1
+    balance: Balance = Balance.loss
+    balance_loss: float = 0.01  # times the auxiliary loss, which is 1 where all experts have the same load
+    z_loss: float = 0.0  # times the squared logsumexp of the router's logits: ST-MoE, section 3.2 (1e-3)
+    dispatch: Dispatch = Dispatch.dropless
+    capacity_factor: float = 1.25  # capacity: an expert's room in a row, in even shares of the row's tokens
 
 
 @dataclass
@@ -114,6 +174,7 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     tied_embeddings: bool = True
     scale_embeddings: bool = False  # by sqrt(embed_dim): Gemma
     final_soft_cap: float | None = None  # of logits: Gemma 2
@@ -133,7 +194,7 @@ class ModelConfig:
                 f"model.attention.num_kv_heads={a.num_kv_heads}: must divide num_heads={a.num_heads}; valid: {valid}"
             )
         if self.position is Position.rope:
-            rotated = int(a.head_dim * self.rope.fraction)
+            rotated = int(a.head_dim * self.rope.fraction) if not a.latent.kv_rank else a.latent.rope_dim
             if rotated < 2 or rotated % 2:
                 raise ValueError(
                     f"model.attention.head_dim={a.head_dim}: with model.rope.fraction={self.rope.fraction} "
@@ -141,9 +202,70 @@ class ModelConfig:
                 )
         if not a.pattern:
             raise ValueError("model.attention.pattern=[]: name at least one of full, sliding")
+        if not self.rope.pattern:
+            raise ValueError("model.rope.pattern=[]: say at least once whether layers rotate: [true]")
+        self._validate_latent()
+        if self.experts.num_experts:
+            self._validate_experts()
         for key, rate in (("dropout", self.dropout), ("attention.dropout", a.dropout)):
             if not 0 <= rate < 1:
                 raise ValueError(f"model.{key}={rate}: must be at least 0 and below 1")
         for key in ("num_layers", "embed_dim", "max_seq_len"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)}: must be at least 1")
+
+    def _validate_latent(self) -> None:
+        a = self.attention
+        if not a.latent.kv_rank:
+            if a.value_dim not in (None, a.head_dim):
+                raise ValueError(
+                    f"model.attention.value_dim={a.value_dim}: differs from head_dim={a.head_dim}, which needs latent "
+                    "attention; set model.attention.latent.kv_rank, or value_dim=null"
+                )
+            return
+        if a.num_kv_heads != a.num_heads:
+            raise ValueError(
+                f"model.attention.num_kv_heads={a.num_kv_heads}: latent attention has a key for each query head; "
+                f"set num_kv_heads={a.num_heads}"
+            )
+        if not 0 < a.latent.rope_dim <= a.head_dim:
+            raise ValueError(
+                f"model.attention.latent.rope_dim={a.latent.rope_dim}: is a part of head_dim={a.head_dim}; "
+                f"valid: 2 to {a.head_dim}"
+            )
+        if a.qk_norm is not QKNorm.none or a.qkv_bias or self.position is not Position.rope:
+            raise ValueError(
+                "model.attention.latent.kv_rank: latent attention goes with rotary positions, qk_norm=none and "
+                "qkv_bias=false only"
+            )
+
+    def _validate_experts(self) -> None:
+        e = self.experts
+        if not 1 <= e.experts_per_token <= e.num_experts:
+            raise ValueError(
+                f"model.experts.experts_per_token={e.experts_per_token}: must be 1 to num_experts={e.num_experts}"
+            )
+        if not 0 <= e.num_dense_layers < self.num_layers:
+            raise ValueError(
+                f"model.experts.num_dense_layers={e.num_dense_layers}: must leave layers with experts; valid: 0 to "
+                f"{self.num_layers - 1}, or num_experts=0"
+            )
+        if e.num_experts % e.num_groups:
+            valid = [n for n in range(1, e.num_experts + 1) if e.num_experts % n == 0]
+            raise ValueError(
+                f"model.experts.num_groups={e.num_groups}: must divide num_experts={e.num_experts}; valid: {valid}"
+            )
+        size = e.num_experts // e.num_groups
+        if not 1 <= e.groups_per_token <= e.num_groups or e.groups_per_token * size < e.experts_per_token:
+            least = -(-e.experts_per_token // size)
+            raise ValueError(
+                f"model.experts.groups_per_token={e.groups_per_token}: of {e.num_groups} groups of {size} experts, "
+                f"experts_per_token={e.experts_per_token} must come; valid: {least} to {e.num_groups}"
+            )
+        if e.num_groups > 1 and not 1 <= e.group_best <= size:
+            raise ValueError(f"model.experts.group_best={e.group_best}: a group has {size}; valid: 1 to {size}")
+        for key in ("balance_loss", "z_loss"):
+            if getattr(e, key) < 0:
+                raise ValueError(f"model.experts.{key}={getattr(e, key)}: must not be negative; 0 turns it off")
+        if e.capacity_factor <= 0:
+            raise ValueError(f"model.experts.capacity_factor={e.capacity_factor}: must be above 0, as 1.25")

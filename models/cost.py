@@ -1,35 +1,64 @@
 """What a model weighs and costs, by formula: parameters, FLOPs, bytes of its cache.
 
 Convention of FLOPs, for one token of training (forward and backward, so three times the forward pass; what remat
-computes again is not counted): two for each weight of a matrix product, the output head included and the embedding
-look-up not; and for attention two products of width N H over the keys that a causal query sees, on average half of
-the row, or fewer in a sliding window.
+computes again is not counted): two for each weight of a matrix product that the token meets (of experts, those that it
+is sent to), the output head included and the embedding look-up not; and for attention two products, as wide as all
+heads together, over the keys that a causal query sees, on average half of the row, or fewer in a sliding window.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from models.config import LayerKind, ModelConfig
-from models.transformer import abstract_params
+from models.transformer import abstract_params, param_axes
 
-PARTS = ("embedding", "attention", "mlp", "norms", "head")
+PARTS = ("embedding", "attention", "mlp", "router", "experts", "norms", "head")
+
+
+class Sized(NamedTuple):
+    """A parameter."""
+
+    path: str
+    part: str
+    size: int
+    active: int  # how many of its numbers one token meets
 
 
 def num_params(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, and `total`; from shapes alone."""
     counts = dict.fromkeys(PARTS, 0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        counts[_part(jax.tree_util.keystr(path, simple=True, separator="/"))] += math.prod(leaf.shape)
+    for parameter in _sizes(config):
+        counts[parameter.part] += parameter.size
     return counts | {"total": sum(counts.values())}
 
 
-def _part(path: str) -> str:
-    names = path.split("/")
+def num_active_params(config: ModelConfig) -> int:
+    """Parameters that one token meets: all, but of the experts those that it is sent to."""
+    return sum(parameter.active for parameter in _sizes(config))
+
+
+def _sizes(config: ModelConfig) -> list[Sized]:
+    axes = jax.tree.leaves(param_axes(config), is_leaf=lambda x: isinstance(x, tuple))
+    leaves, found = jax.tree_util.tree_leaves_with_path(abstract_params(config)), []
+    for (path, leaf), names in zip(leaves, axes, strict=True):
+        size = active = math.prod(leaf.shape)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        part = _part(name.split("/"))
+        if "experts" in names:
+            active = size // config.experts.num_experts * config.experts.experts_per_token
+            part = "experts"
+        found.append(Sized(name, part, size, active))
+    return found
+
+
+def _part(names: list[str]) -> str:
     if any(name.endswith("norm") for name in names):
         return "norms"
+    if "router" in names or "balance_bias" in names:
+        return "router"
     for part in ("attention", "mlp", "head"):
         if part in names:
             return part
@@ -38,12 +67,10 @@ def _part(path: str) -> str:
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Training FLOPs of one token in a row of `seq_len`; see the convention above."""
-    matrices = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)["layers"]):
-        if str(getattr(path[-1], "key", "")) == "kernel":
-            matrices += math.prod(leaf.shape)
-    head = config.embed_dim * config.vocab_size
-    attention = sum(2 * 2 * config.attention.num_heads * config.attention.head_dim * k for k in _keys(config, seq_len))
+    matrices = sum(p.active for p in _sizes(config) if p.path.endswith("/kernel"))
+    head, a = config.embed_dim * config.vocab_size, config.attention
+    width = a.num_heads * (a.head_dim + (a.value_dim or a.head_dim))
+    attention = sum(2 * width * k for k in _keys(config, seq_len))
     return 3.0 * (2 * (matrices + head) + attention)
 
 
@@ -63,7 +90,8 @@ def cache_bytes(config: ModelConfig, batch_size: int, num_slots: int) -> int:
     """Keys and values of all layers."""
     a = config.attention
     width = np.dtype("float32").itemsize if config.dtype.name == "float32" else 2
-    return 2 * config.num_layers * batch_size * num_slots * a.num_kv_heads * a.head_dim * width
+    both = a.head_dim + (a.value_dim or a.head_dim)
+    return config.num_layers * batch_size * num_slots * a.num_kv_heads * both * width
 
 
 def params_bytes(params: Any) -> int:

@@ -12,7 +12,7 @@ Shape letters: B slots, L length, V vocab.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -21,13 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.cache import BLOCK, Cache, init_cache
-from models.config import ModelConfig, Position
+from models.config import Dispatch, ModelConfig, Position
 from models.layers import RowsFirst
 from models.partition import Constrain, no_constraint
 from models.sampling import History, SamplingConfig, Settings, sample
-from models.transformer import Params, forward_cached, logits
+from models.transformer import Params, forward_cached, logits, stacks
 
 MAX_TOP_LOGPROBS = 20
+OUT_DIMS = {  # of kernels that a plain product multiplies with, by their number of dims: how many are the result's
+    ("attention", "query", 3): 2, ("attention", "key", 3): 2, ("attention", "value", 3): 2, ("attention", "out", 3): 1,
+    ("mlp", "up", 2): 1, ("mlp", "gate", 2): 1, ("mlp", "down", 2): 1,
+    ("shared", "up", 2): 1, ("shared", "gate", 2): 1, ("shared", "down", 2): 1,
+}  # fmt: skip
 IDLE = 2**30  # the position of a slot that has nothing to read: beyond every cache
 
 
@@ -157,21 +162,23 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
     rows_first = jax.default_backend() == "cpu" and jax.device_count() == 1
 
     def ready(path, leaf):
-        name = path[-1].key
-        if name not in ("kernel", "embedding", "head"):
-            return leaf
+        names = tuple(part.key for part in path)
+        if names[-1] not in ("kernel", "embedding", "head") or "router" in names:
+            return leaf  # computed with in f32
         leaf = leaf.astype(dtype)
-        if rows_first and name == "kernel":
-            num_out = 1 if path[-2].key in ("out", "down", "up", "gate") else 2
-            return RowsFirst.of(leaf, num_out)
-        return leaf
+        num_out = OUT_DIMS.get((*names[-3:-1], leaf.ndim))
+        return RowsFirst.of(leaf, num_out) if rows_first and num_out else leaf
 
-    def apart(layers):
-        layer = lambda i: jax.tree.map(lambda x: x[i], layers)
-        return tuple(jax.tree_util.tree_map_with_path(ready, layer(i)) for i in range(config.num_layers))
-
-    ends = jax.tree_util.tree_map_with_path(ready, {k: v for k, v in params.items() if k != "layers"})
-    return {**ends, "layers": apart(params["layers"])}
+    ready_tree = partial(jax.tree_util.tree_map_with_path, ready)
+    parts = stacks(config)
+    layers = [
+        ready_tree(jax.tree.map(lambda x, i=i: x[i], params[stack.name]))
+        for stack in parts
+        for i in range(stack.stop - stack.start)
+    ]
+    of_layers = [stack.name for stack in parts]
+    ends = ready_tree({name: value for name, value in params.items() if name not in of_layers})
+    return {**ends, "layers": tuple(layers)}
 
 
 # The engine
@@ -211,6 +218,8 @@ class Engine:
         constrain: Constrain = no_constraint,
     ):
         """`vocab_size`: tokens that there are, where the model's rows are padded beyond them."""
+        # Where an expert's room is limited, what a token gets depends on its neighbours.
+        config = replace(config, experts=replace(config.experts, dispatch=Dispatch.dropless))
         limit = config.max_seq_len if config.position is Position.learned else engine.length
         self.length = min(engine.length, limit)  # of prompt and completion
         self.engine, self.vocab_size = engine, vocab_size or config.vocab_size

@@ -59,7 +59,7 @@ class Architecture:
         parts, axis = rule.parts, rule.axis
         if self.interleaved:
             turned = ("attention.query.", "attention.key.")
-            parts = tuple((path, p.replace("H", "R") if path.startswith(turned) else p) for path, p in parts)
+            parts = tuple((path, p.replace("H", "h") if path.startswith(turned) else p) for path, p in parts)
         if self.transposed and parts[0][0].endswith("kernel"):
             parts, axis = tuple((path, _reversed(pattern)) for path, pattern in parts), 1 - axis
         return Rule(f"{name}.{suffix}", parts, axis)

@@ -57,6 +57,7 @@ class File:
     """A GGUF file that is there: its header, its model, and slices of its tensors by name."""
 
     source = "its header"
+    further_layers = 0
 
     def __init__(self, path: Path):
         """Raises: ValueError where it is no whole GGUF file of a known model, naming what is wrong."""
@@ -134,9 +135,9 @@ def _tensors(layout: Layout, row: Architecture, params: Params, dtype: str) -> I
     Raises: ValueError where a number has no place in float16.
     """
     gguf = _gguf()
-    for name, rule, layer in layout.tensors():
+    for name, rule, index in layout.tensors():
         kind = tensor_type(name, layout.shape(rule), dtype)
-        array = layout.write(params, rule, layer).astype(np.float32) + np.float32(row.offset(name))
+        array = layout.write(params, rule, index).astype(np.float32) + np.float32(row.offset(name))
         if kind == "F16" and np.abs(array).max() > np.finfo(np.float16).max:
             raise ValueError(f"task.dtype={dtype}: {name} holds numbers beyond float16; write it in bfloat16")
         yield name, kind, gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind])

@@ -3,6 +3,7 @@
 No pickle is ever opened, and no process holds more of a checkpoint than its own shards and one tensor.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import ModelConfig
-from models.huggingface import LETTERS, Family, Rule, family_of, write_config
-from models.transformer import Params, abstract_params, param_axes
+from models.huggingface import Family, family_of, write_config
+from models.huggingface_rules import LETTERS, Rule
+from models.transformer import Params, abstract_params, param_axes, stacks
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # of older files: constants, not weights
@@ -39,6 +41,7 @@ class Checkpoint(Protocol):
 
     label: str  # for people: hf:FOLDER, gguf:FILE
     source: str  # what in it tells the shapes
+    further_layers: int  # beyond the decoder's, which are let be
 
     @property
     def naming(self) -> Naming: ...
@@ -91,6 +94,10 @@ class Folder:
     def naming(self) -> Family:
         return family_of(self.config)
 
+    @property
+    def further_layers(self) -> int:
+        return self.config.get("num_nextn_predict_layers") or 0
+
     @cached_property
     def _handles(self) -> dict[Path, Any]:
         return {file: self._open(file) for file in set(self._files.values())}
@@ -123,9 +130,9 @@ def _groups(pattern: str) -> list[str]:
     return groups
 
 
-def _interleaved(pattern: str) -> tuple[str, bool]:
-    """`(NR)D` to `(NH)D`, and whether there was an R: heads whose rotary pairs lie side by side."""
-    return pattern.replace("R", "H"), "R" in pattern
+def _paired(pattern: str) -> tuple[str, bool]:
+    """`(Nh)D` to `(NH)D`, and whether there was an h: heads whose rotary pairs lie side by side."""
+    return pattern.replace("h", "H"), "h" in pattern
 
 
 def _at(tree: Any, path: str) -> Any:
@@ -139,76 +146,95 @@ class Layout:
 
     def __init__(self, config: ModelConfig, naming: Naming):
         self.config, self.rules = config, naming.rules(config)
+        self._stacks = {stack.name: stack for stack in stacks(config)}
         self._axes, self._abstract = param_axes(config), abstract_params(config)
         self.places = {self._path(r, path): (r, path) for r in self.rules for path, _ in r.parts}
 
     def _path(self, rule: Rule, path: str) -> str:
-        return f"layers.{path}" if "{i}" in rule.name else path
+        return f"{rule.stack}.{path}" if "{i}" in rule.name else path
 
-    def sizes(self, path: str) -> dict[str, int]:
-        """Of our dims, by letter, in our order; without the dim of the layers."""
+    def sizes(self, rule: Rule, path: str) -> dict[str, int]:
+        """Of our dims, by letter, in our order; without those that the name of their tensor numbers."""
+        path = self._path(rule, path)
+        numbered = ("layers", "experts") if "{e}" in rule.name else ("layers",)
         named = zip(_at(self._axes, path), _at(self._abstract, path).shape, strict=True)
-        return {LETTERS[axis]: size for axis, size in named if axis != "layers"}
+        return {LETTERS[axis]: size for axis, size in named if axis not in numbered}
 
     def shape(self, rule: Rule) -> tuple[int, ...]:
         """Of their tensor."""
         whole: list[int] = []
         for path, pattern in rule.parts:
-            sizes = self.sizes(self._path(rule, path))
-            shape = [int(np.prod([sizes[d] for d in group])) for group in _groups(_interleaved(pattern)[0])]
+            sizes = self.sizes(rule, path)
+            shape = [int(np.prod([sizes[d] for d in group])) for group in _groups(_paired(pattern)[0])]
             if whole:
                 whole[rule.axis] += shape[rule.axis]
             else:
                 whole = shape
         return tuple(whole)
 
-    def tensors(self) -> Iterator[tuple[str, Rule, int | None]]:
-        """Their names, with rule and layer."""
+    def tensors(self) -> Iterator[tuple[str, Rule, tuple[int, ...]]]:
+        """Their names, each with its rule and where it lies in the leading dims of ours."""
         for rule in self.rules:
-            if "{i}" not in rule.name:
-                yield rule.name, rule, None
-                continue
-            for layer in range(self.config.num_layers):
-                yield rule.name.format(i=layer), rule, layer
+            for index in np.ndindex(*self.numbered(rule)):
+                yield self.name(rule, index), rule, index
+
+    def numbered(self, rule: Rule) -> tuple[int, ...]:
+        """Sizes of the leading dims of ours that the name of their tensor numbers."""
+        if "{i}" not in rule.name:
+            return ()
+        stack = self._stacks[rule.stack]
+        layers = (stack.stop - stack.start,)
+        return (*layers, self.config.experts.num_experts) if "{e}" in rule.name else layers
+
+    def name(self, rule: Rule, index: tuple[int, ...]) -> str:
+        """Of their tensor at `index` of our leading dims."""
+        if not index:
+            return rule.name
+        return rule.name.format(i=self._stacks[rule.stack].start + index[0], e=index[-1])
 
     def read(self, tensor: Any, rule: Rule, path: str, wanted: Mapping[str, slice]) -> np.ndarray:
-        """A slice of one layer of an array of ours, out of their tensor, in our order of dims."""
-        start, interleaved = 0, False
-        for part, pattern in rule.parts:
-            pattern, interleaved = _interleaved(pattern)
-            sizes, groups = self.sizes(self._path(rule, part)), _groups(pattern)
+        """A slice of one layer (and expert) of an array of ours, out of their tensor, in our order of dims."""
+        start, number, paired, turns = 0, 0, False, len(rule.parts) if rule.interleaved else 1
+        for number, (part, pattern) in enumerate(rule.parts):  # noqa: B007
+            pattern, paired = _paired(pattern)
+            sizes, groups = self.sizes(rule, part), _groups(pattern)
             if part == path:
                 break
-            start += int(np.prod([sizes[d] for d in groups[rule.axis]]))
+            start += 0 if rule.interleaved else int(np.prod([sizes[d] for d in groups[rule.axis]]))
         ranges, left, dims = [], dict(wanted), []
         for axis, group in enumerate(groups):
             major, rest = group[0], int(np.prod([sizes[d] for d in group[1:]]))
             low, high, _ = wanted[major].indices(sizes[major])
             left[major] = slice(None)
-            offset = start if axis == rule.axis else 0
-            ranges.append(slice(offset + low * rest, offset + high * rest))
+            offset, step = (start, turns) if axis == rule.axis else (0, 1)
+            ranges.append(slice(offset + low * rest * step, offset + high * rest * step))
             dims += [high - low, *(sizes[d] for d in group[1:])]
         letters = "".join(groups)
-        array = np.asarray(tensor[tuple(ranges)]).reshape(dims)
-        if interleaved:  # H is never the first of its brackets, so heads are whole here
+        array = np.asarray(tensor[tuple(ranges)])
+        if rule.interleaved:
+            array = array[(*[slice(None)] * rule.axis, slice(number, None, turns))]
+        array = array.reshape(dims)
+        if paired:  # H is never the first of its brackets, so heads are whole here
             array = array.take(np.arange(sizes["H"]).reshape(-1, 2).T.ravel(), letters.index("H"))
         return array.transpose([letters.index(d) for d in sizes])[tuple(left[d] for d in sizes)]
 
-    def write(self, params: Params, rule: Rule, layer: int | None) -> np.ndarray:
+    def write(self, params: Params, rule: Rule, index: tuple[int, ...]) -> np.ndarray:
         """One tensor of theirs, whole, on this host."""
         parts = []
         for path, pattern in rule.parts:
-            ours = _at(params, self._path(rule, path))
-            array = _to_host(ours if layer is None else ours[layer])
-            sizes = self.sizes(self._path(rule, path))
+            array, sizes = _to_host(_at(params, self._path(rule, path))[index]), self.sizes(rule, path)
             order = list(sizes)
-            pattern, interleaved = _interleaved(pattern)
+            pattern, paired = _paired(pattern)
             groups = _groups(pattern)
-            if interleaved:
+            if paired:
                 array = array.take(np.arange(sizes["H"]).reshape(2, -1).T.ravel(), order.index("H"))
             array = array.transpose([order.index(d) for d in "".join(groups)])
             parts.append(array.reshape([int(np.prod([sizes[d] for d in group])) for group in groups]))
-        return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, rule.axis))
+        if rule.interleaved:
+            joined = np.stack(parts, rule.axis + 1).reshape(self.shape(rule))
+        else:
+            joined = parts[0] if len(parts) == 1 else np.concatenate(parts, rule.axis)
+        return np.ascontiguousarray(joined)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
@@ -227,6 +253,10 @@ def _names_there(folder: Checkpoint, layout: Layout) -> dict[str, str]:
     spelt = {name: name if name in there or bare(name) not in there else bare(name) for name in wanted}
     missing = sorted(name for name, found in spelt.items() if found not in there)
     unmapped = sorted(there - set(spelt.values()))
+    # Layers past the last predict further tokens (DeepSeek-V3, section 2.2); the decoder itself is whole without them.
+    last, more = layout.config.num_layers, folder.further_layers
+    further = tuple(f"model.layers.{n}." for n in range(last, last + more))
+    unmapped = [name for name in unmapped if not name.startswith(further)]
     if layout.config.tied_embeddings:
         unmapped = [name for name in unmapped if name != "lm_head.weight"]  # a copy of the embedding
     problems = [f"{name} is missing" for name in missing] + [f"{name} has no place here" for name in unmapped]
@@ -252,16 +282,14 @@ def load_params(
 
     def load(path: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
         rule, part = layout.places[path]
-        letters = list(layout.sizes(path))
+        letters, numbered = list(layout.sizes(rule, part)), layout.numbered(rule)
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            if "{i}" not in rule.name:
-                wanted = dict(zip(letters, index, strict=True))
-                return layout.read(folder.slice(spelt[rule.name]), rule, part, wanted).astype(spec.dtype)
-            wanted = dict(zip(letters, index[1:], strict=True))
-            layers = range(*index[0].indices(config.num_layers))
-            names = [spelt[rule.name.format(i=layer)] for layer in layers]
-            return np.stack([layout.read(folder.slice(n), rule, part, wanted).astype(spec.dtype) for n in names])
+            leading, wanted = index[: len(numbered)], dict(zip(letters, index[len(numbered) :], strict=True))
+            ranges = [range(*cut.indices(size)) for cut, size in zip(leading, numbered, strict=True)]
+            one = lambda at: layout.read(folder.slice(spelt[layout.name(rule, at)]), rule, part, wanted)
+            pieces = [one(at).astype(spec.dtype) for at in itertools.product(*ranges)]
+            return np.stack(pieces).reshape(*map(len, ranges), *pieces[0].shape)
 
         sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         array = jax.make_array_from_callback(spec.shape, sharding, read)
@@ -280,9 +308,9 @@ def first_difference(folder: Checkpoint, config: ModelConfig, params: Params) ->
     """The name of the first tensor there that is not, bit for bit, the one that `params` would write; None if none."""
     layout = Layout(config, folder.naming)
     spelt = _names_there(folder, layout)
-    for name, rule, layer in layout.tensors():
+    for name, rule, index in layout.tensors():
         there = np.asarray(folder.slice(spelt[name])[:])
-        ours = layout.write(params, rule, layer).astype(there.dtype)
+        ours = layout.write(params, rule, index).astype(there.dtype)
         if not np.array_equal(ours.view(np.uint8), there.view(np.uint8)):
             return spelt[name]
     return None
@@ -303,21 +331,21 @@ def save_params(
     Every process calls it, process 0 writes, and holds one file's tensors at a time.
     """
     layout, numpy_dtype = Layout(config, family), np.dtype(jnp.dtype(dtype))
-    shards: list[list[tuple[str, Rule, int | None]]] = [[]]
+    shards: list[list[tuple[str, Rule, tuple[int, ...]]]] = [[]]
     filled, total = 0, 0
-    for name, rule, layer in layout.tensors():
+    for name, rule, index in layout.tensors():
         size = int(np.prod(layout.shape(rule))) * numpy_dtype.itemsize
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append((name, rule, layer))
+        shards[-1].append((name, rule, index))
         filled, total = filled + size, total + size
     chief = jax.process_index() == 0
     path.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: layout.write(params, rule, layer).astype(numpy_dtype) for name, rule, layer in shard}
+        tensors = {name: layout.write(params, rule, index).astype(numpy_dtype) for name, rule, index in shard}
         if chief:
             _safetensors().numpy.save_file(tensors, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)

@@ -1,6 +1,6 @@
 """The parts of a block: parameters with named dims, projections, norms, rotary positions, dropout.
 
-Shape letters: B batch, L length, D model, N heads, H head dim, F mlp.
+Shape letters: B batch, L length, D model, N heads, H head dim, R rotated pairs, F mlp.
 """
 
 import math
@@ -141,6 +141,7 @@ ACTIVATIONS = {
     Activation.silu: jax.nn.silu,
     Activation.gelu: lambda x: jax.nn.gelu(x, approximate=False),
     Activation.gelu_tanh: lambda x: jax.nn.gelu(x, approximate=True),
+    Activation.gelu_sigmoid: lambda x: x * jax.nn.sigmoid(1.702 * x),
     Activation.relu: jax.nn.relu,
     Activation.relu2: lambda x: jnp.square(jax.nn.relu(x)),
 }
@@ -162,27 +163,44 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, *, theta: float, scal
         dim = lambda turns: (
             rotated * math.log(config.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
         )
-        low, high = (
-            max(math.floor(dim(config.beta_fast)), 0),
-            min(math.ceil(dim(config.beta_slow)), rotated - 1),
-        )
+        low, high = dim(config.beta_fast), dim(config.beta_slow)
+        if config.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotated - 1)
         keep = 1 - (np.arange(rotated // 2) - low) / max(high - low, 0.001)
     keep = np.clip(keep, 0, 1)
     return freq * keep + freq / config.factor * (1 - keep)
 
 
 def rope_temperature(config: RopeConfig) -> float:
-    """YaRN multiplies both rotated vectors by 0.1 ln(factor) + 1 (section 3.4)."""
-    return 0.1 * math.log(config.factor) + 1 if config.scaling is RopeScaling.yarn else 1.0
+    """YaRN multiplies both rotated vectors by 0.1 mscale ln(factor) + 1 (section 3.4), of which `score_temperature`
+    may take a part.
+    """
+    return _temperature(config, config.mscale) / _temperature(config, config.mscale_all_dim)
 
 
-def rotate(x_BLNH: jax.Array, angles_BLR: jax.Array, temperature: float) -> jax.Array:
-    """Rotates the first 2R dims of each head by `angles`, halves paired: (i, i + R)."""
+def score_temperature(config: RopeConfig) -> float:
+    """What DeepSeek-V2 multiplies the scores by instead: over all dims of a head, rotated or not."""
+    return _temperature(config, config.mscale_all_dim) ** 2
+
+
+def _temperature(config: RopeConfig, mscale: float) -> float:
+    scaled = config.scaling is RopeScaling.yarn and config.factor > 1
+    return 0.1 * mscale * math.log(config.factor) + 1 if scaled else 1.0
+
+
+def rotate(x_BLNH: jax.Array, angles_BLR: jax.Array, temperature, interleaved: bool = False) -> jax.Array:
+    """Rotates the first 2R dims of each head by `angles`, halves paired: (i, i + R).
+
+    Where neighbours are paired, (2i, 2i + 1), they are moved apart: queries and keys alike, so that no score changes.
+    """
     half = angles_BLR.shape[-1]
     cos = (jnp.cos(angles_BLR) * temperature)[:, :, None, :]
     sin = (jnp.sin(angles_BLR) * temperature)[:, :, None, :]
     x = x_BLNH.astype(jnp.float32)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x_BLNH.dtype)
 
 
@@ -192,20 +210,30 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
+def activate(mlp: MLPConfig, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """What stands between the two products of a feed-forward layer. `gate` None: it has no gate."""
+    act = ACTIVATIONS[mlp.activation]
+    if gate is None:
+        return act(up)
+    if mlp.clamp is not None:
+        gate, up = jnp.minimum(gate, mlp.clamp), jnp.clip(up, -mlp.clamp, mlp.clamp)
+    return act(gate) * (up + mlp.up_offset if mlp.up_offset else up)
+
+
 class MLP(nnx.Module):
     """Gated or plain feed-forward layer."""
 
-    def __init__(self, rngs, config: ModelConfig, out_std: float):
+    def __init__(self, rngs, config: ModelConfig, out_std: float, hidden_dim: int | None = None):
+        """`hidden_dim` None: as wide as `config.mlp` says."""
         mlp: MLPConfig = config.mlp
-        D, F, std, bias = config.embed_dim, mlp.hidden_dim, config.init_std, int(mlp.bias)
-        self.activation = mlp.activation
+        D, F, std, bias = config.embed_dim, hidden_dim or mlp.hidden_dim, config.init_std, int(mlp.bias)
+        self.config = mlp
         widen = lambda: Projection(rngs, config, "BLD,DF->BLF", (D, F), ("embed", "mlp"), std=std, bias_dims=bias)
         self.up = widen()
         self.gate = widen() if mlp.gated else None
         self.down = Projection(rngs, config, "BLF,FD->BLD", (F, D), ("mlp", "embed"), std=out_std, bias_dims=bias)
 
     def __call__(self, x_BLD: jax.Array, constrain) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
-        up_BLF = self.up(x_BLD)
-        hidden_BLF = act(self.gate(x_BLD)) * up_BLF if self.gate is not None else act(up_BLF)
+        gate_BLF = None if self.gate is None else self.gate(x_BLD)
+        hidden_BLF = activate(self.config, gate_BLF, self.up(x_BLD))
         return self.down(constrain(hidden_BLF, ("batch", "length", "mlp")))

@@ -1,16 +1,45 @@
 """Names of dims. Which mesh axes they lie on is not known here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 
-LOGICAL_AXES = ("batch", "length", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers")
+LOGICAL_AXES = (
+    "batch", "length", "embed", "heads", "kv_heads", "head_dim", "latent", "mlp", "vocab", "experts", "router",
+    "layers",
+)  # fmt: skip
 
 Axes = tuple[str | None, ...]  # None: kept whole
-# Given an activation and the names of its dims, pins it to the mesh; the trainer knows how.
-Constrain = Callable[[jax.Array, Axes], jax.Array]
+Cut = Mapping[str, tuple[str, ...]]  # the mesh axes that cut the dims of a name; a name that none cuts is not in it
 
 
-def no_constraint(x: jax.Array, axes: Axes) -> jax.Array:
-    """For a single device."""
-    return x
+class Constrain(Protocol):
+    """The mesh as a model sees it; the trainer knows how."""
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """`x`, an activation whose dims have these names, pinned to the mesh."""
+        ...
+
+    def per_device(
+        self, function: Callable[..., jax.Array], axes: Sequence[Axes | None], *args: jax.Array | None
+    ) -> jax.Array:
+        """`function(cut, *args)` with each device's pieces of `args`, for what the partitioner cannot cut by itself.
+
+        `axes` names the dims of each argument (None for None). The result has the dims of the first argument and
+        lies as it does. Collectives inside `function` go along the mesh axes that `cut` names.
+        """
+        ...
+
+
+class NoConstraint:
+    """A single device."""
+
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        return x
+
+    def per_device(self, function: Callable[..., jax.Array], axes: Any, *args: Any) -> jax.Array:
+        return function({}, *args)
+
+
+no_constraint = NoConstraint()

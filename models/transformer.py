@@ -1,10 +1,12 @@
-"""One decoder for every dense family: the file to read first.
+"""One decoder for every family: the file to read first.
 
 Flax NNX modules are used for construction only. At the border everything is a nested dict of arrays: `init_params`
 makes it, `param_axes` names its dims, `make_apply` gives a pure function of it. Layers are stacked on a leading
-`layers` dim and run by one scan, so that compile time does not grow with depth.
+`layers` dim and run by one scan, so that compile time does not grow with depth; where the first layers of a mixture
+of experts are plain, they are a stack of their own before it.
 
-Shape letters: B batch, L length, S key length, D model, N query heads, K kv heads, H head dim, F mlp, V vocab.
+Shape letters: B batch, L length, S key length, D model, N query heads, K kv heads, H head dim, A latent, F mlp,
+V vocab.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import UNLIMITED, attention, cached_attention, visible
-from models.cache import Cache, LayerCache, write_cache
+from models.cache import Cache, write_cache
 from models.config import LayerKind, ModelConfig, NormPlacement, Position, QKNorm, Remat
 from models.layers import (
     MLP,
@@ -27,8 +29,10 @@ from models.layers import (
     param,
     rope_temperature,
     rotate,
+    score_temperature,
     transposed,
 )
+from models.moe import Auxiliary, Experts
 from models.partition import Constrain, no_constraint
 
 Params = Any  # a nested dict of arrays
@@ -40,6 +44,7 @@ class Output(NamedTuple):
     hidden_BLD: jax.Array
     head_DV: jax.Array  # in the parameters' dtype: cast at use, so that its gradient is summed in it
     logit_soft_cap: float | None
+    auxiliary: Auxiliary | None = None  # of a mixture of experts
 
 
 class Apply(Protocol):
@@ -72,22 +77,30 @@ class PerLayer(NamedTuple):
 
     window: Any  # [layers] i32
     sliding: Any  # [layers] bool
+    rotated: Any  # [layers] bool
 
 
 class Attention(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig, out_std: float):
+        a, D = config.attention, config.embed_dim
+        N, H = a.num_heads, a.value_dim or a.head_dim
+        self.config = config
+        self.make_inputs(rngs, config)
+        out_axes = ("heads", "head_dim", "embed")
+        self.out = Projection(
+            rngs, config, "BLNH,NHD->BLD", (N, H, D), out_axes, std=out_std, bias_dims=int(a.out_bias)
+        )
+        self.sinks = param(rngs, (N,), ("heads",), 0, config) if a.sinks else None
+
+    def make_inputs(self, rngs: nnx.Rngs, config: ModelConfig) -> None:
+        """What makes queries, keys and values."""
         a, D, std = config.attention, config.embed_dim, config.init_std
         N, K, H = a.num_heads, a.num_kv_heads, a.head_dim
-        self.config = config
         bias = 2 * int(a.qkv_bias)
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.query = Projection(rngs, config, "BLD,DNH->BLNH", (D, N, H), q_axes, std=std, bias_dims=bias)
         self.key = Projection(rngs, config, "BLD,DKH->BLKH", (D, K, H), kv_axes, std=std, bias_dims=bias)
         self.value = Projection(rngs, config, "BLD,DKH->BLKH", (D, K, H), kv_axes, std=std, bias_dims=bias)
-        out_axes = ("heads", "head_dim", "embed")
-        self.out = Projection(
-            rngs, config, "BLNH,NHD->BLD", (N, H, D), out_axes, std=out_std, bias_dims=int(a.out_bias)
-        )
         whole = a.qk_norm is QKNorm.projection
         norm = lambda count, name: (
             None
@@ -96,50 +109,93 @@ class Attention(nnx.Module):
         )
         self.query_norm, self.key_norm = norm(N, "heads"), norm(K, "kv_heads")
 
-    def __call__(self, x_BLD, context: Context, layer: PerLayer, cached: LayerCache | None, rng):
-        """Returns the output [B, L, D] and the cache with these tokens in it."""
-        a = self.config.attention
+    def inputs(self, x_BLD, context: Context, layer: PerLayer) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, L, N, H], keys [B, L, K, H] and values [B, L, K, H], normalised and rotated."""
         q_BLNH, k_BLKH, v_BLKH = self.query(x_BLD), self.key(x_BLD), self.value(x_BLD)
         if self.query_norm is not None and self.key_norm is not None:
             q_BLNH, k_BLKH = self.query_norm(q_BLNH), self.key_norm(k_BLKH)
-        if context.angles_full is not None and context.angles_local is not None:
-            angles = jnp.where(layer.sliding, context.angles_local, context.angles_full)
-            temperature = rope_temperature(self.config.rope)
-            q_BLNH, k_BLKH = rotate(q_BLNH, angles, temperature), rotate(k_BLKH, angles, temperature)
+        return self.rotate(q_BLNH, context, layer), self.rotate(k_BLKH, context, layer), v_BLKH
+
+    def rotate(self, x_BLNH, context: Context, layer: PerLayer) -> jax.Array:
+        """Rotary positions, in the layers that have them."""
+        rope = self.config.rope
+        if context.angles_full is None or context.angles_local is None:
+            return x_BLNH
+        angles = jnp.where(layer.sliding, context.angles_local, context.angles_full)
+        temperature = rope_temperature(rope)
+        if not all(rope.pattern):
+            angles, temperature = jnp.where(layer.rotated, angles, 0.0), jnp.where(layer.rotated, temperature, 1.0)
+        return rotate(x_BLNH, angles, temperature, rope.interleaved)
+
+    def __call__(self, x_BLD, context: Context, layer: PerLayer, cached, rng):
+        """Returns the output [B, L, D] and the keys and values of this layer, cached ones included."""
+        a = self.config.attention
+        q_BLNH, k_BLKH, v_BLKH = self.inputs(x_BLD, context, layer)
         q_BLNH = checkpoint_name(context.constrain(q_BLNH, ("batch", "length", "heads", "head_dim")), "qkv")
         k_BLKH = checkpoint_name(context.constrain(k_BLKH, ("batch", "length", "kv_heads", "head_dim")), "qkv")
         v_BLKH = checkpoint_name(context.constrain(v_BLKH, ("batch", "length", "kv_heads", "head_dim")), "qkv")
-        scale = a.head_dim**-0.5 if a.scale is None else a.scale
+        a = self.config.attention
+        scale = (a.head_dim**-0.5 if a.scale is None else a.scale) * score_temperature(self.config.rope)
+        options = {"scale": scale, "soft_cap": a.soft_cap, "sinks_N": None if self.sinks is None else self.sinks[...]}
         if cached is None:
             positions, segments = context.positions, context.segments
             mask = visible(positions, positions, segments, segments, layer.window)
-            out = attention(
-                q_BLNH, k_BLKH, v_BLKH, mask, scale=scale, soft_cap=a.soft_cap, dropout_rate=a.dropout, rng=rng
-            )
+            out = attention(q_BLNH, k_BLKH, v_BLKH, mask, dropout_rate=a.dropout, rng=rng, **options)
         else:
             cached = write_cache(cached, k_BLKH, v_BLKH, context.positions, context.first_row)
-            out = cached_attention(
-                q_BLNH,
-                cached,
-                context.positions,
-                context.first_row,
-                window=layer.window,
-                scale=scale,
-                soft_cap=a.soft_cap,
-            )
+            rows = cached, context.positions, context.first_row
+            out = cached_attention(q_BLNH, *rows, window=layer.window, **options)
         return self.out(checkpoint_name(out, "attention")), cached
 
 
-class Block(nnx.Module):
-    """One layer: attention and a feed-forward, each with its norms and its residual sum."""
+class LatentAttention(Attention):
+    """Keys and values grow out of one narrow vector; one rotated key serves all heads (DeepSeek-V2, section 2.1)."""
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
+    def make_inputs(self, rngs: nnx.Rngs, config: ModelConfig) -> None:
+        a, D, std = config.attention, config.embed_dim, config.init_std
+        latent, N, H = a.latent, a.num_heads, a.head_dim
+        V = a.value_dim or H
+        down = lambda width, bias: Projection(
+            rngs, config, "BLD,DA->BLA", (D, width), ("embed", "latent"), std=std, bias_dims=bias
+        )
+        up = lambda rank, width: Projection(
+            rngs, config, "BLA,ANH->BLNH", (rank, N, width), ("latent", "heads", "head_dim"), std=std
+        )
+        norm = lambda rank: Normalize(rngs, config, (rank,), ("latent",))
+        R, rank = latent.query_rank, latent.kv_rank
+        self.query_down = down(R, int(a.out_bias)) if R else None
+        self.query_down_norm = norm(R) if R else None
+        heads = (D, N, H), ("embed", "heads", "head_dim")
+        self.query = up(R, H) if R else Projection(rngs, config, "BLD,DNH->BLNH", *heads, std=std)
+        self.key_value_down = down(rank + latent.rope_dim, int(a.out_bias))
+        self.key_value_down_norm = norm(rank)
+        self.key_value = up(rank, H - latent.rope_dim + V)
+
+    def inputs(self, x_BLD, context: Context, layer: PerLayer) -> tuple[jax.Array, jax.Array, jax.Array]:
+        a = self.config.attention
+        rank, plain = a.latent.kv_rank, a.head_dim - a.latent.rope_dim
+        q_BLA = x_BLD
+        if self.query_down is not None and self.query_down_norm is not None:
+            q_BLA = self.query_down_norm(self.query_down(x_BLD))
+        q_BLNH = self.query(q_BLA)
+        down_BLA = self.key_value_down(x_BLD)
+        kv_BLNH = self.key_value(self.key_value_down_norm(down_BLA[..., :rank]))
+        k_BL1H = self.rotate(down_BLA[:, :, None, rank:], context, layer)
+        k_BLNH = jnp.broadcast_to(k_BL1H, (*kv_BLNH.shape[:3], k_BL1H.shape[-1]))
+        q_BLNH = jnp.concatenate([q_BLNH[..., :plain], self.rotate(q_BLNH[..., plain:], context, layer)], -1)
+        return q_BLNH, jnp.concatenate([kv_BLNH[..., :plain], k_BLNH], -1), kv_BLNH[..., plain:]
+
+
+class Block(nnx.Module):
+    """One layer: attention and a feed-forward or experts, each with its norms and its residual sum."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, dense: bool):
         out_std = config.init_std
         if config.init_scaled_residual:
             out_std /= (2 * config.num_layers) ** 0.5
         self.config = config
-        self.attention = Attention(rngs, config, out_std)
-        self.mlp = MLP(rngs, config, out_std)
+        self.attention = (LatentAttention if config.attention.latent.kv_rank else Attention)(rngs, config, out_std)
+        self.mlp = (MLP if dense else Experts)(rngs, config, out_std)
         before = config.norm_placement is not NormPlacement.post
         after = config.norm_placement is not NormPlacement.pre
         norm = lambda use: Normalize(rngs, config, (config.embed_dim,), ("embed",)) if use else None
@@ -152,9 +208,13 @@ class Block(nnx.Module):
         norm = lambda module, x: x if module is None else module(x)
         y_BLD, cached = self.attention(norm(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
         x_BLD = x_BLD + dropout(norm(self.attention_post_norm, y_BLD), rate, rngs[1])
-        y_BLD = self.mlp(norm(self.mlp_norm, x_BLD), context.constrain)
+        h_BLD, terms = norm(self.mlp_norm, x_BLD), None
+        if isinstance(self.mlp, Experts):
+            y_BLD, terms = self.mlp(h_BLD, context.segments > 0, context.constrain)
+        else:
+            y_BLD = self.mlp(h_BLD, context.constrain)
         x_BLD = x_BLD + dropout(norm(self.mlp_post_norm, y_BLD), rate, rngs[2])
-        return context.constrain(x_BLD, ("batch", "length", "embed")), cached
+        return context.constrain(x_BLD, ("batch", "length", "embed")), cached, terms
 
 
 class Ends(nnx.Module):
@@ -186,19 +246,45 @@ class Ends(nnx.Module):
         return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
 
 
-def _abstract_modules(config: ModelConfig) -> tuple[Ends, Block]:
-    return nnx.eval_shape(lambda: (Ends(nnx.Rngs(0), config), Block(nnx.Rngs(0), config)))
+class Stack(NamedTuple):
+    """Layers of one kind, which one scan runs."""
+
+    name: str  # in the tree of parameters
+    start: int
+    stop: int
+    dense: bool
+
+
+def stacks(config: ModelConfig) -> list[Stack]:
+    """In the order of the layers; `layers` is always one of them."""
+    experts = config.experts
+    first = experts.num_dense_layers if experts.num_experts else 0
+    rest = Stack("layers", first, config.num_layers, not experts.num_experts)
+    return [Stack("dense_layers", 0, first, True), rest] if first else [rest]
+
+
+def _abstract_ends(config: ModelConfig) -> Ends:
+    return nnx.eval_shape(lambda: Ends(nnx.Rngs(0), config))
+
+
+def _abstract_block(config: ModelConfig, stack: Stack) -> Block:
+    return nnx.eval_shape(lambda: Block(nnx.Rngs(0), config, stack.dense))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh weights as a nested dict; those of the layers have a leading dim `layers`.
+    """Fresh weights as a nested dict; those of the layers have a leading dim `layers`, in each of `stacks`.
 
     Normal with `init_std`, output projections scaled by depth, biases 0, norms 1 (GPT-2, section 2.3).
     """
     ends_key, layers_key = jax.random.split(key)
     ends = nnx.to_pure_dict(nnx.state(Ends(nnx.Rngs(ends_key), config), nnx.Param))
-    block = lambda k: nnx.to_pure_dict(nnx.state(Block(nnx.Rngs(k), config), nnx.Param))
-    return {**ends, "layers": jax.vmap(block)(jax.random.split(layers_key, config.num_layers))}
+    keys = jax.random.split(layers_key, config.num_layers)
+
+    def init_stack(stack: Stack) -> Params:
+        block = lambda key: nnx.to_pure_dict(nnx.state(Block(nnx.Rngs(key), config, stack.dense), nnx.Param))
+        return jax.vmap(block)(keys[stack.start : stack.stop])
+
+    return {**ends, **{stack.name: init_stack(stack) for stack in stacks(config)}}
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -208,7 +294,6 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def param_axes(config: ModelConfig) -> Params:
     """The tree of `init_params` with a tuple of logical axis names for each array."""
-    ends, block = _abstract_modules(config)
     named = lambda module, lead: nnx.to_pure_dict(
         jax.tree.map(
             lambda p: p.replace((*lead, *p.get_metadata()["axes"])),
@@ -216,7 +301,8 @@ def param_axes(config: ModelConfig) -> Params:
             is_leaf=lambda p: isinstance(p, nnx.Variable),
         )
     )
-    return {**named(ends, ()), "layers": named(block, ("layers",))}
+    blocks = {stack.name: named(_abstract_block(config, stack), ("layers",)) for stack in stacks(config)}
+    return {**named(_abstract_ends(config), ()), **blocks}
 
 
 def make_apply(config: ModelConfig, constrain: Constrain = no_constraint) -> Apply:
@@ -228,11 +314,10 @@ def make_apply(config: ModelConfig, constrain: Constrain = no_constraint) -> App
     return apply
 
 
-def _modules(params: Params, config: ModelConfig) -> tuple[Ends, Any]:
-    """The ends with their weights, and a layer without."""
-    abstract_ends, abstract_block = _abstract_modules(config)
-    weights = nnx.State({k: v for k, v in params.items() if k != "layers"})
-    return nnx.merge(nnx.split(abstract_ends)[0], weights), nnx.split(abstract_block)[0]
+def _ends(params: Params, config: ModelConfig) -> Ends:
+    of_layers = [stack.name for stack in stacks(config)]
+    weights = nnx.State({name: value for name, value in params.items() if name not in of_layers})
+    return nnx.merge(nnx.split(_abstract_ends(config))[0], weights)
 
 
 def forward(
@@ -246,19 +331,29 @@ def forward(
     rng: jax.Array | None = None,
 ) -> Output:
     """One pass over whole rows."""
-    ends, block_graph = _modules(params, config)
+    ends = _ends(params, config)
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), ("batch", "length", "embed"))
     context = _context(config, positions_BL, segment_ids_BL, 0, constrain)
 
-    def body(x_BLD, scanned):
-        weights, layer, index = scanned
-        key = None if layer_rng is None else jax.random.fold_in(layer_rng, index)
-        return nnx.merge(block_graph, nnx.State(weights))(x_BLD, context, layer, None, key)
+    def run(x_BLD, stack: Stack):
+        graph = nnx.split(_abstract_block(config, stack))[0]
 
-    layers = (params["layers"], jax.tree.map(jnp.asarray, per_layer(config)), jnp.arange(config.num_layers))
-    x_BLD, _ = jax.lax.scan(_remat(body, config.remat), x_BLD, layers)
-    return ends.output(x_BLD)
+        def body(x_BLD, scanned):
+            weights, layer, index = scanned
+            key = None if layer_rng is None else jax.random.fold_in(layer_rng, index)
+            x_BLD, _, terms = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
+            return x_BLD, terms
+
+        beside = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf[stack.start : stack.stop]), (per_layer(config), np.arange(config.num_layers))
+        )
+        return jax.lax.scan(_remat(body, config.remat), x_BLD, (params[stack.name], *beside))
+
+    terms = None
+    for stack in stacks(config):  # that of the experts is the last
+        x_BLD, terms = run(x_BLD, stack)
+    return ends.output(x_BLD)._replace(auxiliary=jax.tree.map(lambda leaf: leaf.mean(0), terms))
 
 
 def forward_cached(
@@ -276,14 +371,17 @@ def forward_cached(
     Rows of the batch are those of the cache from `first_row` on. The layers of `params` are a tuple, one tree each
     (see `models.decode.decoding_params`): a scan would copy what it cuts out of a stack.
     """
-    ends, block_graph = _modules(params, config)
+    ends = _ends(params, config)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), ("batch", "length", "embed"))
     context = _context(config, positions_BL, jnp.ones_like(tokens_BL), first_row, constrain)
     of_all, filled = per_layer(config), []
-    for index, (weights, cached) in enumerate(zip(params["layers"], cache, strict=True)):
-        layer = jax.tree.map(lambda x, index=index: x[index], of_all)
-        x_BLD, cached = nnx.merge(block_graph, nnx.State(weights))(x_BLD, context, layer, cached, None)
-        filled.append(cached)
+    for stack in stacks(config):
+        graph = nnx.split(_abstract_block(config, stack))[0]
+        for index in range(stack.start, stack.stop):
+            layer = jax.tree.map(lambda x, index=index: x[index], of_all)
+            block = nnx.merge(graph, nnx.State(params["layers"][index]))
+            x_BLD, cached, _ = block(x_BLD, context, layer, cache[index], None)
+            filled.append(cached)
     return ends.output(x_BLD), tuple(filled)
 
 
@@ -291,7 +389,9 @@ def per_layer(config: ModelConfig) -> PerLayer:
     pattern = config.attention.pattern
     sliding = np.array([pattern[i % len(pattern)] is LayerKind.sliding for i in range(config.num_layers)])
     window = np.where(sliding, config.attention.sliding_window, UNLIMITED).astype(np.int32)
-    return PerLayer(window, sliding)
+    turns = config.rope.pattern
+    rotated = np.array([turns[i % len(turns)] for i in range(config.num_layers)])
+    return PerLayer(window, sliding, rotated)
 
 
 def logits(output: Output) -> jax.Array:
@@ -306,7 +406,8 @@ def logits(output: Output) -> jax.Array:
 def _context(config, positions_BL, segment_ids_BL, first_row, constrain: Constrain) -> Context:
     local = full = None
     if config.position is Position.rope:
-        rope, H = config.rope, config.attention.head_dim
+        rope, latent = config.rope, config.attention.latent
+        H = latent.rope_dim if latent.kv_rank else config.attention.head_dim
         two = rope.local_theta is not None
         freqs = inverse_frequencies(rope, H, theta=rope.theta, scaled=True)
         local_freqs = inverse_frequencies(rope, H, theta=rope.local_theta or rope.theta, scaled=not two)

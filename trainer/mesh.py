@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.batch import TokenBatch
+from models.partition import Constrain, no_constraint
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_DIMS = ("layers", "experts")  # dims over which a stacked parameter is many parameters
 
 LogicalAxes = tuple[str | None, ...]
-Constrain = Callable[[jax.Array, LogicalAxes], jax.Array]
 
 
 @dataclass
@@ -31,6 +31,7 @@ class MeshConfig:
     data: int = -1  # copies of the parameters, each with its own rows of the batch
     fsdp: int = 1  # rows of the batch, too, and the parameters cut in as many pieces
     tensor: int = 1  # heads, mlp and vocabulary cut in as many pieces
+    expert: int = 1  # rows of the batch, too, and the experts dealt out in as many parts
 
 
 @dataclass
@@ -39,14 +40,17 @@ class ShardingRules:
     dim wins.
     """
 
-    batch: list[str] = field(default_factory=lambda: ["data", "fsdp"])  # rows of the batch
+    batch: list[str] = field(default_factory=lambda: ["data", "fsdp", "expert"])  # rows of the batch
     length: list[str] = field(default_factory=list)  # tokens of a row
     embed: list[str] = field(default_factory=lambda: ["fsdp"])  # of parameters; activations keep it whole
     heads: list[str] = field(default_factory=lambda: ["tensor"])  # query heads
     kv_heads: list[str] = field(default_factory=lambda: ["tensor"])  # key and value heads
     head_dim: list[str] = field(default_factory=list)  # width of a head
+    latent: list[str] = field(default_factory=list)  # the narrow vectors of latent attention
     mlp: list[str] = field(default_factory=lambda: ["tensor"])  # hidden width of the MLP
     vocab: list[str] = field(default_factory=lambda: ["tensor"])  # tokens of the vocabulary
+    experts: list[str] = field(default_factory=lambda: ["expert"])  # the dim along which experts are stacked
+    router: list[str] = field(default_factory=list)  # scores of experts, one for each
     layers: list[str] = field(default_factory=list)  # the dim along which layers are stacked
 
     def axes_of(self, logical: str | None, where: str) -> tuple[str, ...]:
@@ -191,22 +195,50 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh, rules: Shard
     )
 
 
+def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def make_constrain(mesh: Mesh, rules: ShardingRules) -> Constrain:
     """`constrain(x, ('batch', 'length', 'embed'))` for activations inside a model.
 
     The rows' axes are taken first, so `embed` of an activation stays whole where `fsdp` already cuts its
     rows. A dim that does not divide stays whole: the batches of generation come in any size.
     """
-    if mesh.size == 1:
-        return lambda x, logical: x
+    return no_constraint if mesh.size == 1 else MeshConstrain(mesh, rules)
 
-    def constrain(x: jax.Array, logical: LogicalAxes) -> jax.Array:
+
+class MeshConstrain:
+    """`Constrain` over a mesh."""
+
+    def __init__(self, mesh: Mesh, rules: ShardingRules):
+        self.mesh, self.rules = mesh, rules
+
+    def _spec(self, x: jax.Array, logical: LogicalAxes) -> PartitionSpec:
         # `fsdp` cuts rows of activations and `embed` of parameters; an activation's own width is never cut.
         logical = tuple(None if name == "embed" else name for name in logical)
-        spec = _spec(logical, x.shape, mesh, rules, "activation", strict=False)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return _spec(logical, x.shape, self.mesh, self.rules, "activation", strict=False)
 
-    return constrain
+    def __call__(self, x: jax.Array, logical: LogicalAxes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(x, logical)))
+
+    def per_device(
+        self, function: Callable[..., jax.Array], axes: Sequence[LogicalAxes | None], *args: jax.Array | None
+    ) -> jax.Array:
+        """See `models.partition.Constrain`. An argument that is wanted whole is gathered from its pieces first."""
+        specs, cut = [], {}
+        for x, logical in zip(args, axes, strict=True):
+            spec = PartitionSpec() if x is None or logical is None else self._spec(x, logical)
+            cut |= {name: _names(entry) for name, entry in zip(logical or (), spec, strict=False) if entry}
+            specs.append(spec)
+        run = jax.shard_map(
+            lambda *pieces: function(cut, *pieces),
+            mesh=self.mesh,
+            in_specs=tuple(specs),
+            out_specs=specs[0],
+            check_vma=False,
+        )
+        return run(*args)
 
 
 def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

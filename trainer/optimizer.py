@@ -38,6 +38,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0  # global norm above which gradients are scaled down; null: off
     ema_decay: float | None = None  # keep an average of the parameters, used in evaluation; null: off
     role_learning_rates: dict[str, float] = field(default_factory=dict)  # by role; each 1 if not given
+    balance_rate: float = 1e-3  # of model.experts.balance=bias: what a bias moves in a step; no schedule scales it
 
     def build(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
         """The transformation; its `update` needs `step=`. `param_axes`: the logical axes of each parameter.
@@ -59,6 +60,10 @@ class OptimizerConfig:
                 raise ValueError(
                     f"optimizer.role_learning_rates.{role}={factor}: no such role; valid: {', '.join(roles)}"
                 )
+        if self.balance_rate < 0:
+            raise ValueError(
+                f"optimizer.balance_rate={self.balance_rate}: must not be negative; 0 keeps the biases still"
+            )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optimizer.clip_norm={self.clip_norm}: must be above 0; null turns clipping off")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -69,11 +74,12 @@ class OptimizerConfig:
     def descend(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
         """From clipped gradients to what is added to the parameters."""
         roles = param_roles(param_axes)
-        return optax.chain(
+        descent = optax.chain(
             self.direction(param_axes),
             optax.add_decayed_weights(self.weight_decay, mask=jax.tree.map(lambda role: role in DECAYED, roles)),
             scale_by_rates(schedule, jax.tree.map(lambda role: self.role_learning_rates.get(role.name, 1.0), roles)),
         )
+        return balance_by_sign(descent, roles, self.balance_rate) if Role.balance in jax.tree.leaves(roles) else descent
 
     def direction(self, param_axes: Tree) -> optax.GradientTransformation:
         """The update before weight decay and learning rate, pointing uphill."""
@@ -275,6 +281,22 @@ def scale_by_rates(schedule: Schedule, factors: Tree) -> optax.GradientTransform
         return jax.tree.map(lambda u, factor: u * (-rate * factor).astype(u.dtype), updates, factors), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def balance_by_sign(
+    descent: optax.GradientTransformationExtraArgs, roles: Tree, rate: float
+) -> optax.GradientTransformationExtraArgs:
+    """`descent` for all parameters but the balancing biases, which go down by `rate` where the load of their expert is
+    above the mean and up where it is below (DeepSeek-V3, section 2.1.2): the gradient's sign says which.
+    """
+
+    def update(updates: Tree, state: Any, params: Params = None, **extra: Any) -> tuple[Tree, Any]:
+        learnt = jax.tree.map(lambda role, g: jnp.zeros_like(g) if role is Role.balance else g, roles, updates)
+        new, state = descent.update(learnt, state, params, **extra)
+        step = lambda role, u, g: -rate * jnp.sign(g).astype(u.dtype) if role is Role.balance else u
+        return jax.tree.map(step, roles, new, updates), state
+
+    return optax.GradientTransformationExtraArgs(descent.init, update)
 
 
 class AverageState(NamedTuple):

@@ -18,12 +18,15 @@ class Role(enum.Enum):
     head = "head"  # the output matrix, where it is not the token table
     matrix = "matrix"  # everything that multiplies activations inside the layers
     vector = "vector"  # biases and norm scales
+    balance = "balance"  # biases that keep the load of experts even: moved by the sign of their gradient
 
 
 def role_of(path: str, axes: LogicalAxes) -> Role:
     """The role of the parameter at `path` ('layers/attention/query') with these logical axes."""
     names = [name for name in axes if name not in BATCH_DIMS]
     parts = path.split("/")
+    if parts[-1] == "balance_bias":
+        return Role.balance
     if len(names) < 2 or parts[-1] in ("bias", "scale") or parts[-1].endswith(("_bias", "_scale")):
         return Role.vector
     if "vocab" in names:

@@ -40,6 +40,12 @@ GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_SCORES = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
+EXPERTS = dict(moe_intermediate_size=16, num_experts_per_tok=2)
+LATENT = EXPERTS | dict(
+    num_key_value_heads=4, n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1, kv_lora_rank=16,
+    qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10, topk_group=1,
+)  # fmt: skip
 CASES = {
     "llama": ("Llama", {}),
     "llama 3.1, tied": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
@@ -52,6 +58,23 @@ CASES = {
     "gemma3": ("Gemma3Text", dict(head_dim=16, sliding_window=8, rope_parameters=GEMMA3_ROPE, num_hidden_layers=7)),
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", dict(sliding_window=None)),
+    "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 0, 1], bos_token_id=0, eos_token_id=0)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4)),
+    "qwen3 moe": ("Qwen3Moe", dict(**EXPERTS, num_experts=4, head_dim=8, norm_topk_prob=True)),
+    "qwen3 moe, first layer dense": ("Qwen3Moe", dict(**EXPERTS, num_experts=4, head_dim=8, mlp_only_layers=[0])),
+    "olmoe": ("Olmoe", dict(num_experts=4, num_experts_per_tok=2, eos_token_id=0)),
+    "gpt-oss": (
+        "GptOss",
+        dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=8, swiglu_limit=0.5)
+        | dict(rope_parameters=YARN | {"truncate": False}),
+    ),
+    "deepseek v2": ("DeepseekV2", LATENT | dict(q_lora_rank=None, rope_parameters=YARN)),
+    "deepseek v2, groups": (
+        "DeepseekV2",
+        LATENT | dict(q_lora_rank=20, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+    ),
+    "deepseek v3": ("DeepseekV3", LATENT | dict(q_lora_rank=20, n_group=4, topk_group=2, rope_parameters=YARN_SCORES)),
+    "deepseek v3, halves": ("DeepseekV3", LATENT | dict(q_lora_rank=None, n_group=1, rope_interleave=False)),
     "gpt2": (
         "GPT2",
         dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0),
@@ -69,6 +92,9 @@ def published(request, tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, which begin as ones and zeros
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     folder = tmp_path_factory.mktemp("published")
     model.save_pretrained(folder)
     tokens = np.random.default_rng(0).integers(1, 96, (2, L))
@@ -112,12 +138,12 @@ def test_export_is_the_import_bit_for_bit_and_loads_in_transformers(published, t
 def test_slices_onto_a_mesh_equal_the_whole(published):
     path, _, _ = published
     _, config, whole = load(path)
-    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4])
     from models.transformer import param_axes
-    from trainer.mesh import ShardingRules, param_shardings
+    from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
 
     abstract = abstract_params(config)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 2), ("data", "fsdp", "tensor"))
+    experts = 2 if config.experts.num_experts else 1
+    mesh = make_mesh(MeshConfig(1, 2, 2, experts), jax.devices()[: 4 * experts])
     shardings = param_shardings(param_axes(config), abstract, mesh, ShardingRules())
     specs = jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), abstract, shardings)
     _, _, cut = load(path, specs)

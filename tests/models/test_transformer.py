@@ -1,6 +1,7 @@
 """The decoder: causal, documents apart, the same by every road."""
 
 import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,10 @@ from models.cache import init_cache
 from models.config import (
     Activation,
     AttentionConfig,
+    Balance,
     Dtype,
+    ExpertsConfig,
+    LatentConfig,
     LayerKind,
     MLPConfig,
     ModelConfig,
@@ -23,10 +27,11 @@ from models.config import (
     Remat,
     RopeConfig,
     RopeScaling,
+    RouterScore,
 )
 from models.decode import decoding_params
 from models.layers import inverse_frequencies
-from models.transformer import abstract_params, forward_cached, init_params, logits, make_apply, param_axes
+from models.transformer import abstract_params, forward_cached, init_params, logits, make_apply, param_axes, stacks
 from trainer.objectives.logprobs import token_logprobs
 
 V, L = 37, 16
@@ -40,6 +45,9 @@ BASE = ModelConfig(
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
     mlp=MLPConfig(hidden_dim=48),
 )
+
+
+EXPERTS = ExpertsConfig(num_experts=8, experts_per_token=2, hidden_dim=24)
 
 
 def change(**fields):
@@ -73,6 +81,38 @@ FAMILIES = {
     ),
     "olmo2": change(norm_placement=NormPlacement.post, tied_embeddings=False, attention={"qk_norm": QKNorm.projection}),
     "partial rope": change(rope=RopeConfig(fraction=0.5)),
+    "sinks and unrotated layers": change(
+        num_layers=3,
+        rope=RopeConfig(pattern=[True, False], scaling=RopeScaling.yarn, factor=4.0, truncate=False),
+        attention={"sinks": True, "pattern": [LayerKind.sliding, LayerKind.full], "sliding_window": 4},
+        mlp={"activation": Activation.gelu_sigmoid, "clamp": 2.0, "up_offset": 1.0},
+    ),
+    "latent": change(
+        rope=RopeConfig(interleaved=True, scaling=RopeScaling.yarn, factor=4.0, mscale_all_dim=0.7),
+        attention={
+            "num_kv_heads": 4,
+            "head_dim": 12,
+            "value_dim": 6,
+            "latent": LatentConfig(kv_rank=10, query_rank=9, rope_dim=4),
+        },
+    ),
+    "experts": change(experts=EXPERTS),
+    "first layer dense, shared and grouped experts": change(
+        num_layers=3,
+        tied_embeddings=False,
+        experts=replace(
+            EXPERTS,
+            num_dense_layers=1,
+            shared_hidden_dim=12,
+            score=RouterScore.sigmoid,
+            scale=2.5,
+            num_groups=4,
+            groups_per_token=2,
+            balance=Balance.bias,
+            bias=True,
+            router_bias=True,
+        ),
+    ),
     "plain": change(position=Position.none, mlp={"gated": False, "activation": Activation.relu2}),
 }
 families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
@@ -171,7 +211,8 @@ def test_axes_shapes_and_parameters_are_one_tree(config):
     assert jax.tree.map(lambda p: (p.shape, p.dtype), params) == jax.tree.map(lambda s: (s.shape, s.dtype), shapes)
     axes = param_axes(config)
     jax.tree.map(lambda s, a: pytest.fail(f"{a} for {s.shape}") if len(a) != len(s.shape) else None, shapes, axes)
-    assert all(leaf.shape[0] == config.num_layers for leaf in jax.tree.leaves(shapes["layers"]))
+    for stack in stacks(config):
+        assert all(leaf.shape[0] == stack.stop - stack.start for leaf in jax.tree.leaves(shapes[stack.name]))
 
 
 @pytest.mark.parametrize("remat", [r for r in Remat if r is not Remat.none])
@@ -228,6 +269,9 @@ def test_llama_equals_a_float64_formula():
 @pytest.mark.parametrize("chunk", [5, L])
 @families
 def test_bfloat16_gradients_stay_near_those_in_float32(config, chunk):
+    if experts := config.experts.num_experts:  # all are chosen: near ties fall otherwise in bf16, as they may
+        groups = config.experts.num_groups
+        config = replace(config, experts=replace(config.experts, experts_per_token=experts, groups_per_token=groups))
     params, tokens, positions, segments = setup(config)
 
     def gradient(config):

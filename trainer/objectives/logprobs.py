@@ -45,7 +45,7 @@ def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> Toke
     """`chunk`: tokens of each row whose logits exist at once; a chunk of the whole length or more is no
     chunking.
     """
-    hidden_BLD, head_DV, soft_cap = output
+    hidden_BLD, head_DV, soft_cap = output[:3]
     length = targets_BL.shape[1]
     if chunk >= length:
         return _chunk_logprobs(hidden_BLD, targets_BL, head_DV, soft_cap)

@@ -11,6 +11,7 @@ import numpy as np
 from data.batch import DTYPES, TokenBatch
 from models.transformer import Apply
 from trainer.objective import Mean, ObjectiveConfig, Params
+from trainer.objectives.auxiliary import auxiliary_terms
 from trainer.objectives.logprobs import token_logprobs
 
 
@@ -36,7 +37,9 @@ class NextTokenConfig(ObjectiveConfig):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Metrics beside the loss: `nll` (plain cross entropy), `accuracy`, and `bytes` per token where known."""
+    """Metrics beside the loss: `nll` (plain cross entropy), `accuracy`, `bytes` per token where known, and those of
+    the router where the model has experts.
+    """
 
     config: NextTokenConfig
     token_bytes: np.ndarray | None  # [V] i32
@@ -64,9 +67,12 @@ class NextToken:
             loss_BL = (1 - smoothing) * nll_BL + smoothing * uniform_BL
         if self.config.z_loss:
             loss_BL = loss_BL + self.config.z_loss * jnp.square(tokens.logsumexp)
+        added_BL, router = auxiliary_terms(output, loss_BL.shape)
+        loss_BL = loss_BL + added_BL
         metrics = {"nll": mean(nll_BL), "accuracy": mean(tokens.correct.astype(jnp.float32))}
         if self.token_bytes is not None:
             metrics["bytes"] = mean(jnp.asarray(self.token_bytes, jnp.float32)[batch.targets])
+        metrics |= {name: mean(values_BL) for name, values_BL in router.items()}
         return mean(loss_BL), metrics
 
     def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:

@@ -1,0 +1,360 @@
+"""Mixture of experts: who reads a token, how it gets there, and how the load is kept even.
+
+A router scores all experts for each token, the token goes to the best k of them, and their outputs are summed, weighed
+by those scores. Routing is by token: neither padding nor another document changes where a token goes, except that
+with `dispatch: capacity` the earlier tokens of a row may have filled an expert.
+
+Balance is measured within a row, so that its terms add up exactly over microbatches, devices and hosts, as the mean
+over a whole batch (a product of two means) would not.
+
+Shape letters: B batch, L length, D model, F mlp, E experts, k chosen, C capacity, P pairs of token and choice, S slots.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import Balance, Dispatch, ExpertsConfig, MLPConfig, ModelConfig, RouterScore
+from models.layers import MLP, Projection, activate, contract, param
+from models.partition import Constrain, Cut
+
+# The optimizer reads the sign of a balancing bias's gradient only (trainer/roles.py). Small, so that it counts for
+# nothing in the norm of all gradients.
+BIAS_GRADIENT = 2.0**-20
+
+
+class Auxiliary(NamedTuple):
+    """What routing adds to the loss and to the metrics: means over the tokens of each row, [B] f32."""
+
+    loss_B: jax.Array  # to be added to the loss of each learnt token of the row; coefficients included
+    metrics: dict[str, jax.Array]  # by name, [B] each
+
+
+class Routing(NamedTuple):
+    chosen_BLk: jax.Array  # i32
+    weights_BLk: jax.Array  # f32
+    shares_BLE: jax.Array  # f32: the scores as shares of 1, for the auxiliary loss
+    logits_BLE: jax.Array  # f32
+
+
+def route(logits_BLE: jax.Array, bias_E: jax.Array | None, config: ExpertsConfig) -> Routing:
+    """The experts of each token and their weights. `bias_E` counts in the choice and not in the weights.
+
+    Softmax: Shazeer et al. 2017; sigmoid, bias and groups: DeepSeek-V3, sections 2.1.2 and 2.1.3.
+    """
+    if config.score is RouterScore.softmax:
+        scores_BLE = shares_BLE = jax.nn.softmax(logits_BLE, axis=-1)
+    else:
+        scores_BLE = jax.nn.sigmoid(logits_BLE)
+        shares_BLE = scores_BLE / (scores_BLE.sum(-1, keepdims=True) + 1e-20)
+    choice_BLE = jax.lax.stop_gradient(scores_BLE)
+    if bias_E is not None:
+        choice_BLE = choice_BLE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None, None]
+    if config.num_groups > 1:
+        choice_BLE = _within_best_groups(choice_BLE, config)
+    _, chosen_BLk = jax.lax.top_k(choice_BLE, config.experts_per_token)
+    # Compare and sum instead of a gather, whose gradient would be a scatter.
+    weights_BLk = jnp.sum(jnp.where(_is_chosen(chosen_BLk, config), scores_BLE[:, :, None], 0.0), axis=-1)
+    if config.normalize:
+        weights_BLk = weights_BLk / (weights_BLk.sum(-1, keepdims=True) + 1e-20)
+    return Routing(chosen_BLk, weights_BLk * config.scale, shares_BLE, logits_BLE)
+
+
+def _is_chosen(chosen_BLk: jax.Array, config: ExpertsConfig) -> jax.Array:
+    """[B, L, k, E] bool, never held in memory where it is reduced at once."""
+    return chosen_BLk[..., None] == jnp.arange(config.num_experts)[None, None, None]
+
+
+def _within_best_groups(choice_BLE: jax.Array, config: ExpertsConfig) -> jax.Array:
+    grouped = choice_BLE.reshape(*choice_BLE.shape[:2], config.num_groups, -1)
+    worth = jax.lax.top_k(grouped, config.group_best)[0].sum(-1)
+    _, best = jax.lax.top_k(worth, config.groups_per_token)
+    kept = (best[..., None] == jnp.arange(config.num_groups)[None, None, None]).any(axis=2)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_BLE.shape)
+
+
+def auxiliary(
+    routing: Routing, bias_E: jax.Array | None, real_BL: jax.Array, capacity: int | None, config: ExpertsConfig
+) -> Auxiliary:
+    """Terms of one layer. `real_BL`: tokens of documents, not padding.
+
+    `balance_loss` is E sum_e f_e P_e, where f_e is the share of choices that fell on expert e and P_e its mean share
+    of the scores (Fedus et al. 2021, equations 4 to 6; within a sequence: DeepSeek-V3, equations 17 to 20).
+    """
+    real_BL = real_BL.astype(jnp.float32)
+    count_B1 = jnp.maximum(real_BL.sum(1, keepdims=True), 1.0)
+    mean = lambda values_BLX: jnp.einsum("BLX,BL->BX", values_BLX, real_BL, precision="highest") / count_B1
+    load_BE = (
+        config.num_experts
+        / config.experts_per_token
+        * mean(_is_chosen(routing.chosen_BLk, config).sum(2).astype(jnp.float32))
+    )
+    balance_B = jnp.sum(load_BE * mean(routing.shares_BLE), axis=-1)
+    z_B = mean(jnp.square(jax.nn.logsumexp(routing.logits_BLE, axis=-1, keepdims=True)))[:, 0]
+    loss_B = config.z_loss * z_B
+    if config.balance is Balance.loss:
+        loss_B = loss_B + config.balance_loss * balance_B
+    if bias_E is not None:
+        # Adds nothing; its gradient says for each expert by how much its load is above the mean.
+        pull_B = jnp.sum(bias_E.astype(jnp.float32)[None] * (load_BE - 1), axis=-1)
+        loss_B = loss_B + BIAS_GRADIENT * (pull_B - jax.lax.stop_gradient(pull_B))
+    metrics = {"router/balance_loss": balance_B, "router/z_loss": z_B, "router/max_load": load_BE.max(-1)}
+    if capacity is not None:
+        taken_BE = load_BE * count_B1 * config.experts_per_token / config.num_experts
+        dropped_B = jnp.maximum(taken_BE - capacity, 0).sum(-1) / (count_B1[:, 0] * config.experts_per_token)
+        metrics["router/dropped"] = dropped_B
+    return Auxiliary(loss_B, metrics)
+
+
+def capacity_of(config: ExpertsConfig, length: int) -> int | None:
+    """Tokens of a row of `length` that an expert takes; None: all that come."""
+    if config.dispatch is Dispatch.dropless:
+        return None
+    even = length * config.experts_per_token / config.num_experts
+    return min(length, max(1, math.ceil(even * config.capacity_factor)))
+
+
+class ExpertProjection(nnx.Module):
+    """A kernel, and perhaps a bias, for each expert; `compute` multiplies with them."""
+
+    def __init__(self, rngs, config: ModelConfig, sizes: tuple[int, int], axes: tuple[str, str], std: float):
+        E, bias = config.experts.num_experts, config.experts.bias
+        self.kernel = param(rngs, (E, *sizes), ("experts", *axes), std, config)
+        self.bias = param(rngs, (E, sizes[1]), ("experts", axes[1]), 0, config) if bias else None
+
+
+class Experts(nnx.Module):
+    """A feed-forward layer of many, of which each token sees a few, and perhaps one that all tokens see."""
+
+    def __init__(self, rngs, config: ModelConfig, out_std: float):
+        experts, D, std = config.experts, config.embed_dim, config.init_std
+        E, F = experts.num_experts, experts.hidden_dim
+        self.config = config
+        self.router = Projection(
+            rngs, config, "BLD,DE->BLE", (D, E), ("embed", "router"), std=std, bias_dims=int(experts.router_bias)
+        )
+        self.balance_bias = param(rngs, (E,), ("router",), 0, config) if experts.balance is Balance.bias else None
+        self.up = ExpertProjection(rngs, config, (D, F), ("embed", "mlp"), std)
+        self.gate = ExpertProjection(rngs, config, (D, F), ("embed", "mlp"), std) if config.mlp.gated else None
+        self.down = ExpertProjection(rngs, config, (F, D), ("mlp", "embed"), out_std)
+        shared = experts.shared_hidden_dim
+        self.shared = MLP(rngs, config, out_std, shared) if shared else None
+
+    def __call__(self, x_BLD: jax.Array, real_BL: jax.Array, constrain: Constrain) -> tuple[jax.Array, Auxiliary]:
+        """The sum of the outputs [B, L, D], and what routing adds to loss and metrics. Padding goes to no expert."""
+        config = self.config.experts
+        bias_E = None if self.balance_bias is None else self.balance_bias[...]
+        routing = route(self._logits(x_BLD), bias_E, config)
+        capacity = capacity_of(config, x_BLD.shape[1])
+        terms = auxiliary(routing, bias_E, real_BL, capacity, config)
+        chosen_BLk = jnp.where(real_BL[..., None], routing.chosen_BLk, config.num_experts)
+        arrays, axes = self._weights()
+        rows = ("batch", None, None)
+        y_BLD = constrain.per_device(
+            partial(_compute, capacity=capacity, num_experts=config.num_experts, mlp=self.config.mlp),
+            (rows, rows, rows, *axes),
+            x_BLD,
+            chosen_BLk,
+            routing.weights_BLk,
+            *arrays,
+        )
+        y_BLD = constrain(y_BLD, ("batch", "length", "embed"))
+        return (y_BLD if self.shared is None else y_BLD + self.shared(x_BLD, constrain)), terms
+
+    def _logits(self, x_BLD: jax.Array) -> jax.Array:
+        """[B, L, E], in f32 throughout: near ties decide who computes a token."""
+        kernel_DE = self.router.kernel[...].astype(jnp.float32)
+        logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD.astype(jnp.float32), kernel_DE, precision="highest")
+        if self.router.bias is None:
+            return logits_BLE
+        return logits_BLE + self.router.bias[...].astype(jnp.float32)[None, None]
+
+    def _weights(self) -> tuple[list[Any], list[Any]]:
+        """Kernels and biases of gate, up and down, None where there are none, and the names of their dims.
+
+        `embed` is not named: every device needs that dim whole.
+        """
+        arrays, axes = [], []
+        for module, (rows, cols) in ((self.gate, (None, "mlp")), (self.up, (None, "mlp")), (self.down, ("mlp", None))):
+            kernel = None if module is None else module.kernel[...]
+            bias = None if module is None or module.bias is None else module.bias[...]
+            arrays += [kernel, bias]
+            axes += [("experts", rows, cols), ("experts", cols)]
+        return arrays, [names if array is not None else None for array, names in zip(arrays, axes, strict=True)]
+
+
+def _compute(
+    cut: Cut, x_BLD, chosen_BLk, weights_BLk, gate, gate_bias, up, up_bias, down, down_bias, *,
+    capacity: int | None, num_experts: int, mlp: MLPConfig,
+) -> jax.Array:  # fmt: skip
+    """The routed sum [B, L, D] of one device's rows, with the experts that this device holds.
+
+    Where the experts' mesh axes cut the rows too, tokens travel: with a capacity each to the device of its expert and
+    back (two all-to-alls); without one, all tokens of these devices to each of them (all-gather), where each computes
+    its experts' part of the sum (reduce-scatter), for how many go where is not known beforehand.
+    """
+    mine, rows = cut.get("experts", ()), cut.get("batch", ())
+    shared = tuple(axis for axis in mine if axis in rows)
+    travel = capacity is not None and bool(shared) and shared == mine
+    gathered = () if travel else shared
+    if gathered:
+        x_BLD, chosen_BLk, weights_BLk = (
+            jax.lax.all_gather(a, gathered, axis=0, tiled=True) for a in (x_BLD, chosen_BLk, weights_BLk)
+        )
+    here = num_experts if travel else up.shape[0]
+    chosen_BLk = chosen_BLk - (jax.lax.axis_index(mine) * here if mine and not travel else 0)
+    if down_bias is not None and (parts := cut.get("mlp")):  # each part of the sum would add it
+        down_bias = jnp.where(jax.lax.axis_index(parts) == 0, down_bias, 0)
+    weights = (gate, gate_bias, up, up_bias, down, down_bias)
+    if capacity is None:
+        y_BLD = _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp)
+    else:
+        y_BLD = _with_capacity(
+            x_BLD, chosen_BLk, weights_BLk, weights, mlp, capacity, here, travel_along=mine if travel else ()
+        )
+    if gathered:
+        y_BLD = jax.lax.psum_scatter(y_BLD, gathered, scatter_dimension=0, tiled=True)
+    parted = tuple(axis for axis in (*cut.get("mlp", ()), *mine) if axis not in shared)
+    return (jax.lax.psum(y_BLD, parted) if parted else y_BLD).astype(x_BLD.dtype)
+
+
+def _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp: MLPConfig) -> jax.Array:
+    """[B, L, D] f32: pairs sorted by expert, grouped products, sorted back (Gale et al. 2022).
+
+    Choices outside [0, experts here) are another device's, or nobody's.
+    """
+    gate, gate_bias, up, up_bias, down, down_bias = weights
+    B, L, D = x_BLD.shape
+    here, k = up.shape[0], chosen_BLk.shape[-1]
+    chosen_1P = chosen_BLk.reshape(1, B * L * k)
+    order_1P, rank_1P, sizes_1E, _ = _sort_pairs(chosen_1P, here)
+    sizes, num_mine = sizes_1E[0], sizes_1E.sum(1, keepdims=True)
+    nowhere = B * L * k
+    slots_1S = jnp.where(jnp.arange(nowhere)[None] < num_mine, order_1P, nowhere)
+    back_1P = jnp.where(rank_1P < num_mine, rank_1P, nowhere)
+    x_SD = _take(x_BLD.reshape(1, B * L, D), slots_1S, back_1P, k)[0]
+    expert_S = jnp.minimum(jnp.take(chosen_1P[0], order_1P[0]), here - 1)
+
+    def apply(x, kernel, bias):
+        y = grouped(x, kernel, sizes, x.dtype)
+        return y if bias is None else y + bias[expert_S].astype(y.dtype)
+
+    hidden_SF = activate(mlp, None if gate is None else apply(x_SD, gate, gate_bias), apply(x_SD, up, up_bias))
+    y_SD = apply(hidden_SF, down, down_bias)
+    y_PD = _take(y_SD[None], back_1P, slots_1S, 1)[0]
+    return jnp.sum(y_PD.reshape(B, L, k, D).astype(jnp.float32) * weights_BLk[..., None], axis=2)
+
+
+def _with_capacity(
+    x_BLD, chosen_BLk, weights_BLk, weights, mlp: MLPConfig, capacity: int, here: int, travel_along: tuple[str, ...]
+) -> jax.Array:
+    """[B, L, D] f32: each expert takes its first C tokens of each row; the others pass by it (Lepikhin et al. 2020).
+
+    First in the order of tokens, never by rank of choice: else a later token could push out an earlier one.
+    """
+    gate, gate_bias, up, up_bias, down, down_bias = weights
+    B, L, D = x_BLD.shape
+    k, C = chosen_BLk.shape[-1], capacity
+    chosen_BP = chosen_BLk.reshape(B, L * k)
+    order_BP, rank_BP, sizes_BE, starts_BE = _sort_pairs(chosen_BP, here)
+    place_BEC = jnp.arange(C)[None, None] + starts_BE[..., None]
+    there_BS = jnp.take_along_axis(order_BP, place_BEC.reshape(B, here * C), axis=1, mode="clip")
+    filled_BEC = jnp.arange(C)[None, None] < sizes_BE[..., None]
+    slots_BS = jnp.where(filled_BEC.reshape(B, here * C), there_BS, L * k)
+    expert_BP = jnp.clip(chosen_BP, 0, here - 1)
+    place_BP = rank_BP - jnp.take_along_axis(starts_BE, expert_BP, axis=1)
+    kept_BP = (chosen_BP == expert_BP) & (place_BP < C)
+    back_BP = jnp.where(kept_BP, expert_BP * C + place_BP, here * C)
+    x_BECD = _take(x_BLD, slots_BS, back_BP, k).reshape(B, here, C, D)
+    if travel_along:  # this device's rows, all experts > all rows, this device's experts
+        x_BECD = jax.lax.all_to_all(x_BECD, travel_along, split_axis=1, concat_axis=0, tiled=True)
+
+    def apply(spec, x, kernel, bias):
+        y = contract(spec, x, kernel, x.dtype)
+        return y if bias is None else y + bias[None, :, None].astype(y.dtype)
+
+    widen = partial(apply, "BECD,EDF->BECF", x_BECD)
+    hidden_BECF = activate(mlp, None if gate is None else widen(gate, gate_bias), widen(up, up_bias))
+    y_BECD = apply("BECF,EFD->BECD", hidden_BECF, down, down_bias)
+    if travel_along:
+        y_BECD = jax.lax.all_to_all(y_BECD, travel_along, split_axis=0, concat_axis=1, tiled=True)
+    y_BPD = _take(y_BECD.reshape(B, here * C, D), back_BP, slots_BS, 1)
+    return jnp.sum(y_BPD.reshape(B, L, k, D).astype(jnp.float32) * weights_BLk[..., None], axis=2)
+
+
+def _sort_pairs(chosen_BP: jax.Array, here: int) -> tuple[jax.Array, ...]:
+    """Pairs by expert, within an expert in their own order; those of no expert here come last.
+
+    Returns order [B, P] (the pair at each rank), rank [B, P] of each pair, sizes [B, E] and starts [B, E] in ranks.
+    """
+    key_BP = jnp.where((chosen_BP >= 0) & (chosen_BP < here), chosen_BP, here)
+    order_BP = jnp.argsort(key_BP, axis=1, stable=True)
+    rank_BP = jnp.argsort(order_BP, axis=1)
+    sizes_BE = (key_BP[..., None] == jnp.arange(here)[None, None]).sum(1, dtype=jnp.int32)
+    return order_BP, rank_BP, sizes_BE, jnp.cumsum(sizes_BE, axis=1) - sizes_BE
+
+
+def _take(x_BND: jax.Array, there_BM: jax.Array, back_BN: jax.Array, copies: int) -> jax.Array:
+    """[B, M, D]: rows of x, each of which counts as `copies` rows, at `there`; zeros where that is past the end.
+
+    `back` is the inverse of `there`, so that the gradient is such a look-up as well and no scatter.
+    """
+    return _taken(x_BND, there_BM, back_BN, copies)  # type: ignore[return-value]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _taken(x_BND, there_BM, back_BN, copies):
+    return _rows(x_BND, there_BM // copies)
+
+
+def _take_backward(copies, indices, dy_BMD):
+    _, back_BN = indices
+    dx_BND = _rows(dy_BMD, back_BN)
+    if copies > 1:
+        B, P, D = dx_BND.shape
+        dx_BND = dx_BND.reshape(B, P // copies, copies, D).astype(jnp.float32).sum(2).astype(dy_BMD.dtype)
+    return dx_BND, None, None
+
+
+_taken.defvjp(lambda x, there, back, copies: (_take(x, there, back, copies), (there, back)), _take_backward)
+
+
+def _rows(x_BND: jax.Array, at_BM: jax.Array) -> jax.Array:
+    return jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(x_BND, at_BM)
+
+
+def grouped(x_SD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[S, F]: rows in groups of `sizes`, each times its own matrix, in x's dtype with f32 accumulation.
+
+    As in `models.layers.contract`, the gradient of f32 weights is never rounded. Rows past the last group are
+    unspecified.
+    """
+    return _grouped(x_SD, kernel_EDF, sizes_E, dtype)  # type: ignore[return-value]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x, kernel, sizes, dtype):
+    return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _grouped_backward(dtype, saved, dy):
+    x, kernel, sizes = saved
+    dy = jax.lax.optimization_barrier(dy.astype(x.dtype))
+    f32, transposed = jnp.float32, kernel.astype(x.dtype).swapaxes(1, 2)
+    dx = jax.lax.ragged_dot(dy, transposed, sizes, preferred_element_type=f32)
+    by_group = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    dkernel = jax.lax.ragged_dot_general(x, dy, sizes, by_group, preferred_element_type=f32)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype), None
+
+
+def _grouped_forward(x, kernel, sizes, dtype):
+    return _grouped(x, kernel, sizes, dtype), (x, kernel, sizes)
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)

@@ -117,11 +117,11 @@ def test_room_enough_for_all_equals_dropless_in_value_and_gradient():
     graph, state = layer(CONFIG)
     roomy_graph = nnx.split(Experts(nnx.Rngs(0), roomy, 0.5))[0]
 
-    def value(state, x, graph):
-        return jnp.sum(jnp.sin(run(CONFIG, state, graph, x)[0]))
+    def of(graph):
+        value = lambda state, x: jnp.sum(jnp.sin(run(CONFIG, state, graph, x)[0]))
+        return jax.jit(jax.value_and_grad(value, (0, 1)))(state, x_of())
 
-    want = jax.jit(jax.value_and_grad(value, (0, 1)), static_argnums=2)(state, x_of(), graph)
-    got = jax.jit(jax.value_and_grad(value, (0, 1)), static_argnums=2)(state, x_of(), roomy_graph)
+    want, got = of(graph), of(roomy_graph)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), want, got)
 
 
@@ -173,7 +173,7 @@ def test_the_balancing_bias_has_the_load_error_for_its_gradient_and_changes_no_l
         return auxiliary(route(logits, bias, config), bias, REAL, None, config).loss_B[0]
 
     value, gradient = jax.value_and_grad(loss)(bias)
-    chosen = np.argsort(-np.asarray(jax.nn.sigmoid(logits[0]) + bias), axis=-1)[:, :K]
+    chosen = np.argsort(-np.asarray(jax.nn.sigmoid(logits[0]) + bias[None]), axis=-1)[:, :K]
     load = np.bincount(chosen.reshape(-1), minlength=E) * E / (K * L)
     assert float(value) == 0
     np.testing.assert_allclose(gradient / BIAS_GRADIENT, load - 1, atol=1e-5)

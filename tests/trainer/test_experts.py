@@ -23,7 +23,7 @@ from trainer.objectives.next_token import NextTokenConfig
 from trainer.optimizer import AdamWConfig, SgdConfig
 from trainer.roles import Role, param_roles
 from trainer.schedule import ConstantConfig
-from trainer.state import init_sharded_state
+from trainer.state import make_state
 from trainer.step import make_train_step
 
 ROWS, L, V = 8, 12, 24
@@ -68,13 +68,15 @@ def batch(seed):
 
 
 def train(config, mesh_config, optimizer_config, steps=3, num_microbatches=1):
-    """State and metrics after some steps."""
+    """Parameters and metrics after some steps."""
     devices = jax.devices()[:1] if mesh_config is None else None
     mesh, rules = make_mesh(mesh_config or MeshConfig(), devices), ShardingRules()
     axes = param_axes(config)
-    shardings = param_shardings(axes, abstract_params(config), mesh, rules)
     optimizer = optimizer_config.build(SCHEDULE, axes)
-    state = init_sharded_state(partial(init_params, config), optimizer, jax.random.key(0), param_shardings=shardings)
+    shardings = param_shardings(axes, abstract_params(config), mesh, rules)
+    # Made whole and cut then: an initialisation on eight devices takes as long to compile as the step.
+    params = jax.device_put(jax.jit(partial(init_params, config))(jax.random.key(0)), shardings)
+    state = make_state(lambda key: params, optimizer, jax.random.key(0))
     apply = make_apply(config, make_constrain(mesh, rules))
     step = jax.jit(make_train_step(OBJECTIVE, apply, optimizer, num_microbatches=num_microbatches))
     history = []
@@ -89,8 +91,14 @@ def alone(kind):
     return train(model(kind), None, SgdConfig(momentum=0.0, clip_norm=None))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        *(("dropless", mesh) for mesh in MESHES),
+        *(("capacity", mesh) for mesh in ("expert", "data x expert", "fsdp x expert x tensor")),
+        ("bias", "fsdp x expert"),
+    ],
+)
 def test_losses_and_gradients_are_those_of_one_device(kind, mesh):
     params, history = train(model(kind), MESHES[mesh], SgdConfig(momentum=0.0, clip_norm=None))
     want_params, want = alone(kind)

@@ -363,7 +363,8 @@ def write_qwen2(config: ModelConfig) -> dict[str, Any]:
 def write_smollm3(config: ModelConfig) -> dict[str, Any]:
     turns = config.rope.pattern
     rotated = [int(turns[i % len(turns)]) for i in range(config.num_layers)]
-    return write_qwen2(config) | {"no_rope_layers": rotated, "mlp_bias": config.mlp.bias}
+    # Their default for padding is token 128004, which must be a row of the embedding.
+    return write_qwen2(config) | {"no_rope_layers": rotated, "mlp_bias": config.mlp.bias, "pad_token_id": None}
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """Published sizes, and FLOPs against counting."""
 
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_module
 
 from configs.schema import register, to_typed
-from models.cost import cache_bytes, flops_per_token, num_params
+from models.config import ExpertsConfig
+from models.cost import cache_bytes, flops_per_token, num_active_params, num_params
 from tests.models.test_transformer import BASE, FAMILIES
 
 # Parameters of the published checkpoints.
@@ -32,6 +35,20 @@ PUBLISHED = {
     "gemma2_9b": 9_241_705_984,
     "gemma2_27b": 27_227_128_320,
     "gemma3_1b": 999_885_952,
+    "smollm3_3b": 3_075_098_624,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "olmoe_1b_7b": 6_919_161_856,
+    "gpt_oss_20b": 20_914_757_184,
+    "deepseek_v3": 671_026_419_200,  # without its layer for predicting further tokens
+}
+# What one token meets, embeddings included: 12.9B, 3.3B, 1.3B and 37B on the models' cards.
+ACTIVE = {
+    "mixtral_8x7b": 12_879_925_248,
+    "qwen3_30b_a3b": 3_353_032_704,
+    "olmoe_1b_7b": 1_282_017_280,
+    "deepseek_v3": 37_552_297_472,
+    "llama3_8b": 8_030_261_248,
 }
 
 
@@ -51,6 +68,22 @@ def test_a_preset_has_the_published_number_of_parameters(name):
     assert num_params(preset(name))["total"] == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_token_meets_the_published_number_of_parameters(name):
+    assert num_active_params(preset(name)) == ACTIVE[name]
+
+
+def test_of_experts_a_token_costs_those_that_it_is_sent_to():
+    config = FAMILIES["experts"]
+    sparse, e = flops_per_token(config, 100), config.experts
+    dense = flops_per_token(replace(config, experts=replace(e, experts_per_token=e.num_experts)), 100)
+    one = 6 * config.num_layers * 3 * config.embed_dim * e.hidden_dim
+    assert dense - sparse == one * (e.num_experts - e.experts_per_token)
+    router = 6 * config.num_layers * config.embed_dim * e.num_experts
+    plain = replace(config, experts=ExpertsConfig(), mlp=replace(config.mlp, hidden_dim=e.hidden_dim))
+    assert sparse == flops_per_token(plain, 100) + one * (e.experts_per_token - 1) + router
+
+
 def test_flops_are_six_for_each_weight_of_a_product_and_causal_attention():
     c, a = BASE, BASE.attention
     weights = c.num_layers * (
@@ -68,3 +101,4 @@ def test_a_window_costs_less():
 
 def test_the_cache_holds_keys_and_values():
     assert cache_bytes(BASE, 3, 10) == 2 * 2 * 3 * 10 * 2 * 8 * 4
+    assert cache_bytes(FAMILIES["latent"], 3, 10) == 2 * 3 * 10 * 4 * (12 + 6) * 4

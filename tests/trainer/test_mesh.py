@@ -29,8 +29,8 @@ def specs(config: MeshConfig, rules: ShardingRules = RULES) -> dict:
 
 def test_one_axis_takes_the_remaining_devices() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    assert mesh.axis_types == (AxisType.Auto,) * 4
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_one_axis_takes_the_remaining_devices() -> None:
     [
         (
             MeshConfig(3, 1, 1),
-            r"mesh\.data=3: .*8 devices; nearest valid: mesh\.data=4 mesh\.fsdp=1 mesh\.tens",
+            r"mesh\.data=3: .*8 devices; nearest valid: mesh\.data=4 mesh\.fsdp=1 mesh\.expert",
         ),
         (MeshConfig(-1, 3, 1), r"mesh\.fsdp=3: .* must divide the 8 devices; nearest valid: .*mesh\.fsdp=4"),
         (MeshConfig(2, 1, 1), r"mesh\.data=2: .* = 2 must equal the 8 devices; nearest valid: "),

@@ -1,0 +1,153 @@
+"""Experts in training: the same step on every mesh, exact accumulation, balance by bias."""
+
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import numpy as np
+import pytest
+
+from data.batch import TokenBatch
+from models.config import AttentionConfig, Balance, Dispatch, Dtype, ExpertsConfig, MLPConfig, ModelConfig, RouterScore
+from models.transformer import abstract_params, init_params, make_apply, param_axes
+from trainer.mesh import (
+    MeshConfig,
+    ShardingRules,
+    batch_sharding,
+    make_constrain,
+    make_mesh,
+    param_shardings,
+    place_batch,
+)
+from trainer.objectives.next_token import NextTokenConfig
+from trainer.optimizer import AdamWConfig, SgdConfig
+from trainer.roles import Role, param_roles
+from trainer.schedule import ConstantConfig
+from trainer.state import make_state
+from trainer.step import make_train_step
+
+ROWS, L, V = 8, 12, 24
+CONFIG = ModelConfig(
+    num_layers=2, embed_dim=16, vocab_size=V, dtype=Dtype.float32, init_std=0.3, tied_embeddings=False,
+    attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
+    mlp=MLPConfig(hidden_dim=16),
+    experts=ExpertsConfig(8, 1, 2, 8, shared_hidden_dim=8, bias=True, z_loss=1e-2, balance_loss=0.1),
+)  # fmt: skip
+KINDS = {
+    "dropless": {},
+    "capacity": {"dispatch": Dispatch.capacity, "capacity_factor": 1.0},
+    "bias": {"score": RouterScore.sigmoid, "balance": Balance.bias},
+}
+MESHES = {
+    "data": MeshConfig(8),
+    "expert": MeshConfig(1, expert=8),
+    "data x expert": MeshConfig(2, expert=4),
+    "fsdp x expert": MeshConfig(1, fsdp=2, expert=4),
+    "expert x tensor": MeshConfig(1, expert=4, tensor=2),
+    "fsdp x expert x tensor": MeshConfig(1, fsdp=2, expert=2, tensor=2),
+}
+OBJECTIVE = NextTokenConfig().build(None)
+SCHEDULE = ConstantConfig(warmup_steps=0).build(1e-2, 100)
+
+
+def model(kind):
+    return replace(CONFIG, experts=replace(CONFIG.experts, **KINDS[kind]))
+
+
+def batch(seed):
+    """Rows of two documents and padding, with masks of their own; of the last row nothing is learnt."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, V, (ROWS, L + 1)).astype(np.int32)
+    lengths = rng.integers(6, L + 1, (ROWS, 1))
+    at = np.arange(L)[None]
+    segments = np.where(at < 4, 1, np.where(at < lengths, 2, 0)).astype(np.int32)
+    positions = np.where(at < 4, at, at - 4).astype(np.int32) * np.ones((ROWS, 1), np.int32)
+    mask = ((segments > 0) & (rng.random((ROWS, L)) < 0.7)).astype(np.float32)
+    mask[-1] = 0
+    return TokenBatch(tokens[:, :-1], tokens[:, 1:], mask, segments, positions)
+
+
+def train(config, mesh_config, optimizer_config, steps=3, num_microbatches=1):
+    """Parameters and metrics after some steps."""
+    devices = jax.devices()[:1] if mesh_config is None else None
+    mesh, rules = make_mesh(mesh_config or MeshConfig(), devices), ShardingRules()
+    axes = param_axes(config)
+    optimizer = optimizer_config.build(SCHEDULE, axes)
+    shardings = param_shardings(axes, abstract_params(config), mesh, rules)
+    # Made whole and cut then: an initialisation on eight devices takes as long to compile as the step.
+    params = jax.device_put(jax.jit(partial(init_params, config))(jax.random.key(0)), shardings)
+    state = make_state(lambda key: params, optimizer, jax.random.key(0))
+    apply = make_apply(config, make_constrain(mesh, rules))
+    step = jax.jit(make_train_step(OBJECTIVE, apply, optimizer, num_microbatches=num_microbatches))
+    history = []
+    for seed in range(steps):
+        state, metrics = step(state, {}, place_batch(batch(seed), batch_sharding(mesh, rules), ROWS))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return jax.device_get(state.params), history
+
+
+@lru_cache
+def alone(kind):
+    return train(model(kind), None, SgdConfig(momentum=0.0, clip_norm=None))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        *(("dropless", mesh) for mesh in MESHES),
+        *(("capacity", mesh) for mesh in ("expert", "data x expert", "fsdp x expert x tensor")),
+        ("bias", "fsdp x expert"),
+    ],
+)
+def test_losses_and_gradients_are_those_of_one_device(kind, mesh):
+    params, history = train(model(kind), MESHES[mesh], SgdConfig(momentum=0.0, clip_norm=None))
+    want_params, want = alone(kind)
+    for ours, theirs in zip(history, want, strict=True):
+        for name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    start = jax.device_get(init_params(model(kind), jax.random.key(0)))
+    for a, b, from_ in zip(*map(jax.tree.leaves, (params, want_params, start)), strict=True):
+        moved = np.abs(b - from_).max()  # by the gradients of three steps
+        np.testing.assert_allclose(a, b, atol=1e-4 * moved + 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_is_exact(kind):
+    want, history = alone(kind)
+    params, split = train(model(kind), None, SgdConfig(momentum=0.0, clip_norm=None), num_microbatches=4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, params)
+    for ours, theirs in zip(split, history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+
+
+def test_metrics_of_the_router_are_told_and_the_loss_holds_its_terms():
+    _, history = alone("dropless")
+    for metrics in history:
+        added = 0.1 * metrics["router/balance_loss"] + 1e-2 * metrics["router/z_loss"]
+        assert metrics["loss"] == pytest.approx(metrics["nll"] + added, rel=1e-5)
+        assert metrics["router/max_load"] >= 1
+    assert "router/dropped" in alone("capacity")[1][0]
+
+
+def test_a_balancing_bias_moves_by_its_rate_and_nothing_else_touches_it():
+    optimizer = AdamWConfig(weight_decay=0.5, clip_norm=1e-3, balance_rate=0.01, learning_rate=1e-2)
+    config = model("bias")
+    params, _ = train(config, None, optimizer, steps=2)
+    bias = params["layers"]["mlp"]["balance_bias"]
+    assert set(np.round(np.abs(bias).reshape(-1), 6)) <= {np.float32(0.0), np.float32(0.01), np.float32(0.02)}
+    assert (bias > 0).any() and (bias < 0).any()
+    assert param_roles(param_axes(config))["layers"]["mlp"]["balance_bias"] is Role.balance
+
+
+def test_the_load_becomes_even_where_a_bias_balances_it():
+    still = train(model("bias"), None, SgdConfig(learning_rate=1e-9, clip_norm=None, balance_rate=0.0), steps=40)[1]
+    moving = train(model("bias"), None, SgdConfig(learning_rate=1e-9, clip_norm=None, balance_rate=0.02), steps=40)[1]
+    load = lambda history: np.mean([metrics["router/max_load"] for metrics in history[-10:]])
+    assert load(moving) < load(still)
+
+
+def test_experts_that_do_not_divide_are_refused():
+    mesh = make_mesh(MeshConfig(1, expert=8))
+    config = replace(CONFIG, experts=replace(CONFIG.experts, num_experts=6))
+    with pytest.raises(ValueError, match=r"mesh\.expert=8: cannot cut dim 1 \(experts\) .* of size 6"):
+        param_shardings(param_axes(config), abstract_params(config), mesh, ShardingRules())

@@ -24,20 +24,19 @@ def write(config, prompts=PROMPTS, **sampling):
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 def test_greedy_is_the_argmax_of_the_full_forward_with_its_logprob(config):
     params, found = write(config, temperature=0.0)
-    for prompt, completion in zip(PROMPTS, found, strict=True):
-        tokens = [*prompt]
-        for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
-            n = len(tokens)
-            output = make_apply(config)(
-                params,
-                jnp.array([tokens]),
-                positions_BL=jnp.arange(n)[None],
-                segment_ids_BL=jnp.ones((1, n), jnp.int32),
-            )
-            p = jax.nn.log_softmax(logits(output)[0, -1])
-            assert token == int(p.argmax())
-            assert logprob == pytest.approx(float(p[token]), abs=1e-4)
-            tokens.append(token)
+    rows = np.zeros((len(PROMPTS), 32), np.int32)  # causal: what follows a text does not matter
+    for row, prompt, completion in zip(rows, PROMPTS, found, strict=True):
+        tokens = [*prompt, *completion.tokens]
+        row[: len(tokens)] = tokens
+    positions = jnp.broadcast_to(jnp.arange(32)[None], rows.shape)
+    output = make_apply(config)(
+        params, jnp.asarray(rows), positions_BL=positions, segment_ids_BL=jnp.ones_like(positions)
+    )
+    p = np.asarray(jax.nn.log_softmax(logits(output), axis=-1))
+    for row, prompt, completion in zip(p, PROMPTS, found, strict=True):
+        for i, (token, logprob) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
+            assert token == int(row[len(prompt) - 1 + i].argmax())
+            assert logprob == pytest.approx(float(row[len(prompt) - 1 + i, token]), abs=1e-4)
 
 
 def test_a_row_does_not_depend_on_the_others():

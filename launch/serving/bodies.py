@@ -3,6 +3,7 @@
 A parameter that would change the answer and is not carried out is an error; one that changes nothing is let be.
 """
 
+import json
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -74,6 +75,12 @@ class Body(BaseModel):
     def _known(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        try:  # whatever follows may write any part of it
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _refusal("body", "holds half of a surrogate pair, which is no text") from None
+        except RecursionError:
+            raise _refusal("body", "is nested too deeply") from None
         kept = {}
         for name, value in given.items():
             if name in cls.model_fields:

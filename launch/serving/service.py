@@ -1,7 +1,6 @@
 """From a request's body to engine requests, and from their events to answers."""
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -187,13 +186,9 @@ class Service:
             raise ApiError(400, "tools: the chat template of this model does not show tools to it", param="tools")
         self._refuse_special(messages)
         try:
-            json.dumps([messages, tools], ensure_ascii=False).encode()
             return chat_ids(self.served.tokenizer, messages, tools=tools)
-        except UnicodeEncodeError:
-            why = "messages: holds half of a surrogate pair, which is no text"
-            raise ApiError(400, why, param="messages") from None
         except RecursionError:
-            raise ApiError(400, "messages: is nested too deeply", param="messages") from None
+            raise ApiError(400, "messages: is nested too deeply for the template", param="messages") from None
         except ValueError as error:
             raise from_value_error(error, {"tokenizer": "messages", "chat": "messages"}) from None
 

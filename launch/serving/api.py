@@ -48,6 +48,7 @@ def create_app(served: Served, scheduler: Scheduler) -> FastAPI:
     _add_models(app, served, service)
     _add_answers(app, service)
     _add_house(app, service)
+    _describe(app, served.name)
     # The last one is asked first.
     app.add_middleware(BodyGuard, limit=served.max_request_bytes)
     if served.api_key is not None:
@@ -134,6 +135,33 @@ def _add_house(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _describe(app: FastAPI, model: str) -> None:
+    """Puts into /openapi.json what FastAPI cannot know: the shape of errors, and which model there is."""
+    described = app.openapi()  # made once and kept
+    schemas = described["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        del schemas[name]
+    text = {"type": "string"}
+    fields = {"message": text, "type": text} | {key: {"type": ["string", "null"]} for key in ("param", "code")}
+    error = {"type": "object", "properties": fields, "required": list(fields)}
+    schemas["Error"] = {"type": "object", "properties": {"error": error}, "required": ["error"]}
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    text_types = {"/metrics": {"text/plain": {"schema": text}}}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        text_types[path] = {"application/json": {"schema": {}}, "text/event-stream": {}}
+    for path, types in text_types.items():
+        for operation in described["paths"][path].values():
+            operation["responses"]["200"]["content"] = types
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["4XX"] = {"description": "What was wrong, and where", "content": content}
+            for parameter in operation.get("parameters", ()):
+                parameter["schema"]["enum"] = [model]
+    for body in (ChatBody, CompletionBody):
+        schemas[body.__name__]["properties"]["model"]["enum"] = [model]
 
 
 def page_headers(page: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from data.chat import ROLES
 from launch.messages import did_you_mean
 from models.decode import MAX_TOP_LOGPROBS
 from models.sampling import SamplingConfig
@@ -138,7 +139,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: str
+    role: str = Field(json_schema_extra={"enum": list(ROLES)})
     content: str | list[TextPart] | None = None
 
     def plain(self) -> dict[str, Any]:

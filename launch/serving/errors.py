@@ -51,9 +51,10 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     path = [part for part in first["loc"] if part != "body"]
-    if not path and "param" not in first.get("ctx", {}):
+    param = first.get("ctx", {}).get("param")  # '' is a name, too
+    if not path and param is None:
         return ApiError(400, "the body must be a JSON object, sent with the header Content-Type: application/json")
-    name = first.get("ctx", {}).get("param") or _dotted(path)
+    name = _dotted(path) if param is None else param
     reasons = dict.fromkeys(e["msg"] for e in errors if e["loc"][:2] == first["loc"][:2])
     said = ", or ".join(reason[:1].lower() + reason[1:] for reason in reasons)
     return ApiError(400, f"{name}: {said}", param=name)

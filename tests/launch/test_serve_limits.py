@@ -70,6 +70,7 @@ BAD = [
     (CHAT, {"messages": HELLO, "logit_bias": {"5": 100}}, "logit_bias"),
     (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
     (CHAT, {"messages": HELLO, "\ud800": 1}, "body"),
+    (CHAT, {"messages": HELLO, "": 1}, ""),
 ]
 
 
@@ -303,3 +304,10 @@ def test_64_clients_that_come_and_go_get_what_each_gets_alone_and_nothing_leaks(
         until(lambda: metric(client, "meshwright_active_slots") == metric(client, "meshwright_queue_length") == 0)
     print(f"{left} of {4 * 64} left early; {time.monotonic() - begun:.0f} s; resident MB after each round: {memory}")
     assert memory[-1] < memory[0] + 25
+
+
+def test_the_schema_tells_the_model_and_the_shape_of_errors(client):
+    schema = client.get("/openapi.json").json()
+    assert schema["components"]["schemas"]["ChatBody"]["properties"]["model"]["enum"] == ["tiny"]
+    assert all("4XX" in op["responses"] for ops in schema["paths"].values() for op in ops.values())
+    assert "422" not in json.dumps(schema)

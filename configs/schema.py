@@ -122,6 +122,20 @@ class GenerateConfig(TaskConfig):
 
 
 @dataclass
+class ServeConfig(TaskConfig):
+    kind: str = "serve"
+    host: str = "127.0.0.1"  # another than this machine's own needs a key
+    port: int = 8000  # 0: a free one
+    api_key_env: str | None = None  # the environment variable that holds the key that clients must send
+    slots: int = 16  # answers that are written at once
+    max_length: int | None = None  # tokens of a prompt and its answer; null: model.max_seq_len, at most 4096
+    max_queue: int = 64  # requests that may wait for a slot; further ones get status 429
+    timeout: float = 600.0  # seconds of a request, its wait included
+    max_request_bytes: int = 1_000_000  # of a body; larger ones get status 413
+    grace: float = 10.0  # seconds that answers get to be finished after SIGTERM
+
+
+@dataclass
 class InspectConfig(TaskConfig):
     kind: str = "inspect"
 
@@ -167,7 +181,7 @@ class RunConfig:
     init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP) or of hf:FOLDER
     reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
     source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
-    step: int | None = None  # evaluate, generate, inspect: the checkpoint; null: the newest
+    step: int | None = None  # evaluate, generate, serve, inspect: the checkpoint; null: the newest
     prompt: str | None = None  # generate: what to go on from
     chat: str | None = None  # generate: what the user says; the model answers, through the run's chat template
     format: Format = Format.table  # inspect, evaluate, runs: how to print
@@ -191,6 +205,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "prepare": PrepareConfig,
         "evaluate": EvaluateConfig,
         "generate": GenerateConfig,
+        "serve": ServeConfig,
         "inspect": InspectConfig,
         "runs": RunsConfig,
         "convert": ConvertConfig,
@@ -355,6 +370,11 @@ def validate(config: RunConfig) -> None:
                 raise ValueError(f"task.{field_name}={getattr(task, field_name)}: must be at least 1")
         if task.profile_steps and len(task.profile_steps) != 2:
             raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
+    if isinstance(task, ServeConfig) and isinstance(config.launcher, LocalConfig) and config.launcher.num_processes > 1:
+        raise ValueError(
+            f"launcher.num_processes={config.launcher.num_processes}: serve runs in one process, with all devices of "
+            "its host; leave it out"
+        )
     for key in ("batch_size", "seq_len"):
         if getattr(config.data, key) < 1:
             raise ValueError(f"data.{key}={getattr(config.data, key)}: must be at least 1")

@@ -77,11 +77,28 @@ class SentencePiece(Tokenizer):
         sizes[: p.vocab_size()] = [size(i) for i in range(p.vocab_size())]
         return sizes
 
+    def piece(self, token: int) -> bytes:
+        p = self.processor
+        if token >= p.vocab_size() or p.is_control(token) or p.is_unknown(token):
+            return b""
+        text = p.id_to_piece(token)
+        return bytes([int(text[3:5], 16)]) if p.is_byte(token) else text.replace("\u2581", " ").encode()
+
     def settings(self) -> dict[str, Any]:
         return {"added": self.added} if self.added else {}
 
     def own_files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self.model}
+
+
+def _byte_of() -> dict[str, bytes]:
+    # ByteLevel vocabularies write a byte as itself where Latin-1 prints it, and the others, in order, from U+0100 on.
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printed]
+    return {chr(b): bytes([b]) for b in printed} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
+
+
+BYTE_OF = _byte_of()
 
 
 class TokenizerJson(Tokenizer):
@@ -106,8 +123,8 @@ class TokenizerJson(Tokenizer):
         known = {token.content for token in self.inner.get_added_tokens_decoder().values() if token.special}
         named = {str(text) for text in special.values() if text and self.inner.token_to_id(str(text)) is not None}
         self.inner.add_special_tokens(sorted(named - known))  # they have ids, but were not cut out of a text
-        decoder = self.inner.get_added_tokens_decoder()
-        self.special_tokens = {token.content: i for i, token in sorted(decoder.items()) if token.special}
+        self.added = self.inner.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in sorted(self.added.items()) if token.special}
         first = self.inner.encode("a", add_special_tokens=True).ids[:1]
         self.policy = self.with_policy(add_bos=self.bos_id is not None and first == [self.bos_id]).policy
 
@@ -137,6 +154,18 @@ class TokenizerJson(Tokenizer):
                 sizes[i] = len(piece) if byte_level else len(piece.replace("\u2581", " ").encode())
         return sizes
 
+    def piece(self, token: int) -> bytes:
+        added, text = self.added.get(token), self.inner.id_to_token(token)
+        if text is None or (added is not None and added.special):
+            return b""
+        if added is not None:  # its text is what it says
+            return text.encode()
+        if b'"ByteLevel"' in self.content:
+            return b"".join(BYTE_OF[c] if c in BYTE_OF else c.encode() for c in text)
+        if len(text) == 6 and text.startswith("<0x"):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("\u2581", " ").encode()
+
     def settings(self) -> dict[str, Any]:
         return {"special": self.special}
 
@@ -164,6 +193,9 @@ class Bytes(Tokenizer):
 
     def token_bytes(self) -> np.ndarray:
         return np.array([1] * 256 + [0], np.int32)
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
 
     def settings(self) -> dict[str, Any]:
         return {}
@@ -195,6 +227,9 @@ class Characters(Tokenizer):
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(c.encode()) for c in self.alphabet], np.int32)
+
+    def piece(self, token: int) -> bytes:
+        return self.alphabet[token].encode() if token < len(self.alphabet) else b""
 
     def settings(self) -> dict[str, Any]:
         return {"alphabet": self.alphabet}

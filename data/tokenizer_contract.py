@@ -86,6 +86,10 @@ class Tokenizer(ABC):
         """[V] i32: bytes of text that each token stands for, 0 for special ones; makes bits per byte exact."""
 
     @abstractmethod
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for inside a text: half a character at times, empty for special tokens."""
+
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What defines it beside `own_files`."""
 

@@ -16,6 +16,7 @@ TASKS = {
     "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
+    "serve": "answer over HTTP as OpenAI's API does, with a chat page: serve run=NAME",
     "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
     "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN, from=RUN to=gguf:FILE",
     "runs": "a table of the runs in a folder",
@@ -166,13 +167,14 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
     if config.launcher.kind == "local" and config.launcher.num_processes > 1 and not distributed.announced():
         return launch_local(config, overrides)
     distributed.start(config.devices)
-    from launch.tasks import convert, evaluate, generate, inspect, prepare, runs, train
+    from launch.tasks import convert, evaluate, generate, inspect, prepare, runs, serve, train
 
     task = {
         "train": train.run,
         "prepare": prepare.run,
         "evaluate": evaluate.run,
         "generate": generate.run,
+        "serve": serve.run,
         "inspect": inspect.run,
         "runs": runs.run,
         "convert": convert.run,

@@ -245,8 +245,8 @@ class Engine:
     def num_active(self) -> int:
         return sum(slot.request is not None for slot in self._slots)
 
-    def submit(self, request: Request) -> int:
-        """The number by which its events are known. Raises: ValueError for an empty prompt, or one without room."""
+    def check(self, request: Request) -> None:
+        """Raises: ValueError for settings out of range, an empty prompt, one without room, and for what is no token."""
         request.sampling.validate("")
         n = len(request.prompt)
         if n == 0:
@@ -260,6 +260,10 @@ class Engine:
             raise ValueError(f"prompt: {outside[0]} is no token; they are 0 to {self.vocab_size - 1}")
         if request.top_logprobs > MAX_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs={request.top_logprobs}: must be at most {MAX_TOP_LOGPROBS}")
+
+    def submit(self, request: Request) -> int:
+        """The number by which its events are known. Raises: ValueError as `check`."""
+        self.check(request)
         self._next_id += 1
         self._waiting.append((self._next_id, request))
         return self._next_id
@@ -359,7 +363,7 @@ class Engine:
             num_top = max(num_top, request.top_logprobs)
         if not rows:
             return None
-        num_top = MAX_TOP_LOGPROBS if num_top else 0  # two programs, not twenty
+        num_top = min(MAX_TOP_LOGPROBS, self.vocab_size) if num_top else 0  # two programs, not twenty
         # A copy: the device may read it later, when it has been written over for another request.
         settings = Settings(*(x.copy() for x in self._settings))
         args = self.params, self._cache, self._memory, settings, feed, num_top

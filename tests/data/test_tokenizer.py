@@ -62,6 +62,14 @@ def test_token_bytes_add_up_to_the_bytes_of_the_text(tokenizer, text):
     assert sum(tokenizer.token_bytes()[tokenizer.encode(text)]) == len(text.encode())
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_of_tokens_are_the_bytes_of_the_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.piece, ids)).decode().removeprefix(" ") == text.removeprefix(" ")
+    assert [len(tokenizer.piece(i)) for i in ids] == tokenizer.token_bytes()[ids].tolist()
+    assert all(tokenizer.piece(i) == b"" for i in tokenizer.special_tokens.values())
+
+
 def test_a_batch_is_encoded_as_its_texts_are(tokenizer):
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 

@@ -1,0 +1,1 @@
+"""`meshwright serve`: the engine behind the HTTP interface that OpenAI's clients speak."""

@@ -326,7 +326,7 @@ def _leaves(value: Any, path: str = "model") -> dict[str, Any]:
     if isinstance(value, enum.Enum):
         return {path: value.name}
     if isinstance(value, list):
-        return {path: [item.name for item in value]}
+        return {path: [getattr(item, "name", item) for item in value]}
     return {path: plain(value)}
 
 

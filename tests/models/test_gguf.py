@@ -24,11 +24,12 @@ from models.config import (
     RopeConfig,
     RopeScaling,
 )
-from models.decode import SamplingConfig, generate
+from models.decode import generate
 from models.gguf import ARCHITECTURES, architecture_for, misread
 from models.gguf_files import File, first_wrong, save_params
 from models.huggingface import shape_of
 from models.huggingface_files import first_difference, load_params
+from models.sampling import SamplingConfig
 from models.transformer import abstract_params, logits, make_apply, param_axes
 from tests.models.llama_cpp import complete, spelt
 
@@ -122,7 +123,7 @@ def test_llama_cpp_writes_the_same_tokens(case):
     config, params, path = case
     write(path, config, params)
     prompts = [[int(i) for i in np.random.default_rng(1).integers(1, 264, n)] for n in (40, 3)]
-    ours = generate(params, config, prompts, SamplingConfig(max_new_tokens=16, temperature=0), eos_id=0)
+    ours = generate(params, config, prompts, SamplingConfig(max_new_tokens=16, temperature=0), stop_ids=[0])
     # ggml looks GELU up in a table of f16.
     tolerance = 1e-4 if config.mlp.activation is Activation.silu else 0.02
     for row, theirs in zip(ours, complete(path, prompts, 16), strict=True):
@@ -290,7 +291,9 @@ def test_smollm2_scores_and_writes_as_in_transformers():
     for row in reference["greedy"]:
         assert tokenizer.encode(row["prompt"]) == row["prompt_ids"]
     prompts = [row["prompt_ids"] for row in reference["greedy"]]
-    done = generate(params, config, prompts, SamplingConfig(max_new_tokens=16, temperature=0), eos_id=tokenizer.eos_id)
+    done = generate(
+        params, config, prompts, SamplingConfig(max_new_tokens=16, temperature=0), stop_ids=tokenizer.stop_ids
+    )
     for row, completion in zip(reference["greedy"], done, strict=True):
         assert completion.tokens == [i for i in row["new_ids"] if i != tokenizer.eos_id]
         assert tokenizer.decode(completion.tokens) == row["text"].removesuffix("<|im_end|>")

@@ -191,7 +191,6 @@ class _Slot:
     filled: int = 0  # how many of them are here
     asked: Request | None = None
     dispatched: int = 0  # tokens that the device was told to write
-    received: int = 0
     used: int = 0  # when last: the longest unused is given away first
 
 
@@ -309,7 +308,7 @@ class Engine:
             self._waiting.remove(item)
             slot = self._slots[target]
             slot.request, slot.asked, slot.tokens, slot.filled = number, request, prompt, found
-            slot.dispatched = slot.received = 0
+            slot.dispatched = 0
             self._settings.put(target, request.sampling, request.stream)
             self.reused_tokens, self.prompt_tokens = self.reused_tokens + found, self.prompt_tokens + len(prompt)
             if request.sampling.penalises:
@@ -328,6 +327,10 @@ class Engine:
         return same // self.engine.chunk * self.engine.chunk
 
     # Steps
+
+    def _room(self, request: Request) -> int:
+        """Tokens that it may write."""
+        return min(request.sampling.max_new_tokens, self.length - len(request.prompt))
 
     def _read_prompts(self) -> None:
         left = self.engine.chunks_per_step
@@ -352,8 +355,7 @@ class Engine:
             if request is None or slot.request is None:
                 continue
             prompt = len(request.prompt)
-            room = min(request.sampling.max_new_tokens, self.length - prompt)
-            if slot.filled < prompt - 1 or slot.dispatched >= room:
+            if slot.filled < prompt - 1 or slot.dispatched >= self._room(request):
                 continue
             feed.positions[i], feed.index[i] = prompt - 1 + slot.dispatched, slot.dispatched
             if slot.dispatched == 0:
@@ -382,11 +384,10 @@ class Engine:
             # The token before it was read in this step, so that its keys and values are there now.
             slot.filled = len(slot.tokens)
             slot.tokens.append(token)
-            slot.received += 1
             reason = None
             if token in request.stop_ids:
                 reason = "eos"
-            elif slot.received >= min(request.sampling.max_new_tokens, self.length - len(request.prompt)):
+            elif len(slot.tokens) - len(request.prompt) >= self._room(request):
                 reason = "length"
             top = zip(top_ids[i][: request.top_logprobs], top_logprobs[i][: request.top_logprobs], strict=True)
             pairs = tuple((int(t), float(p)) for t, p in top)

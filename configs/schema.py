@@ -101,6 +101,7 @@ class EvaluateConfig(TaskConfig):
     problems: list[str] = field(default_factory=list)  # JSONL files of questions to answer, instead of sources
     limit: int = 0  # problems of each file, the first ones; 0: all
     limit_each: int = 0  # problems of each part of a file that has parts; 0: all
+    prefix: str | None = None  # special token before texts without a context; null: their first token goes unscored
     dtype: Dtype | None = None  # of the computation; null: the run's
 
 

@@ -77,12 +77,12 @@ def score_texts(
 
 
 def _batches(texts: Sequence[Text], rows_multiple: int) -> Iterator[tuple[int, list[int]]]:
-    """(padded length, numbers of texts): lengths are multiples of 32, so that there are few shapes to compile."""
+    """(padded length, numbers of texts): lengths are multiples of 16, so that there are few shapes to compile."""
     by_length: dict[int, list[int]] = {}
     for number, (ids, start) in enumerate(texts):
         if not 1 <= start < len(ids):
             raise ValueError(f"text {number}: of its {len(ids)} tokens those from {start} on are to be scored")
-        by_length.setdefault(-(-len(ids) // 32) * 32, []).append(number)
+        by_length.setdefault(-(-len(ids) // 16) * 16, []).append(number)
     for length, numbers in sorted(by_length.items()):
         rows = max(TOKENS // length // rows_multiple, 1) * rows_multiple
         for at in range(0, len(numbers), rows):

@@ -23,18 +23,23 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         for name in task.problems
     }
     saved = open_run(config, overrides, dtype=task.dtype)
-    return on_problems(saved, files, config.format) if files else on_sources(saved, config, task)
+    if not files:
+        return on_sources(saved, config, task)
+    return on_problems(saved, files, prefix_ids(saved.tokenizer, task.prefix), config.format)
 
 
-def on_problems(saved: SavedRun, files: dict[str, list[Problem]], form: Format) -> int:
-    """Which answer the model finds likeliest."""
-    texts = {name: problem_texts(saved.tokenizer, problems) for name, problems in files.items()}
+def on_problems(saved: SavedRun, files: dict[str, list[Problem]], prefix: list[int], form: Format) -> int:
+    """Which answer the model finds likeliest; a line as soon as a file is done."""
+    texts = {name: problem_texts(saved.tokenizer, problems, prefix) for name, problems in files.items()}
+    width = max(map(len, files))
     too_long = max(len(text.ids) for of_file in texts.values() for text in of_file)
     model, mesh = saved.core.model, saved.core.mesh
     if model.position.name == "learned" and too_long > model.max_seq_len:
         raise ValueError(f"task.problems: one has {too_long} tokens, and positions end at {model.max_seq_len}")
     score, params = make_score(saved.core.apply, constrain=saved.core.constrain), saved.params()
     found: dict[str, dict[str, float]] = {}
+    if form is not Format.json:
+        say(f"run {saved.folder.name!r} at step {saved.step}, {model.dtype.name}")
     for name, problems in files.items():
         with progress_bar(name, len(texts[name]), quiet=form is Format.json) as advance:
             flat = iter(score_texts(score, params, texts[name], rows_multiple=mesh.size, progress=advance))
@@ -43,22 +48,30 @@ def on_problems(saved: SavedRun, files: dict[str, list[Problem]], form: Format) 
             [len(option.continuation.removeprefix(" ")) for option in problem.options] for problem in problems
         ]
         found[name] = accuracy(scores, [problem.gold for problem in problems], characters)
-    if not is_chief():
-        return 0
-    if form is Format.json:
+        if form is not Format.json:
+            values = (f"{key} {value:.4f}" for key, value in found[name].items() if key not in ("stderr", "n"))
+            say(f"{name:{width}}  {', '.join(values)}; stderr {found[name]['stderr']:.4f}, n {found[name]['n']:,}")
+    if form is Format.json and is_chief():
         print(json.dumps({"run": saved.folder.name, "step": saved.step, "problems": found}, indent=2))
-    else:
-        say(f"run {saved.folder.name!r} at step {saved.step}, {model.dtype.name}")
-        print_table("problems", found, ("acc", "stderr", "acc_norm", "perplexity", "n"))
     return 0
 
 
-def problem_texts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Text]:
+def prefix_ids(tokenizer: Tokenizer, prefix: str | None) -> list[int]:
+    """Raises: ValueError where the text is no special token."""
+    if prefix is None:
+        return []
+    if prefix not in tokenizer.special_tokens:
+        known = ", ".join(sorted(tokenizer.special_tokens)[:8]) or "none"
+        raise ValueError(f"task.prefix={prefix!r}: is no special token of the run's tokenizer; it has {known}")
+    return [tokenizer.special_tokens[prefix]]
+
+
+def problem_texts(tokenizer: Tokenizer, problems: list[Problem], prefix: list[int]) -> list[Text]:
     """Context and continuation are tokenised apart and joined, so that the border is the same for every option."""
     texts = []
     for problem in problems:
         for context, continuation in problem.options:
-            before = tokenizer.begin(tokenizer.encode(context))
+            before = tokenizer.begin(tokenizer.encode(context)) or prefix
             ids = before + tokenizer.encode(continuation)
             texts.append(Text(ids, max(len(before), 1)))
     return texts

@@ -147,6 +147,13 @@ def test_it_writes_and_evaluates(unbroken):
     assert json.loads(out)["problems"]["pets"]["n"] == 2
     out, _ = meshwright(folder, "evaluate", "run=a", "task.problems=[pets.jsonl]")
     assert "pets" in out and "stderr" in out
+    (folder / "pairs.jsonl").write_text('{"sentence_good": "the cat sat", "sentence_bad": "the cat qzx"}\n')
+    scored = ["evaluate", "run=a", "task.problems=[pairs.jsonl]"]
+    plain, _ = meshwright(folder, *scored)
+    with_prefix, _ = meshwright(folder, *scored, "task.prefix='<|endoftext|>'")
+    assert "acc 1.0000" in plain and "acc 1.0000" in with_prefix
+    _, err = meshwright(folder, *scored, "task.prefix=nothing", expect=2)
+    assert "task.prefix='nothing': is no special token" in err
     _, err = meshwright(folder, "evaluate", "run=a", "task.problems=[pest.jsonl]", expect=2)
     assert "task.problems=pest.jsonl: there is no such file" in err
     out, _ = meshwright(folder, "runs", "format=json")

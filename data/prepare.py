@@ -56,7 +56,7 @@ def settings(source: SourceConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     plain = {
         f.name: v.name if isinstance(v := getattr(source, f.name), enum.Enum) else v
         for f in dataclasses.fields(source)
-        if f.name != "weight"
+        if f.name not in ("weight", "format")
     }
     return {"version": VERSION, "source": plain, "tokenizer": fingerprint(tokenizer)}
 

@@ -15,8 +15,8 @@ from data.sources import (
     SourceConfig,
     SyntheticConfig,
     TextConfig,
-    parse_example,
 )
+from data.tf_example import parse_example
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "pretrain"
 

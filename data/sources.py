@@ -82,7 +82,7 @@ class SourceConfig:
     weight: float | None = None  # share of the mixture; null for all sources: by their tokens
     heldout_fraction: float = 0.01  # of documents, by a hash of their content; never trained on
     max_documents: int | None = None  # take so many at most
-    format: RecordFormat = RecordFormat.auto  # of records, where data.records is not `text`
+    format: RecordFormat = RecordFormat.auto  # of its records, where data.records=conversations
 
     def units(self) -> list[Unit]:
         """Raises: ValueError where there is nothing to read, naming key, value and fix."""

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 
 from configs.schema import Resume, RunConfig, TrainConfig, to_plain
+from data.chat import chat_ids, text_after_turn
+from data.examples import Records
 from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import first_difference
@@ -310,17 +312,28 @@ class Session:
         return every_hook, stopper, saver
 
     def sample(self, step: int, params: Params, trackers: Trackers) -> None:
-        """Writes a sample to samples.jsonl and to the trackers."""
+        """Writes a sample to samples.jsonl and to the trackers: what follows the prompt, or the answer to it."""
         task, tokenizer = self.task, self.corpora.tokenizer
         sampling = SamplingConfig(
             max_new_tokens=task.sample_tokens, temperature=task.sample_temperature, seed=self.config.seed
         )
+        prompt, given, stop = task.sample_prompt, task.sample_prompt, None
+        chats = self.config.data.records is Records.conversations and tokenizer.chat_template is not None
+        if chats:
+            prompt = prompt or "Hello"
+            given, stop = chat_ids(tokenizer, [{"role": "user", "content": prompt}]), text_after_turn(tokenizer)
         [(text, _)] = write(
-            params, self.core.model, tokenizer, [task.sample_prompt], sampling, constrain=self.core.constrain
+            params,
+            self.core.model,
+            tokenizer,
+            [given],
+            sampling,
+            stop=[] if stop is None else [stop],
+            constrain=self.core.constrain,
         )
         if is_chief():
-            append_samples(self.folder.samples, step, [task.sample_prompt], [text])
-            trackers.log_text(step, "sample", task.sample_prompt + text)
+            append_samples(self.folder.samples, step, [prompt], [text])
+            trackers.log_text(step, "sample", f"{prompt}\n\n{text.strip()}" if chats else prompt + text)
 
     def finish(self, state: TrainState, reason: str, trackers: Trackers) -> None:
         """The last save is committed; the picture and the summary are written; how time was spent is told."""

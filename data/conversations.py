@@ -242,14 +242,14 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRow("a function call is broken JSON", f"{where}: {_short(value)}") from None
+            raise BadRow("a call is broken JSON", f"{where}: {_short(value)}") from None
     return [_call(call, where) for call in (value if isinstance(value, list) else [value])]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRow("a function call without a name", f"{where}: {_short(call)}")
+        raise BadRow("a call without a name", f"{where}: {_short(call)}")
     return dict(call) if "function" in call else {"type": "function", "function": dict(call)}
 
 

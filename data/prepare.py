@@ -146,7 +146,8 @@ def _refuse_too_many(source: SourceConfig, manifest: dict[str, Any], max_bad_sha
     if bad > max_bad_share * total:
         raise ValueError(
             f"data.max_bad_share={max_bad_share:g}: {bad:,} of {total:,} records of source {source.kind} cannot be used"
-            f"{_reasons(manifest['bad_records'])}; mend them, or allow more"
+            f"{_reasons(manifest['bad_records'])}; mend them, or allow more (for those that are too long: a longer "
+            "data.seq_len, or data.overlong=cut)"
         )
 
 

@@ -172,7 +172,7 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
             bad = sum(e["count"] for reasons in manifest.bad.values() for e in reasons.values())
             said = f"; {bad:,} bad records left out, see summary.json" if bad else ""
             documents, tokens = manifest.count("train", "documents"), manifest.count("train", "tokens")
-            held = manifest.count("heldout", "tokens")
+            held = TokenCorpus(manifest, "heldout").num_tokens
             if rules is not None:
                 cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
                 tokens_to = f"{tokens:,} tokens, of which {manifest.count('train', 'learnt'):,} are learnt"

@@ -250,7 +250,17 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("a call without a name", f"{where}: {_short(call)}")
-    return dict(call) if "function" in call else {"type": "function", "function": dict(call)}
+    function = {**function, "arguments": _parsed(function["arguments"])} if "arguments" in function else dict(function)
+    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _parsed(arguments: Any) -> Any:
+    """Arguments as an object, as templates want them, where they are the JSON of one, as OpenAI writes them."""
+    try:
+        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, Mapping) else arguments
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:

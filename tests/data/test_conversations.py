@@ -52,6 +52,12 @@ FORMATS = {
         [USER, CALLED, {"role": "tool", "content": "{}"}, ASSISTANT],
         [{"type": "function", "function": WEATHER}],
     ),
+    "arguments as JSON": (
+        {"messages": [USER, {**CALLED, "tool_calls": [{"name": "weather", "arguments": '{"city": "Bern"}'}]}]},
+        "messages",
+        [USER, CALLED],
+        None,
+    ),
     "no tools": ({"messages": [USER, ASSISTANT], "tools": "[]"}, "messages", [USER, ASSISTANT], None),
     "instruction": ({"instruction": "q", "input": "", "output": "a"}, "instruction", [USER, ASSISTANT], None),
     "instruction with input": (

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from data.chat import RENAMED, ROLES
-from data.sources import BadRecords, Record, RecordFormat, SourceConfig, Unit
+from data.records import BadRecords, Record, RecordFormat
+from data.sources import SourceConfig, Unit
 
 ANSWERS = {RecordFormat.instruction: ("output", "response"), RecordFormat.completion: ("completion", "response")}
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from data.chat import encode_chat
 from data.conversations import BadRow, Conversation, count_bad, read_conversations
-from data.sources import BadRecords, SourceConfig, Unit
+from data.records import BadRecords
+from data.sources import SourceConfig, Unit
 from data.tokenizer_contract import Tokenizer
 
 

@@ -25,7 +25,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from data.examples import Rules, read_examples
-from data.sources import BadRecords, SourceConfig, Unit
+from data.records import BadRecords
+from data.sources import SourceConfig, Unit
 from data.tokenizer_contract import Tokenizer, fingerprint
 
 SPLITS = ("train", "heldout")

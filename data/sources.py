@@ -7,7 +7,6 @@ Bad input never stops a run and is never silent: what cannot be read is counted 
 the first case, and the counts reach the run's summary.
 """
 
-import enum
 import glob
 import gzip
 import io
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import MISSING
 
+from data.records import BadRecords, Record, RecordFormat, decode, take_record, take_text
 from data.tf_example import parse_example
 
 T = TypeVar("T")
@@ -34,46 +34,6 @@ class Unit(NamedTuple):
     files: tuple[str, ...]
     start: int = 0  # records, row groups or bytes of a single file, as its source counts them
     stop: int = -1  # -1: to the end
-
-
-class Record(NamedTuple):
-    """An object of a source, and its place for people."""
-
-    fields: dict[str, Any]
-    file: str
-    where: str  # "line 7"
-
-
-class RecordFormat(enum.Enum):
-    """What the fields of a record mean; `data.conversations` tells each in turn."""
-
-    auto = "auto"  # told from the first record of a file that shows it
-    messages = "messages"
-    sharegpt = "sharegpt"
-    instruction = "instruction"
-    completion = "completion"
-    text = "text"
-
-
-class BadRecords:
-    """Input that could not be used: counts by file and reason, and where each reason was met first."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, dict[str, Any]]] = {}
-
-    def add(self, file: str, reason: str, where: str = "") -> None:
-        entry = self.found.setdefault(file, {}).setdefault(reason, {"count": 0, "first": where})
-        entry["count"] += 1
-
-    def merge(self, found: dict[str, dict[str, dict[str, Any]]]) -> None:
-        for file, reasons in found.items():
-            for reason, entry in reasons.items():
-                mine = self.found.setdefault(file, {}).setdefault(reason, {"count": 0, "first": entry["first"]})
-                mine["count"] += entry["count"]
-
-    @property
-    def count(self) -> int:
-        return sum(entry["count"] for reasons in self.found.values() for entry in reasons.values())
 
 
 @dataclass
@@ -185,18 +145,6 @@ def _why_nothing(path: str, suffixes: tuple[str, ...]) -> str:
     return "is not there" + (f"; did you mean {' or '.join(repr(str(parent / n)) for n in near)}?" if near else "")
 
 
-def decode(content: bytes, file: str, bad: BadRecords, where: str = "") -> str | None:
-    """Text of UTF-8 bytes; None, and a count, for what is binary or another encoding."""
-    if b"\0" in content:
-        bad.add(file, "binary", where)
-        return None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad.add(file, "not UTF-8", where or f"byte {error.start}")
-        return None
-
-
 @dataclass
 class TextConfig(FileSourceConfig):
     """One document a file, or several between separators."""
@@ -267,28 +215,6 @@ def _lines(file: Any, limit: int | None) -> Iterator[bytes]:
         while len(rest) > limit and not rest.endswith(b"\n"):
             rest = file.readline(limit + 1)
         yield line
-
-
-def take_record(content: Any, file: str, bad: BadRecords, where: str) -> Iterator[Record]:
-    """An object, if it is one."""
-    if isinstance(content, dict):
-        yield Record(content, file, where)
-    else:
-        bad.add(file, "not an object", where)
-
-
-def take_text(record: Any, text_field: str, file: str, bad: BadRecords, where: str) -> Iterator[str]:
-    """The text of a record, if it has one."""
-    if not isinstance(record, dict):
-        bad.add(file, "not an object", where)
-    elif text_field not in record:
-        bad.add(file, f"no field {text_field!r}", f"{where}; its fields: {', '.join(map(str, record))[:200]}")
-    elif not isinstance(record[text_field], str):
-        bad.add(file, f"field {text_field!r} is not text", where)
-    elif not record[text_field].strip():
-        bad.add(file, "empty document", where)
-    else:
-        yield record[text_field]
 
 
 def _open_packed(file: str) -> Any:

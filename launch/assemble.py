@@ -22,7 +22,8 @@ from data.conversations import read_conversations
 from data.examples import texts_of
 from data.pipeline import Mixture, OfflineSource, PackedRows, heldout_batches, source_seed
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
-from data.sources import BadRecords, SourceConfig, Unit
+from data.records import BadRecords
+from data.sources import SourceConfig, Unit
 from data.tokenizer import load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole

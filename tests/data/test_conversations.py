@@ -8,7 +8,8 @@ import pytest
 
 from data.chat import check_messages
 from data.conversations import BadRow, Conversation, find_format, read_conversations, to_conversation
-from data.sources import RECORD_BYTES, BadRecords, JsonlConfig, ParquetConfig, RecordFormat, SyntheticConfig
+from data.records import BadRecords, RecordFormat
+from data.sources import RECORD_BYTES, JsonlConfig, ParquetConfig, SyntheticConfig
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "sft"
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

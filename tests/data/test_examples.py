@@ -21,7 +21,8 @@ from data.examples import (
 )
 from data.packing import Packing
 from data.pipeline import PackedRows
-from data.sources import BadRecords, JsonlConfig
+from data.records import BadRecords
+from data.sources import JsonlConfig
 from data.tokenizer import Bytes, Characters
 
 EOS = 256

@@ -11,7 +11,8 @@ from data.examples import LossOn, Overlong, Rules
 from data.packing import Packing
 from data.pipeline import PackedRows, batch_hash
 from data.prepare import TokenCorpus, prepare_source, prepared_folder
-from data.sources import JsonlConfig, RecordFormat, SyntheticConfig
+from data.records import RecordFormat
+from data.sources import JsonlConfig, SyntheticConfig
 from data.tokenizer import Bytes
 
 L = 64

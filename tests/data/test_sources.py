@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from data.records import BadRecords
 from data.sources import (
     ArrayRecordConfig,
-    BadRecords,
     JsonlConfig,
     ParquetConfig,
     PythonStdlibConfig,

@@ -289,6 +289,9 @@ class ArrayRecordConfig(FileSourceConfig):
             text = decode(content, file, bad, where)
             if text is None:
                 continue
+            if not text.lstrip().startswith("{"):
+                yield Record({self.text_field: text}, file, where)
+                continue
             try:
                 yield from take_record(json.loads(text), file, bad, where)
             except (ValueError, RecursionError):

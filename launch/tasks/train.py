@@ -376,7 +376,8 @@ def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
     arguments = " ".join(a for a in sys.argv[1:] if not a.startswith(("task=", "task.num_steps=")))
     resume = f"meshwright train {arguments}".rstrip() + f" task.num_steps={2 * task.num_steps}"
     prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
-    write_with = f"prompt='{prompt} '" if config.tokenizer.chat_template is None else "chat='Hello'"
+    chats = config.tokenizer.chat_template is not None or config.data.records is Records.conversations
+    write_with = "chat='Hello'" if chats else f"prompt='{prompt} '"
     where = "" if config.runs == "runs" else f" runs={config.runs}"
     return (
         f"run {config.run!r} is in {folder.path}{how}; its loss curve: {folder.picture}\n"

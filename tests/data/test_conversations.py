@@ -9,7 +9,14 @@ import pytest
 from data.chat import check_messages
 from data.conversations import BadRow, Conversation, find_format, read_conversations, to_conversation
 from data.records import BadRecords, RecordFormat
-from data.sources import RECORD_BYTES, JsonlConfig, ParquetConfig, SyntheticConfig
+from data.sources import (
+    RECORD_BYTES,
+    ArrayRecordConfig,
+    HuggingFaceConfig,
+    JsonlConfig,
+    ParquetConfig,
+    SyntheticConfig,
+)
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "sft"
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -215,6 +222,35 @@ def test_tables_hold_conversations_too(tmp_path):
     assert bad == {
         str(tmp_path / "a.parquet"): {"a message without content": {"count": 1, "first": "row 2: message 1"}}
     }
+
+
+def test_array_records_hold_conversations_texts_and_examples(tmp_path):
+    module = pytest.importorskip("array_record.python.array_record_module", reason="needs the extra 'arrayrecord'")
+    from tests.data.test_sources import example
+
+    contents = {
+        "json": [json.dumps({"messages": [USER, ASSISTANT]}).encode(), b'{"messages": '],
+        "example": [example(prompt=b"q", response=b"a")],
+        "text": [b"hello"],
+    }
+    for name, records in contents.items():
+        writer = module.ArrayRecordWriter(str(tmp_path / f"{name}.array_record"), "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+    found, bad = read(ArrayRecordConfig(paths=[str(tmp_path)]))
+    talk = Conversation([USER, ASSISTANT])
+    assert found == [talk, talk, "hello"]
+    assert bad == {str(tmp_path / "json.array_record"): {"broken JSON": {"count": 1, "first": "record 2"}}}
+
+
+def test_data_sets_hold_conversations(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the extra 'huggingface'")
+    rows = [{"instruction": "q", "input": "", "output": answer} for answer in ("a", " ")]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
+    found, bad = read(HuggingFaceConfig(path=str(tmp_path / "set")))
+    assert found == [Conversation([USER, ASSISTANT])]
+    assert bad == {str(tmp_path / "set"): {"empty answer": {"count": 1, "first": "row 2: message 2"}}}
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real data is not here")

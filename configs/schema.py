@@ -36,6 +36,7 @@ from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
 from trainer.objectives.next_token import NextTokenConfig
+from trainer.objectives.preference import PreferenceConfig
 from trainer.optimizer import (
     AdafactorConfig,
     AdamWConfig,
@@ -229,7 +230,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "characters": CharactersConfig,
     },
     "model": {"transformer": ModelConfig},
-    "objective": {"next_token": NextTokenConfig},
+    "objective": {"next_token": NextTokenConfig, "preference": PreferenceConfig},
     "optimizer": {
         "adamw": AdamWConfig,
         "adafactor": AdafactorConfig,
@@ -384,6 +385,13 @@ def validate(config: RunConfig) -> None:
         raise ValueError(
             "data.packing=concat: would cut conversations at the ends of rows, and answers would be learnt without "
             "their questions; use data.packing=best_fit"
+        )
+    pairs = config.data.records is Records.pairs
+    if pairs != isinstance(config.objective, PreferenceConfig):
+        raise ValueError(
+            f"objective={config.objective.kind}: "
+            + ("data.records=pairs are for objective=preference" if pairs else "needs data.records=pairs")
+            + "; phase=dpo sets both"
         )
     for key in ("batch_size", "seq_len"):
         if getattr(config.data, key) < 1:

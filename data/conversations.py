@@ -77,9 +77,9 @@ def find_format(fields: Mapping[str, Any], text_field: str = "text") -> RecordFo
 def to_conversation(fields: Mapping[str, Any], format: RecordFormat, text_field: str = "text") -> Conversation | str:
     """Raises: BadRow where a field is missing or holds something else, and where there is nothing to learn."""
     if format is RecordFormat.text:
-        return _filled(_text(fields, text_field), "empty document")
+        return _filled(text_of(fields, text_field), "empty document")
     if format in (RecordFormat.messages, RecordFormat.sharegpt):
-        messages = _messages(_field(fields, "messages" if format is RecordFormat.messages else "conversations"))
+        messages = message_list(_field(fields, "messages" if format is RecordFormat.messages else "conversations"))
     elif format is RecordFormat.instruction:
         messages = _instruction(fields)
     else:
@@ -89,8 +89,8 @@ def to_conversation(fields: Mapping[str, Any], format: RecordFormat, text_field:
         ]
     system = fields.get("system")
     if system is not None and system != "":
-        messages = [{"role": "system", "content": _text(fields, "system")}, *messages]
-    return _with_answers(Conversation(messages, _tools(fields.get("tools"))))
+        messages = [{"role": "system", "content": text_of(fields, "system")}, *messages]
+    return _with_answers(Conversation(messages, read_tools(fields.get("tools"))))
 
 
 def _with_answers(conversation: Conversation) -> Conversation:
@@ -113,7 +113,7 @@ def _field(fields: Mapping[str, Any], name: str) -> Any:
     return fields[name]
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str:
+def text_of(fields: Mapping[str, Any], name: str) -> str:
     value = _field(fields, name)
     if not isinstance(value, str):
         raise BadRow(f"field {name!r} is not text", f"it is {_short(value)}")
@@ -159,10 +159,8 @@ def _answer_name(fields: Mapping[str, Any], format: RecordFormat) -> str:
 
 
 def _instruction(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    asked = _text(fields, "instruction")
-    more = "" if fields.get("input") is None else _text(fields, "input")
-    question = _filled("\n\n".join(part for part in (asked, more) if part.strip()), "empty instruction")
-    answer = _text(fields, _answer_name(fields, RecordFormat.instruction))
+    question = instruction_text(fields)
+    answer = text_of(fields, _answer_name(fields, RecordFormat.instruction))
     messages = []
     for pair in _list(fields.get("history") or [], "history"):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(said, str) for said in pair)):
@@ -171,18 +169,25 @@ def _instruction(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def instruction_text(fields: Mapping[str, Any]) -> str:
+    """The instruction with its input below it."""
+    asked = text_of(fields, "instruction")
+    more = "" if fields.get("input") is None else text_of(fields, "input")
+    return _filled("\n\n".join(part for part in (asked, more) if part.strip()), "empty instruction")
+
+
 def _turns(value: Any, name: str, role: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"role": role, "content": _filled(value, "empty answer" if role == "assistant" else f"empty {name}")}]
     if isinstance(value, list):
-        return _messages(value)
+        return message_list(value)
     raise BadRow(f"field {name!r} is neither text nor a list of messages", f"it is {_short(value)}")
 
 
 # Messages
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
+def message_list(value: Any) -> list[dict[str, Any]]:
     found = _list(value, "messages")
     if not found:
         raise BadRow("no messages")
@@ -264,7 +269,7 @@ def _parsed(arguments: Any) -> Any:
     return found if isinstance(found, Mapping) else arguments
 
 
-def _tools(value: Any) -> list[dict[str, Any]] | None:
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
     """In OpenAI's form; None where none are offered."""
     if value is None or value == "":
         return None

@@ -15,6 +15,7 @@ import numpy as np
 
 from data.chat import encode_chat
 from data.conversations import BadRow, Conversation, count_bad, read_conversations
+from data.preferences import Pair, read_pairs
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
 from data.tokenizer_contract import Tokenizer
@@ -25,6 +26,7 @@ class Records(enum.Enum):
 
     documents = "documents"  # one text each: every token is learnt
     conversations = "conversations"  # `data.conversations` lists their formats: what data.loss_on names is learnt
+    pairs = "pairs"  # `data.preferences` lists theirs: two answers to a prompt, of which the first is preferred
 
 
 class LossOn(enum.Enum):
@@ -44,11 +46,12 @@ class Overlong(enum.Enum):
 
 
 class Rules(NamedTuple):
-    """How conversations become examples."""
+    """How records become examples."""
 
     loss_on: LossOn
     overlong: Overlong
     max_length: int  # tokens
+    records: Records = Records.conversations
 
 
 class Example(NamedTuple):
@@ -59,16 +62,20 @@ class Example(NamedTuple):
 
 def read_examples(
     source: SourceConfig, unit: Unit, bad: BadRecords, tokenizer: Tokenizer, rules: Rules
-) -> Iterator[tuple[Conversation | str, Example]]:
-    """Every usable example of a unit; the others are counted.
+) -> Iterator[tuple[Conversation | Pair | str, tuple[Example, ...]]]:
+    """What was said and its examples, one or a pair, for every usable record of a unit; the others are counted.
 
     Raises: ValueError for a tokenizer without a chat template, at the first conversation.
     """
-    for record, conversation in read_conversations(source, unit, bad):
-        if isinstance(conversation, Conversation) and tokenizer.chat_template is None:
-            encode_chat(tokenizer, conversation.messages)  # refuses, and says what to do
+    pairs = rules.records is Records.pairs
+    for record, said in read_pairs(source, unit, bad) if pairs else read_conversations(source, unit, bad):
+        if not isinstance(said, str) and tokenizer.chat_template is None:
+            encode_chat(tokenizer, (said.chosen if isinstance(said, Pair) else said).messages)  # says what to do
         try:
-            yield conversation, encode_example(tokenizer, conversation, rules)
+            if isinstance(said, Pair):
+                yield said, encode_pair(tokenizer, said, rules)
+            else:
+                yield said, (encode_example(tokenizer, said, rules),)
         except BadRow as error:
             count_bad(bad, record, error)
         except ValueError as error:
@@ -99,6 +106,23 @@ def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, rules
     if not length:
         raise BadRow(f"longer than data.seq_len={rules.max_length}", f"{len(ids)} tokens")
     return _checked(Example(ids[:length], learnt[:length], shortened=True))
+
+
+def encode_pair(tokenizer: Tokenizer, pair: Pair, rules: Rules) -> tuple[Example, Example]:
+    """Ids of both, with the last turn as what is compared; the prompt has the same ids in both.
+
+    A pair of which one is longer than a row is left out, or both ends are cut off (data.overlong=cut).
+    Raises: BadRow for one that cannot be compared; ValueError as `encode_chat`.
+    """
+    overlong = rules.overlong if rules.overlong is Overlong.cut else Overlong.drop
+    of_last = rules._replace(loss_on=LossOn.last, overlong=overlong)
+    chosen, rejected = (encode_example(tokenizer, side, of_last) for side in pair)
+    begins = [int(np.argmax(side.learnt)) for side in (chosen, rejected)]
+    if begins[0] != begins[1] or not np.array_equal(chosen.ids[: begins[0]], rejected.ids[: begins[0]]):
+        raise BadRow("the chat template writes the prompt differently for the two answers")
+    if np.array_equal(chosen.ids, rejected.ids):
+        raise BadRow("chosen is the same as rejected" + (" before data.seq_len" if chosen.shortened else ""))
+    return chosen, rejected
 
 
 def _kept_length(turns: np.ndarray, rules: Rules) -> int:
@@ -139,8 +163,10 @@ def with_ends(ids: np.ndarray, said: np.ndarray, stop_ids: Sequence[int]) -> np.
     return said
 
 
-def texts_of(conversation: Conversation | str) -> list[str]:
+def texts_of(conversation: Conversation | Pair | str) -> list[str]:
     """What is said in it, for a tokenizer to be trained on."""
+    if isinstance(conversation, Pair):
+        return [*texts_of(conversation.chosen), *texts_of(conversation.rejected)]
     if isinstance(conversation, str):
         return [conversation]
     return [message["content"] for message in conversation.messages if message["content"]]

@@ -15,7 +15,7 @@ import numpy as np
 
 from data.batch import DTYPES, TokenBatch
 from data.examples import LossOn, Overlong, Records, Rules
-from data.packing import Corpus, Packing, build_row, make_plan
+from data.packing import Corpus, Packing, Piece, build_row, make_plan
 from data.sources import SourceConfig
 
 Place = Callable[[TokenBatch], Any]
@@ -42,7 +42,7 @@ class DataConfig:
         """How records become examples; None where they are documents."""
         if self.records is Records.documents:
             return None
-        return Rules(self.loss_on, self.overlong, self.seq_len)
+        return Rules(self.loss_on, self.overlong, self.seq_len, self.records)
 
 
 class PackedRows:
@@ -59,6 +59,28 @@ class PackedRows:
         return build_row(self.corpus, self.plan.pieces(int(row)), self.seq_len)
 
 
+class PairRows:
+    """The rows of one corpus of pairs: fields [2, L], 0 chosen and 1 rejected, each padded to a row."""
+
+    def __init__(self, corpus: Corpus, *, seq_len: int):
+        self.corpus, self.seq_len = corpus, seq_len
+
+    def __len__(self) -> int:
+        return len(self.corpus.lengths) // 2
+
+    def __getitem__(self, row: int) -> TokenBatch:
+        sides = (2 * int(row), 2 * int(row) + 1)
+        whole = [[Piece(side, 0, int(self.corpus.lengths[side]))] for side in sides]
+        return stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
+
+
+def make_rows(corpus: Corpus, config: DataConfig, seed: int, name: str) -> PackedRows | PairRows:
+    """The rows of the source `name`."""
+    if config.records is Records.pairs:
+        return PairRows(corpus, seq_len=config.seq_len)
+    return PackedRows(corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name))
+
+
 class Mixture:
     """All rows of a run, by index."""
 
@@ -73,10 +95,7 @@ class Mixture:
         import grain
 
         self.names = list(corpora)
-        self.rows = {
-            name: PackedRows(corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name))
-            for name, corpus in corpora.items()
-        }
+        self.rows = {name: make_rows(corpus, config, seed, name) for name, corpus in corpora.items()}
         for name, rows in self.rows.items():
             if not len(rows):
                 raise ValueError(f"data.sources.{name}: has no tokens to train on")
@@ -219,13 +238,13 @@ def batch_hash(batch: TokenBatch) -> str:
 
 
 def heldout_batches(
-    rows: PackedRows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
+    rows: PackedRows | PairRows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
 ) -> Iterator[Any]:
     """The first batches of held-out rows, always the same; what is missing in the last one is padding."""
     count = -(-len(rows) // batch_size)
     if max_batches:
         count = min(count, max_batches)
-    nothing = TokenBatch(*(np.zeros(rows.seq_len, dtype) for dtype in DTYPES))
+    nothing = TokenBatch(*(np.zeros_like(field) for field in rows[0]))
     for first in range(0, count * batch_size, batch_size):
         wanted = [first + int(slot) for slot in slots]
         yield place(stack([rows[i] if i < len(rows) else nothing for i in wanted]))

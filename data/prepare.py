@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from data.examples import Rules, read_examples
+from data.examples import Records, Rules, read_examples
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
 from data.tokenizer_contract import Tokenizer, fingerprint
@@ -77,6 +77,7 @@ def settings(source: SourceConfig, tokenizer: Tokenizer, rules: Rules | None = N
     return found | {
         "examples": {
             "version": EXAMPLES_VERSION,
+            "records": rules.records.name,
             "format": source.format.name,
             "loss_on": rules.loss_on.name,
             "overlong": rules.overlong.name,
@@ -109,7 +110,7 @@ def prepare_source(
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = settings(source, tokenizer, rules)
-    units = source.units()
+    units, pairs = source.units(), rules is not None and rules.records is Records.pairs
     shards, tokens = [], 0
     left = source.max_documents
     for index, unit in enumerate(units):
@@ -119,7 +120,7 @@ def prepare_source(
             shard = _make_shard(source, tokenizer, unit, folder / f"shard_{index:05d}", made_of, left, rules)
         shards.append(shard)
         documents = sum(shard["counts"][split]["documents"] for split in SPLITS)
-        left = None if left is None else left - documents
+        left = None if left is None else left - documents // (2 if pairs else 1)
         tokens += sum(shard["counts"][split]["tokens"] for split in SPLITS)
         progress(index + 1, len(units), tokens)
     manifest = _manifest(wanted, shards)
@@ -200,10 +201,11 @@ def _examples(
     source: SourceConfig, tokenizer: Tokenizer, unit: Unit, bad: BadRecords, left: int | None, rules: Rules
 ) -> Iterator[_Document]:
     # Templates are programs, and some ask for the date: the fingerprint is of what came out.
-    for conversation, example in itertools.islice(read_examples(source, unit, bad, tokenizer, rules), left):
-        content = json.dumps(conversation, sort_keys=True).encode()
-        made = example.ids.astype("<i4").tobytes() + example.learnt.tobytes()
-        yield _Document(hashlib.sha256(content).digest(), hashlib.sha256(made).digest(), len(content), *example)
+    for said, examples in itertools.islice(read_examples(source, unit, bad, tokenizer, rules), left):
+        content = json.dumps(said, sort_keys=True).encode()
+        for example in examples:  # those of a pair one after the other, on the same side of the split
+            made = example.ids.astype("<i4").tobytes() + example.learnt.tobytes()
+            yield _Document(hashlib.sha256(content).digest(), hashlib.sha256(made).digest(), len(content), *example)
 
 
 def _make_shard(
@@ -335,6 +337,8 @@ class TokenCorpus:
             manifest.folder / f"{name}.{source}.{what}.npy", mmap_mode="r", allow_pickle=False
         )
         self._tokens = [load(name, "tokens") for name in shards]
+        examples = manifest.content["settings"].get("examples", {})
+        self.together = 2 if examples.get("records") == Records.pairs.name else 1  # documents that are never parted
         self._learnt = [load(name, "learnt") for name in shards] if manifest.masked else None
         offsets = [load(name, "offsets") for name in shards]
         self._shard = np.concatenate([np.full(len(o) - 1, i, np.int32) for i, o in enumerate(offsets)])
@@ -363,6 +367,7 @@ class TokenCorpus:
 
     def _part(self, split: str, fraction: float) -> None:
         last = min(max(1, round(self.num_documents * fraction)), self.num_documents // 2)
+        last = -(-last // self.together) * self.together
         at = slice(None, self.num_documents - last) if split == "train" else slice(self.num_documents - last, None)
         self._shard, self._start, self.lengths = self._shard[at], self._start[at], self.lengths[at]
 

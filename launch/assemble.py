@@ -19,8 +19,9 @@ from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
 from data.chat import configured
 from data.conversations import read_conversations
-from data.examples import texts_of
-from data.pipeline import Mixture, OfflineSource, PackedRows, heldout_batches, source_seed
+from data.examples import Records, texts_of
+from data.pipeline import Mixture, OfflineSource, PackedRows, PairRows, heldout_batches, make_rows
+from data.preferences import read_pairs
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
@@ -106,9 +107,8 @@ def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
 def _documents(config: RunConfig) -> Iterator[str]:
     """Documents of all sources in turns, so that a tokenizer that reads only the first of them sees every source."""
     bad = BadRecords()  # counted when the source is prepared
-    conversations = config.data.rules() is not None
     streams = [
-        (text for unit in source.units() for text in _texts(source, unit, bad, conversations))
+        (text for unit in source.units() for text in _texts(source, unit, bad, config.data.records))
         for source in config.data.sources.values()
     ]
     while streams:
@@ -120,10 +120,11 @@ def _documents(config: RunConfig) -> Iterator[str]:
                 yield document
 
 
-def _texts(source: SourceConfig, unit: Unit, bad: BadRecords, conversations: bool) -> Iterator[str]:
-    if not conversations:
+def _texts(source: SourceConfig, unit: Unit, bad: BadRecords, records: Records) -> Iterator[str]:
+    if records is Records.documents:
         return source.read(unit, bad)
-    return (text for _, found in read_conversations(source, unit, bad) for text in texts_of(found))
+    read = read_pairs if records is Records.pairs else read_conversations
+    return (text for _, found in read(source, unit, bad) for text in texts_of(found))
 
 
 def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
@@ -292,12 +293,9 @@ def build_source(config: RunConfig, corpora: Corpora, core: Core) -> OfflineSour
 def build_evaluation(config: RunConfig, corpora: Corpora, core: Core) -> Callable[[Params], dict[str, float]]:
     """`evaluate(params)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held out."""
     data = config.data
-    rows = {
-        name: PackedRows(corpus, seq_len=data.seq_len, packing=data.packing, seed=source_seed(config.seed, name))
-        for name, corpus in corpora.heldout.items()
-    }
+    rows = {name: make_rows(corpus, data, config.seed, name) for name, corpus in corpora.heldout.items()}
 
-    def batches(packed: PackedRows) -> Iterator[TokenBatch]:
+    def batches(packed: PackedRows | PairRows) -> Iterator[TokenBatch]:
         return heldout_batches(
             packed,
             batch_size=core.batch_size,

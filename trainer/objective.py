@@ -18,6 +18,7 @@ from data.batch import TokenBatch
 from models.transformer import Apply
 
 Params = Any  # a nested dict of arrays
+REFERENCE = "reference"  # among the frozen models: the weights that a policy began with
 Batch = TokenBatch  # any NamedTuple of arrays that share their leading batch dim
 
 
@@ -51,6 +52,11 @@ class ObjectiveConfig:
     """Base of all objectives' configs."""
 
     kind: str = ""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the weights that the run began with, as the frozen model `REFERENCE`."""
+        return False
 
     def build(self, token_bytes: np.ndarray | None) -> Objective:
         """`token_bytes` [V] i32: how many bytes of text each token stands for, for bits per byte."""

@@ -1,0 +1,297 @@
+"""Preference optimisation without a reward model: DPO and its relatives, one loss function each.
+
+A loss sees four summed log-probabilities for each pair, those of the chosen and the rejected answer under the policy and
+under the reference, and the lengths of the answers. Numbers in brackets are arXiv's.
+
+Shape letters: B pairs, S sides (0 chosen, 1 rejected), L length.
+"""
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.nn import log_sigmoid, sigmoid
+
+from data.batch import DTYPES, TokenBatch
+from models.moe import Auxiliary
+from models.transformer import Apply
+from trainer.objective import REFERENCE, Mean, ObjectiveConfig, Params
+from trainer.objectives.logprobs import TokenLogprobs, token_logprobs
+
+
+class Loss(enum.Enum):
+    sigmoid = "sigmoid"  # DPO [2305.18290]; with label_smoothing conservative DPO (Mitchell)
+    robust = "robust"  # unbiased where a share label_smoothing of the labels is flipped [2403.00409]
+    hinge = "hinge"  # SLiC and RSO [2305.10425, 2309.06657]
+    ipo = "ipo"  # of log-probabilities per token [2310.12036]
+    sigmoid_norm = "sigmoid_norm"  # DPO of log-probabilities per token [2411.15124]
+    exo = "exo"  # needs label_smoothing above 0 [2402.00856]
+    nca = "nca"  # [2402.05369]
+    bco = "bco"  # [2404.04656], with a shift of 0
+    sppo = "sppo"  # [2405.00675], hard labels
+    aot = "aot"  # sorted margins of a microbatch [2406.05882]
+    aot_unpaired = "aot_unpaired"
+    apo_zero = "apo_zero"  # raises the chosen, lowers the rejected [2408.06266]
+    apo_down = "apo_down"  # lowers both, the rejected more
+    discopop = "discopop"  # log-ratio modulated [2406.08414]
+    simpo = "simpo"  # log-probabilities per token, no reference [2405.14734]
+    cpo = "cpo"  # no reference [2401.08417]
+    orpo = "orpo"  # odds per token, no reference; goes with nll_weight=1 [2403.07691]
+
+
+FREE_OF_REFERENCE = (Loss.simpo, Loss.cpo, Loss.orpo)
+
+
+@dataclass
+class PreferenceConfig(ObjectiveConfig):
+    """Its build checks the values."""
+
+    kind: str = "preference"
+    loss: Loss = Loss.sigmoid
+    beta: float = 0.1  # how far the policy may leave the reference: larger, less far
+    label_smoothing: float = 0.0  # share of labels taken for wrong: sigmoid, robust, exo, aot
+    gamma: float = 1.0  # simpo: the margin to be reached, after beta
+    tau: float = 0.05  # discopop: temperature of the modulation
+    nll_weight: float = 0.0  # times the negative log-probability of a chosen answer, per token [2404.19733]
+    nll_on_prompt: bool = False  # per token of prompt and answer, as TRL has it in ORPO
+    length_weight: float = 1.0  # weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
+    loss_chunk: int = 128  # tokens of each row whose logits exist at once
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in FREE_OF_REFERENCE
+
+    def build(self, token_bytes: np.ndarray | None) -> "Preference":
+        """Raises: ValueError naming the key of a value that cannot be."""
+        smoothing, name = self.label_smoothing, self.loss.name
+        least, most = (0.0, 0.5) if self.loss is not Loss.exo else (1e-9, 0.5)
+        if not least <= smoothing < most:
+            raise ValueError(
+                f"objective.label_smoothing={smoothing}: must be at least 0 and below 0.5"
+                + (", and above 0 with exo; 0.001 is its authors'" if self.loss is Loss.exo else "")
+            )
+        if smoothing and self.loss not in (Loss.sigmoid, Loss.robust, Loss.exo, Loss.aot, Loss.aot_unpaired):
+            raise ValueError(f"objective.label_smoothing={smoothing}: has no meaning for objective.loss={name}; use 0")
+        for key in ("beta", "tau"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"objective.{key}={getattr(self, key)}: must be above 0")
+        if not 0 <= self.length_weight <= 1:
+            raise ValueError(f"objective.length_weight={self.length_weight}: is a weight, from 0 to 1")
+        if self.nll_weight < 0:
+            raise ValueError(f"objective.nll_weight={self.nll_weight}: must not be negative; 0 turns it off")
+        if self.loss_chunk < 1:
+            raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1")
+        return Preference(self)
+
+
+class Pairs(NamedTuple):
+    """[B, S] f32: summed log-probabilities of answers, and how many tokens they have."""
+
+    policy: jax.Array
+    reference: jax.Array  # 0 where a loss has none
+    lengths: jax.Array
+
+    @property
+    def ratios(self) -> jax.Array:
+        return self.policy - self.reference
+
+    def per_token(self) -> "Pairs":
+        lengths = jnp.maximum(self.lengths, 1)
+        return Pairs(self.policy / lengths, self.reference / lengths, lengths)
+
+
+def margin(values_BS: jax.Array) -> jax.Array:
+    return values_BS[:, 0] - values_BS[:, 1]
+
+
+def smoothed(z_B: jax.Array, smoothing: float) -> jax.Array:
+    return -(1 - smoothing) * log_sigmoid(z_B) - smoothing * log_sigmoid(-z_B)
+
+
+def _sigmoid(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    return smoothed(c.beta * margin(pairs.ratios), c.label_smoothing)
+
+
+def _robust(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    z_B, e = c.beta * margin(pairs.ratios), c.label_smoothing
+    return (-(1 - e) * log_sigmoid(z_B) + e * log_sigmoid(-z_B)) / (1 - 2 * e)
+
+
+def _hinge(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    return jax.nn.relu(1 - c.beta * margin(pairs.ratios))
+
+
+def _ipo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    return jnp.square(margin(pairs.per_token().ratios) - 1 / (2 * c.beta))
+
+
+def _sigmoid_norm(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    return -log_sigmoid(c.beta * margin(pairs.per_token().ratios))
+
+
+def _exo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    z_B, e = c.beta * margin(pairs.ratios), c.label_smoothing
+    return sigmoid(z_B) * (log_sigmoid(z_B) - np.log1p(-e)) + sigmoid(-z_B) * (log_sigmoid(-z_B) - np.log(e))
+
+
+def _nca(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    chosen_B, rejected_B = (c.beta * pairs.ratios).T
+    return -log_sigmoid(chosen_B) - 0.5 * log_sigmoid(-chosen_B) - 0.5 * log_sigmoid(-rejected_B)
+
+
+def _bco(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    chosen_B, rejected_B = (c.beta * pairs.ratios).T
+    return -log_sigmoid(chosen_B) - log_sigmoid(-rejected_B)
+
+
+def _sppo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    chosen_B, rejected_B = pairs.ratios.T
+    return jnp.square(chosen_B - 0.5 / c.beta) + jnp.square(rejected_B + 0.5 / c.beta)
+
+
+def _aot(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    apart_B = jnp.sort(margin(pairs.policy)) - jnp.sort(margin(pairs.reference))
+    return smoothed(c.beta * apart_B, c.label_smoothing)
+
+
+def _aot_unpaired(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    return smoothed(c.beta * margin(jnp.sort(pairs.ratios, axis=0)), c.label_smoothing)
+
+
+def _apo_zero(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    chosen_B, rejected_B = (c.beta * pairs.ratios).T
+    return 1 - sigmoid(chosen_B) + sigmoid(rejected_B)
+
+
+def _apo_down(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    return sigmoid(c.beta * pairs.ratios[:, 0]) + 1 - sigmoid(c.beta * margin(pairs.ratios))
+
+
+def _discopop(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    z_B = c.beta * margin(pairs.ratios)
+    modulation_B = sigmoid(z_B / c.tau)
+    return -(1 - modulation_B) * log_sigmoid(z_B) + modulation_B * jnp.exp(-z_B)
+
+
+def _simpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    return -log_sigmoid(c.beta * margin(pairs.per_token().policy) - c.gamma)
+
+
+def _cpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    return -log_sigmoid(c.beta * margin(pairs.policy))
+
+
+def _orpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
+    mean_BS = jnp.minimum(pairs.per_token().policy, -1e-7)  # a probability of 1 has no odds
+    return -c.beta * log_sigmoid(margin(mean_BS) - margin(log1mexp(mean_BS)))
+
+
+def log1mexp(x: jax.Array) -> jax.Array:
+    """log(1 - e^x) for x < 0, stable at both ends (Mächler 2012)."""
+    near = x > -np.log(2)
+    return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))
+
+
+LOSSES: dict[Loss, Callable[[Pairs, PreferenceConfig], jax.Array]] = {
+    Loss.sigmoid: _sigmoid,
+    Loss.robust: _robust,
+    Loss.hinge: _hinge,
+    Loss.ipo: _ipo,
+    Loss.sigmoid_norm: _sigmoid_norm,
+    Loss.exo: _exo,
+    Loss.nca: _nca,
+    Loss.bco: _bco,
+    Loss.sppo: _sppo,
+    Loss.aot: _aot,
+    Loss.aot_unpaired: _aot_unpaired,
+    Loss.apo_zero: _apo_zero,
+    Loss.apo_down: _apo_down,
+    Loss.discopop: _discopop,
+    Loss.simpo: _simpo,
+    Loss.cpo: _cpo,
+    Loss.orpo: _orpo,
+}
+
+
+def _of_pairs(values: jax.Array) -> jax.Array:
+    """[B S] to [B]."""
+    return values.reshape(-1, 2).mean(-1)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """An `Objective` over batches [B, 2, L]. The reference is a frozen model of the policy's own architecture.
+
+    Metrics, means over pairs: `reward_margin`, `reward_accuracy` (strictly larger), `reward_chosen` and
+    `reward_rejected` (beta times the log-ratio to the reference), `logprob_chosen` and `logprob_rejected` (summed),
+    `length_chosen` and `length_rejected`. A pair weighs 1 in the loss, whatever its length.
+    """
+
+    config: PreferenceConfig
+
+    def loss(
+        self,
+        apply: Apply,
+        params: Params,
+        frozen: Mapping[str, Any],
+        batch: TokenBatch,
+        rng: jax.Array | None,
+    ) -> tuple[Mean, dict[str, Mean]]:
+        c = self.config
+        policy, terms = self._forward(apply, params, batch, rng)
+        mask_BSL = batch.loss_mask.astype(jnp.float32)
+        counted_BSL = mask_BSL * self._weights(mask_BSL)
+        total = lambda found: jnp.sum(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), axis=-1)
+        policy_BS = total(policy)
+        reference_BS = jnp.zeros_like(policy_BS)
+        if c.needs_reference:
+            reference_BS = jax.lax.stop_gradient(total(self._forward(apply, frozen[REFERENCE], batch, None)[0]))
+        pairs = Pairs(policy_BS, reference_BS, mask_BSL.sum(-1))
+        real_B = jnp.all(pairs.lengths > 0, axis=-1).astype(jnp.float32)
+        mean = lambda values_B: Mean(jnp.sum(jnp.where(real_B > 0, values_B, 0.0)), jnp.sum(real_B))
+        loss_B = LOSSES[c.loss](pairs, c)
+        if c.nll_weight:
+            loss_B = loss_B + c.nll_weight * self._nll(policy, batch)
+        reward_BS = c.beta * (pairs.per_token().policy if c.loss is Loss.simpo else pairs.ratios)
+        metrics = {"reward_margin": margin(reward_BS), "reward_accuracy": (margin(reward_BS) > 0).astype(jnp.float32)}
+        for side, name in enumerate(("chosen", "rejected")):
+            of_side = {"reward": reward_BS, "logprob": policy_BS, "length": pairs.lengths}
+            metrics |= {f"{key}_{name}": values_BS[:, side] for key, values_BS in of_side.items()}
+        if terms is not None:  # of the router: once a pair, not once a side
+            loss_B = loss_B + _of_pairs(terms.loss_B)
+            metrics |= {name: _of_pairs(values) for name, values in terms.metrics.items()}
+        return mean(loss_B), {key: mean(values_B) for key, values_B in metrics.items()}
+
+    def _forward(
+        self, apply: Apply, params: Params, batch: TokenBatch, rng: jax.Array | None
+    ) -> tuple[TokenLogprobs, Auxiliary | None]:
+        """Of every target [B, S, L]; and what a mixture of experts adds, of every row [B S]."""
+        shape = batch.tokens.shape
+        flat = TokenBatch(*(field.reshape(-1, shape[-1]) for field in batch))
+        output = apply(params, flat.tokens, positions_BL=flat.positions, segment_ids_BL=flat.segment_ids, rng=rng)
+        found = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk)
+        return jax.tree.map(lambda x: x.reshape(shape), found), output.auxiliary
+
+    def _nll(self, policy: TokenLogprobs, batch: TokenBatch) -> jax.Array:
+        """[B]: of the chosen, per token, so that pairs add up whatever microbatch they fall in."""
+        mask_BL = batch.loss_mask[:, 0].astype(jnp.float32)
+        if self.config.nll_on_prompt:
+            inside_BL = (batch.segment_ids[:, 0] > 0).astype(jnp.float32)
+            mask_BL = jnp.pad(inside_BL[:, 1:], ((0, 0), (0, 1)))  # the last token has no target
+        nll_BL = jnp.where(mask_BL > 0, -policy.logprob[:, 0], 0.0)
+        return nll_BL.sum(-1) / jnp.maximum(mask_BL.sum(-1), 1)
+
+    def _weights(self, mask_BSL: jax.Array) -> jax.Array:
+        """Of tokens: those beyond the length of the shorter answer may count less."""
+        if self.config.length_weight == 1:
+            return jnp.ones_like(mask_BSL)
+        place_BSL = jnp.cumsum(mask_BSL, axis=-1)
+        shorter_B11 = mask_BSL.sum(-1).min(-1)[:, None, None]
+        return jnp.where(place_BSL <= shorter_B11, 1.0, self.config.length_weight)
+
+    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
+        return TokenBatch(*(jax.ShapeDtypeStruct((batch_size, 2, seq_len), dtype) for dtype in DTYPES))

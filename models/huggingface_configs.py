@@ -66,7 +66,7 @@ def _rope(hf: HFConfig, *, latent: bool = False) -> RopeConfig:
         raise ValueError(f"config.json: mscale_all_dim={mscale_all_dim} without mscale: not supported")
     defaults = RopeConfig()
     fraction = float(_one_of(found, "partial_rotary_factor", default=hf.get("partial_rotary_factor") or 1.0))
-    if fraction != 1 and hf.get("model_type", "phi3") != "phi3":
+    if fraction < 1 and hf.get("model_type", "phi3") != "phi3":
         raise ValueError(
             f"config.json: partial_rotary_factor={fraction}: transformers heeds it in Phi-3 only, of these"
         )

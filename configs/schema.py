@@ -12,6 +12,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from data.examples import Records
+from data.packing import Packing
 from data.pipeline import DataConfig
 from data.sources import (
     ArrayRecordConfig,
@@ -375,6 +377,13 @@ def validate(config: RunConfig) -> None:
         raise ValueError(
             f"launcher.num_processes={config.launcher.num_processes}: serve runs in one process, with all devices of "
             "its host; leave it out"
+        )
+    if not 0 <= config.data.max_bad_share <= 1:
+        raise ValueError(f"data.max_bad_share={config.data.max_bad_share}: is a share, from 0 to 1")
+    if config.data.records is Records.conversations and config.data.packing is Packing.concat:
+        raise ValueError(
+            "data.packing=concat: would cut conversations at the ends of rows, and answers would be learnt without "
+            "their questions; use data.packing=best_fit"
         )
     for key in ("batch_size", "seq_len"):
         if getattr(config.data, key) < 1:

@@ -28,6 +28,8 @@ class Corpus(Protocol):
 
     def document(self, index: int, start: int, stop: int) -> np.ndarray: ...
 
+    def learnt(self, index: int, start: int, stop: int) -> np.ndarray | None: ...
+
 
 class Piece(NamedTuple):
     """Tokens [start, stop) of a document."""
@@ -137,7 +139,10 @@ def make_plan(lengths: np.ndarray, *, seq_len: int, packing: Packing, seed: int)
 
 
 def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int) -> TokenBatch:
-    """One row [L] of each field. A piece's last target is the document's next token, or masked where there is none."""
+    """One row [L] of each field. A piece's last target is the document's next token, or masked where there is none.
+
+    What a corpus says of a token holds for it as a target: the mask moves with it, once.
+    """
     tokens = np.zeros(seq_len, np.int32)
     targets = np.zeros(seq_len, np.int32)
     mask = np.zeros(seq_len, np.float32)
@@ -150,7 +155,8 @@ def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int) -> TokenBatch:
         known = len(found) - 1 if len(found) <= size else size
         tokens[at : at + size] = found[:size]
         targets[at : at + known] = found[1 : known + 1]
-        mask[at : at + known] = 1
+        learnt = corpus.learnt(document, start + 1, start + 1 + known)
+        mask[at : at + known] = 1 if learnt is None else learnt
         segments[at : at + size] = segment
         positions[at : at + size] = np.arange(size)
         at += size

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.batch import DTYPES, TokenBatch
+from data.examples import LossOn, Overlong, Records, Rules
 from data.packing import Corpus, Packing, build_row, make_plan
 from data.sources import SourceConfig
 
@@ -27,11 +28,21 @@ class DataConfig:
     seq_len: int = 256  # tokens of a sequence
     packing: Packing = Packing.concat
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    records: Records = Records.documents
+    loss_on: LossOn = LossOn.assistant  # of conversations
+    overlong: Overlong = Overlong.whole_turns  # conversations of more than seq_len tokens
+    max_bad_share: float = 0.1  # of records that no example can be made of; with more, the run does not begin
     shuffle: bool = True  # rows, anew in each epoch
     epochs: float | None = None  # refuse to train longer than so many passes over the data; null: as often as needed
     prefetch: int = 2  # batches made ahead
     eval_batches: int = 16  # of held-out text from each source, at most; 0: all
     prepared: str | None = None  # the folder of token shards; null: prepared/ in the folder of all runs
+
+    def rules(self) -> Rules | None:
+        """How records become examples; None where they are documents."""
+        if self.records is Records.documents:
+            return None
+        return Rules(self.loss_on, self.overlong, self.seq_len)
 
 
 class PackedRows:

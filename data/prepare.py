@@ -2,6 +2,7 @@
 
     FOLDER/shard_00000.train.tokens.npy   u16 or u32, the documents one after the other
           /shard_00000.train.offsets.npy  i64 [documents + 1]
+          /shard_00000.train.learnt.npy   bool, beside the tokens of conversations: which of them are to be learnt
           /shard_00000.heldout.*          documents that are never trained on
           /shard_00000.json               what the shard was made of; written last
           /manifest.json                  settings, hashes, counts, bad records; written when all shards stand
@@ -12,6 +13,7 @@ A shard is one unit of a source. A run that is killed goes on with the next shar
 import dataclasses
 import enum
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -22,11 +24,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from data.sources import BadRecords, SourceConfig, Unit
+from data.examples import Rules, read_examples
+from data.records import BadRecords
+from data.sources import SourceConfig, Unit
 from data.tokenizer_contract import Tokenizer, fingerprint
 
 SPLITS = ("train", "heldout")
 VERSION = 1
+EXAMPLES_VERSION = 1  # of how conversations become examples
 BATCH_CHARACTERS = 1 << 22  # of text that is tokenised at once
 Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
 
@@ -46,35 +51,64 @@ class Manifest(NamedTuple):
     def bad(self) -> dict[str, Any]:
         return self.content["bad_records"]
 
+    @property
+    def masked(self) -> bool:
+        """Whether it holds conversations, of which not every token is to be learnt."""
+        return "examples" in self.content["settings"]
+
     def count(self, split: str, what: str) -> int:
-        """`documents`, `tokens` or `bytes` of a split."""
+        """`documents`, `tokens` or `bytes` of a split; of conversations also `learnt` tokens and those `shortened`."""
         return self.content["counts"][split][what]
 
 
-def settings(source: SourceConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that decides which tokens come out, but for the content of the files."""
+def settings(source: SourceConfig, tokenizer: Tokenizer, rules: Rules | None = None) -> dict[str, Any]:
+    """All that decides which tokens come out, but for the content of the files.
+
+    Of conversations that is the chat template, too, and the length of a row, at which they end.
+    """
     plain = {
         f.name: v.name if isinstance(v := getattr(source, f.name), enum.Enum) else v
         for f in dataclasses.fields(source)
-        if f.name != "weight"
+        if f.name not in ("weight", "format")
     }
-    return {"version": VERSION, "source": plain, "tokenizer": fingerprint(tokenizer)}
+    found = {"version": VERSION, "source": plain, "tokenizer": fingerprint(tokenizer)}
+    if rules is None:
+        return found
+    return found | {
+        "examples": {
+            "version": EXAMPLES_VERSION,
+            "format": source.format.name,
+            "loss_on": rules.loss_on.name,
+            "overlong": rules.overlong.name,
+            "max_length": rules.max_length,
+            "chat_template": tokenizer.chat_template,
+            "stop_ids": list(tokenizer.stop_ids),
+        }
+    }
 
 
-def prepared_folder(root: Path, name: str, source: SourceConfig, tokenizer: Tokenizer) -> Path:
+def prepared_folder(
+    root: Path, name: str, source: SourceConfig, tokenizer: Tokenizer, rules: Rules | None = None
+) -> Path:
     """Where the shards of a source stand: other settings, another folder."""
-    return root / f"{name}-{_sha(settings(source, tokenizer))[:12]}"
+    return root / f"{name}-{_sha(settings(source, tokenizer, rules))[:12]}"
 
 
 def prepare_source(
-    source: SourceConfig, tokenizer: Tokenizer, folder: Path, progress: Progress = lambda *_: None
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    progress: Progress = lambda *_: None,
+    *,
+    rules: Rules | None = None,
+    max_bad_share: float = 1.0,
 ) -> Manifest:
-    """Tokenises what is not tokenised yet and returns the manifest.
+    """Tokenises what is not tokenised yet and returns the manifest. With `rules`, records are conversations.
 
-    Raises: ValueError where nothing in the source can be used, saying why.
+    Raises: ValueError where nothing in the source can be used, or more than `max_bad_share` cannot, saying why.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = settings(source, tokenizer)
+    wanted = settings(source, tokenizer, rules)
     units = source.units()
     shards, tokens = [], 0
     left = source.max_documents
@@ -82,7 +116,7 @@ def prepare_source(
         made_of = {"settings": _sha(wanted), "unit": _state_of(unit), "left": left}
         shard = _finished(folder, index, made_of)
         if shard is None:
-            shard = _make_shard(source, tokenizer, unit, folder / f"shard_{index:05d}", made_of, left)
+            shard = _make_shard(source, tokenizer, unit, folder / f"shard_{index:05d}", made_of, left, rules)
         shards.append(shard)
         documents = sum(shard["counts"][split]["documents"] for split in SPLITS)
         left = None if left is None else left - documents
@@ -91,6 +125,7 @@ def prepare_source(
     manifest = _manifest(wanted, shards)
     if not manifest["counts"]["train"]["tokens"]:
         raise ValueError(f"source {source.kind}: no text to train on{_reasons(manifest['bad_records'])}")
+    _refuse_too_many(source, manifest, max_bad_share)
     _write(folder / "manifest.json", manifest)
     return Manifest(folder, manifest)
 
@@ -106,11 +141,22 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(folder, json.loads(path.read_text()))
 
 
+def _refuse_too_many(source: SourceConfig, manifest: dict[str, Any], max_bad_share: float) -> None:
+    bad = sum(e["count"] for reasons in manifest["bad_records"].values() for e in reasons.values())
+    total = bad + sum(manifest["counts"][split]["documents"] for split in SPLITS)
+    if bad > max_bad_share * total:
+        raise ValueError(
+            f"data.max_bad_share={max_bad_share:g}: {bad:,} of {total:,} records of source {source.kind} cannot be used"
+            f"{_reasons(manifest['bad_records'])}; mend them, or allow more (for those that are too long: a longer "
+            "data.seq_len, or data.overlong=cut)"
+        )
+
+
 def _reasons(bad: dict[str, Any]) -> str:
+    found = [(file, reason, entry) for file, reasons in bad.items() for reason, entry in reasons.items()]
+    found.sort(key=lambda case: -case[2]["count"])
     lines = [
-        f"{file}: {reason} ({entry['count']}, first: {entry['first'] or 'the file'})"
-        for file, reasons in bad.items()
-        for reason, entry in reasons.items()
+        f"{file}: {reason} ({entry['count']}, first: {entry['first'] or 'the file'})" for file, reason, entry in found
     ]
     return "; " + "; ".join(lines[:5]) if lines else ""
 
@@ -119,10 +165,8 @@ def _manifest(wanted: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str,
     bad = BadRecords()
     for shard in shards:
         bad.merge(shard["bad_records"])
-    counts = {
-        split: {what: sum(s["counts"][split][what] for s in shards) for what in ("documents", "tokens", "bytes")}
-        for split in SPLITS
-    }
+    kinds = ("documents", "tokens", "bytes", *(("learnt", "shortened") if "examples" in wanted else ()))
+    counts = {split: {what: sum(s["counts"][split][what] for s in shards) for what in kinds} for split in SPLITS}
     return {
         "settings": wanted,
         "fingerprint": _sha([wanted, [shard["content"] for shard in shards]]),
@@ -132,6 +176,36 @@ def _manifest(wanted: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str,
     }
 
 
+class _Document(NamedTuple):
+    digest: bytes  # of what it was made of
+    content: bytes  # what the fingerprint of the shard is made of
+    size: int  # bytes of text
+    ids: np.ndarray
+    learnt: np.ndarray | None = None
+    shortened: bool = False
+
+
+def _documents(
+    source: SourceConfig, tokenizer: Tokenizer, unit: Unit, bad: BadRecords, left: int | None
+) -> Iterator[_Document]:
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for batch in _batches(source.read(unit, bad), left):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            content = text.encode("utf-8", "surrogatepass")
+            digest = hashlib.sha256(content).digest()
+            yield _Document(digest, digest, len(content), np.array(tokenizer.begin(ids) + end))
+
+
+def _examples(
+    source: SourceConfig, tokenizer: Tokenizer, unit: Unit, bad: BadRecords, left: int | None, rules: Rules
+) -> Iterator[_Document]:
+    # Templates are programs, and some ask for the date: the fingerprint is of what came out.
+    for conversation, example in itertools.islice(read_examples(source, unit, bad, tokenizer, rules), left):
+        content = json.dumps(conversation, sort_keys=True).encode()
+        made = example.ids.astype("<i4").tobytes() + example.learnt.tobytes()
+        yield _Document(hashlib.sha256(content).digest(), hashlib.sha256(made).digest(), len(content), *example)
+
+
 def _make_shard(
     source: SourceConfig,
     tokenizer: Tokenizer,
@@ -139,35 +213,46 @@ def _make_shard(
     stem: Path,
     made_of: dict[str, Any],
     left: int | None,
+    rules: Rules | None,
 ) -> dict[str, Any]:
     bad, content = BadRecords(), hashlib.sha256()
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    for batch in _batches(source.read(unit, bad), left):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-            content.update(digest)
-            # By content: a document keeps its side wherever it stands and whatever stands beside it.
-            share = int.from_bytes(digest[:8], "big") / 2**64
-            split = "heldout" if share < source.heldout_fraction else "train"
-            arrays[split].append(np.array(tokenizer.begin(ids) + end, dtype))
-            sizes[split] += len(text.encode("utf-8", "surrogatepass"))
+    learnt: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    sizes, shortened = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    if rules is None:
+        found = _documents(source, tokenizer, unit, bad, left)
+    else:
+        found = _examples(source, tokenizer, unit, bad, left, rules)
+    for document in found:
+        content.update(document.content)
+        # By content: a document keeps its side wherever it stands and whatever stands beside it.
+        share = int.from_bytes(document.digest[:8], "big") / 2**64
+        split = "heldout" if share < source.heldout_fraction else "train"
+        arrays[split].append(document.ids.astype(dtype))
+        sizes[split] += document.size
+        shortened[split] += document.shortened
+        if document.learnt is not None:
+            learnt[split].append(document.learnt)
     for split in SPLITS:
         lengths = np.array([0] + [len(a) for a in arrays[split]], np.int64)
-        _save(
-            stem.with_name(f"{stem.name}.{split}.tokens.npy"),
-            np.concatenate([np.zeros(0, dtype), *arrays[split]]),
-        )
-        _save(stem.with_name(f"{stem.name}.{split}.offsets.npy"), np.cumsum(lengths))
+        save = lambda what, array, split=split: _save(stem.with_name(f"{stem.name}.{split}.{what}.npy"), array)
+        save("tokens", np.concatenate([np.zeros(0, dtype), *arrays[split]]))
+        save("offsets", np.cumsum(lengths))
+        if rules is not None:
+            save("learnt", np.concatenate([np.zeros(0, bool), *learnt[split]]))
+    counts: dict[str, dict[str, int]] = {
+        s: {"documents": len(arrays[s]), "tokens": int(sum(map(len, arrays[s]))), "bytes": sizes[s]} for s in SPLITS
+    }
+    if rules is not None:
+        for split in SPLITS:
+            targets = sum(int(mask[1:].sum()) for mask in learnt[split])
+            counts[split] |= {"learnt": targets, "shortened": shortened[split]}
     shard = {
         "name": stem.name,
         "made_of": made_of,
         "content": content.hexdigest(),
-        "counts": {
-            s: {"documents": len(arrays[s]), "tokens": int(sum(map(len, arrays[s]))), "bytes": sizes[s]} for s in SPLITS
-        },
+        "counts": counts,
         "bad_records": bad.found,
     }
     _write(stem.with_name(stem.name + ".json"), shard)
@@ -237,7 +322,8 @@ class TokenCorpus:
     """The documents of one split of a prepared folder, read from memory maps.
 
     Where no document fell into the held-out split (a corpus of one file, say), the end of the longest document is
-    held out instead: of n tokens the first int(n (1 - heldout_fraction)) are trained on.
+    held out instead: of n tokens the first int(n (1 - heldout_fraction)) are trained on. Conversations are not cut:
+    of those the last ones are held out whole.
     """
 
     def __init__(self, manifest: Manifest, split: str):
@@ -249,12 +335,16 @@ class TokenCorpus:
             manifest.folder / f"{name}.{source}.{what}.npy", mmap_mode="r", allow_pickle=False
         )
         self._tokens = [load(name, "tokens") for name in shards]
+        self._learnt = [load(name, "learnt") for name in shards] if manifest.masked else None
         offsets = [load(name, "offsets") for name in shards]
         self._shard = np.concatenate([np.full(len(o) - 1, i, np.int32) for i, o in enumerate(offsets)])
         self._start = np.concatenate([np.asarray(o[:-1]) for o in offsets])
         self.lengths = np.concatenate([np.diff(o) for o in offsets])
-        if carve:
-            self._carve(split, manifest.content["settings"]["source"]["heldout_fraction"])
+        fraction = manifest.content["settings"]["source"]["heldout_fraction"]
+        if carve and manifest.masked:
+            self._part(split, fraction)
+        elif carve:
+            self._carve(split, fraction)
 
     @staticmethod
     def _carving(manifest: Manifest) -> bool:
@@ -271,6 +361,11 @@ class TokenCorpus:
             self._shard, self._start = self._shard[at], self._start[at] + self.lengths[at] - size
             self.lengths = np.array([size], np.int64)
 
+    def _part(self, split: str, fraction: float) -> None:
+        last = min(max(1, round(self.num_documents * fraction)), self.num_documents // 2)
+        at = slice(None, self.num_documents - last) if split == "train" else slice(self.num_documents - last, None)
+        self._shard, self._start, self.lengths = self._shard[at], self._start[at], self.lengths[at]
+
     @property
     def num_documents(self) -> int:
         return len(self.lengths)
@@ -281,6 +376,13 @@ class TokenCorpus:
 
     def document(self, index: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a document; less where it ends sooner."""
+        return self._cut(self._tokens, index, start, stop)
+
+    def learnt(self, index: int, start: int, stop: int) -> np.ndarray | None:
+        """Which of the tokens [start, stop) are to be learnt; None where all are."""
+        return None if self._learnt is None else self._cut(self._learnt, index, start, stop)
+
+    def _cut(self, arrays: list[np.ndarray], index: int, start: int, stop: int) -> np.ndarray:
         stop = min(stop, int(self.lengths[index]))
         first = int(self._start[index])
-        return self._tokens[self._shard[index]][first + start : first + stop]
+        return arrays[self._shard[index]][first + start : first + stop]

@@ -1,5 +1,8 @@
 """Where text comes from. A source is cut into units of work, and a unit gives documents.
 
+The same input can be read as records, objects with the fields that a file has, where more than one text is wanted
+(`data.conversations`).
+
 Bad input never stops a run and is never silent: what cannot be read is counted by file and reason, with the place of
 the first case, and the counts reach the run's summary.
 """
@@ -10,14 +13,19 @@ import io
 import json
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import MISSING
 
+from data.records import BadRecords, Record, RecordFormat, decode, take_record, take_text
+from data.tf_example import parse_example
+
+T = TypeVar("T")
 UNIT_BYTES = 16 << 20  # of files that are read in one piece of work
+RECORD_BYTES = 4 << 20  # of a line that holds a record: what is longer is a broken file, not an example
 
 
 class Unit(NamedTuple):
@@ -28,33 +36,13 @@ class Unit(NamedTuple):
     stop: int = -1  # -1: to the end
 
 
-class BadRecords:
-    """Input that could not be used: counts by file and reason, and where each reason was met first."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, dict[str, Any]]] = {}
-
-    def add(self, file: str, reason: str, where: str = "") -> None:
-        entry = self.found.setdefault(file, {}).setdefault(reason, {"count": 0, "first": where})
-        entry["count"] += 1
-
-    def merge(self, found: dict[str, dict[str, dict[str, Any]]]) -> None:
-        for file, reasons in found.items():
-            for reason, entry in reasons.items():
-                mine = self.found.setdefault(file, {}).setdefault(reason, {"count": 0, "first": entry["first"]})
-                mine["count"] += entry["count"]
-
-    @property
-    def count(self) -> int:
-        return sum(entry["count"] for reasons in self.found.values() for entry in reasons.values())
-
-
 @dataclass
 class SourceConfig:
     kind: str = ""
     weight: float | None = None  # share of the mixture; null for all sources: by their tokens
     heldout_fraction: float = 0.01  # of documents, by a hash of their content; never trained on
     max_documents: int | None = None  # take so many at most
+    format: RecordFormat = RecordFormat.auto  # of its records, where data.records=conversations
 
     def units(self) -> list[Unit]:
         """Raises: ValueError where there is nothing to read, naming key, value and fix."""
@@ -62,6 +50,11 @@ class SourceConfig:
 
     def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
         raise TypeError(f"source.kind={self.kind}: choose one with source=[NAME]")
+
+    def records(self, unit: Unit, bad: BadRecords) -> Iterator[Record]:
+        """What it holds as objects; a source of plain text gives `{"text": ...}`."""
+        for index, text in enumerate(self.read(unit, bad)):
+            yield Record({"text": text}, self.kind, f"document {unit.start + index + 1}")
 
 
 @dataclass
@@ -98,12 +91,18 @@ class FileSourceConfig(SourceConfig):
         return [*units, Unit(tuple(group))] if group else units
 
     def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
+        return self._each(unit, bad, self.read_file)
+
+    def records(self, unit: Unit, bad: BadRecords) -> Iterator[Record]:
+        return self._each(unit, bad, self.read_records)
+
+    def _each(self, unit: Unit, bad: BadRecords, read: Callable[[str, BadRecords], Iterator[T]]) -> Iterator[T]:
         for file in unit.files:
             try:
                 if Path(file).stat().st_size == 0:
                     bad.add(file, "empty file")
                     continue
-                yield from self.read_file(file, bad)
+                yield from read(file, bad)
             except (OSError, EOFError, ValueError) as error:  # a file may break anywhere in its middle
                 if isinstance(error, ValueError) and str(error).startswith("data.sources"):
                     raise
@@ -111,6 +110,10 @@ class FileSourceConfig(SourceConfig):
 
     def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
         raise TypeError(self.kind)
+
+    def read_records(self, file: str, bad: BadRecords) -> Iterator[Record]:
+        for index, text in enumerate(self.read_file(file, bad)):
+            yield Record({"text": text}, file, f"document {index + 1}")
 
 
 def _matching(path: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -140,18 +143,6 @@ def _why_nothing(path: str, suffixes: tuple[str, ...]) -> str:
         return f"is not there, and neither is the folder {str(parent)!r}"
     near = difflib.get_close_matches(Path(path).name, [p.name for p in parent.iterdir()], n=3)
     return "is not there" + (f"; did you mean {' or '.join(repr(str(parent / n)) for n in near)}?" if near else "")
-
-
-def decode(content: bytes, file: str, bad: BadRecords, where: str = "") -> str | None:
-    """Text of UTF-8 bytes; None, and a count, for what is binary or another encoding."""
-    if b"\0" in content:
-        bad.add(file, "binary", where)
-        return None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad.add(file, "not UTF-8", where or f"byte {error.start}")
-        return None
 
 
 @dataclass
@@ -187,33 +178,43 @@ class JsonlConfig(FileSourceConfig):
         return tuple(f"{end}{packed}" for end in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
 
     def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
+        for content, where in self._objects(file, bad, None):
+            yield from take_text(content, self.text_field, file, bad, where)
+
+    def read_records(self, file: str, bad: BadRecords) -> Iterator[Record]:
+        for content, where in self._objects(file, bad, RECORD_BYTES):
+            yield from take_record(content, file, bad, where)
+
+    def _objects(self, file: str, bad: BadRecords, limit: int | None) -> Iterator[tuple[Any, str]]:
         with _open_packed(file) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(_lines(lines, limit), 1):
                 if not line.strip():
                     continue
-                text = decode(line, file, bad, f"line {number}")
+                where = f"line {number}"
+                if limit is not None and len(line) > limit:
+                    bad.add(file, f"a line longer than {limit >> 20} MiB", where)
+                    continue
+                text = decode(line, file, bad, where)
                 if text is None:
                     continue
                 try:
-                    record = json.loads(text)
-                except ValueError:
-                    bad.add(file, "broken JSON", f"line {number}")
+                    content = json.loads(text)
+                except (ValueError, RecursionError):
+                    bad.add(file, "broken JSON", where)
                     continue
-                yield from take_text(record, self.text_field, file, bad, f"line {number}")
+                yield content, where
 
 
-def take_text(record: Any, text_field: str, file: str, bad: BadRecords, where: str) -> Iterator[str]:
-    """The text of a record, if it has one."""
-    if not isinstance(record, dict):
-        bad.add(file, "not an object", where)
-    elif text_field not in record:
-        bad.add(file, f"no field {text_field!r}", f"{where}; its fields: {', '.join(map(str, record))[:200]}")
-    elif not isinstance(record[text_field], str):
-        bad.add(file, f"field {text_field!r} is not text", where)
-    elif not record[text_field].strip():
-        bad.add(file, "empty document", where)
-    else:
-        yield record[text_field]
+def _lines(file: Any, limit: int | None) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than `limit` only so much that this can be seen."""
+    if limit is None:
+        yield from file
+        return
+    while line := file.readline(limit + 1):
+        rest = line
+        while len(rest) > limit and not rest.endswith(b"\n"):
+            rest = file.readline(limit + 1)
+        yield line
 
 
 def _open_packed(file: str) -> Any:
@@ -253,6 +254,14 @@ class ParquetConfig(FileSourceConfig):
                 row += 1
                 yield from take_text({self.text_field: value}, self.text_field, file, bad, f"row {row}")
 
+    def read_records(self, file: str, bad: BadRecords) -> Iterator[Record]:
+        table = _extra("pyarrow.parquet", "parquet", "parquet").ParquetFile(file)
+        row = 0
+        for batch in table.iter_batches():
+            for content in batch.to_pylist():
+                row += 1
+                yield Record(content, file, f"row {row}")
+
 
 @dataclass
 class ArrayRecordConfig(FileSourceConfig):
@@ -265,6 +274,30 @@ class ArrayRecordConfig(FileSourceConfig):
         return [f for f in super().files() if "array_record" in Path(f).name or len(self.paths) == 1]
 
     def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
+        for content, where in self._contents(file, bad):
+            yield from self._text(content, file, bad, where)
+
+    def read_records(self, file: str, bad: BadRecords) -> Iterator[Record]:
+        for content, where in self._contents(file, bad):
+            example = parse_example(content)
+            if example is not None:
+                firsts = {name: values[0] for name, values in example.items() if values}
+                texts = {name: decode(value, file, bad, where) for name, value in firsts.items()}
+                if None not in texts.values():
+                    yield Record(texts, file, where)
+                continue
+            text = decode(content, file, bad, where)
+            if text is None:
+                continue
+            if not text.lstrip().startswith("{"):
+                yield Record({self.text_field: text}, file, where)
+                continue
+            try:
+                yield from take_record(json.loads(text), file, bad, where)
+            except (ValueError, RecursionError):
+                bad.add(file, "broken JSON", where)
+
+    def _contents(self, file: str, bad: BadRecords) -> Iterator[tuple[bytes, str]]:
         module = _extra("array_record.python.array_record_module", "arrayrecord", "arrayrecord")
         try:
             reader = module.ArrayRecordReader(file)
@@ -272,7 +305,7 @@ class ArrayRecordConfig(FileSourceConfig):
             bad.add(file, "unreadable or truncated", str(error)[:200])
             return
         for index in range(reader.num_records()):
-            yield from self._text(reader.read(), file, bad, f"record {index + 1}")
+            yield reader.read(), f"record {index + 1}"
         reader.close()
 
     def _text(self, record: bytes, file: str, bad: BadRecords, where: str) -> Iterator[str]:
@@ -296,55 +329,6 @@ class ArrayRecordConfig(FileSourceConfig):
         yield from take_text({"text": text}, "text", file, bad, where)
 
 
-def parse_example(record: bytes) -> dict[str, list[bytes]] | None:
-    """The bytes features of a tf.train.Example; None where `record` is none.
-
-    Example{1: Features{1: map<string, Feature{1: BytesList{1: bytes}}>}} in protobuf's wire format.
-    """
-    try:
-        features: dict[str, list[bytes]] = {}
-        outer = _fields(record)
-        if not outer or any(number != 1 for number, _ in outer):
-            return None
-        for _, inside in outer:
-            for number, entry in _fields(inside):
-                if number != 1:
-                    return None
-                pair = dict(_fields(entry))
-                lists = _fields(pair.get(2, b""))
-                features[pair[1].decode()] = [v for n, values in lists if n == 1 for _, v in _fields(values)]
-        return features
-    except (IndexError, KeyError, UnicodeDecodeError, ValueError):
-        return None
-
-
-def _fields(message: bytes) -> list[tuple[int, bytes]]:
-    """Length-delimited fields of a protobuf message. Raises: ValueError for any other wire type."""
-    found, at = [], 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-
-    while at < len(message):
-        tag = varint()
-        if tag & 7 != 2:
-            raise ValueError("not length-delimited")
-        size = varint()
-        if at + size > len(message):
-            raise ValueError("truncated")
-        found.append((tag >> 3, message[at : at + size]))
-        at += size
-    return found
-
-
 @dataclass
 class HuggingFaceConfig(SourceConfig):
     """A `datasets` data set: a folder of `save_to_disk`, or a name on the Hub."""
@@ -360,6 +344,10 @@ class HuggingFaceConfig(SourceConfig):
         return [Unit((self.path,))]
 
     def read(self, unit: Unit, bad: BadRecords) -> Iterator[str]:
+        for record in self.records(unit, bad):
+            yield from take_text(record.fields, self.text_field, self.path, bad, record.where)
+
+    def records(self, unit: Unit, bad: BadRecords) -> Iterator[Record]:
         datasets = _extra("datasets", "huggingface", "huggingface")
         if Path(self.path).is_dir() and (
             (Path(self.path) / "dataset_info.json").exists() or (Path(self.path) / "dataset_dict.json").exists()
@@ -369,7 +357,7 @@ class HuggingFaceConfig(SourceConfig):
         else:
             rows = datasets.load_dataset(self.path, self.name, split=self.split, streaming=self.streaming)
         for index, row in enumerate(rows):
-            yield from take_text(dict(row), self.text_field, self.path, bad, f"row {index + 1}")
+            yield Record(dict(row), self.path, f"row {index + 1}")
 
 
 @dataclass

@@ -18,9 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
 from data.chat import configured
+from data.conversations import read_conversations
+from data.examples import texts_of
 from data.pipeline import Mixture, OfflineSource, PackedRows, heldout_batches, source_seed
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
-from data.sources import BadRecords
+from data.records import BadRecords
+from data.sources import SourceConfig, Unit
 from data.tokenizer import load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
@@ -103,8 +106,9 @@ def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
 def _documents(config: RunConfig) -> Iterator[str]:
     """Documents of all sources in turns, so that a tokenizer that reads only the first of them sees every source."""
     bad = BadRecords()  # counted when the source is prepared
+    conversations = config.data.rules() is not None
     streams = [
-        (document for unit in source.units() for document in source.read(unit, bad))
+        (text for unit in source.units() for text in _texts(source, unit, bad, conversations))
         for source in config.data.sources.values()
     ]
     while streams:
@@ -114,6 +118,12 @@ def _documents(config: RunConfig) -> Iterator[str]:
                 streams.remove(stream)
             else:
                 yield document
+
+
+def _texts(source: SourceConfig, unit: Unit, bad: BadRecords, conversations: bool) -> Iterator[str]:
+    if not conversations:
+        return source.read(unit, bad)
+    return (text for _, found in read_conversations(source, unit, bad) for text in texts_of(found))
 
 
 def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
@@ -128,8 +138,9 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
     if is_chief():
         _prepare_all(config, tokenizer, root, say)
     wait_for_all("prepared")
+    rules = config.data.rules()
     manifests = {
-        name: read_manifest(prepared_folder(root, name, source, tokenizer))
+        name: read_manifest(prepared_folder(root, name, source, tokenizer, rules))
         for name, source in config.data.sources.items()
     }
     train = {name: TokenCorpus(manifest, "train") for name, manifest in manifests.items()}
@@ -148,7 +159,8 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    console = Console()
+    console, rules = Console(), config.data.rules()
+    share = 1.0 if rules is None else config.data.max_bad_share
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         for name, source in config.data.sources.items():
             task = bar.add_task(f"tokenising {name}", total=None, note="")
@@ -156,11 +168,18 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
             def show(done: int, total: int, tokens: int, task: Any = task) -> None:
                 bar.update(task, completed=done, total=total, note=f"{tokens:,} tokens")
 
-            manifest = prepare_source(source, tokenizer, prepared_folder(root, name, source, tokenizer), show)
+            folder = prepared_folder(root, name, source, tokenizer, rules)
+            manifest = prepare_source(source, tokenizer, folder, show, rules=rules, max_bad_share=share)
             bad = sum(e["count"] for reasons in manifest.bad.values() for e in reasons.values())
             said = f"; {bad:,} bad records left out, see summary.json" if bad else ""
             documents, tokens = manifest.count("train", "documents"), manifest.count("train", "tokens")
-            held = manifest.count("heldout", "tokens")
+            held = TokenCorpus(manifest, "heldout").num_tokens
+            if rules is not None:
+                cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
+                tokens_to = f"{tokens:,} tokens, of which {manifest.count('train', 'learnt'):,} are learnt"
+                ended = f"; {cut:,} ended at data.seq_len={rules.max_length} (data.overlong)" if cut else ""
+                say(f"source {name}: {documents:,} conversations, {tokens_to}, {held:,} held out{ended}{said}")
+                continue
             say(f"source {name}: {documents:,} documents, {tokens:,} tokens, {held:,} held out{said}")
 
 

@@ -3,8 +3,11 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from configs.schema import RunConfig, validate
 from data.chat import configured
@@ -121,9 +124,8 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
     """
     if config.init_from is None:
         return config
+    overrides = with_experiment(overrides)
     named = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    if "experiment" in named:
-        return config
     if folder.config.exists():
         before = folder.saved_config()
         model, tokenizer = before.model, before.tokenizer
@@ -136,6 +138,25 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
         config = replace(config, tokenizer=replace(tokenizer, **_policy_keys(config, named)))
     validate(config)
     return config
+
+
+def with_experiment(overrides: list[str]) -> list[str]:
+    """The command with what its experiment chooses: groups and single keys of model and tokenizer, before its own."""
+    name = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == "experiment"), None)
+    file = files("configs") / "experiment" / f"{name}.yaml"
+    content = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    groups = [f"{k.split('/')[-1]}={v}" for d in content.get("defaults", ()) for k, v in d.items()]
+    return [*groups, *_keys(content), *overrides]
+
+
+def _keys(content: dict[str, Any], path: str = "") -> list[str]:
+    """`a.b=value` of every leaf below `model` and `tokenizer`."""
+    found: list[str] = []
+    for key, value in content.items():
+        if not path and key not in ("model", "tokenizer"):
+            continue
+        found += _keys(value, f"{path}{key}.") if isinstance(value, dict) else [f"{path}{key}={value}"]
+    return found
 
 
 def with_changes(model: ModelConfig, config: RunConfig, overrides: list[str]) -> ModelConfig:
@@ -172,8 +193,8 @@ def adopt_tokenizer(config: RunConfig, overrides: list[str], folder: RunFolder, 
 
     `tokenizer.chat_template` and `tokenizer.add_bos` of the command change it on the way.
     """
-    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    if config.init_from is None or "experiment" in named or _chooses_tokenizer(named) or folder.has_checkpoints():
+    named = {override.lstrip("+~").partition("=")[0] for override in with_experiment(overrides)}
+    if config.init_from is None or _chooses_tokenizer(named) or folder.has_checkpoints():
         return
     if is_chief():
         (folder.tokenizer / MADE_OF).unlink(missing_ok=True)

@@ -17,6 +17,9 @@ from trainer.objective import Params
 from trainer.optimizer import eval_params
 from trainer.state import TrainState
 
+# What a run makes of its records.
+OF_RECORDS = ("records", "loss_on", "overlong", "max_bad_share", "packing", "seq_len")
+
 
 def say(text: str) -> None:
     if is_chief():
@@ -56,12 +59,17 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
     """
     folder = run_folder(config)
     saved = folder.saved_config()
-    changed = {override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides}
+    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    changed = {key.partition(".")[0] for key in named}
     for key in changed & {"model", "optimizer", "tokenizer", "objective", "schedule"}:
         raise ValueError(f"{key}: is fixed by the run {folder.name!r}; leave it out")
     data = config.data if changed & {"data", "source", "source_weights"} else saved.data
     if "source" not in changed and "data" in changed:
         data = dataclasses.replace(data, sources=saved.data.sources)
+    # What a run learns of its records holds for others too, unless the command says otherwise.
+    kept = [key for key in OF_RECORDS if f"data.{key}" not in named and "phase" not in named]
+    if saved.data.rules() is not None:
+        data = dataclasses.replace(data, **{key: getattr(saved.data, key) for key in kept})
     merged = dataclasses.replace(
         saved,
         data=data,

@@ -5,7 +5,10 @@ import json
 from typing import Any
 
 from configs.schema import Format, RunConfig
+from data.batch import TokenBatch
+from data.examples import marked_text
 from data.pipeline import batch_hash
+from data.tokenizer_contract import Tokenizer
 from launch.assemble import build_source, is_chief, load_corpora
 from launch.saved_run import SavedRun, open_run
 from models.cost import num_params, params_bytes
@@ -35,6 +38,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     else:
         width = max(map(len, found))
         for name, value in found.items():
+            value = str(value).replace("\n", "\n" + " " * (width + 2)) if name == "next_example" else value
             print(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else value}")
     return 0
 
@@ -48,4 +52,15 @@ def next_batch(saved: SavedRun) -> dict[str, Any]:
     source = build_source(merged, corpora, saved.core)
     source.batch_size = original.data.batch_size
     source.set_state(position)
-    return {"data_position": position["next_index"], "next_batch_sha256": batch_hash(source.global_batch())}
+    batch = source.global_batch()
+    found = {"data_position": position["next_index"], "next_batch_sha256": batch_hash(batch)}
+    if original.data.rules() is not None:
+        found["next_example"] = first_example(corpora.tokenizer, batch)
+    return found
+
+
+def first_example(tokenizer: Tokenizer, batch: TokenBatch) -> str:
+    """The first conversation of a batch as text, what is learnt of it between ⟦ and ⟧."""
+    size = int((batch.segment_ids[0] == 1).sum())
+    learnt = [False, *(batch.loss_mask[0, : size - 1] > 0).tolist()]  # of tokens, not of targets
+    return marked_text(tokenizer, batch.tokens[0, :size].tolist(), learnt)

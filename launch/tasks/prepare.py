@@ -4,12 +4,16 @@ from pathlib import Path
 
 from configs.schema import RunConfig
 from launch.assemble import is_chief, load_corpora
+from launch.origins import adopt, adopt_tokenizer
 from launch.run_folder import run_folder
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
     """Makes what is missing; `train` with the same run name, sources and tokenizer finds it all done."""
-    corpora = load_corpora(config, run_folder(config), lambda text: print(text, flush=True) if is_chief() else None)
+    folder, say = run_folder(config), lambda text: print(text, flush=True) if is_chief() else None
+    config = adopt(config, overrides, folder, say)
+    adopt_tokenizer(config, overrides, folder, say)
+    corpora = load_corpora(config, folder, say)
     if is_chief():
         for name, manifest in corpora.manifests.items():
             print(f"{name}: {Path(manifest.folder) / 'manifest.json'}")

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 
 from configs.schema import Resume, RunConfig, TrainConfig, to_plain
+from data.chat import chat_ids, text_after_turn
+from data.examples import Records
 from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import first_difference
@@ -310,17 +312,28 @@ class Session:
         return every_hook, stopper, saver
 
     def sample(self, step: int, params: Params, trackers: Trackers) -> None:
-        """Writes a sample to samples.jsonl and to the trackers."""
+        """Writes a sample to samples.jsonl and to the trackers: what follows the prompt, or the answer to it."""
         task, tokenizer = self.task, self.corpora.tokenizer
         sampling = SamplingConfig(
             max_new_tokens=task.sample_tokens, temperature=task.sample_temperature, seed=self.config.seed
         )
+        prompt, given, stop = task.sample_prompt, task.sample_prompt, None
+        chats = self.config.data.records is Records.conversations and tokenizer.chat_template is not None
+        if chats:
+            prompt = prompt or "Hello"
+            given, stop = chat_ids(tokenizer, [{"role": "user", "content": prompt}]), text_after_turn(tokenizer)
         [(text, _)] = write(
-            params, self.core.model, tokenizer, [task.sample_prompt], sampling, constrain=self.core.constrain
+            params,
+            self.core.model,
+            tokenizer,
+            [given],
+            sampling,
+            stop=[] if stop is None else [stop],
+            constrain=self.core.constrain,
         )
         if is_chief():
-            append_samples(self.folder.samples, step, [task.sample_prompt], [text])
-            trackers.log_text(step, "sample", task.sample_prompt + text)
+            append_samples(self.folder.samples, step, [prompt], [text])
+            trackers.log_text(step, "sample", f"{prompt}\n\n{text.strip()}" if chats else prompt + text)
 
     def finish(self, state: TrainState, reason: str, trackers: Trackers) -> None:
         """The last save is committed; the picture and the summary are written; how time was spent is told."""
@@ -363,7 +376,8 @@ def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
     arguments = " ".join(a for a in sys.argv[1:] if not a.startswith(("task=", "task.num_steps=")))
     resume = f"meshwright train {arguments}".rstrip() + f" task.num_steps={2 * task.num_steps}"
     prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
-    write_with = f"prompt='{prompt} '" if config.tokenizer.chat_template is None else "chat='Hello'"
+    chats = config.tokenizer.chat_template is not None or config.data.records is Records.conversations
+    write_with = "chat='Hello'" if chats else f"prompt='{prompt} '"
     where = "" if config.runs == "runs" else f" runs={config.runs}"
     return (
         f"run {config.run!r} is in {folder.path}{how}; its loss curve: {folder.picture}\n"

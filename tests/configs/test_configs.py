@@ -19,6 +19,8 @@ NEEDS = {
     "huggingface": ["data.sources.huggingface.path=x"],
     "tokenizer_json": ["tokenizer.path=x"],
     "shakespeare_char": ["data.sources.text.paths=[x]"],
+    "sft": ["data.sources.jsonl.paths=[x]"],
+    "sft_smollm2": ["data.sources.jsonl.paths=[x]"],
 }
 
 

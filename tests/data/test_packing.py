@@ -20,6 +20,9 @@ class Documents:
     def document(self, index, start, stop):
         return 1000 * index + np.arange(start, min(stop, self.lengths[index]))
 
+    def learnt(self, index, start, stop):
+        return None
+
 
 lengths = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
 packings = pytest.mark.parametrize("packing", list(Packing))

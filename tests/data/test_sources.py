@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from data.records import BadRecords
 from data.sources import (
     ArrayRecordConfig,
-    BadRecords,
     JsonlConfig,
     ParquetConfig,
     PythonStdlibConfig,
     SourceConfig,
     SyntheticConfig,
     TextConfig,
-    parse_example,
 )
+from data.tf_example import parse_example
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "pretrain"
 

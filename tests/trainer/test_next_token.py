@@ -38,6 +38,25 @@ def test_plain_loss_is_the_nll() -> None:
     assert float(loss.total) == float(metrics["nll"].total)
 
 
+def test_dft_weighs_the_gradient_of_each_token_by_its_probability() -> None:
+    batch = toy.batch(4)
+
+    def total(params, config: NextTokenConfig, mask: np.ndarray):
+        return config.build(None).loss(toy.apply, params, {}, batch._replace(loss_mask=mask), None)[0].total
+
+    probability = np.exp(logits64(batch))
+    probability /= probability.sum(-1, keepdims=True)
+    probability = np.take_along_axis(probability, batch.targets[..., None], -1)[..., 0]
+    plain, dft = NextTokenConfig(), NextTokenConfig(dft=True)
+    weighed = (batch.loss_mask * probability).astype(np.float32)
+    np.testing.assert_allclose(total(PARAMS, dft, batch.loss_mask), total(PARAMS, plain, weighed), rtol=1e-5)
+    found, want = (jax.grad(total)(PARAMS, c, m) for c, m in ((dft, batch.loss_mask), (plain, weighed)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, want)
+    assert float(loss_of(dft)[1]["nll"].total) == float(loss_of(plain)[1]["nll"].total)
+    with pytest.raises(ValueError, match=r"objective\.label_smoothing=0.1: objective.dft=true"):
+        NextTokenConfig(dft=True, label_smoothing=0.1).build(None)
+
+
 def test_masked_targets_count_for_nothing() -> None:
     batch = toy.batch(4)
     other = batch._replace(targets=np.where(batch.loss_mask > 0, batch.targets, 0).astype(np.int32))

@@ -22,6 +22,7 @@ class NextTokenConfig(ObjectiveConfig):
     kind: str = "next_token"
     z_loss: float = 0.0  # times the squared logsumexp of the logits, which keeps them near 0 (PaLM: 1e-4)
     label_smoothing: float = 0.0  # share of the target's probability spread evenly over the vocabulary
+    dft: bool = False  # weigh each token by its own probability: dynamic fine-tuning (arXiv 2508.05629)
     loss_chunk: int = 128  # tokens of each row whose logits exist at once; the length or more: all
 
     def build(self, token_bytes: np.ndarray | None) -> "NextToken":
@@ -30,6 +31,11 @@ class NextTokenConfig(ObjectiveConfig):
             raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1; nearest valid: 1")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 1")
+        if self.dft and self.label_smoothing:
+            raise ValueError(
+                f"objective.label_smoothing={self.label_smoothing}: objective.dft=true weighs the target alone; leave "
+                "one of them out"
+            )
         if self.z_loss < 0:
             raise ValueError(f"objective.z_loss={self.z_loss}: must not be negative; 0 turns it off")
         return NextToken(self, token_bytes)
@@ -65,6 +71,8 @@ class NextToken:
         if smoothing := self.config.label_smoothing:
             uniform_BL = tokens.logsumexp - tokens.mean_logit
             loss_BL = (1 - smoothing) * nll_BL + smoothing * uniform_BL
+        if self.config.dft:
+            loss_BL = jax.lax.stop_gradient(jnp.exp(tokens.logprob)) * nll_BL
         if self.config.z_loss:
             loss_BL = loss_BL + self.config.z_loss * jnp.square(tokens.logsumexp)
         added_BL, router = auxiliary_terms(output, loss_BL.shape)

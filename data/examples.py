@@ -1,0 +1,164 @@
+"""Conversations to examples: ids, and a mask of the tokens that are to be learnt.
+
+An example is never longer than a row, so that no answer is learnt without its question. Which of its tokens count is
+`data.loss_on`; what becomes of a longer one is `data.overlong`.
+
+Shape letters: L tokens of an example.
+"""
+
+import enum
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data.chat import encode_chat
+from data.conversations import BadRow, Conversation, count_bad, read_conversations
+from data.records import BadRecords
+from data.sources import SourceConfig, Unit
+from data.tokenizer_contract import Tokenizer
+
+
+class Records(enum.Enum):
+    """What the records of all sources are."""
+
+    documents = "documents"  # one text each: every token is learnt
+    conversations = "conversations"  # `data.conversations` lists their formats: what data.loss_on names is learnt
+
+
+class LossOn(enum.Enum):
+    """What a model learns of a conversation."""
+
+    assistant = "assistant"  # all that the assistant says, and to end its turns
+    last = "last"  # the assistant's last turn only
+    all = "all"  # every token, as in pretraining
+
+
+class Overlong(enum.Enum):
+    """What becomes of a conversation that is longer than a row."""
+
+    whole_turns = "whole_turns"  # it ends with the last learnt turn that fits whole; without such a turn it is left out
+    cut = "cut"  # its end is cut off, an answer's with it: what is left has no end of turn
+    drop = "drop"  # it is left out
+
+
+class Rules(NamedTuple):
+    """How conversations become examples."""
+
+    loss_on: LossOn
+    overlong: Overlong
+    max_length: int  # tokens
+
+
+class Example(NamedTuple):
+    ids: np.ndarray  # [L] i32
+    learnt: np.ndarray  # [L] bool: tokens that are targets of the loss; never the first alone
+    shortened: bool = False
+
+
+def read_examples(
+    source: SourceConfig, unit: Unit, bad: BadRecords, tokenizer: Tokenizer, rules: Rules
+) -> Iterator[tuple[Conversation | str, Example]]:
+    """Every usable example of a unit; the others are counted.
+
+    Raises: ValueError for a tokenizer without a chat template, at the first conversation.
+    """
+    for record, conversation in read_conversations(source, unit, bad):
+        if isinstance(conversation, Conversation) and tokenizer.chat_template is None:
+            encode_chat(tokenizer, conversation.messages)  # refuses, and says what to do
+        try:
+            yield conversation, encode_example(tokenizer, conversation, rules)
+        except BadRow as error:
+            count_bad(bad, record, error)
+        except ValueError as error:
+            count_bad(bad, record, _refused(error))
+
+
+def _refused(error: ValueError) -> BadRow:
+    # Messages of templates and tokenizers tell the place; as a reason it would make every record a kind of its own.
+    return BadRow(re.sub(r"messages\[\d+\]", "a message", str(error))[:160], str(error)[:300])
+
+
+def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, rules: Rules) -> Example:
+    """Ids and mask. A text is encoded as a document of pretraining, however long it is: packing cuts it.
+
+    Raises: BadRow for one in which nothing can be learnt; ValueError as `encode_chat`.
+    """
+    if isinstance(conversation, str):
+        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        ids = np.array(tokenizer.begin(tokenizer.encode(conversation)) + end, np.int32)
+        return _checked(Example(ids, np.ones(len(ids), bool)))
+    ids, said = encode_chat(tokenizer, conversation.messages, tools=conversation.tools)
+    said = with_ends(ids, said, tokenizer.stop_ids)
+    learnt = {LossOn.assistant: said, LossOn.last: last_turn(said), LossOn.all: np.ones(len(ids), bool)}[rules.loss_on]
+    if len(ids) <= rules.max_length:
+        return _checked(Example(ids, learnt))
+    turns = said if rules.loss_on is LossOn.all else learnt
+    length = _kept_length(turns, rules)
+    if not length:
+        raise BadRow(f"longer than data.seq_len={rules.max_length}", f"{len(ids)} tokens")
+    return _checked(Example(ids[:length], learnt[:length], shortened=True))
+
+
+def _kept_length(turns: np.ndarray, rules: Rules) -> int:
+    if rules.overlong is Overlong.cut:
+        return rules.max_length
+    if rules.overlong is Overlong.drop:
+        return 0
+    return max((stop for _, stop in runs(turns) if stop <= rules.max_length), default=0)
+
+
+def _checked(example: Example) -> Example:
+    if not example.learnt[1:].any():  # the first token is nobody's target
+        raise BadRow("no token to learn" + (" before data.seq_len" if example.shortened else ""))
+    return example
+
+
+def runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """[begin, end) of every stretch of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def last_turn(said: np.ndarray) -> np.ndarray:
+    """The mask of its last stretch alone."""
+    kept = np.zeros_like(said)
+    for begin, end in runs(said)[-1:]:
+        kept[begin:end] = True
+    return kept
+
+
+def with_ends(ids: np.ndarray, said: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
+    """The mask with the token that ends a turn, where a template leaves it outside its marks: without it a model would
+    never learn to stop."""
+    said = said.copy()
+    for _, end in runs(said):
+        if end < len(ids) and int(ids[end]) in stop_ids and int(ids[end - 1]) not in stop_ids:
+            said[end] = True
+    return said
+
+
+def texts_of(conversation: Conversation | str) -> list[str]:
+    """What is said in it, for a tokenizer to be trained on."""
+    if isinstance(conversation, str):
+        return [conversation]
+    return [message["content"] for message in conversation.messages if message["content"]]
+
+
+def marked_text(tokenizer: Tokenizer, ids: Sequence[int], learnt: Sequence[bool]) -> str:
+    """The text of an example for people: special tokens by their names, what is learnt between ⟦ and ⟧."""
+    names = {i: text for text, i in tokenizer.special_tokens.items()}
+    text, begin = "", 0
+    spoken = np.asarray(learnt, bool)
+    for at in range(1, len(ids) + 1):
+        here = int(ids[begin])
+        same = at < len(ids) and spoken[at] == spoken[begin] and here not in names and int(ids[at]) not in names
+        if same:
+            continue
+        opens = spoken[begin] and (begin == 0 or not spoken[begin - 1])
+        closes = spoken[begin] and (at == len(ids) or not spoken[at])
+        piece = names[here] if here in names else tokenizer.decode(list(map(int, ids[begin:at])))
+        text += ("⟦" if opens else "") + piece + ("⟧" if closes else "")
+        begin = at
+    return text

@@ -1,0 +1,136 @@
+"""What conversations teach: the answers, alone and packed alike, and nothing across them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.batch import TokenBatch
+from data.chat import with_template
+from data.examples import LossOn, Overlong, Rules
+from data.packing import Packing, Piece, build_row
+from data.pipeline import PackedRows, stack
+from data.prepare import TokenCorpus, prepare_source
+from data.sources import JsonlConfig
+from data.tokenizer import Bytes
+from models.config import AttentionConfig, Dtype, MLPConfig, ModelConfig
+from models.transformer import init_params, logits, make_apply
+from trainer.objective import Mean
+from trainer.objectives.logprobs import token_logprobs
+from trainer.objectives.next_token import NextTokenConfig
+
+L = 96
+MODEL = ModelConfig(
+    num_layers=2,
+    embed_dim=32,
+    vocab_size=264,
+    max_seq_len=2 * L,
+    dtype=Dtype.float32,
+    init_std=0.2,
+    tied_embeddings=False,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+    mlp=MLPConfig(hidden_dim=48),
+)
+APPLY = make_apply(MODEL)
+PARAMS = init_params(MODEL, jax.random.key(0))
+ANSWERS = ("one", "four words of it", "three")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Three conversations of unequal length, in the order of ANSWERS."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [
+        {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": answer}]}
+        for i, answer in enumerate(ANSWERS)
+    ]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = JsonlConfig(paths=[str(folder / "a.jsonl")], heldout_fraction=0.0)
+    rules = Rules(LossOn.assistant, Overlong.whole_turns, L)
+    return TokenCorpus(prepare_source(source, with_template(Bytes(), "plain"), folder / "out", rules=rules), "train")
+
+
+def row(corpus, documents, length=2 * L) -> TokenBatch:
+    return build_row(corpus, [Piece(d, 0, int(corpus.lengths[d])) for d in documents], length)
+
+
+def logprobs(batch: TokenBatch) -> np.ndarray:
+    output = APPLY(PARAMS, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
+    return np.asarray(token_logprobs(output, batch.targets, chunk=32).logprob)
+
+
+def loss(params, batch: TokenBatch) -> Mean:
+    return NextTokenConfig().build(None).loss(APPLY, params, {}, batch, None)[0]
+
+
+def test_the_loss_of_an_answer_of_one_token_is_its_log_probability():
+    """The mask moves with the targets exactly once."""
+    ids, learnt = np.array([5, 6, 7, 8]), np.array([False, False, True, False])
+
+    class Corpus:
+        fingerprint = ""
+        lengths = np.array([4])
+        document = staticmethod(lambda index, start, stop: ids[start:stop])
+        learnt = staticmethod(lambda index, start, stop: learnt[start:stop])
+
+    batch = stack([build_row(Corpus(), [Piece(0, 0, 4)], 6)])
+    found = loss(PARAMS, batch)
+    output = APPLY(PARAMS, ids[None, :2], positions_BL=np.arange(2)[None], segment_ids_BL=np.ones((1, 2), np.int32))
+    want = -jax.nn.log_softmax(logits(output)[0, 1])[7]
+    assert float(found.weight) == 1 and float(found.total) == pytest.approx(float(want), rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_packed_conversations_get_the_log_probabilities_that_they_get_alone(corpus, order):
+    packed, at = stack([row(corpus, order)]), 0
+    found = logprobs(packed)[0]
+    for document in order:
+        alone = stack([row(corpus, [document], L)])
+        size = int(corpus.lengths[document])
+        learnt = alone.loss_mask[0] > 0
+        assert learnt.any() and np.array_equal(packed.loss_mask[0, at : at + size], alone.loss_mask[0, :size])
+        np.testing.assert_allclose(found[at : at + size][learnt[:size]], logprobs(alone)[0][learnt], atol=1e-5)
+        at += size
+    assert not packed.loss_mask[0, at:].any()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("more", [0, 17])
+def test_padding_and_company_change_no_log_probability(corpus, side, more):
+    longest = int(corpus.lengths[:3].max()) + more
+
+    def padded(document: int) -> TokenBatch:
+        alone = row(corpus, [document], longest)
+        shift = longest - int(corpus.lengths[document]) if side == "left" else 0
+        return TokenBatch(*(np.roll(column, shift) for column in alone))
+
+    together = stack([padded(d) for d in (2, 0, 1)])
+    found = logprobs(together)
+    for place, document in enumerate((2, 0, 1)):
+        alone = stack([row(corpus, [document], int(corpus.lengths[document]))])
+        want = logprobs(alone)[0][alone.loss_mask[0] > 0]
+        np.testing.assert_allclose(found[place][together.loss_mask[place] > 0], want, atol=1e-5)
+
+
+def test_an_answer_teaches_nothing_about_another_conversation(corpus):
+    batch = stack([row(corpus, [0, 1, 2])])
+    second = np.where(batch.segment_ids == 2, batch.loss_mask, 0)
+    # A table with an entry for every place instead of every token: its gradient says which places matter.
+    size = batch.tokens.shape[1]
+    params = PARAMS | {"embedding": jnp.zeros((264, 32)).at[:size].set(PARAMS["embedding"][batch.tokens[0]])}
+    placed = batch._replace(tokens=np.arange(size, dtype=np.int32)[None], loss_mask=second)
+
+    def total(embedding):
+        return loss(params | {"embedding": embedding}, placed).total
+
+    gradient = np.abs(np.asarray(jax.grad(total)(params["embedding"])))[:size].max(-1)
+    segments = batch.segment_ids[0]
+    assert (gradient[segments != 2] == 0).all() and (gradient[segments == 2] > 0).any()
+
+
+def test_rows_are_packed_by_whole_conversations(corpus):
+    rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
+    sizes = [p.stop - p.start for i in range(len(rows)) for p in rows.plan.pieces(i)]
+    assert sorted(sizes) == sorted(corpus.lengths.tolist())

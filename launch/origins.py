@@ -34,7 +34,7 @@ class Origin:
     model: ModelConfig
     tokenizer_config: TokenizerConfig
     tokenizer: Callable[[], Tokenizer]
-    params: Callable[[Params], Params]  # onto the shapes and shardings given
+    params: Callable[..., Params]  # onto the shapes and shardings given; a published one's also gets `Progress`
     checkpoint: Checkpoint | None = None  # of a published one
     beside: dict[str, bytes] = field(default_factory=dict)  # of a published one: files that came with the weights
 
@@ -93,7 +93,7 @@ def _folder(path: Path) -> Origin:
         return configured(config.build(lambda: iter(())), config)
 
     beside = {name: (path / name).read_bytes() for name in ("config.json", *BESIDE) if (path / name).is_file()}
-    load = lambda abstract: load_params(folder, model, abstract)
+    load = lambda abstract, *progress: load_params(folder, model, abstract, *progress)
     return Origin(folder.label, model, config, tokenizer, load, folder, beside)
 
 
@@ -108,7 +108,7 @@ def _file(path: Path) -> Origin:
 
     template = file.header.metadata.get("tokenizer.chat_template")
     beside = {} if template is None else {TEMPLATE: template.encode()}
-    load = lambda abstract: load_params(file, file.model, abstract)
+    load = lambda abstract, *progress: load_params(file, file.model, abstract, *progress)
     config = TokenizerJsonConfig(path=str(path))
     return Origin(file.label, file.model, config, tokenizer, load, file, beside)
 

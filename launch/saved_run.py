@@ -12,6 +12,7 @@ from launch.assemble import Core, build_core, is_chief
 from launch.run_folder import RunFolder, run_folder
 from models.config import Dtype
 from trainer.checkpoint import Checkpointer
+from trainer.mesh import MeshConfig
 from trainer.objective import Params
 from trainer.optimizer import eval_params
 from trainer.state import TrainState
@@ -73,7 +74,7 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
         saved,
         data=data,
         model=saved.model if dtype is None else dataclasses.replace(saved.model, dtype=dtype),
-        mesh=config.mesh if "mesh" in changed else dataclasses.replace(saved.mesh, data=-1, fsdp=1, tensor=1),
+        mesh=config.mesh if "mesh" in changed else MeshConfig(),
         runs=config.runs,
         run=config.run,
         format=config.format,

@@ -32,6 +32,8 @@ class RopeScaling(enum.Enum):
     linear = "linear"  # positions divided by `factor`: Chen et al. 2023
     llama3 = "llama3"  # long wavelengths divided, short ones kept, a ramp between: Llama 3.1
     yarn = "yarn"  # Peng et al. 2023, with its attention temperature
+    dynamic = "dynamic"  # a larger base for rows longer than `original_max_seq_len`: "NTK-aware", from transformers
+    longrope = "longrope"  # each wavelength by a factor of its own: Ding et al. 2024; Phi-3 and Phi-4-mini
 
 
 class Activation(enum.Enum):
@@ -84,12 +86,14 @@ class RopeConfig:
     fraction: float = 1.0  # of head_dim that is rotated
     scaling: RopeScaling = RopeScaling.none  # of full layers only where local_theta is set
     factor: float = 1.0
-    original_max_seq_len: int = 8192  # llama3, yarn: what the model was first trained on
+    original_max_seq_len: int = 8192  # llama3, yarn, dynamic, longrope: what the model was first trained on
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: the blend begins and ends at whole dims; GPT-OSS: not
+    short_factors: list[float] = field(default_factory=list)  # longrope: of each pair, in rows up to that length
+    long_factors: list[float] = field(default_factory=list)  # longrope: in longer ones
     mscale: float = 1.0  # yarn: weight of the temperature; DeepSeek-V2
     mscale_all_dim: float = 0.0  # yarn: of the part that goes into the scale of scores, and over all dims
     interleaved: bool = False  # neighbours (2i, 2i + 1) are rotated together, not halves: DeepSeek
@@ -202,6 +206,10 @@ class ModelConfig:
                 )
         if not a.pattern:
             raise ValueError("model.attention.pattern=[]: name at least one of full, sliding")
+        for name in ("short_factors", "long_factors"):
+            count, longrope = len(getattr(self.rope, name)), self.rope.scaling is RopeScaling.longrope
+            if self.position is Position.rope and longrope and count != rotated // 2:
+                raise ValueError(f"model.rope.{name}: holds {count} numbers, not one for each of {rotated // 2} pairs")
         if not self.rope.pattern:
             raise ValueError("model.rope.pattern=[]: say at least once whether layers rotate: [true]")
         self._validate_latent()

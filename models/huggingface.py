@@ -47,7 +47,7 @@ FAMILIES = (
     Family("Gemma2ForCausalLM", "gemma2", _gemma2, configs.write_gemma, rules.gemma_rules),
     Family("Gemma3ForCausalLM", "gemma3_text", _gemma3, configs.write_gemma, rules.gemma_rules),
     Family("Olmo2ForCausalLM", "olmo2", configs.read_olmo2, configs.write_common, rules.olmo2_rules),
-    Family("Phi3ForCausalLM", "phi3", configs.read_common, configs.write_common, rules.phi3_rules),
+    Family("Phi3ForCausalLM", "phi3", configs.read_common, configs.write_phi3, rules.phi3_rules),
     Family("SmolLM3ForCausalLM", "smollm3", configs.read_smollm3, configs.write_smollm3, rules.llama_rules),
     Family("MixtralForCausalLM", "mixtral", configs.read_mixtral, configs.write_mixtral, rules.mixtral_rules),
     Family("Qwen3MoeForCausalLM", "qwen3_moe", configs.read_qwen3_moe, configs.write_qwen3_moe, rules.qwen3_moe_rules),
@@ -112,7 +112,7 @@ def shape_of(config: ModelConfig) -> ModelConfig:
     )
     rope = config.rope if config.position is Position.rope else RopeConfig()
     rope = dataclasses.replace(rope, pattern=[rope.pattern[i % len(rope.pattern)] for i in range(config.num_layers)])
-    if rope.scaling not in (RopeScaling.llama3, RopeScaling.yarn):
+    if rope.scaling in (RopeScaling.none, RopeScaling.linear):
         rope = dataclasses.replace(rope, original_max_seq_len=0)
     if rope.scaling is not RopeScaling.yarn:
         rope = dataclasses.replace(rope, truncate=True, mscale=1.0, mscale_all_dim=0.0)

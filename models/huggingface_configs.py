@@ -55,7 +55,7 @@ def _rope(hf: HFConfig, *, latent: bool = False) -> RopeConfig:
         local = (found.get("sliding_attention") or {}).get("rope_theta", local)
         found = found["full_attention"]
     kind = _one_of(found, "rope_type", "type", default="default")
-    kinds = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+    kinds = {"default": "none", "su": "longrope"} | {kind.name: kind.name for kind in RopeScaling}
     if kind not in kinds:
         raise ValueError(f"config.json: rope_type={kind}: not supported; known: {', '.join(kinds)}")
     for key in ("attention_factor",) if latent else ("attention_factor", "mscale", "mscale_all_dim"):
@@ -65,14 +65,24 @@ def _rope(hf: HFConfig, *, latent: bool = False) -> RopeConfig:
     if mscale_all_dim and not found.get("mscale"):
         raise ValueError(f"config.json: mscale_all_dim={mscale_all_dim} without mscale: not supported")
     defaults = RopeConfig()
-    first = _one_of(found, "original_max_position_embeddings", default=hf.get("max_position_embeddings"))
+    fraction = float(_one_of(found, "partial_rotary_factor", default=hf.get("partial_rotary_factor") or 1.0))
+    if fraction < 1 and hf.get("model_type", "phi3") != "phi3":
+        raise ValueError(
+            f"config.json: partial_rotary_factor={fraction}: transformers heeds it in Phi-3 only, of these"
+        )
+    limit = hf.get("max_position_embeddings")
+    first = _one_of(found, "original_max_position_embeddings", default=hf.get("original_max_position_embeddings"))
+    first = limit if kind == "dynamic" else first or limit
+    stretched = limit / first if kinds[kind] == "longrope" and limit and first else 1.0
     return RopeConfig(
         theta=float(_one_of(found, "rope_theta", default=_one_of(hf, "rope_theta", default=10_000.0))),
         local_theta=None if local is None else float(local),
-        fraction=float(_one_of(found, "partial_rotary_factor", default=hf.get("partial_rotary_factor") or 1.0)),
+        fraction=fraction,
         scaling=RopeScaling[kinds[kind]],
-        factor=float(_one_of(found, "factor", default=1.0)),
-        original_max_seq_len=int(first) if kind in ("llama3", "yarn") else defaults.original_max_seq_len,
+        factor=float(_one_of(found, "factor", default=stretched)),
+        original_max_seq_len=defaults.original_max_seq_len if kinds[kind] in ("none", "linear") else int(first),
+        short_factors=[float(x) for x in found.get("short_factor") or []],
+        long_factors=[float(x) for x in found.get("long_factor") or []],
         low_freq_factor=float(_one_of(found, "low_freq_factor", default=defaults.low_freq_factor)),
         high_freq_factor=float(_one_of(found, "high_freq_factor", default=defaults.high_freq_factor)),
         beta_fast=float(_one_of(found, "beta_fast", default=defaults.beta_fast)),
@@ -303,8 +313,10 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     new = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.scaling is not RopeScaling.none:
         new |= {"rope_type": rope.scaling.name, "factor": rope.factor}
-    if rope.scaling in (RopeScaling.llama3, RopeScaling.yarn):
+    if rope.scaling in (RopeScaling.llama3, RopeScaling.yarn, RopeScaling.longrope):
         new["original_max_position_embeddings"] = rope.original_max_seq_len
+    if rope.scaling is RopeScaling.longrope:
+        new |= {"short_factor": rope.short_factors, "long_factor": rope.long_factors}
     if rope.scaling is RopeScaling.llama3:
         new |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.scaling is RopeScaling.yarn:
@@ -319,6 +331,8 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     written: dict[str, Any] = {"rope_parameters": new, "rope_theta": rope.theta, "rope_scaling": old}
     if rope.fraction != 1:
         written["partial_rotary_factor"] = rope.fraction
+    if rope.scaling is RopeScaling.longrope:  # where Phi-3's own class looks for it
+        written["original_max_position_embeddings"] = rope.original_max_seq_len
     if rope.local_theta is not None:
         local = {"rope_type": "default", "rope_theta": rope.local_theta}
         written["rope_parameters"] = {"full_attention": new, "sliding_attention": local}
@@ -353,6 +367,10 @@ def _layer_types(config: ModelConfig) -> dict[str, Any]:
     pattern = config.attention.pattern
     kinds = [pattern[i % len(pattern)] for i in range(config.num_layers)]
     return {"layer_types": [f"{kind.name}_attention" for kind in kinds]}
+
+
+def write_phi3(config: ModelConfig) -> dict[str, Any]:
+    return write_common(config) | {"pad_token_id": None}  # else transformers takes that of a larger vocabulary
 
 
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:

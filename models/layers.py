@@ -60,6 +60,8 @@ class RowsFirst:
     def product(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         rows = x.reshape(-1, self.matrix.shape[1])
         y = jnp.einsum("oi,ri->or", self.matrix, rows, preferred_element_type=jnp.float32).astype(dtype)
+        # Else XLA folds the transposition into the product, as rows times matrix, and half the speed is lost again.
+        y = jax.lax.optimization_barrier(y)
         return y.T.reshape(*x.shape[: x.ndim - self.num_in], *self.out_shape)
 
 
@@ -147,14 +149,28 @@ ACTIVATIONS = {
 }
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int, *, theta: float, scaled: bool) -> np.ndarray:
-    """Radians a position for each rotated pair: [rotated / 2] f64."""
+def inverse_frequencies(
+    config: RopeConfig, head_dim: int, *, theta: float, scaled: bool, length: int = 0
+) -> np.ndarray:
+    """Radians a position for each rotated pair: [rotated / 2] f64.
+
+    `length`: of the rows, or of the cache. Dynamic scaling and LongRoPE go by it, never by what the rows hold: a
+    document gets the same numbers whatever stands beside it. transformers goes by the last position of a batch.
+    """
     rotated = int(head_dim * config.fraction)
+    if scaled and config.scaling is RopeScaling.dynamic:
+        grown = config.factor * max(length / config.original_max_seq_len, 1) - (config.factor - 1)
+        theta = theta * grown ** (rotated / (rotated - 2))
     freq = theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     if not scaled or config.scaling is RopeScaling.none:
         return freq
     if config.scaling is RopeScaling.linear:
         return freq / config.factor
+    if config.scaling is RopeScaling.dynamic:
+        return freq
+    if config.scaling is RopeScaling.longrope:
+        factors = config.long_factors if length > config.original_max_seq_len else config.short_factors
+        return freq / np.asarray(factors, np.float64)
     wavelength = 2 * np.pi / freq
     if config.scaling is RopeScaling.llama3:
         rotations = config.original_max_seq_len / wavelength
@@ -174,8 +190,10 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, *, theta: float, scal
 
 def rope_temperature(config: RopeConfig) -> float:
     """YaRN multiplies both rotated vectors by 0.1 mscale ln(factor) + 1 (section 3.4), of which `score_temperature`
-    may take a part.
+    may take a part; LongRoPE by sqrt(1 + ln(factor) / ln(original length)) (section 3.2).
     """
+    if config.scaling is RopeScaling.longrope:
+        return math.sqrt(1 + math.log(max(config.factor, 1)) / math.log(config.original_max_seq_len))
     return _temperature(config, config.mscale) / _temperature(config, config.mscale_all_dim)
 
 

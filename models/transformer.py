@@ -334,7 +334,7 @@ def forward(
     ends = _ends(params, config)
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), ("batch", "length", "embed"))
-    context = _context(config, positions_BL, segment_ids_BL, 0, constrain)
+    context = _context(config, positions_BL, segment_ids_BL, 0, tokens_BL.shape[1], constrain)
 
     def run(x_BLD, stack: Stack):
         graph = nnx.split(_abstract_block(config, stack))[0]
@@ -373,7 +373,8 @@ def forward_cached(
     """
     ends = _ends(params, config)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), ("batch", "length", "embed"))
-    context = _context(config, positions_BL, jnp.ones_like(tokens_BL), first_row, constrain)
+    room = cache[0].keys.shape[2]
+    context = _context(config, positions_BL, jnp.ones_like(tokens_BL), first_row, room, constrain)
     of_all, filled = per_layer(config), []
     for stack in stacks(config):
         graph = nnx.split(_abstract_block(config, stack))[0]
@@ -403,14 +404,15 @@ def logits(output: Output) -> jax.Array:
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)
 
 
-def _context(config, positions_BL, segment_ids_BL, first_row, constrain: Constrain) -> Context:
+def _context(config, positions_BL, segment_ids_BL, first_row, length: int, constrain: Constrain) -> Context:
     local = full = None
     if config.position is Position.rope:
         rope, latent = config.rope, config.attention.latent
         H = latent.rope_dim if latent.kv_rank else config.attention.head_dim
         two = rope.local_theta is not None
-        freqs = inverse_frequencies(rope, H, theta=rope.theta, scaled=True)
-        local_freqs = inverse_frequencies(rope, H, theta=rope.local_theta or rope.theta, scaled=not two)
+        freqs = inverse_frequencies(rope, H, theta=rope.theta, scaled=True, length=length)
+        local = rope.local_theta or rope.theta
+        local_freqs = inverse_frequencies(rope, H, theta=local, scaled=not two, length=length)
         position = positions_BL[:, :, None].astype(jnp.float32)
         full = position * jnp.asarray(freqs, jnp.float32)[None, None]
         local = position * jnp.asarray(local_freqs, jnp.float32)[None, None]

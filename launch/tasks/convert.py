@@ -5,24 +5,34 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from configs.schema import ConvertConfig, RunConfig, TrainConfig, to_plain
+from data.batch import DTYPES, TokenBatch
 from data.chat import configured
 from data.tokenizer import TokenizerConfig, save_tokenizer
+from data.tokenizer_contract import PROBES
 from data.tokenizer_gguf import write_tokenizer as tokenizer_header
-from launch.assemble import build_core, is_chief
+from launch.assemble import build_core, is_chief, wait_for_all
 from launch.origins import find_origin, published_kind, with_changes
 from launch.published import write_tokenizer
 from launch.run_folder import environment, run_folder
 from launch.saved_run import SavedRun, open_run, say
 from models import gguf_files
+from models.config import ModelConfig
 from models.cost import num_params
 from models.gguf import architecture_for
 from models.huggingface import family_for, family_of, shape_of
-from models.huggingface_files import BESIDE, Folder, first_difference, save_params
+from models.huggingface_files import BESIDE, Checkpoint, Folder, first_difference, load_params, save_params
+from models.transformer import logits, make_apply
 from trainer.checkpoint import Checkpointer
+from trainer.objective import Params
 from trainer.optimizer import SgdConfig
+from trainer.progress import progress_bar
 
 CARRIED = "published"  # the folder in a run folder with what came beside the weights
 
@@ -61,7 +71,8 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
     )
     core = build_core(config, tokenizer)
     state = core.init_state()
-    state = dataclasses.replace(state, params=origin.params(core.abstract.params))
+    with progress_bar(f"reading {reference}") as progress:
+        state = dataclasses.replace(state, params=origin.params(core.abstract.params, progress))
     assert origin.checkpoint is not None
     differs = first_difference(origin.checkpoint, origin.model, state.params)
     if differs is not None:
@@ -86,8 +97,8 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
     """A checkpoint that other tools load. It has its name only when it is whole and checked."""
     if path.is_file() or (path.exists() and any(path.iterdir())):
         raise ValueError(f"to={kind}:{path}: is there already and not empty; give another name")
-    if task.dtype is not None and task.dtype not in DTYPES[kind]:
-        raise ValueError(f"task.dtype={task.dtype}: must be one of {', '.join(DTYPES[kind])} in {kind}:")
+    if task.dtype is not None and task.dtype not in SAVED_DTYPES[kind]:
+        raise ValueError(f"task.dtype={task.dtype}: must be one of {', '.join(SAVED_DTYPES[kind])} in {kind}:")
     saved = open_run(config, overrides)
     half = path.with_name(path.name + ".tmp")
     if is_chief() and half.exists():
@@ -95,61 +106,125 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
     carried = saved.folder.path / CARRIED
     before = json.loads((carried / "config.json").read_text()) if (carried / "config.json").exists() else {}
     dtype = task.dtype or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
+    params = saved.params()
     try:
-        written = WRITERS[kind](half, saved, before, dtype, task)
+        written = WRITERS[kind](half, saved, params, before, dtype, task)
     except ValueError as error:
         raise ValueError(f"from={saved.folder.name}: {error}") from None
+    wait_for_all("written")
+    same = compare_logits(half, saved, params, written)
+    wait_for_all("compared")
     if not is_chief():
         return 0
     if path.exists():
         path.rmdir()
     half.rename(path)
     parameters = num_params(saved.core.model)["total"]
-    say(f"{kind}:{path}: {written}, {parameters:,} parameters in {dtype}, read back and equal")
+    say(f"{kind}:{path}: {written.name}, {parameters:,} parameters in {dtype}, read back and equal; {same}")
     return 0
 
 
-def write_folder(half: Path, saved: SavedRun, before: dict[str, Any], dtype: str, task: ConvertConfig) -> str:
-    """A folder that transformers, vLLM and others load; returns the name of its class."""
+class Written(NamedTuple):
+    """What a writer made, as its own reader sees it."""
+
+    name: str  # of its class or architecture, as others know it
+    checkpoint: Checkpoint
+    model: ModelConfig
+
+
+PROBE_TOKENS = 64
+ROUNDING = 1e-4  # of logits, where no weight was rounded
+
+
+def compare_logits(half: Path, saved: SavedRun, params: Params, written: Written) -> str:
+    """Runs the model on the weights that were written and on the run's, and says how far the logits are apart.
+
+    Raises: RuntimeError where they differ though every weight has kept its bits, or are not finite.
+    """
+    core = saved.core
+    with progress_bar("reading back") as progress:
+        read_back = load_params(written.checkpoint, written.model, core.abstract.params, progress)
+    ids = [token for text in PROBES for token in saved.tokenizer.encode(text)]
+    shape = core.batch_size, PROBE_TOKENS
+    tokens = np.resize(np.array(ids or [0], np.int32), shape)
+    ones, positions = np.ones(shape), np.broadcast_to(np.arange(PROBE_TOKENS), shape)
+    rows = (tokens, tokens, ones, ones, positions)
+    batch = core.place(TokenBatch(*(x[core.rows].astype(dtype) for x, dtype in zip(rows, DTYPES, strict=True))))
+
+    def forward(model: ModelConfig, params: Params) -> jax.Array:
+        apply = make_apply(model, core.constrain)
+        return logits(apply(params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids))
+
+    @jax.jit
+    def compare(params: Params, read_back: Params):
+        ours = forward(core.model, params)
+        theirs = forward(dataclasses.replace(written.model, dtype=core.model.dtype), read_back)
+        same = [jnp.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, read_back)), strict=True)]
+        apart, alike = jnp.abs(ours - theirs), ours.argmax(-1) == theirs.argmax(-1)
+        return apart.max(), apart.mean(), ours.std(), alike.mean(), jnp.all(jnp.stack(same))
+
+    most, mean, spread, alike, same = (float(x) for x in compare(params, read_back))
+    if not np.isfinite(most) or (same and most > ROUNDING * max(spread, 1)):
+        raise RuntimeError(
+            f"{half}: its logits differ from the run's by {most:.3g}, though its weights are "
+            f"{'the same' if same else 'near'}; it stays there to be looked at"
+        )
+    if most == 0:
+        return "logits equal"
+    return (
+        f"logits differ by {mean:.2g} on average (their deviation: {spread:.2g}), "
+        f"the likeliest token is the same at {alike:.0%} of places"
+    )
+
+
+def write_folder(
+    half: Path, saved: SavedRun, params: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
+) -> Written:
+    """A folder that transformers, vLLM and others load."""
     model, carried = saved.core.model, saved.folder.path / CARRIED
     family = family_for(model)
     if before and shape_of(family_of(before).read(before)) == shape_of(model):
         family = family_of(before)
-    params = saved.params()
-    save_params(half, model, params, family, dtype=dtype, shard_bytes=int(task.shard_gigabytes * 1e9))
-    if not is_chief():
-        return family.architecture
+    shard_bytes = int(task.shard_gigabytes * 1e9)
+    with progress_bar("writing") as progress:
+        save_params(half, model, params, family, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+    wait_for_all("weights")
     written = Folder(half)
     read_back = family.read(written.config)
-    differs = first_difference(written, read_back, params)
+    differs = first_difference(written, read_back, params)  # of every process, since each has its share of them
     if differs is not None or shape_of(read_back) != shape_of(model):
         raise RuntimeError(
             f"{half}: {differs or 'config.json'} is not what was written; it stays there to be looked at"
         )
-    for name in BESIDE:
-        if (carried / name).exists():
-            shutil.copyfile(carried / name, half / name)
-    say(write_tokenizer(half, saved.tokenizer, before))
-    return family.architecture
+    if is_chief():
+        for name in BESIDE:
+            if (carried / name).exists():
+                shutil.copyfile(carried / name, half / name)
+        say(write_tokenizer(half, saved.tokenizer, before))
+    return Written(family.architecture, written, read_back)
 
 
-def write_file(half: Path, saved: SavedRun, before: dict[str, Any], dtype: str, task: ConvertConfig) -> str:
-    """A file that llama.cpp and what is built on it load; returns the name of its architecture."""
+def write_file(
+    half: Path, saved: SavedRun, params: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
+) -> Written:
+    """A file that llama.cpp and what is built on it load."""
     model, tokenizer = saved.core.model, saved.tokenizer
     row = architecture_for(model)
     metadata = {"general.type": "model", "general.name": saved.folder.name}
     metadata |= tokenizer_header(tokenizer, model.vocab_size)
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    params = saved.params()
-    gguf_files.save_params(half, model, params, row, metadata, dtype=dtype)
+    with progress_bar("writing") as progress:
+        gguf_files.save_params(half, model, params, row, metadata, dtype=dtype, progress=progress)
     written = gguf_files.File(half) if is_chief() else None
     differs = gguf_files.first_wrong(written, model, params, row, dtype=dtype)
     if differs is not None:
         raise RuntimeError(f"{half}: {differs} is not what was written; it stays there to be looked at")
-    return row.name
+    wait_for_all("weights")
+    there = gguf_files.File(half)
+    return Written(row.name, there, there.model)
 
 
-Writer = Callable[[Path, SavedRun, dict[str, Any], str, ConvertConfig], str]
+Writer = Callable[[Path, SavedRun, Params, dict[str, Any], str, ConvertConfig], Written]
 WRITERS: dict[str, Writer] = {"hf": write_folder, "gguf": write_file}
-DTYPES = {"hf": ("float32", "float16", "bfloat16"), "gguf": tuple(gguf_files.DTYPES)}
+SAVED_DTYPES = {"hf": ("float32", "float16", "bfloat16"), "gguf": tuple(gguf_files.DTYPES)}

@@ -10,6 +10,7 @@ import pytest
 from models.config import Dtype
 from models.huggingface import FAMILIES, family_for, family_of, shape_of
 from models.huggingface_files import Folder, first_difference, load_params, save_params
+from models.layers import inverse_frequencies, rope_temperature
 from models.transformer import abstract_params, logits, make_apply
 
 pytestmark = pytest.mark.parity
@@ -41,6 +42,10 @@ GEMMA3_ROPE = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
 YARN_SCORES = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e3, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 2.0, 4.0],
+    "original_max_position_embeddings": 16, "partial_rotary_factor": 0.75,
+}  # fmt: skip
 EXPERTS = dict(moe_intermediate_size=16, num_experts_per_tok=2)
 LATENT = EXPERTS | dict(
     num_key_value_heads=4, n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1, kv_lora_rank=16,
@@ -50,6 +55,10 @@ CASES = {
     "llama": ("Llama", {}),
     "llama 3.1, tied": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
     "llama, biases and yarn": ("Llama", dict(attention_bias=True, mlp_bias=True, rope_parameters=YARN)),
+    "llama, dynamic": (
+        "Llama",
+        dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e3, "factor": 2.0}, max_position_embeddings=16),
+    ),
     "mistral": ("Mistral", dict(sliding_window=8, head_dim=16)),
     "qwen2": ("Qwen2", {}),
     "qwen2, windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
@@ -58,6 +67,11 @@ CASES = {
     "gemma3": ("Gemma3Text", dict(head_dim=16, sliding_window=8, rope_parameters=GEMMA3_ROPE, num_hidden_layers=7)),
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", dict(sliding_window=None)),
+    "phi4-mini": (
+        "Phi3",
+        dict(sliding_window=None, tie_word_embeddings=True, partial_rotary_factor=0.75, rope_parameters=LONGROPE)
+        | dict(original_max_position_embeddings=16),
+    ),
     "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 0, 1], bos_token_id=0, eos_token_id=0)),
     "mixtral": ("Mixtral", dict(num_local_experts=4)),
     "qwen3 moe": ("Qwen3Moe", dict(**EXPERTS, num_experts=4, head_dim=8, norm_topk_prob=True)),
@@ -172,3 +186,23 @@ def test_what_is_missing_unmapped_or_of_another_shape_is_named(published):
 def test_every_family_is_tried():
     tried = {getattr(transformers, f"{name}Config").model_type for name, _ in CASES.values()}
     assert tried == {family.model_type for family in FAMILIES}
+
+
+@pytest.mark.parametrize("length", [16, 100, 5000])
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "dynamic", "longrope"])
+def test_frequencies_equal_those_of_transformers(kind, length):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0}
+    if kind != "dynamic":
+        given["original_max_position_embeddings"] = 64
+    if kind == "llama3":
+        given |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "longrope":
+        given |= {f"{name}_factor": [a + 0.1 * i for i in range(16)] for name, a in (("short", 1.0), ("long", 2.0))}
+    hf = transformers.LlamaConfig(**SMALL | dict(hidden_size=128, head_dim=32), rope_parameters=given)
+    want, temperature = ROPE_INIT_FUNCTIONS[kind](hf, "cpu", seq_len=length)
+    rope = family_of(hf.to_dict()).read(hf.to_dict()).rope
+    found = inverse_frequencies(rope, 32, theta=rope.theta, scaled=True, length=length)
+    np.testing.assert_allclose(found, want.numpy(), rtol=1e-6)
+    assert rope_temperature(rope) == pytest.approx(temperature, rel=1e-6)

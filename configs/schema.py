@@ -30,6 +30,7 @@ from data.tokenizer import (
     TokenizerJsonConfig,
 )
 from models.config import Dtype, ModelConfig
+from models.lora import AdapterConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
@@ -190,6 +191,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -227,6 +229,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "characters": CharactersConfig,
     },
     "model": {"transformer": ModelConfig},
+    "adapter": {"adapter": AdapterConfig},
     "objective": {"next_token": NextTokenConfig},
     "optimizer": {
         "adamw": AdamWConfig,
@@ -251,7 +254,7 @@ GROUPS: dict[str, dict[str, type]] = {
 }
 
 # Groups of which a run has exactly one class: their schema needs no name of its own.
-_SINGLE = ("model", "mesh", "checkpoint")
+_SINGLE = ("model", "adapter", "mesh", "checkpoint")
 # Groups that need no YAML: the dataclass is the option.
 _BARE = ("task", "launcher")
 
@@ -364,6 +367,7 @@ def validate(config: RunConfig) -> None:
                 "source=[...] instead"
             )
     config.model.validate()
+    config.adapter.validate()
     task = config.task
     if isinstance(task, TrainConfig):
         for field_name in ("num_steps", "num_microbatches", "log_every"):

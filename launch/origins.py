@@ -4,7 +4,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from configs.schema import RunConfig, validate
 from data.chat import configured
@@ -17,7 +19,11 @@ from models.config import ModelConfig
 from models.gguf_files import File
 from models.huggingface import family_of
 from models.huggingface_files import BESIDE, Checkpoint, Folder, load_params
+from models.transformer import param_axes
+from trainer.adapters import Adaptation
 from trainer.checkpoint import Checkpointer
+from trainer.digest import state_hash
+from trainer.mesh import param_shardings
 from trainer.objective import Params
 
 Say = Callable[[str], None]
@@ -32,6 +38,7 @@ class Origin:
     tokenizer_config: TokenizerConfig
     tokenizer: Callable[[], Tokenizer]
     params: Callable[[Params], Params]  # onto the shapes and shardings given
+    reference: str  # what names the same weights later, whatever is saved until then
     checkpoint: Checkpoint | None = None  # of a published one
     beside: dict[str, bytes] = field(default_factory=dict)  # of a published one: files that came with the weights
 
@@ -61,12 +68,55 @@ def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") 
 
     def params(abstract: Params) -> Params:
         try:
+            if saved.adapter.active:
+                return merged_params(checkpointer, at, saved, abstract, runs, say)
             return checkpointer.restore_params(at, abstract)
         except ValueError as error:
             raise ValueError(f"{key}={reference}: {error}") from error
 
     tokenizer = lambda: from_files(checkpointer.read_tokenizer(at))
-    return Origin(f"{path.name}, step {at}", saved.model, saved.tokenizer, tokenizer, params)
+    return Origin(f"{path.name}, step {at}", saved.model, saved.tokenizer, tokenizer, params, f"{name}@{at}")
+
+
+# The base of adapters
+
+
+class Base(NamedTuple):
+    """Frozen weights, and what a checkpoint of their adapters says of them."""
+
+    params: Params  # as `adapter.base` keeps them
+    name: str  # for people
+    record: dict[str, str]  # origin: the reference; sha256: over all of the weights, as they were read
+
+
+def load_base(adaptation: Adaptation, reference: str, runs: str, say: Say, *, sha256: str | None = None) -> Base:
+    """Raises: ValueError where the weights are gone, or are no longer those that the adapters were trained on."""
+    origin = find_origin(reference, runs, say)
+    params = origin.params(adaptation.whole)
+    found = state_hash(params)
+    if sha256 not in (None, found):
+        raise ValueError(
+            f"init_from={reference}: these weights are no longer those on which the adapters were trained: their "
+            f"SHA-256 is {found[:12]} and was {str(sha256)[:12]}; put the original back"
+        )
+    return Base(adaptation.store(params), origin.name, {"origin": origin.reference, "sha256": found})
+
+
+def recorded_base(adaptation: Adaptation, checkpointer: Checkpointer, step: int, runs: str, say: Say) -> Base:
+    """The base that the adapters of a checkpoint name, checked."""
+    record = checkpointer.read_json(step, "config")["base"]
+    return load_base(adaptation, record["origin"], runs, say, sha256=record["sha256"])
+
+
+def merged_params(
+    checkpointer: Checkpointer, step: int, saved: RunConfig, abstract: Params, runs: str, say: Say
+) -> Params:
+    """The parameters of a model whose adapters a checkpoint holds."""
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    shard = lambda axes, shapes: param_shardings(axes, shapes, mesh, saved.sharding)
+    adaptation = Adaptation(saved.adapter, param_axes(saved.model), abstract, shard)
+    adapters = checkpointer.restore_params(step, adaptation.abstract)
+    return adaptation.merge(recorded_base(adaptation, checkpointer, step, runs, say).params, adapters)
 
 
 def published_kind(reference: str) -> tuple[str | None, Path]:
@@ -91,7 +141,7 @@ def _folder(path: Path) -> Origin:
 
     beside = {name: (path / name).read_bytes() for name in ("config.json", *BESIDE) if (path / name).is_file()}
     load = lambda abstract: load_params(folder, model, abstract)
-    return Origin(folder.label, model, config, tokenizer, load, folder, beside)
+    return Origin(folder.label, model, config, tokenizer, load, folder.label, folder, beside)
 
 
 def _file(path: Path) -> Origin:
@@ -107,7 +157,7 @@ def _file(path: Path) -> Origin:
     beside = {} if template is None else {TEMPLATE: template.encode()}
     load = lambda abstract: load_params(file, file.model, abstract)
     config = TokenizerJsonConfig(path=str(path))
-    return Origin(file.label, file.model, config, tokenizer, load, file, beside)
+    return Origin(file.label, file.model, config, tokenizer, load, file.label, file, beside)
 
 
 PUBLISHED: dict[str, Callable[[Path], Origin]] = {"hf": _folder, "gguf": _file}

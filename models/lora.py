@@ -1,11 +1,11 @@
 """Low-rank adapters: a few numbers beside each frozen matrix, which are all that trains.
 
 LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024); over a base of few bits it is QLoRA
-(Dettmers et al. 2023). The tree of adapters has, in the place of each adapted matrix [lead..., in..., out...], a dict of
-`a` [lead..., in..., R], `b` [lead..., R, out...] and, with DoRA, `magnitude` [lead..., out...]. `adapted` puts the two
-trees together: a tree of the model's own parameters, in which an adapted matrix is a `LowRank` that layers read as they
-read any weight. Projections never form the sum W + s A B: they add s (x A) B to x W, so that neither the sum nor its
-gradient is ever held. What is no plain product (experts, the embedding, the head) reads the sum, a layer at a time.
+(Dettmers et al. 2023). The tree of adapters has, in the place of each adapted matrix [lead..., in..., out...], a dict
+of `a` [lead..., in..., R], `b` [lead..., R, out...] and, with DoRA, `magnitude` [lead..., out...]. `adapted` puts the
+two trees together: a tree of the model's own parameters, in which an adapted matrix is a `LowRank` that layers read as
+they read any weight. Projections never form the sum W + s A B: they add s (x A) B to x W, so that neither the sum nor
+its gradient is ever held. What is no plain product (experts, the embedding, the head) reads the sum, a layer at a time.
 
 Shape letters: R rank.
 """

@@ -1,8 +1,8 @@
 """Weights in 4 or 8 bits: codes in blocks of 64, each block with its largest magnitude (Dettmers et al. 2021, 2023).
 
 A matrix [in..., out...] is cut into blocks along what it sums over, so that codes and magnitudes are those that
-bitsandbytes makes of a published weight [out, in]: its blocks lie along the flattened weight. Dims keep their names, and
-lie on the mesh as those of the weight do, where the last dim of the input is a multiple of 64; else a matrix is one
+bitsandbytes makes of a published weight [out, in]: its blocks lie along the flattened weight. Dims keep their names,
+and lie on the mesh as those of the weight do, where the last dim of the input is a multiple of 64; else a matrix is one
 flat row of codes, whole on each device.
 """
 

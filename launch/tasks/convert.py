@@ -48,6 +48,8 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
     if folder.config.exists():
         raise ValueError(f"to={folder.name}: this run exists already; give another name")
     origin = find_origin(reference, config.runs, say, key="from")
+    if config.adapter.active:
+        raise ValueError(f"adapter.method={config.adapter.method.name}: a conversion trains nothing; leave it out")
     # Plain descent keeps no state: the checkpoint is the weights and nothing else.
     policy = {"chat_template": config.tokenizer.chat_template, "add_bos": config.tokenizer.add_bos}
     tokenizer = configured(origin.tokenizer(), TokenizerConfig(**policy))

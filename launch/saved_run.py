@@ -41,11 +41,12 @@ class SavedRun:
         """The parameters to evaluate and write with: averaged ones where the run keeps an average."""
         adaptation = self.trained.adaptation
         if adaptation is None:
-            return self._trained_params()
+            return self.trained_params()
         base = recorded_base(adaptation, self.checkpointer, self.step, self.config.runs, say)
-        return adaptation.merge(base.params, self._trained_params())
+        return adaptation.merge(base.params, self.trained_params())
 
-    def _trained_params(self) -> Params:
+    def trained_params(self) -> Params:
+        """What the run trains: its adapters, where it has any."""
         if jax.tree.structure(jax.eval_shape(eval_params, self.trained.abstract)) and self._averages():
             return jax.jit(eval_params)(self.state())
         return self.checkpointer.restore_params(self.step, self.trained.abstract.params)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from configs.schema import ConvertConfig, RunConfig, TrainConfig, to_plain
 from data.chat import configured
 from data.tokenizer import TokenizerConfig, save_tokenizer
@@ -16,7 +18,7 @@ from launch.origins import find_origin, published_kind, with_changes
 from launch.published import write_tokenizer
 from launch.run_folder import environment, run_folder
 from launch.saved_run import SavedRun, open_run, say
-from models import gguf_files
+from models import gguf_files, peft_files
 from models.cost import num_params
 from models.gguf import architecture_for
 from models.huggingface import family_for, family_of, shape_of
@@ -34,7 +36,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     origin, target = task.origin or "", task.target or ""
     (from_kind, _), (to_kind, path) = published_kind(origin), published_kind(target)
     if not origin or not target or (from_kind is None) == (to_kind is None):
-        raise ValueError("convert: give from=hf:FOLDER to=RUN or from=RUN to=hf:FOLDER; gguf:FILE goes for hf:FOLDER")
+        raise ValueError(
+            "convert: give from=hf:FOLDER to=RUN or from=RUN to=hf:FOLDER; gguf:FILE and peft:FOLDER go for hf:FOLDER"
+        )
     if to_kind is None:
         return to_run(dataclasses.replace(config, run=target), overrides, origin)
     name, _, step = origin.partition("@")
@@ -64,8 +68,9 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
     core = build_core(config, tokenizer)
     state = core.init_state()
     state = dataclasses.replace(state, params=origin.params(core.abstract.params))
-    assert origin.checkpoint is not None
-    differs = first_difference(origin.checkpoint, origin.model, state.params)
+    differs = None  # of merged adapters: nothing there holds the sums
+    if origin.checkpoint is not None:
+        differs = first_difference(origin.checkpoint, origin.model, state.params)
     if differs is not None:
         raise RuntimeError(f"{reference}: {differs} is not what was read from it; nothing was written")
     if is_chief():
@@ -78,7 +83,8 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         saved = {"run": to_plain(config), "environment": environment(), "mesh": dict(core.mesh.shape)}
         checkpointer.save(0, state, source={}, config=saved, tokenizer=tokenizer.files())
     parameters = num_params(core.model)["total"]
-    say(f"run {folder.name!r}: {parameters:,} parameters of {reference}, every tensor equal bit for bit")
+    how = "adapters merged into their base" if origin.checkpoint is None else "every tensor equal bit for bit"
+    say(f"run {folder.name!r}: {parameters:,} parameters of {reference}, {how}")
     say(f"next:\n  meshwright generate run={folder.name} prompt='The '")
     say(f"  meshwright train run=mine init_from={folder.name} source=[text] data.sources.text.paths=[YOUR_FOLDER]")
     return 0
@@ -96,7 +102,8 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
         shutil.rmtree(half) if half.is_dir() else half.unlink()
     carried = saved.folder.path / CARRIED
     before = json.loads((carried / "config.json").read_text()) if (carried / "config.json").exists() else {}
-    dtype = task.dtype or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
+    usual = "float32" if kind == "peft" else None
+    dtype = task.dtype or usual or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
     try:
         written = WRITERS[kind](half, saved, before, dtype, task)
     except ValueError as error:
@@ -106,7 +113,8 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
     if path.exists():
         path.rmdir()
     half.rename(path)
-    parameters = num_params(saved.core.model)["total"]
+    held = saved.trained if kind == "peft" else saved.core
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(held.abstract.params))
     say(f"{kind}:{path}: {written}, {parameters:,} parameters in {dtype}, read back and equal")
     return 0
 
@@ -152,6 +160,26 @@ def write_file(half: Path, saved: SavedRun, before: dict[str, Any], dtype: str, 
     return row.name
 
 
+def write_adapters(half: Path, saved: SavedRun, before: dict[str, Any], dtype: str, task: ConvertConfig) -> str:
+    """A folder that PEFT loads onto the base; returns what it holds."""
+    adapter, model = saved.config.adapter, saved.core.model
+    if not adapter.active:
+        raise ValueError("has no adapters; export the model with to=hf:FOLDER")
+    origin = saved.checkpointer.read_json(saved.step, "config")["base"]["origin"]
+    family = family_for(model)
+    if origin.startswith("hf:"):
+        family = family_of(Folder(Path(origin.removeprefix("hf:"))).config)
+    else:
+        say(f"the base is the run {origin}: convert from={origin} to=hf:FOLDER writes it, for PEFT to load these upon")
+    adapters = saved.trained_params()
+    peft_files.save_adapters(half, model, adapter, adapters, family, base=origin.removeprefix("hf:"), dtype=dtype)
+    differs = peft_files.first_difference(half, model, adapter, adapters, family) if is_chief() else None
+    if differs is not None:
+        raise RuntimeError(f"{half}: {differs} is not what was written; it stays there to be looked at")
+    return f"adapters of {family.architecture}, rank {adapter.rank}"
+
+
 Writer = Callable[[Path, SavedRun, dict[str, Any], str, ConvertConfig], str]
-WRITERS: dict[str, Writer] = {"hf": write_folder, "gguf": write_file}
+WRITERS: dict[str, Writer] = {"hf": write_folder, "gguf": write_file, "peft": write_adapters}
 DTYPES = {"hf": ("float32", "float16", "bfloat16"), "gguf": tuple(gguf_files.DTYPES)}
+DTYPES["peft"] = DTYPES["hf"]

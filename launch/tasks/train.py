@@ -156,7 +156,10 @@ def begin(
     if step is None:
         state = core.init_state(frozen)
         if base is not None:
-            return Start(state, {}, [], f"{run}: begins with new adapters on the weights of {base.name}")
+            if base.start is not None and core.adaptation is not None:
+                state = dataclasses.replace(state, params=base.start(core.adaptation))
+            which = "new adapters" if base.start is None else f"the adapters of {config.init_from}"
+            return Start(state, {}, [], f"{run}: begins with {which} on the weights of {base.name}")
         if config.init_from is None:
             return Start(state, {}, [], f"{run}: begins")
         origin = find_origin(config.init_from, config.runs, say)

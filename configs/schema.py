@@ -150,9 +150,10 @@ class RunsConfig(TaskConfig):
 @dataclass
 class ConvertConfig(TaskConfig):
     kind: str = "convert"
-    origin: str | None = None  # from=: hf:FOLDER, gguf:FILE, or a run's name, NAME@STEP for one step
-    target: str | None = None  # to=: a run's name, hf:FOLDER or gguf:FILE
-    # float32, float16, bfloat16, and q8_0, q4_0 in a GGUF file; null: as they came, else the model's dtype
+    origin: str | None = None  # from=: hf:FOLDER, gguf:FILE, peft:FOLDER, or a run's name, NAME@STEP for one step
+    target: str | None = None  # to=: a run's name, hf:FOLDER, gguf:FILE, or peft:FOLDER for adapters alone
+    # float32, float16, bfloat16, and q8_0, q4_0 in a GGUF file; null: as they came, else the model's dtype; of
+    # adapters float32
     dtype: str | None = None
     shard_gigabytes: float = 5.0  # size of a file in a folder, at most
 
@@ -180,7 +181,7 @@ class RunConfig:
     seed: int = 0  # of initialisation, data order, dropout and sampling
     devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
     resume: Resume = Resume.auto
-    init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP) or of hf:FOLDER
+    init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or peft:FOLDER
     reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
     source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
     step: int | None = None  # evaluate, generate, serve, inspect: the checkpoint; null: the newest

@@ -226,9 +226,10 @@ class Session:
     def train(self, start: Start) -> int:
         state, first_step = start.state, int(start.state.step)
         self.ledger.resume(first_step)
+        adapters = None if self.core.adaptation is None else self.core.adaptation.num_trainable
         metrics = TrainMetrics(
             tokens_per_step=self.core.batch_size * self.config.data.seq_len,
-            flops_per_token=flops_per_token(self.core.model, self.config.data.seq_len),
+            flops_per_token=flops_per_token(self.core.model, self.config.data.seq_len, adapters),
             peak=peak(self.core.model.dtype.name),
         )
         say(metrics.peak.convention)

@@ -61,7 +61,7 @@ def test_it_evaluates_writes_and_is_exported_merged(home):
     out, _ = meshwright(home, "generate", "run=a", "prompt=the", "task.max_new_tokens=4", "task.temperature=0")
     assert out.startswith("the")
     meshwright(home, "convert", "from=a", f"to=hf:{home}/merged")
-    tuned = [*BASE, "tokenizer=bytes", f"init_from=hf:{home}/merged", "task.num_steps=1"]
+    tuned = [*BASE, "tokenizer=bytes", f"init_from=hf:{home}/merged", "task.num_steps=2"]
     meshwright(home, "train", "run=from_merged", *tuned)
     first = json.loads((home / "runs" / "from_merged" / "metrics.jsonl").read_text().splitlines()[0])["train/loss"]
     assert first < losses(home, "a")[1]  # of the same batch
@@ -78,7 +78,7 @@ def test_peft_folders_go_out_and_come_in(home):
     assert described["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    again = [*BASE, f"init_from=peft:{home}/peft", "tokenizer=bytes", "task.num_steps=1"]
+    again = [*BASE, f"init_from=peft:{home}/peft", "tokenizer=bytes", "task.num_steps=2"]
     out, _ = meshwright(home, "train", "run=again", *again)
     assert "begins with the adapters of peft:" in out
     assert losses(home, "again")[1] < losses(home, "q")[1]  # of the same batch

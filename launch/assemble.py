@@ -221,7 +221,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
             "are learned; shorten it, or raise model.max_seq_len"
         )
     axes, init, reads = param_axes(model), partial(init_params, model), ()
-    shard = lambda axes, shapes: param_shardings(axes, shapes, mesh, config.sharding)
+    shard = partial(param_shardings, mesh=mesh, rules=config.sharding)
     shardings = shard(axes, abstract_params(model))
     adaptation = adapt(config.adapter, model, shardings, shard)
     if adaptation is not None:

@@ -4,6 +4,7 @@ adapters on one (`peft:FOLDER`)."""
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def merged_params(
 ) -> Params:
     """The parameters of a model whose adapters a checkpoint holds."""
     mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-    shard = lambda axes, shapes: param_shardings(axes, shapes, mesh, saved.sharding)
+    shard = partial(param_shardings, mesh=mesh, rules=saved.sharding)
     adaptation = Adaptation(saved.adapter, param_axes(saved.model), abstract, shard)
     adapters = checkpointer.restore_params(step, adaptation.abstract)
     return adaptation.merge(recorded_base(adaptation, checkpointer, step, runs, say).params, adapters)
@@ -179,7 +180,7 @@ def _adapters(path: Path) -> Origin:
     def merged(abstract: Params) -> Params:
         # Read whole on each device: adapters are small, and the merge is what is cut.
         mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-        whole = lambda axes, shapes: jax.tree.map(lambda _: replicated(mesh), shapes)
+        whole = lambda axes, shapes, strict=True: jax.tree.map(lambda _: replicated(mesh), shapes)
         adaptation = Adaptation(adapter, param_axes(below.model), abstract, whole)
         return adaptation.merge(below.params(adaptation.whole), adapters(adaptation))
 

@@ -50,7 +50,8 @@ def modules(config: ModelConfig, adapter: AdapterConfig, family: Family) -> list
                 f"adapter.targets: {path}: PEFT has no adapter for a part of {what}; export the merged model, "
                 "to=hf:FOLDER"
             )
-        groups, letters = groups_of(rule.parts[0][1]), "".join(layout.sizes(rule, part))
+        [(_, pattern)] = rule.parts
+        groups, letters = groups_of(pattern), "".join(layout.sizes(rule, part))
         ins = letters[: split(names).num_in]
         found += [
             Module(path, layout.name(rule, index).removesuffix(".weight"), index, groups[0] == ins)

@@ -15,7 +15,7 @@ from models.lora import AdapterConfig, Base, adapted, adapter_axes, init_adapter
 from trainer.objective import Batch, Mean, Objective, Params
 
 BASE = "base"  # its name among the frozen models
-Shard = Callable[[Any, Params], Any]  # (axes, shapes) to shardings
+Shard = Callable[..., Any]  # (axes, shapes) to shardings; strict=False: what cannot be cut stays whole
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Adaptation:
     def stored(self) -> Params:
         """Shapes and shardings of the base as it is kept."""
         shapes = jax.eval_shape(self._store, self.whole)
-        return _with_shardings(shapes, self.shard(stored_axes(self.model_axes, shapes), shapes))
+        # Of the scales of blocks there may be fewer than devices, where the weight itself can be cut.
+        return _with_shardings(shapes, self.shard(stored_axes(self.model_axes, shapes), shapes, strict=False))
 
     @cached_property
     def axes(self) -> Params:

@@ -41,7 +41,7 @@ def test_a_killed_run_ends_as_the_unbroken_one_and_holds_adapters_only(home):
     assert mine["parameters"] == 165_184 and mine["trainable_parameters"] == 11_776
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 def test_any_mesh_gives_the_same_losses(home, method):
     mesh = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_steps=6"]
     there = "a"

@@ -76,7 +76,7 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
         saved,
         data=data,
         model=saved.model if dtype is None else dataclasses.replace(saved.model, dtype=dtype),
-        mesh=config.mesh if "mesh" in changed else dataclasses.replace(saved.mesh, data=-1, fsdp=1, tensor=1),
+        mesh=config.mesh if "mesh" in changed else dataclasses.replace(saved.mesh, data=-1, fsdp=1, tensor=1, expert=1),
         runs=config.runs,
         run=config.run,
         format=config.format,

@@ -32,6 +32,7 @@ from data.tokenizer import (
     TokenizerJsonConfig,
 )
 from models.config import Dtype, ModelConfig
+from models.lora import AdapterConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
@@ -152,9 +153,10 @@ class RunsConfig(TaskConfig):
 @dataclass
 class ConvertConfig(TaskConfig):
     kind: str = "convert"
-    origin: str | None = None  # from=: hf:FOLDER, gguf:FILE, or a run's name, NAME@STEP for one step
-    target: str | None = None  # to=: a run's name, hf:FOLDER or gguf:FILE
-    # float32, float16, bfloat16, and q8_0, q4_0 in a GGUF file; null: as they came, else the model's dtype
+    origin: str | None = None  # from=: hf:FOLDER, gguf:FILE, peft:FOLDER, or a run's name, NAME@STEP for one step
+    target: str | None = None  # to=: a run's name, hf:FOLDER, gguf:FILE, or peft:FOLDER for adapters alone
+    # float32, float16, bfloat16, and q8_0, q4_0 in a GGUF file; null: as they came, else the model's dtype; of
+    # adapters float32
     dtype: str | None = None
     shard_gigabytes: float = 5.0  # size of a file in a folder, at most
 
@@ -182,7 +184,7 @@ class RunConfig:
     seed: int = 0  # of initialisation, data order, dropout and sampling
     devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
     resume: Resume = Resume.auto
-    init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP) or of hf:FOLDER
+    init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or peft:FOLDER
     reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
     source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
     step: int | None = None  # evaluate, generate, serve, inspect: the checkpoint; null: the newest
@@ -193,6 +195,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -230,6 +233,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "characters": CharactersConfig,
     },
     "model": {"transformer": ModelConfig},
+    "adapter": {"adapter": AdapterConfig},
     "objective": {"next_token": NextTokenConfig, "preference": PreferenceConfig},
     "optimizer": {
         "adamw": AdamWConfig,
@@ -254,7 +258,7 @@ GROUPS: dict[str, dict[str, type]] = {
 }
 
 # Groups of which a run has exactly one class: their schema needs no name of its own.
-_SINGLE = ("model", "mesh", "checkpoint")
+_SINGLE = ("model", "adapter", "mesh", "checkpoint")
 # Groups that need no YAML: the dataclass is the option.
 _BARE = ("task", "launcher")
 
@@ -367,6 +371,7 @@ def validate(config: RunConfig) -> None:
                 "source=[...] instead"
             )
     config.model.validate()
+    config.adapter.validate()
     task = config.task
     if isinstance(task, TrainConfig):
         for field_name in ("num_steps", "num_microbatches", "log_every"):

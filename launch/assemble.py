@@ -5,7 +5,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,10 @@ from data.tokenizer import load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
 from models.config import ModelConfig
+from models.lora import AdapterConfig
 from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
+from trainer.adapters import BASE, Adaptation, Adapted, Shard
 from trainer.evaluate import evaluate_sources
 from trainer.mesh import (
     batch_sharding,
@@ -199,7 +201,8 @@ class Core:
     train_step: TrainStep  # jitted, the state donated
     eval_step: EvalStep
     abstract: TrainState  # shapes and shardings
-    init_state: Callable[[], TrainState]
+    init_state: Callable[..., TrainState]  # of the frozen models, where adapters train
+    adaptation: Adaptation | None  # None: the model's own parameters train
     rows: np.ndarray  # of the global batch, that this process feeds
     batch_size: int
     sharding: NamedSharding  # of batches
@@ -207,6 +210,10 @@ class Core:
     def place(self, batch: TokenBatch) -> TokenBatch:
         """This process's rows as part of the global batch."""
         return place_batch(batch, self.sharding, self.batch_size)
+
+    def plain(self, params: Params, frozen: Mapping[str, Any]) -> Params:
+        """The model's own parameters, adapters merged into their base: to write with."""
+        return params if self.adaptation is None else self.adaptation.merge(frozen[BASE], params)
 
 
 def model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig:
@@ -233,17 +240,23 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
             f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "
             "are learned; shorten it, or raise model.max_seq_len"
         )
-    axes = param_axes(model)
-    shardings = param_shardings(axes, abstract_params(model), mesh, config.sharding)
+    axes, init, reads = param_axes(model), partial(init_params, model), ()
+    shard = partial(param_shardings, mesh=mesh, rules=config.sharding)
+    shardings = shard(axes, abstract_params(model))
+    adaptation = adapt(config.adapter, model, shardings, shard)
+    if adaptation is not None:
+        axes, init, reads = adaptation.axes, adaptation.init, (adaptation.stored,)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, adaptation.abstract)
     schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
     optimizer = config.optimizer.build(schedule, axes)
     constrain = make_constrain(mesh, config.sharding)
     apply = make_apply(model, constrain)
     objective = config.objective.build(_token_bytes(model, tokenizer))
+    if adaptation is not None:
+        objective = Adapted(objective, adaptation.join)
     step = make_train_step(objective, apply, optimizer, num_microbatches=task.num_microbatches, schedule=schedule)
-    init = partial(init_params, model)
     sharding = batch_sharding(mesh, config.sharding)
-    abstract = abstract_state(init, optimizer, param_shardings=shardings)
+    abstract = abstract_state(init, optimizer, *reads, param_shardings=shardings)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)  # else the partitioner chooses one
     return Core(
         model=model,
@@ -254,11 +267,26 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
         eval_step=jax.jit(make_eval_step(objective, apply)),
         abstract=abstract,
-        init_state=lambda: init_sharded_state(init, optimizer, jax.random.key(config.seed), param_shardings=shardings),
+        init_state=lambda frozen=None: init_sharded_state(
+            init,
+            optimizer,
+            jax.random.key(config.seed),
+            *((frozen or {})[BASE] for _ in reads),
+            param_shardings=shardings,
+        ),
+        adaptation=adaptation,
         rows=process_rows(sharding, config.data.batch_size),
         batch_size=config.data.batch_size,
         sharding=sharding,
     )
+
+
+def adapt(adapter: AdapterConfig, model: ModelConfig, shardings: Any, shard: Shard) -> Adaptation | None:
+    """How adapters stand on `model`; None where it trains itself. `shardings`: of its own parameters."""
+    if not adapter.active:
+        return None
+    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return Adaptation(adapter, param_axes(model), jax.tree.map(put, abstract_params(model), shardings), shard)
 
 
 def _token_bytes(model: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray | None:
@@ -290,7 +318,9 @@ def build_source(config: RunConfig, corpora: Corpora, core: Core) -> OfflineSour
     )
 
 
-def build_evaluation(config: RunConfig, corpora: Corpora, core: Core) -> Callable[[Params], dict[str, float]]:
+def build_evaluation(
+    config: RunConfig, corpora: Corpora, core: Core, frozen: Mapping[str, Any] | None = None
+) -> Callable[[Params], dict[str, float]]:
     """`evaluate(params)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held out."""
     data = config.data
     rows = {name: make_rows(corpus, data, config.seed, name) for name, corpus in corpora.heldout.items()}
@@ -305,6 +335,7 @@ def build_evaluation(config: RunConfig, corpora: Corpora, core: Core) -> Callabl
         )
 
     def evaluate(params: Params) -> dict[str, float]:
-        return evaluate_sources(core.eval_step, params, {}, {name: batches(packed) for name, packed in rows.items()})
+        sources = {name: batches(packed) for name, packed in rows.items()}
+        return evaluate_sources(core.eval_step, params, frozen or {}, sources)
 
     return evaluate

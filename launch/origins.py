@@ -1,12 +1,15 @@
-"""Weights that exist already: another run's, or a published checkpoint's (`hf:FOLDER`, `gguf:FILE`)."""
+"""Weights that exist already: another run's, or a published checkpoint's (`hf:FOLDER`, `gguf:FILE`), or
+adapters on one (`peft:FOLDER`)."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import yaml
 
 from configs.schema import RunConfig, validate
@@ -20,7 +23,13 @@ from models.config import ModelConfig
 from models.gguf_files import File
 from models.huggingface import family_of
 from models.huggingface_files import BESIDE, Checkpoint, Folder, load_params
+from models.lora import AdapterConfig
+from models.peft_files import Folder as AdapterFolder
+from models.transformer import param_axes
+from trainer.adapters import Adaptation
 from trainer.checkpoint import Checkpointer
+from trainer.digest import state_hash
+from trainer.mesh import param_shardings, replicated
 from trainer.objective import Params
 
 Say = Callable[[str], None]
@@ -35,12 +44,16 @@ class Origin:
     tokenizer_config: TokenizerConfig
     tokenizer: Callable[[], Tokenizer]
     params: Callable[..., Params]  # onto the shapes and shardings given; a published one's also gets `Progress`
+    reference: str  # what names the same weights later, whatever is saved until then
     checkpoint: Checkpoint | None = None  # of a published one
+    below: "Origin | None" = None  # of adapters: their base, into which `params` merges them
+    adapter: AdapterConfig | None = None
+    adapters: Callable[[Adaptation], Params] | None = None
     beside: dict[str, bytes] = field(default_factory=dict)  # of a published one: files that came with the weights
 
 
 def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") -> Origin:
-    """`hf:FOLDER`, `gguf:FILE`, or a run's `NAME` or `FOLDER`, either with `@STEP`.
+    """`hf:FOLDER`, `gguf:FILE`, `peft:FOLDER`, or a run's `NAME` or `FOLDER`, either with `@STEP`.
 
     Raises: ValueError where there is none, naming `key` and the way out.
     """
@@ -52,7 +65,7 @@ def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") 
     if not (path / "config.yaml").exists():
         raise ValueError(
             f"{key}={reference}: there is no run in {path}; give a run's name or folder, or hf:FOLDER or "
-            "gguf:FILE of a published checkpoint"
+            "gguf:FILE of a published checkpoint, or peft:FOLDER of adapters"
         )
     if step and not step.isdigit():
         raise ValueError(f"{key}={reference}: {step!r} is no step; give NAME@STEP")
@@ -64,12 +77,58 @@ def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") 
 
     def params(abstract: Params) -> Params:
         try:
+            if saved.adapter.active:
+                return merged_params(checkpointer, at, saved, abstract, runs, say)
             return checkpointer.restore_params(at, abstract)
         except ValueError as error:
             raise ValueError(f"{key}={reference}: {error}") from error
 
     tokenizer = lambda: from_files(checkpointer.read_tokenizer(at))
-    return Origin(f"{path.name}, step {at}", saved.model, saved.tokenizer, tokenizer, params)
+    return Origin(f"{path.name}, step {at}", saved.model, saved.tokenizer, tokenizer, params, f"{name}@{at}")
+
+
+# The base of adapters
+
+
+class Base(NamedTuple):
+    """Frozen weights, and what a checkpoint of their adapters says of them."""
+
+    params: Params  # as `adapter.base` keeps them
+    name: str  # for people
+    start: Callable[[Adaptation], Params] | None  # trained adapters to begin with; None: new ones
+    record: dict[str, str]  # origin: the reference; sha256: over all of the weights, as they were read
+
+
+def load_base(adaptation: Adaptation, reference: str, runs: str, say: Say, *, sha256: str | None = None) -> Base:
+    """Raises: ValueError where the weights are gone, or are no longer those that the adapters were trained on."""
+    origin = find_origin(reference, runs, say)
+    below = origin.below or origin
+    params = below.params(adaptation.whole)
+    found = state_hash(params)
+    if sha256 not in (None, found):
+        raise ValueError(
+            f"init_from={reference}: these weights are no longer those on which the adapters were trained: their "
+            f"SHA-256 is {found[:12]} and was {str(sha256)[:12]}; put the original back"
+        )
+    record = {"origin": below.reference, "sha256": found}
+    return Base(adaptation.store(params), below.name, origin.adapters, record)
+
+
+def recorded_base(adaptation: Adaptation, checkpointer: Checkpointer, step: int, runs: str, say: Say) -> Base:
+    """The base that the adapters of a checkpoint name, checked."""
+    record = checkpointer.read_json(step, "config")["base"]
+    return load_base(adaptation, record["origin"], runs, say, sha256=record["sha256"])
+
+
+def merged_params(
+    checkpointer: Checkpointer, step: int, saved: RunConfig, abstract: Params, runs: str, say: Say
+) -> Params:
+    """The parameters of a model whose adapters a checkpoint holds."""
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    shard = partial(param_shardings, mesh=mesh, rules=saved.sharding)
+    adaptation = Adaptation(saved.adapter, param_axes(saved.model), abstract, shard)
+    adapters = checkpointer.restore_params(step, adaptation.abstract)
+    return adaptation.merge(recorded_base(adaptation, checkpointer, step, runs, say).params, adapters)
 
 
 def published_kind(reference: str) -> tuple[str | None, Path]:
@@ -94,7 +153,7 @@ def _folder(path: Path) -> Origin:
 
     beside = {name: (path / name).read_bytes() for name in ("config.json", *BESIDE) if (path / name).is_file()}
     load = lambda abstract, *progress: load_params(folder, model, abstract, *progress)
-    return Origin(folder.label, model, config, tokenizer, load, folder, beside)
+    return Origin(folder.label, model, config, tokenizer, load, folder.label, folder, beside=beside)
 
 
 def _file(path: Path) -> Origin:
@@ -110,10 +169,28 @@ def _file(path: Path) -> Origin:
     beside = {} if template is None else {TEMPLATE: template.encode()}
     load = lambda abstract, *progress: load_params(file, file.model, abstract, *progress)
     config = TokenizerJsonConfig(path=str(path))
-    return Origin(file.label, file.model, config, tokenizer, load, file, beside)
+    return Origin(file.label, file.model, config, tokenizer, load, file.label, file, beside=beside)
 
 
-PUBLISHED: dict[str, Callable[[Path], Origin]] = {"hf": _folder, "gguf": _file}
+def _adapters(path: Path) -> Origin:
+    folder = AdapterFolder(path)
+    below = _folder(folder.base)
+    family = family_of(Folder(folder.base).config)
+    adapter = folder.config(below.model, family)
+    adapters = lambda adaptation: folder.load(below.model, adapter, family, adaptation.abstract)
+
+    def merged(abstract: Params) -> Params:
+        # Read whole on each device: adapters are small, and the merge is what is cut.
+        mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+        whole = lambda axes, shapes, strict=True: jax.tree.map(lambda _: replicated(mesh), shapes)
+        adaptation = Adaptation(adapter, param_axes(below.model), abstract, whole)
+        return adaptation.merge(below.params(adaptation.whole), adapters(adaptation))
+
+    told = (below.model, below.tokenizer_config, below.tokenizer, merged, folder.label)
+    return Origin(folder.label, *told, below=below, adapter=adapter, adapters=adapters, beside=below.beside)
+
+
+PUBLISHED: dict[str, Callable[[Path], Origin]] = {"hf": _folder, "gguf": _file, "peft": _adapters}
 
 
 def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> RunConfig:
@@ -128,10 +205,14 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
     named = {override.lstrip("+~").partition("=")[0] for override in overrides}
     if folder.config.exists():
         before = folder.saved_config()
-        model, tokenizer = before.model, before.tokenizer
+        model, tokenizer, adapter = before.model, before.tokenizer, before.adapter
     else:
         origin = find_origin(config.init_from, config.runs, say)
-        model, tokenizer = origin.model, origin.tokenizer_config
+        model, tokenizer, adapter = origin.model, origin.tokenizer_config, origin.adapter
+    if published_kind(config.init_from)[0] == "peft":
+        if chosen := [key for key in named if key.partition(".")[0] == "adapter"]:
+            raise ValueError(f"{chosen[0]}: the adapters of {config.init_from} say it themselves; leave it out")
+        config = replace(config, adapter=adapter or config.adapter)
     if "model" not in named:
         config = replace(config, model=with_changes(model, config, overrides))
     if not _chooses_tokenizer(named):

@@ -15,7 +15,7 @@ import yaml
 from configs.schema import RunConfig, from_saved, to_plain
 
 # Keys that may not change while a run goes on: they decide the shapes of what was saved, or what its numbers mean.
-SHAPE_KEYS = ("model", "tokenizer", "objective.kind", "optimizer.kind")
+SHAPE_KEYS = ("model", "adapter", "tokenizer", "objective.kind", "optimizer.kind")
 # Keys inside them that only say how to compute, not what.
 FREE_KEYS = ("model.remat", "model.dtype", "tokenizer.train_bytes")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy", "wandb")
@@ -148,6 +148,11 @@ def git_state() -> dict[str, Any] | None:
 def refuse_drift(saved: RunConfig, config: RunConfig, name: str) -> None:
     """Raises: ValueError naming the first key that may not change while the run `name` goes on."""
     before, now = to_plain(saved), to_plain(config)
+    if saved.adapter.active and None not in (config.init_from, saved.init_from) and config.init_from != saved.init_from:
+        raise ValueError(
+            f"init_from={config.init_from}: the adapters of the run {name!r} stand on init_from={saved.init_from}; "
+            "set it back, or leave it out"
+        )
     for key in SHAPE_KEYS:
         for path, old, new in _differences(_at(before, key), _at(now, key), key):
             if path in FREE_KEYS:

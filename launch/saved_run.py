@@ -9,8 +9,10 @@ from configs.schema import RunConfig, TrainConfig
 from data.tokenizer import from_files
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import Core, build_core, is_chief
+from launch.origins import recorded_base
 from launch.run_folder import RunFolder, run_folder
 from models.config import Dtype
+from models.lora import AdapterConfig
 from trainer.checkpoint import Checkpointer
 from trainer.mesh import MeshConfig
 from trainer.objective import Params
@@ -32,17 +34,26 @@ class SavedRun:
     config: RunConfig  # as saved, with what the command line may change
     step: int
     tokenizer: Tokenizer
-    core: Core
+    core: Core  # of the model's own parameters, adapters merged
+    trained: Core  # of what the run trains: another one where that is adapters
     checkpointer: Checkpointer
 
     def state(self) -> TrainState:
-        return self.checkpointer.restore(self.step, self.core.abstract).state
+        return self.checkpointer.restore(self.step, self.trained.abstract).state
 
     def params(self) -> Params:
         """The parameters to evaluate and write with: averaged ones where the run keeps an average."""
-        if jax.tree.structure(jax.eval_shape(eval_params, self.core.abstract)) and self._averages():
+        adaptation = self.trained.adaptation
+        if adaptation is None:
+            return self.trained_params()
+        base = recorded_base(adaptation, self.checkpointer, self.step, self.config.runs, say)
+        return adaptation.merge(base.params, self.trained_params())
+
+    def trained_params(self) -> Params:
+        """What the run trains: its adapters, where it has any."""
+        if jax.tree.structure(jax.eval_shape(eval_params, self.trained.abstract)) and self._averages():
             return jax.jit(eval_params)(self.state())
-        return self.checkpointer.restore_params(self.step, self.core.abstract.params)
+        return self.checkpointer.restore_params(self.step, self.trained.abstract.params)
 
     def _averages(self) -> bool:
         # Only then the optimizer's state, twice as large as the parameters, has to be read.
@@ -61,7 +72,7 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
     saved = folder.saved_config()
     named = {override.lstrip("+~").partition("=")[0] for override in overrides}
     changed = {key.partition(".")[0] for key in named}
-    for key in changed & {"model", "optimizer", "tokenizer", "objective", "schedule"}:
+    for key in changed & {"model", "adapter", "optimizer", "tokenizer", "objective", "schedule"}:
         raise ValueError(f"{key}: is fixed by the run {folder.name!r}; leave it out")
     data = config.data if changed & {"data", "source", "source_weights"} else saved.data
     if "source" not in changed and "data" in changed:
@@ -87,7 +98,11 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
     tokenizer = from_files(checkpointer.read_tokenizer(step))
     if not isinstance(saved.task, TrainConfig):
         merged = dataclasses.replace(merged, task=TrainConfig())
-    return SavedRun(folder, merged, step, tokenizer, build_core(_fitting(merged), tokenizer), checkpointer)
+    fitting = _fitting(merged)
+    core = trained = build_core(dataclasses.replace(fitting, adapter=AdapterConfig()), tokenizer)
+    if saved.adapter.active:
+        trained = build_core(fitting, tokenizer)
+    return SavedRun(folder, merged, step, tokenizer, core, trained, checkpointer)
 
 
 def _fitting(config: RunConfig) -> RunConfig:

@@ -65,12 +65,17 @@ def _part(names: list[str]) -> str:
     return "embedding"
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Training FLOPs of one token in a row of `seq_len`; see the convention above."""
+def flops_per_token(config: ModelConfig, seq_len: int, adapters: int | None = None) -> float:
+    """Training FLOPs of one token in a row of `seq_len`; see the convention above.
+
+    With so many numbers in `adapters`, all else is frozen, and of its products the one for their gradient is not made.
+    """
     matrices = sum(p.active for p in _sizes(config) if p.path.endswith("/kernel"))
     head, a = config.embed_dim * config.vocab_size, config.attention
     width = a.num_heads * (a.head_dim + (a.value_dim or a.head_dim))
     attention = sum(2 * width * k for k in _keys(config, seq_len))
+    if adapters is not None:
+        return 2.0 * 2 * (matrices + head) + 3.0 * (attention + 2 * adapters)
     return 3.0 * (2 * (matrices + head) + attention)
 
 

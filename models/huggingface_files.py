@@ -53,7 +53,7 @@ class Checkpoint(Protocol):
         ...
 
 
-def _safetensors() -> Any:
+def safetensors_library() -> Any:
     try:
         import safetensors.numpy
     except ImportError:
@@ -105,7 +105,7 @@ class Folder:
     @staticmethod
     def _open(file: Path) -> Any:
         try:
-            return _safetensors().safe_open(file, framework="numpy")
+            return safetensors_library().safe_open(file, framework="numpy")
         except OSError as error:
             raise ValueError(f"hf:{file}: cannot be read: {error}") from None
 
@@ -120,7 +120,7 @@ class Folder:
 # From rules to arrays
 
 
-def _groups(pattern: str) -> list[str]:
+def groups_of(pattern: str) -> list[str]:
     """`(NH)D` to [NH, D]."""
     groups, rest = [], pattern
     while rest:
@@ -165,7 +165,7 @@ class Layout:
         whole: list[int] = []
         for path, pattern in rule.parts:
             sizes = self.sizes(rule, path)
-            shape = [int(np.prod([sizes[d] for d in group])) for group in _groups(_paired(pattern)[0])]
+            shape = [int(np.prod([sizes[d] for d in group])) for group in groups_of(_paired(pattern)[0])]
             if whole:
                 whole[rule.axis] += shape[rule.axis]
             else:
@@ -197,7 +197,7 @@ class Layout:
         start, number, paired, turns = 0, 0, False, len(rule.parts) if rule.interleaved else 1
         for number, (part, pattern) in enumerate(rule.parts):  # noqa: B007
             pattern, paired = _paired(pattern)
-            sizes, groups = self.sizes(rule, part), _groups(pattern)
+            sizes, groups = self.sizes(rule, part), groups_of(pattern)
             if part == path:
                 break
             start += 0 if rule.interleaved else int(np.prod([sizes[d] for d in groups[rule.axis]]))
@@ -222,10 +222,10 @@ class Layout:
         """One tensor of theirs, whole, on this host."""
         parts = []
         for path, pattern in rule.parts:
-            array, sizes = _to_host(_at(params, self._path(rule, path))[index]), self.sizes(rule, path)
+            array, sizes = to_host(_at(params, self._path(rule, path))[index]), self.sizes(rule, path)
             order = list(sizes)
             pattern, paired = _paired(pattern)
-            groups = _groups(pattern)
+            groups = groups_of(pattern)
             if paired:
                 array = array.take(np.arange(sizes["H"]).reshape(2, -1).T.ravel(), order.index("H"))
             array = array.transpose([order.index(d) for d in "".join(groups)])
@@ -237,7 +237,7 @@ class Layout:
         return np.ascontiguousarray(joined)
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 
@@ -347,7 +347,7 @@ def save_params(
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: layout.write(params, rule, index).astype(numpy_dtype) for name, rule, index in shard}
         if chief:
-            _safetensors().numpy.save_file(tensors, path / file, metadata={"format": "pt"})
+            safetensors_library().numpy.save_file(tensors, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         progress(number, len(shards))
     if chief:

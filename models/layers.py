@@ -35,14 +35,33 @@ def contract(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Arr
     Both gradients are such products too, each returned in the dtype of its own operand: that of f32 master
     weights is never rounded to bf16, and no product mixes dtypes. `spec` names every dim in two of the three.
     """
-    if isinstance(b, RowsFirst):
-        return b.product(a, dtype)
+    if isinstance(b, Kernel):
+        return b.product(spec, a, dtype)
     return _contract(spec, a, b, dtype)  # type: ignore[return-value]
+
+
+class Kernel:
+    """A weight that is kept in another form than as its array, and read as a parameter is."""
+
+    def __getitem__(self, _: object) -> "Kernel":
+        return self
+
+    def product(self, spec: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """What `contract` gives of `x` and this weight."""
+        raise NotImplementedError
+
+    def array(self) -> jax.Array:
+        """The weight itself, for those that do more with it than multiply."""
+        raise NotImplementedError
+
+
+def as_array(weight: "jax.Array | Kernel") -> jax.Array:
+    return weight.array() if isinstance(weight, Kernel) else weight
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class RowsFirst:
+class RowsFirst(Kernel):
     """A kernel [in..., out...] as a matrix [OUT, IN], to be multiplied from the left; without a gradient."""
 
     matrix: jax.Array
@@ -54,10 +73,7 @@ class RowsFirst:
         shape = kernel.shape[-num_out:]
         return cls(kernel.reshape(-1, math.prod(shape)).T, kernel.ndim - num_out, shape)
 
-    def __getitem__(self, _: object) -> "RowsFirst":  # as a parameter is read
-        return self
-
-    def product(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def product(self, spec: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         rows = x.reshape(-1, self.matrix.shape[1])
         y = jnp.einsum("oi,ri->or", self.matrix, rows, preferred_element_type=jnp.float32).astype(dtype)
         # Else XLA folds the transposition into the product, as rows times matrix, and half the speed is lost again.

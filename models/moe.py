@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import Balance, Dispatch, ExpertsConfig, MLPConfig, ModelConfig, RouterScore
-from models.layers import MLP, Projection, activate, contract, param
+from models.layers import MLP, Projection, activate, as_array, contract, param
 from models.partition import Constrain, Cut
 
 # The optimizer reads the sign of a balancing bias's gradient only (trainer/roles.py). Small, so that it counts for
@@ -180,7 +180,7 @@ class Experts(nnx.Module):
         """
         arrays, axes = [], []
         for module, (rows, cols) in ((self.gate, (None, "mlp")), (self.up, (None, "mlp")), (self.down, ("mlp", None))):
-            kernel = None if module is None else module.kernel[...]
+            kernel = None if module is None else as_array(module.kernel[...])
             bias = None if module is None or module.bias is None else module.bias[...]
             arrays += [kernel, bias]
             axes += [("experts", rows, cols), ("experts", cols)]

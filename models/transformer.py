@@ -24,6 +24,7 @@ from models.layers import (
     MLP,
     Normalize,
     Projection,
+    as_array,
     dropout,
     inverse_frequencies,
     param,
@@ -233,7 +234,7 @@ class Ends(nnx.Module):
     def embed(self, tokens_BL, positions_BL, rng: jax.Array | None, constrain: Constrain) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype.name)
         # Whole vectors for the look-up: gathering from a table that is split along them defeats the partitioner.
-        table_VD = constrain(self.embedding[...].astype(dtype), ("vocab", None))
+        table_VD = constrain(as_array(self.embedding[...]).astype(dtype), ("vocab", None))
         x_BLD = table_VD[tokens_BL]
         if config.scale_embeddings:
             x_BLD = x_BLD * jnp.asarray(config.embed_dim**0.5, dtype)
@@ -242,7 +243,7 @@ class Ends(nnx.Module):
         return dropout(x_BLD, config.dropout, rng)
 
     def output(self, x_BLD: jax.Array) -> Output:
-        head_DV = transposed(self.embedding[...]) if self.head is None else self.head[...]
+        head_DV = transposed(self.embedding[...]) if self.head is None else as_array(self.head[...])
         return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
 
 

@@ -156,16 +156,21 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def param_shardings(axes_tree: Any, abstract_params: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+def param_shardings(
+    axes_tree: Any, abstract_params: Any, mesh: Mesh, rules: ShardingRules, *, strict: bool = True
+) -> Any:
     """The `NamedSharding` of each parameter, in the tree of the parameters.
 
-    Vectors (one dim beside `layers`) that do not divide stay whole on each device: they weigh nothing.
+    Vectors (one dim beside `layers`) that do not divide stay whole on each device: they weigh nothing. So does all that
+    does not divide, without `strict`.
     Raises: ValueError naming parameter, dim, size and axis where a matrix does not divide.
     """
 
     def sharding(path: tuple[Any, ...], param: jax.ShapeDtypeStruct, logical: LogicalAxes) -> NamedSharding:
         is_matrix = sum(name not in BATCH_DIMS for name in logical) > 1
-        return NamedSharding(mesh, _spec(logical, param.shape, mesh, rules, path_name(path), strict=is_matrix))
+        return NamedSharding(
+            mesh, _spec(logical, param.shape, mesh, rules, path_name(path), strict=strict and is_matrix)
+        )
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_params, axes_tree)
 

@@ -27,7 +27,7 @@ def role_of(path: str, axes: LogicalAxes) -> Role:
     parts = path.split("/")
     if parts[-1] == "balance_bias":
         return Role.balance
-    if len(names) < 2 or parts[-1] in ("bias", "scale") or parts[-1].endswith(("_bias", "_scale")):
+    if len(names) < 2 or parts[-1] in ("bias", "scale", "magnitude") or parts[-1].endswith(("_bias", "_scale")):
         return Role.vector
     if "vocab" in names:
         return Role.head if any("head" in part for part in parts) else Role.embedding

@@ -26,22 +26,23 @@ class TrainState:
 
 
 def make_state(
-    init_params: Callable[[jax.Array], Params], optimizer: optax.GradientTransformation, key: jax.Array
+    init_params: Callable[..., Params], optimizer: optax.GradientTransformation, key: jax.Array, *reads: Any
 ) -> TrainState:
-    """A fresh state at step 0, from one typed key."""
+    """A fresh state at step 0, from one typed key, and what `init_params` reads beside it."""
     init_key, rng = jax.random.split(key)
-    params = init_params(init_key)
+    params = init_params(init_key, *reads)
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), rng=rng)
 
 
 def abstract_state(
-    init_params: Callable[[jax.Array], Params],
+    init_params: Callable[..., Params],
     optimizer: optax.GradientTransformation,
-    *,
+    *reads: Any,
     param_shardings: Any,
 ) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with shardings: what a plan compiles and a restore fills."""
-    shapes = jax.eval_shape(lambda key: make_state(init_params, optimizer, key), jax.random.key(0))
+    make = lambda key, *reads: make_state(init_params, optimizer, key, *reads)
+    shapes = jax.eval_shape(make, jax.random.key(0), *reads)
     shardings = state_shardings(shapes, param_shardings)
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
@@ -51,16 +52,17 @@ def abstract_state(
 
 
 def init_sharded_state(
-    init_params: Callable[[jax.Array], Params],
+    init_params: Callable[..., Params],
     optimizer: optax.GradientTransformation,
     key: jax.Array,
-    *,
+    *reads: Any,
     param_shardings: Any,
 ) -> TrainState:
     """A fresh state, each device computing its own pieces only; the same bits on every mesh."""
-    abstract = abstract_state(init_params, optimizer, param_shardings=param_shardings)
+    abstract = abstract_state(init_params, optimizer, *reads, param_shardings=param_shardings)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda key: make_state(init_params, optimizer, key), out_shardings=shardings)(key)
+    make = lambda key, *reads: make_state(init_params, optimizer, key, *reads)
+    return jax.jit(make, out_shardings=shardings)(key, *reads)
 
 
 def state_shardings(state: TrainState, param_shardings: Any) -> TrainState:

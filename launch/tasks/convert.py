@@ -22,7 +22,7 @@ from launch.origins import find_origin, published_kind, with_changes
 from launch.published import write_tokenizer
 from launch.run_folder import environment, run_folder
 from launch.saved_run import SavedRun, open_run, say
-from models import gguf_files
+from models import gguf_files, peft_files
 from models.config import ModelConfig
 from models.cost import num_params
 from models.gguf import architecture_for
@@ -44,7 +44,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     origin, target = task.origin or "", task.target or ""
     (from_kind, _), (to_kind, path) = published_kind(origin), published_kind(target)
     if not origin or not target or (from_kind is None) == (to_kind is None):
-        raise ValueError("convert: give from=hf:FOLDER to=RUN or from=RUN to=hf:FOLDER; gguf:FILE goes for hf:FOLDER")
+        raise ValueError(
+            "convert: give from=hf:FOLDER to=RUN or from=RUN to=hf:FOLDER; gguf:FILE and peft:FOLDER go for hf:FOLDER"
+        )
     if to_kind is None:
         return to_run(dataclasses.replace(config, run=target), overrides, origin)
     name, _, step = origin.partition("@")
@@ -58,6 +60,8 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
     if folder.config.exists():
         raise ValueError(f"to={folder.name}: this run exists already; give another name")
     origin = find_origin(reference, config.runs, say, key="from")
+    if config.adapter.active:
+        raise ValueError(f"adapter.method={config.adapter.method.name}: a conversion trains nothing; leave it out")
     # Plain descent keeps no state: the checkpoint is the weights and nothing else.
     policy = {"chat_template": config.tokenizer.chat_template, "add_bos": config.tokenizer.add_bos}
     tokenizer = configured(origin.tokenizer(), TokenizerConfig(**policy))
@@ -73,8 +77,9 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
     state = core.init_state()
     with progress_bar(f"reading {reference}") as progress:
         state = dataclasses.replace(state, params=origin.params(core.abstract.params, progress))
-    assert origin.checkpoint is not None
-    differs = first_difference(origin.checkpoint, origin.model, state.params)
+    differs = None  # of merged adapters: nothing there holds the sums
+    if origin.checkpoint is not None:
+        differs = first_difference(origin.checkpoint, origin.model, state.params)
     if differs is not None:
         raise RuntimeError(f"{reference}: {differs} is not what was read from it; nothing was written")
     if is_chief():
@@ -87,7 +92,8 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         saved = {"run": to_plain(config), "environment": environment(), "mesh": dict(core.mesh.shape)}
         checkpointer.save(0, state, source={}, config=saved, tokenizer=tokenizer.files())
     parameters = num_params(core.model)["total"]
-    say(f"run {folder.name!r}: {parameters:,} parameters of {reference}, every tensor equal bit for bit")
+    how = "adapters merged into their base" if origin.checkpoint is None else "every tensor equal bit for bit"
+    say(f"run {folder.name!r}: {parameters:,} parameters of {reference}, {how}")
     say(f"next:\n  meshwright generate run={folder.name} prompt='The '")
     say(f"  meshwright train run=mine init_from={folder.name} source=[text] data.sources.text.paths=[YOUR_FOLDER]")
     return 0
@@ -105,22 +111,23 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
         shutil.rmtree(half) if half.is_dir() else half.unlink()
     carried = saved.folder.path / CARRIED
     before = json.loads((carried / "config.json").read_text()) if (carried / "config.json").exists() else {}
-    dtype = task.dtype or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
-    params = saved.params()
+    usual = "float32" if kind == "peft" else None
+    dtype = task.dtype or usual or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
+    params = saved.trained_params() if kind == "peft" else saved.params()
     try:
         written = WRITERS[kind](half, saved, params, before, dtype, task)
     except ValueError as error:
         raise ValueError(f"from={saved.folder.name}: {error}") from None
     wait_for_all("written")
-    same = compare_logits(half, saved, params, written)
+    same = "" if written.checkpoint is None else compare_logits(half, saved, params, written.checkpoint, written.model)
     wait_for_all("compared")
     if not is_chief():
         return 0
     if path.exists():
         path.rmdir()
     half.rename(path)
-    parameters = num_params(saved.core.model)["total"]
-    say(f"{kind}:{path}: {written.name}, {parameters:,} parameters in {dtype}, read back and equal; {same}")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    say(f"{kind}:{path}: {written.name}, {parameters:,} parameters in {dtype}, read back and equal{same}")
     return 0
 
 
@@ -128,7 +135,7 @@ class Written(NamedTuple):
     """What a writer made, as its own reader sees it."""
 
     name: str  # of its class or architecture, as others know it
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None  # None: of adapters, which have no logits of their own
     model: ModelConfig
 
 
@@ -136,14 +143,14 @@ PROBE_TOKENS = 64
 ROUNDING = 1e-4  # of logits, where no weight was rounded
 
 
-def compare_logits(half: Path, saved: SavedRun, params: Params, written: Written) -> str:
+def compare_logits(half: Path, saved: SavedRun, params: Params, written: Checkpoint, model: ModelConfig) -> str:
     """Runs the model on the weights that were written and on the run's, and says how far the logits are apart.
 
     Raises: RuntimeError where they differ though every weight has kept its bits, or are not finite.
     """
     core = saved.core
     with progress_bar("reading back") as progress:
-        read_back = load_params(written.checkpoint, written.model, core.abstract.params, progress)
+        read_back = load_params(written, model, core.abstract.params, progress)
     ids = [token for text in PROBES for token in saved.tokenizer.encode(text)]
     shape = core.batch_size, PROBE_TOKENS
     tokens = np.resize(np.array(ids or [0], np.int32), shape)
@@ -158,7 +165,7 @@ def compare_logits(half: Path, saved: SavedRun, params: Params, written: Written
     @jax.jit
     def compare(params: Params, read_back: Params):
         ours = forward(core.model, params)
-        theirs = forward(dataclasses.replace(written.model, dtype=core.model.dtype), read_back)
+        theirs = forward(dataclasses.replace(model, dtype=core.model.dtype), read_back)
         same = [jnp.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, read_back)), strict=True)]
         apart, alike = jnp.abs(ours - theirs), ours.argmax(-1) == theirs.argmax(-1)
         return apart.max(), apart.mean(), ours.std(), alike.mean(), jnp.all(jnp.stack(same))
@@ -170,9 +177,9 @@ def compare_logits(half: Path, saved: SavedRun, params: Params, written: Written
             f"{'the same' if same else 'near'}; it stays there to be looked at"
         )
     if most == 0:
-        return "logits equal"
+        return "; logits equal"
     return (
-        f"logits differ by {mean:.2g} on average (their deviation: {spread:.2g}), "
+        f"; logits differ by {mean:.2g} on average (their deviation: {spread:.2g}), "
         f"the likeliest token is the same at {alike:.0%} of places"
     )
 
@@ -225,6 +232,27 @@ def write_file(
     return Written(row.name, there, there.model)
 
 
+def write_adapters(
+    half: Path, saved: SavedRun, adapters: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
+) -> Written:
+    """A folder that PEFT loads onto the base."""
+    adapter, model = saved.config.adapter, saved.core.model
+    if not adapter.active:
+        raise ValueError("has no adapters; export the model with to=hf:FOLDER")
+    origin = saved.checkpointer.read_json(saved.step, "config")["base"]["origin"]
+    family = family_for(model)
+    if origin.startswith("hf:"):
+        family = family_of(Folder(Path(origin.removeprefix("hf:"))).config)
+    else:
+        say(f"the base is the run {origin}: convert from={origin} to=hf:FOLDER writes it, for PEFT to load these upon")
+    peft_files.save_adapters(half, model, adapter, adapters, family, base=origin.removeprefix("hf:"), dtype=dtype)
+    differs = peft_files.first_difference(half, model, adapter, adapters, family) if is_chief() else None
+    if differs is not None:
+        raise RuntimeError(f"{half}: {differs} is not what was written; it stays there to be looked at")
+    return Written(f"adapters of {family.architecture}, rank {adapter.rank}", None, model)
+
+
 Writer = Callable[[Path, SavedRun, Params, dict[str, Any], str, ConvertConfig], Written]
-WRITERS: dict[str, Writer] = {"hf": write_folder, "gguf": write_file}
+WRITERS: dict[str, Writer] = {"hf": write_folder, "gguf": write_file, "peft": write_adapters}
 SAVED_DTYPES = {"hf": ("float32", "float16", "bfloat16"), "gguf": tuple(gguf_files.DTYPES)}
+SAVED_DTYPES["peft"] = SAVED_DTYPES["hf"]

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
+
 from configs.schema import Format, RunConfig
 from data.batch import TokenBatch
 from data.examples import marked_text
@@ -24,6 +26,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         "step": int(state.step),
         "checkpoints": saved.checkpointer.steps(),
         "parameters": num_params(saved.core.model)["total"],
+        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(saved.trained.abstract.params)),
         "parameter_bytes": params_bytes(saved.core.abstract.params),
         "saved_on": saved.checkpointer.read_json(saved.step, "config")["mesh"],
         "params_sha256": state_hash(state.params),

@@ -28,12 +28,13 @@ from launch.assemble import (
     load_corpora,
     wait_for_all,
 )
-from launch.origins import adopt, adopt_tokenizer, find_origin
+from launch.origins import Base, adopt, adopt_tokenizer, find_origin, load_base, recorded_base
 from launch.run_folder import RunFolder, environment, refuse_drift, run_folder, write_whole
 from launch.writing import append_samples, write
 from models.cost import flops_per_token, num_params
 from models.sampling import SamplingConfig
 from trainer import hooks
+from trainer.adapters import BASE
 from trainer.checkpoint import Checkpointer
 from trainer.goodput import Ledger
 from trainer.loop import DONE, Hook, fit
@@ -69,13 +70,14 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             core = build_core(config, corpora.tokenizer)
             source = build_source(config, corpora, core)
             stack.callback(source.close)
-            start = begin(config, core, source, checkpointer)
+            base = find_base(config, core, checkpointer)
+            start = begin(config, core, source, checkpointer, base)
             if is_chief():
                 folder.write_start(config, overrides)  # not before: a start that is refused changes nothing
                 if "step" in start.forgotten:
                     folder.set_metrics_aside()
             describe(config, core, start.line)
-        session = Session(config, folder, corpora, core, source, checkpointer, ledger)
+        session = Session(config, folder, corpora, core, source, checkpointer, ledger, base)
         return session.train(start)
 
 
@@ -129,11 +131,37 @@ class Start:
     line: str  # says what was done
 
 
-def begin(config: RunConfig, core: Core, source: OfflineSource, checkpointer: Checkpointer) -> Start:
+def find_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> Base | None:
+    """The frozen weights below adapters: those that the newest checkpoint names, else those of `init_from`.
+
+    Raises: ValueError where there are none, or others than before.
+    """
+    if core.adaptation is None:
+        return None
+    step = checkpointer.latest_whole()
+    if step is not None:
+        return recorded_base(core.adaptation, checkpointer, step, config.runs, say)
+    if config.init_from is None:
+        raise ValueError(
+            f"adapter.method={config.adapter.method.name}: adapters stand on trained weights; name them with "
+            "init_from=RUN or init_from=hf:FOLDER"
+        )
+    return load_base(core.adaptation, config.init_from, config.runs, say)
+
+
+def begin(
+    config: RunConfig, core: Core, source: OfflineSource, checkpointer: Checkpointer, base: Base | None = None
+) -> Start:
     """Fresh, from the weights of `init_from`, or from the newest whole checkpoint; moves the source there."""
     step, run = checkpointer.latest_whole(), f"run {config.run!r}"
+    frozen = frozen_models(base)
     if step is None:
-        state = core.init_state()
+        state = core.init_state(frozen)
+        if base is not None:
+            if base.start is not None and core.adaptation is not None:
+                state = dataclasses.replace(state, params=base.start(core.adaptation))
+            which = "new adapters" if base.start is None else f"the adapters of {config.init_from}"
+            return Start(state, {}, [], f"{run}: begins with {which} on the weights of {base.name}")
         if config.init_from is None:
             return Start(state, {}, [], f"{run}: begins")
         origin = find_origin(config.init_from, config.runs, say)
@@ -143,7 +171,7 @@ def begin(config: RunConfig, core: Core, source: OfflineSource, checkpointer: Ch
     done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset
     reset = [] if done else config.reset
     if "optimizer" in reset:
-        fresh = core.init_state()
+        fresh = core.init_state(frozen)
         params = checkpointer.restore_params(step, core.abstract.params)
         state = dataclasses.replace(fresh, params=params, step=fresh.step + step)
     else:
@@ -160,6 +188,10 @@ def begin(config: RunConfig, core: Core, source: OfflineSource, checkpointer: Ch
     return Start(state, remembered, reset, f"{run}: resumes at step {step}{without}{already}")
 
 
+def frozen_models(base: Base | None) -> dict[str, Any]:
+    return {} if base is None else {BASE: base.params}
+
+
 def describe(config: RunConfig, core: Core, line: str) -> None:
     """What is about to run, in three lines."""
     shape = " x ".join(f"{axis} {size}" for axis, size in core.mesh.shape.items() if size > 1) or "one device"
@@ -167,6 +199,11 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
     parameters = num_params(core.model)["total"]
     kind = f"{jax.device_count()} {jax.devices()[0].platform} devices, {jax.process_count()} processes"
     say(line)
+    if core.adaptation is not None:
+        trained, a = core.adaptation.num_trainable, config.adapter
+        kept = "" if a.base.name == "full" else f" on a base of {a.base.name}"
+        share = f"{trained:,} trainable parameters, {trained / parameters:.2%} of the model"
+        say(f"adapter: {a.method.name}, rank {a.rank}, scale {a.scale:g}{kept}: {share}")
     say(f"model: {parameters:,} parameters; {tokens:,} tokens a step; mesh: {shape} ({kind})")
 
 
@@ -181,6 +218,7 @@ class Session:
     source: OfflineSource
     checkpointer: Checkpointer
     ledger: Ledger
+    base: Base | None = None  # of adapters
 
     @property
     def task(self) -> TrainConfig:
@@ -190,9 +228,10 @@ class Session:
     def train(self, start: Start) -> int:
         state, first_step = start.state, int(start.state.step)
         self.ledger.resume(first_step)
+        adapters = None if self.core.adaptation is None else self.core.adaptation.num_trainable
         metrics = TrainMetrics(
             tokens_per_step=self.core.batch_size * self.config.data.seq_len,
-            flops_per_token=flops_per_token(self.core.model, self.config.data.seq_len),
+            flops_per_token=flops_per_token(self.core.model, self.config.data.seq_len, adapters),
             peak=peak(self.core.model.dtype.name),
         )
         say(metrics.peak.convention)
@@ -224,12 +263,18 @@ class Session:
     def fit(self, state: TrainState, every_hook: list[Hook], report: Callable) -> tuple[TrainState, str]:
         # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
         with self.ledger.phase("compile"):
-            batch = self.core.place(self.first_rows())
-            compiled = self.core.train_step.lower(state, {}, batch).compile()  # type: ignore[attr-defined]
+            batch, frozen = self.core.place(self.first_rows()), frozen_models(self.base)
+            compiled = self.core.train_step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
         try:
             with self.ledger.phase("step"):
                 return fit(
-                    state, {}, self.source, compiled, num_steps=self.task.num_steps, hooks=every_hook, report=report
+                    state,
+                    frozen,
+                    self.source,
+                    compiled,
+                    num_steps=self.task.num_steps,
+                    hooks=every_hook,
+                    report=report,
                 )
         except ValueError as error:
             raise RuntimeError(f"training failed: {error}") from error  # past start-up, no input of the user's
@@ -250,7 +295,7 @@ class Session:
     ) -> tuple[list[Hook], hooks.StopOnSignal, hooks.SaveEvery]:
         """All hooks in the order that is their meaning; the one that holds the signal handlers; the one that saves."""
         task, ledger, num_steps = self.task, self.ledger, self.task.num_steps
-        compute = build_evaluation(self.config, self.corpora, self.core)
+        compute = build_evaluation(self.config, self.corpora, self.core, frozen_models(self.base))
         average = jax.jit(eval_params)
         remembers: dict[str, hooks.Stateful] = {"metrics": metrics}
         every_hook: list[Hook] = []
@@ -293,6 +338,7 @@ class Session:
                 "run": to_plain(self.config),
                 "environment": environment(),
                 "mesh": dict(self.core.mesh.shape),
+                **({} if self.base is None else {"base": self.base.record}),
             },
             tokenizer=self.corpora.tokenizer.files(),
             ledger=ledger,
@@ -318,12 +364,12 @@ class Session:
             max_new_tokens=task.sample_tokens, temperature=task.sample_temperature, seed=self.config.seed
         )
         prompt, given, stop = task.sample_prompt, task.sample_prompt, None
-        chats = self.config.data.records is Records.conversations and tokenizer.chat_template is not None
+        chats = self.config.data.records is not Records.documents and tokenizer.chat_template is not None
         if chats:
             prompt = prompt or "Hello"
             given, stop = chat_ids(tokenizer, [{"role": "user", "content": prompt}]), text_after_turn(tokenizer)
         [(text, _)] = write(
-            params,
+            self.core.plain(params, frozen_models(self.base)),
             self.core.model,
             tokenizer,
             [given],

@@ -1,6 +1,6 @@
 """Preference optimisation without a reward model: DPO and its relatives, one loss function each.
 
-A loss sees four summed log-probabilities for each pair, those of the chosen and the rejected answer under the policy and
+A loss sees four summed log-probabilities for each pair, of the chosen and of the rejected answer under the policy and
 under the reference, and the lengths of the answers. Numbers in brackets are arXiv's.
 
 Shape letters: B pairs, S sides (0 chosen, 1 rejected), L length.

@@ -1,0 +1,218 @@
+"""Adapters beside frozen matrices, and weights of few bits below them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from data.batch import TokenBatch
+from models.config import Dtype, ExpertsConfig, ModelConfig
+from models.layers import Kernel, as_array
+from models.lora import (
+    AdapterConfig,
+    Base,
+    Method,
+    adapted,
+    adapter_axes,
+    find_targets,
+    init_adapters,
+    merged,
+    short_name,
+    stored_base,
+)
+from models.quantize import BLOCK, NF4, Bits, quantize
+from models.transformer import init_params, logits, make_apply, param_axes
+from trainer.adapters import BASE, Adapted
+from trainer.objectives.next_token import NextTokenConfig
+from trainer.roles import Role, param_roles
+from trainer.state import make_state
+from trainer.step import make_train_step
+
+PLAIN = ModelConfig(vocab_size=32, embed_dim=64, dtype=Dtype.float32, tied_embeddings=False)
+MIXTURE = dataclasses.replace(PLAIN, experts=ExpertsConfig(num_experts=4, hidden_dim=32, shared_hidden_dim=32))
+F32 = jnp.dtype("float32")
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 12)).astype(np.int32)
+PLACES = {
+    "positions_BL": np.arange(12, dtype=np.int32)[None].repeat(2, 0),
+    "segment_ids_BL": np.ones((2, 12), np.int32),
+}
+
+
+def parts(adapter: AdapterConfig, model: ModelConfig = PLAIN):
+    """(axes, base, adapters, forward)."""
+    axes = param_axes(model)
+
+    @jax.jit
+    def make(key):
+        base = stored_base(adapter, axes, init_params(model, key))
+        return base, init_adapters(adapter, axes, key, base)
+
+    base, adapters = make(jax.random.key(0))
+    apply = make_apply(model)
+    return axes, base, adapters, jax.jit(lambda params: logits(apply(params, TOKENS, **PLACES)))
+
+
+def trained(adapters, size=0.02):
+    """As if they had learnt something."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + size * rng.standard_normal(x.shape).astype(np.float32), adapters)
+
+
+def plain(base):
+    return jax.tree.map(as_array, base, is_leaf=lambda w: isinstance(w, Kernel))
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("model", [PLAIN, MIXTURE], ids=["plain", "experts"])
+def test_new_adapters_change_nothing_and_merged_ones_say_the_same_as_those_beside(method, model):
+    targets = ["attention", "mlp", "head"] + (["embedding"] if method != "dora" else [])
+    adapter = AdapterConfig(Method[method], rank=4, targets=targets)
+    axes, base, adapters, forward = parts(adapter, model)
+    before = forward(base)
+    # A magnitude is computed in one program and divided by the same length in another: that may differ in a last bit.
+    np.testing.assert_allclose(
+        forward(adapted(adapter, axes, base, adapters)), before, rtol=0, atol=1e-6 if method == "dora" else 0
+    )
+    learnt = trained(adapters)
+    beside = forward(adapted(adapter, axes, base, learnt))
+    np.testing.assert_allclose(forward(merged(adapter, axes, base, learnt, F32)), beside, atol=2e-5)
+    assert np.abs(beside - before).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_of_few_bits_is_read_as_what_it_stands_for(kind):
+    adapter = AdapterConfig(Method.lora, rank=4, base=Base[kind])
+    axes, base, adapters, forward = parts(adapter)
+    np.testing.assert_allclose(forward(base), forward(plain(base)), atol=1e-5)
+    learnt = trained(adapters)
+    beside = forward(adapted(adapter, axes, base, learnt))
+    np.testing.assert_allclose(forward(merged(adapter, axes, base, learnt, F32)), beside, atol=2e-5)
+    full = parts(dataclasses.replace(adapter, base=Base.full))[1]
+    bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree["layers"]["mlp"]))
+    assert bytes_of(base) < bytes_of(full) * (0.15 if kind == "nf4" else 0.27)
+
+
+def test_merging_in_f32_and_casting_once_is_closer_than_adding_what_was_cast():
+    adapter = AdapterConfig(Method.lora, rank=4)
+    axes, base, adapters, _ = parts(adapter)
+    learnt = trained(adapters, 0.02)
+    exact = merged(adapter, axes, base, learnt, F32)
+    once = merged(adapter, axes, base, learnt, jnp.dtype("bfloat16"))
+    low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    twice = jax.tree.map(lambda e, b: b + (e - b.astype(F32)).astype(jnp.bfloat16), exact, low(base))
+    far = lambda tree: sum(
+        float(jnp.sum(jnp.square(x.astype(F32) - e)))
+        for x, e in zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
+    )
+    assert far(once) < far(twice)
+
+
+def test_the_base_is_kept_so_that_a_merge_is_undone_bit_for_bit():
+    adapter = AdapterConfig(Method.lora, rank=4)
+    axes, base, adapters, _ = parts(adapter)
+    before = jax.tree.map(np.array, base)
+    merged(adapter, axes, base, trained(adapters), jnp.dtype("bfloat16"))
+    jax.tree.map(np.testing.assert_array_equal, base, before)
+
+
+def test_targets_are_parts_of_names_or_patterns():
+    axes = param_axes(PLAIN)
+    chosen = lambda *targets: [
+        short_name(path) for path in find_targets(AdapterConfig(Method.lora, targets=list(targets)), axes)
+    ]
+    assert chosen("query", "value") == ["attention.query", "attention.value"]
+    assert chosen("mlp") == ["mlp.down", "mlp.gate", "mlp.up"]
+    assert chosen("*.o*", "mlp.up") == ["attention.out", "mlp.up"]
+    with pytest.raises(ValueError, match="'qeury' chooses nothing; there are: attention"):
+        chosen("qeury")
+    assert "mlp.router" not in {short_name(p) for p in find_targets(AdapterConfig(Method.lora), param_axes(MIXTURE))}
+
+
+@pytest.mark.parametrize("target", ["head", "embedding", "e*"])
+def test_a_tied_head_takes_no_adapter(target):
+    tied = param_axes(dataclasses.replace(PLAIN, tied_embeddings=True))
+    with pytest.raises(ValueError, match="tied_embeddings=true"):
+        find_targets(AdapterConfig(Method.lora, targets=[target]), tied)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"dropout": 0.1}, "adapter.dropout=0.1"),
+        ({"rank": 0}, "adapter.rank=0"),
+        ({"targets": []}, "adapter.targets="),
+        ({"method": Method.none, "base": Base.nf4}, "adapter.base=nf4"),
+    ],
+)
+def test_what_is_not_carried_out_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        AdapterConfig(**({"method": Method.lora} | wrong)).validate()
+
+
+def test_names_of_dims_follow_the_dims_and_a_magnitude_is_a_vector():
+    axes = adapter_axes(AdapterConfig(Method.dora), param_axes(MIXTURE))["layers"]
+    assert axes["attention"]["query"]["kernel"] == {
+        "a": ("layers", "embed", None),
+        "b": ("layers", None, "heads", "head_dim"),
+        "magnitude": ("layers", "heads", "head_dim"),
+    }
+    assert axes["attention"]["out"]["kernel"]["a"] == ("layers", "heads", "head_dim", None)
+    assert axes["mlp"]["up"]["kernel"]["b"] == ("layers", "experts", None, "mlp")
+    roles = param_roles(axes)["attention"]["query"]["kernel"]
+    assert roles == {"a": Role.matrix, "b": Role.matrix, "magnitude": Role.vector}
+
+
+def test_only_adapters_are_differentiated_and_have_moments():
+    adapter = AdapterConfig(Method.dora, rank=4)
+    axes, base, _, _ = parts(adapter)
+    objective = Adapted(NextTokenConfig().build(None), lambda base, adapters: adapted(adapter, axes, base, adapters))
+    optimizer = optax.adam(1e-2)
+    update = optax.GradientTransformationExtraArgs(optimizer.init, lambda u, s, p=None, **_: optimizer.update(u, s, p))
+    state = make_state(lambda key, base: init_adapters(adapter, axes, key, base), update, jax.random.key(0), base)
+    of_adapters = sum(x.size for x in jax.tree.leaves(state.params))
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * of_adapters + 1
+    step = jax.jit(make_train_step(objective, make_apply(PLAIN), update))
+    ones = np.ones(TOKENS.shape, np.float32)
+    batch = TokenBatch(TOKENS, TOKENS, ones, PLACES["segment_ids_BL"], PLACES["positions_BL"])
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, {BASE: base}, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    # The gradient of a frozen matrix would cost as much as its product: two thirds are left of a full step's work.
+    full = make_train_step(NextTokenConfig().build(None), make_apply(PLAIN), update)
+    whole = make_state(lambda key: base, update, jax.random.key(0))
+    flops = lambda step, *args: jax.jit(step).lower(*args).cost_analysis()["flops"]
+    assert flops(step, state, {BASE: base}, batch) < 1.2 * flops(full, whole, {}, batch)
+
+
+def test_nf4_is_that_of_the_published_table():
+    assert len(NF4) == 16 and (np.diff(NF4) > 0).all()
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((3, 2 * BLOCK, 5)).astype(np.float32)  # layers, in, out
+    found = quantize(weight, 1, 1, Bits.nf4)
+    # bitsandbytes: blocks of 64 along the flattened [out, in], the nearest level, two codes a byte, the first above.
+    flat = weight.transpose(0, 2, 1).reshape(-1, BLOCK)
+    largest = np.abs(flat).max(1, keepdims=True)
+    codes = np.abs((flat / largest)[..., None] - NF4).argmin(-1).astype(np.uint8)
+    wanted = (NF4[codes] * largest).reshape(3, 5, -1).transpose(0, 2, 1)
+    np.testing.assert_allclose(found.array(), wanted, atol=1e-6)
+    packed = (codes[:, 0::2] << 4 | codes[:, 1::2]).reshape(3, 5, -1).transpose(0, 2, 1)
+    np.testing.assert_array_equal(found.codes, packed)
+
+
+@pytest.mark.parametrize("bits", list(Bits))
+@pytest.mark.parametrize(
+    ("shape", "num_in"), [((2, 48, 4, 16), 1), ((2, 4, 16, 48), 2), ((2, 4, 64, 8), 2), ((3, 5, 7), 1)]
+)
+def test_every_shape_comes_back_within_half_a_level(bits, shape, num_in):
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = quantize(weight, 1, num_in, bits)
+    back = np.asarray(found.array())
+    assert back.shape == shape
+    assert np.abs(back - weight).max() <= (0.153 if bits is Bits.nf4 else 0.5 / 127 + 1e-6) * np.abs(weight).max()
+    one = jax.tree.map(lambda x: x[1], found)  # as a scan cuts it
+    np.testing.assert_array_equal(one.array(), back[1])

@@ -1,0 +1,102 @@
+"""Training adapters instead of parameters: the base is a frozen model, and what trains is put on it where it is used.
+
+Neither the step nor an objective knows of it: an objective that is `Adapted` gives them the model's own tree.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.lora import AdapterConfig, Base, adapted, adapter_axes, init_adapters, merged, stored_axes, stored_base
+from trainer.objective import Batch, Mean, Objective, Params
+
+BASE = "base"  # its name among the frozen models
+Shard = Callable[..., Any]  # (axes, shapes) to shardings; strict=False: what cannot be cut stays whole
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How the adapters of a run stand on their base."""
+
+    config: AdapterConfig
+    model_axes: Params  # of the model's own parameters
+    whole: Params  # these as `jax.ShapeDtypeStruct`s with shardings: the base as it is read, and what a merge gives
+    shard: Shard
+
+    @cached_property
+    def stored(self) -> Params:
+        """Shapes and shardings of the base as it is kept."""
+        shapes = jax.eval_shape(self._store, self.whole)
+        # Of the scales of blocks there may be fewer than devices, where the weight itself can be cut.
+        return _with_shardings(shapes, self.shard(stored_axes(self.model_axes, shapes), shapes, strict=False))
+
+    @cached_property
+    def axes(self) -> Params:
+        """The names of the dims of the adapters. Raises: ValueError for targets that cannot be."""
+        return adapter_axes(self.config, self.model_axes)
+
+    @cached_property
+    def abstract(self) -> Params:
+        """Shapes and shardings of the adapters."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0), self.stored)
+        return _with_shardings(shapes, self.shard(self.axes, shapes))
+
+    def init(self, key: jax.Array, base: Params) -> Params:
+        """Adapters that change nothing yet."""
+        return init_adapters(self.config, self.model_axes, key, base)
+
+    def _store(self, params: Params) -> Params:
+        return stored_base(self.config, self.model_axes, params)
+
+    def store(self, params: Params) -> Params:
+        """The base as it is kept."""
+        if self.config.base is Base.full:
+            return params
+        return jax.jit(self._store, out_shardings=_shardings(self.stored))(params)
+
+    def join(self, base: Params, adapters: Params) -> Params:
+        """The model's own tree, for its `apply`."""
+        return adapted(self.config, self.model_axes, base, adapters)
+
+    def merge(self, base: Params, adapters: Params) -> Params:
+        """Plain parameters, in the dtype of the model's: what is evaluated, written with and exported."""
+        return self._merge(base, adapters)
+
+    @cached_property
+    def _merge(self) -> Callable[[Params, Params], Params]:
+        dtype = jax.tree.leaves(self.whole)[0].dtype
+        join = partial(merged, self.config, self.model_axes, dtype=jnp.dtype(dtype))
+        return jax.jit(join, out_shardings=_shardings(self.whole))
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract))
+
+
+def _shardings(abstract: Params) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _with_shardings(shapes: Params, shardings: Any) -> Params:
+    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(put, shapes, shardings)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An `Objective` over adapters, from one over the model's own parameters."""
+
+    objective: Objective
+    join: Callable[[Params, Params], Params]
+
+    def loss(
+        self, apply: Any, params: Params, frozen: Mapping[str, Any], batch: Batch, rng: jax.Array | None
+    ) -> tuple[Mean, dict[str, Mean]]:
+        return self.objective.loss(apply, self.join(frozen[BASE], params), frozen, batch, rng)
+
+    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
+        return self.objective.batch_spec(batch_size, seq_len)

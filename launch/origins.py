@@ -103,15 +103,29 @@ def load_base(adaptation: Adaptation, reference: str, runs: str, say: Say, *, sh
     """Raises: ValueError where the weights are gone, or are no longer those that the adapters were trained on."""
     origin = find_origin(reference, runs, say)
     below = origin.below or origin
-    params = below.params(adaptation.whole)
+    params, record = _checked(below, adaptation.whole, "on which the adapters were trained", sha256)
+    return Base(adaptation.store(params), below.name, origin.adapters, record)
+
+
+def load_reference(
+    reference: str, abstract: Params, runs: str, say: Say, *, sha256: str | None = None
+) -> tuple[Params, dict[str, str]]:
+    """The weights with which a policy began, adapters merged, and what a checkpoint says of them.
+
+    Raises: ValueError where they are gone or others than before.
+    """
+    return _checked(find_origin(reference, runs, say), abstract, "that are this run's reference", sha256)
+
+
+def _checked(origin: Origin, abstract: Params, which: str, sha256: str | None) -> tuple[Params, dict[str, str]]:
+    params = origin.params(abstract)
     found = state_hash(params)
     if sha256 not in (None, found):
         raise ValueError(
-            f"init_from={reference}: these weights are no longer those on which the adapters were trained: their "
-            f"SHA-256 is {found[:12]} and was {str(sha256)[:12]}; put the original back"
+            f"init_from={origin.reference}: these weights are no longer those {which}: their SHA-256 is {found[:12]} "
+            f"and was {str(sha256)[:12]}; put the original back"
         )
-    record = {"origin": below.reference, "sha256": found}
-    return Base(adaptation.store(params), below.name, origin.adapters, record)
+    return params, {"origin": origin.reference, "sha256": found}
 
 
 def recorded_base(adaptation: Adaptation, checkpointer: Checkpointer, step: int, runs: str, say: Say) -> Base:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,7 +28,7 @@ from launch.assemble import (
     load_corpora,
     wait_for_all,
 )
-from launch.origins import Base, adopt, adopt_tokenizer, find_origin, load_base, recorded_base
+from launch.origins import Base, adopt, adopt_tokenizer, find_origin, load_base, load_reference, recorded_base
 from launch.run_folder import RunFolder, environment, refuse_drift, run_folder, write_whole
 from launch.writing import append_samples, write
 from models.cost import flops_per_token, num_params
@@ -39,7 +39,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.goodput import Ledger
 from trainer.loop import DONE, Hook, fit
 from trainer.metrics import TrainMetrics, peak
-from trainer.objective import Params
+from trainer.objective import REFERENCE, Params
 from trainer.optimizer import eval_params
 from trainer.plot import draw_loss
 from trainer.state import TrainState
@@ -71,13 +71,14 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             source = build_source(config, corpora, core)
             stack.callback(source.close)
             base = find_base(config, core, checkpointer)
+            frozen = find_frozen(config, core, checkpointer, base)
             start = begin(config, core, source, checkpointer, base)
             if is_chief():
                 folder.write_start(config, overrides)  # not before: a start that is refused changes nothing
                 if "step" in start.forgotten:
                     folder.set_metrics_aside()
             describe(config, core, start.line)
-        session = Session(config, folder, corpora, core, source, checkpointer, ledger, base)
+        session = Session(config, folder, corpora, core, source, checkpointer, ledger, frozen)
         return session.train(start)
 
 
@@ -149,6 +150,39 @@ def find_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> Base
     return load_base(core.adaptation, config.init_from, config.runs, say)
 
 
+class Frozen(NamedTuple):
+    """Models that a run only reads, and what its checkpoints say of them."""
+
+    models: dict[str, Any]
+    records: dict[str, dict[str, str]]
+
+
+def find_frozen(config: RunConfig, core: Core, checkpointer: Checkpointer, base: Base | None) -> Frozen:
+    """The base of adapters, and the reference of a loss that has one: what the run began with.
+
+    Raises: ValueError where the reference is not known, or is another than before.
+    """
+    models, records = frozen_models(base), {} if base is None else {BASE: base.record}
+    if not config.objective.needs_reference:
+        return Frozen(models, records)
+    step, known = checkpointer.latest_whole(), {}
+    if step is not None:
+        known = checkpointer.read_json(step, "config")[REFERENCE]
+    origin = known.get("origin") or config.init_from
+    if origin is None:
+        raise ValueError(
+            f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
+            "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
+        )
+    whole = core.abstract.params if core.adaptation is None else core.adaptation.whole
+    begins_there = base is not None and (known == base.record if known else base.start is None)
+    if base is not None and begins_there and config.adapter.base.name == "full":
+        params, record = base.params, base.record  # not twice in memory
+    else:
+        params, record = load_reference(origin, whole, config.runs, say, sha256=known.get("sha256"))
+    return Frozen(models | {REFERENCE: params}, records | {REFERENCE: record})
+
+
 def begin(
     config: RunConfig, core: Core, source: OfflineSource, checkpointer: Checkpointer, base: Base | None = None
 ) -> Start:
@@ -218,7 +252,7 @@ class Session:
     source: OfflineSource
     checkpointer: Checkpointer
     ledger: Ledger
-    base: Base | None = None  # of adapters
+    frozen: Frozen
 
     @property
     def task(self) -> TrainConfig:
@@ -263,7 +297,7 @@ class Session:
     def fit(self, state: TrainState, every_hook: list[Hook], report: Callable) -> tuple[TrainState, str]:
         # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
         with self.ledger.phase("compile"):
-            batch, frozen = self.core.place(self.first_rows()), frozen_models(self.base)
+            batch, frozen = self.core.place(self.first_rows()), self.frozen.models
             compiled = self.core.train_step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
         try:
             with self.ledger.phase("step"):
@@ -295,7 +329,7 @@ class Session:
     ) -> tuple[list[Hook], hooks.StopOnSignal, hooks.SaveEvery]:
         """All hooks in the order that is their meaning; the one that holds the signal handlers; the one that saves."""
         task, ledger, num_steps = self.task, self.ledger, self.task.num_steps
-        compute = build_evaluation(self.config, self.corpora, self.core, frozen_models(self.base))
+        compute = build_evaluation(self.config, self.corpora, self.core, self.frozen.models)
         average = jax.jit(eval_params)
         remembers: dict[str, hooks.Stateful] = {"metrics": metrics}
         every_hook: list[Hook] = []
@@ -338,7 +372,7 @@ class Session:
                 "run": to_plain(self.config),
                 "environment": environment(),
                 "mesh": dict(self.core.mesh.shape),
-                **({} if self.base is None else {"base": self.base.record}),
+                **self.frozen.records,
             },
             tokenizer=self.corpora.tokenizer.files(),
             ledger=ledger,
@@ -369,7 +403,7 @@ class Session:
             prompt = prompt or "Hello"
             given, stop = chat_ids(tokenizer, [{"role": "user", "content": prompt}]), text_after_turn(tokenizer)
         [(text, _)] = write(
-            self.core.plain(params, frozen_models(self.base)),
+            self.core.plain(params, self.frozen.models),
             self.core.model,
             tokenizer,
             [given],

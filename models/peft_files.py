@@ -50,8 +50,7 @@ def modules(config: ModelConfig, adapter: AdapterConfig, family: Family) -> list
                 f"adapter.targets: {path}: PEFT has no adapter for a part of {what}; export the merged model, "
                 "to=hf:FOLDER"
             )
-        [(_, pattern)] = rule.parts
-        groups, letters = groups_of(pattern), "".join(layout.sizes(rule, part))
+        groups, letters = groups_of(dict(rule.parts)[part]), "".join(layout.sizes(rule, part))
         ins = letters[: split(names).num_in]
         found += [
             Module(path, layout.name(rule, index).removesuffix(".weight"), index, groups[0] == ins)

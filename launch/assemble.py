@@ -201,7 +201,7 @@ class Core:
     train_step: TrainStep  # jitted, the state donated
     eval_step: EvalStep
     abstract: TrainState  # shapes and shardings
-    init_state: Callable[..., TrainState]  # of the frozen models, where adapters train
+    init_state: Callable[..., TrainState]  # of `frozen` models, where adapters train; or around given `params`
     adaptation: Adaptation | None  # None: the model's own parameters train
     rows: np.ndarray  # of the global batch, that this process feeds
     batch_size: int
@@ -258,6 +258,14 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     sharding = batch_sharding(mesh, config.sharding)
     abstract = abstract_state(init, optimizer, *reads, param_shardings=shardings)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)  # else the partitioner chooses one
+    fresh = partial(init_sharded_state, param_shardings=shardings)
+
+    def init_state(frozen: Mapping[str, Any] | None = None, params: Params | None = None) -> TrainState:
+        key = jax.random.key(config.seed)
+        if params is not None:
+            return fresh(lambda _, params: params, optimizer, key, params)
+        return fresh(init, optimizer, key, *((frozen or {})[BASE] for _ in reads))
+
     return Core(
         model=model,
         mesh=mesh,
@@ -267,13 +275,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
         eval_step=jax.jit(make_eval_step(objective, apply)),
         abstract=abstract,
-        init_state=lambda frozen=None: init_sharded_state(
-            init,
-            optimizer,
-            jax.random.key(config.seed),
-            *((frozen or {})[BASE] for _ in reads),
-            param_shardings=shardings,
-        ),
+        init_state=init_state,
         adaptation=adaptation,
         rows=process_rows(sharding, config.data.batch_size),
         batch_size=config.data.batch_size,

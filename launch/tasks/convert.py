@@ -74,9 +74,8 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         task=TrainConfig(),
     )
     core = build_core(config, tokenizer)
-    state = core.init_state()
     with progress_bar(f"reading {reference}") as progress:
-        state = dataclasses.replace(state, params=origin.params(core.abstract.params, progress))
+        state = core.init_state(params=origin.params(core.abstract.params, progress))
     differs = None  # of merged adapters: nothing there holds the sums
     if origin.checkpoint is not None:
         differs = first_difference(origin.checkpoint, origin.model, state.params)

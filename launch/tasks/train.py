@@ -190,24 +190,23 @@ def begin(
     step, run = checkpointer.latest_whole(), f"run {config.run!r}"
     frozen = frozen_models(base)
     if step is None:
-        state = core.init_state(frozen)
-        if base is not None:
-            if base.start is not None and core.adaptation is not None:
-                state = dataclasses.replace(state, params=base.start(core.adaptation))
+        if base is not None and core.adaptation is not None:
+            given = None if base.start is None else base.start(core.adaptation)
+            state = core.init_state(frozen, given)
             which = "new adapters" if base.start is None else f"the adapters of {config.init_from}"
             return Start(state, {}, [], f"{run}: begins with {which} on the weights of {base.name}")
         if config.init_from is None:
-            return Start(state, {}, [], f"{run}: begins")
+            return Start(core.init_state(), {}, [], f"{run}: begins")
         origin = find_origin(config.init_from, config.runs, say)
-        state = dataclasses.replace(state, params=origin.params(core.abstract.params))
+        # Averages and the like begin at these weights, not at random ones.
+        state = core.init_state(params=origin.params(core.abstract.params))
         return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")
     # A job that is started again with the same command must not forget again what it has learnt since.
     done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset
     reset = [] if done else config.reset
     if "optimizer" in reset:
-        fresh = core.init_state(frozen)
-        params = checkpointer.restore_params(step, core.abstract.params)
-        state = dataclasses.replace(fresh, params=params, step=fresh.step + step)
+        fresh = core.init_state(params=checkpointer.restore_params(step, core.abstract.params))
+        state = dataclasses.replace(fresh, step=fresh.step + step)
     else:
         state = checkpointer.restore(step, core.abstract).state
     if "data" not in reset:

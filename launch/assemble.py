@@ -63,6 +63,12 @@ def is_chief() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """One line to the user, from process 0 alone."""
+    if is_chief():
+        print(text, flush=True)
+
+
 # Data
 
 

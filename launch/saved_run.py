@@ -8,7 +8,7 @@ import jax
 from configs.schema import RunConfig, TrainConfig
 from data.tokenizer import from_files
 from data.tokenizer_contract import Tokenizer
-from launch.assemble import Core, build_core, is_chief
+from launch.assemble import Core, build_core, say
 from launch.origins import recorded_base
 from launch.run_folder import RunFolder, run_folder
 from models.config import Dtype
@@ -21,11 +21,6 @@ from trainer.state import TrainState
 
 # What a run makes of its records.
 OF_RECORDS = ("records", "loss_on", "overlong", "max_bad_share", "packing", "seq_len")
-
-
-def say(text: str) -> None:
-    if is_chief():
-        print(text, flush=True)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,9 @@ from models.config import (
     NormPlacement,
     Position,
     QKNorm,
-    RopeConfig,
-    RopeScaling,
     RouterScore,
 )
-
-HFConfig = Mapping[str, Any]  # the content of config.json
+from models.huggingface_rope import HFConfig, one_of, read_rope, write_rope
 
 ACTIVATIONS = {
     "silu": Activation.silu,
@@ -37,60 +34,11 @@ ACTIVATIONS = {
 }
 
 
-def _one_of(hf: HFConfig, *names: str, default: Any = None) -> Any:
-    return next((hf[name] for name in names if hf.get(name) is not None), default)
-
-
 def _activation(hf: HFConfig) -> Activation:
-    name = _one_of(hf, "hidden_activation", "hidden_act", "activation_function")
+    name = one_of(hf, "hidden_activation", "hidden_act", "activation_function")
     if name not in ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act={name}: must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def _rope(hf: HFConfig, *, latent: bool = False) -> RopeConfig:
-    found = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {})}
-    local = hf.get("rope_local_base_freq")
-    if "full_attention" in found:
-        local = (found.get("sliding_attention") or {}).get("rope_theta", local)
-        found = found["full_attention"]
-    kind = _one_of(found, "rope_type", "type", default="default")
-    kinds = {"default": "none", "su": "longrope"} | {kind.name: kind.name for kind in RopeScaling}
-    if kind not in kinds:
-        raise ValueError(f"config.json: rope_type={kind}: not supported; known: {', '.join(kinds)}")
-    for key in ("attention_factor",) if latent else ("attention_factor", "mscale", "mscale_all_dim"):
-        if found.get(key) is not None:
-            raise ValueError(f"config.json: {key}={found[key]} in the rope parameters: not supported")
-    mscale, mscale_all_dim = found.get("mscale") or 1.0, found.get("mscale_all_dim") or 0.0
-    if mscale_all_dim and not found.get("mscale"):
-        raise ValueError(f"config.json: mscale_all_dim={mscale_all_dim} without mscale: not supported")
-    defaults = RopeConfig()
-    fraction = float(_one_of(found, "partial_rotary_factor", default=hf.get("partial_rotary_factor") or 1.0))
-    if fraction < 1 and hf.get("model_type", "phi3") != "phi3":
-        raise ValueError(
-            f"config.json: partial_rotary_factor={fraction}: transformers heeds it in Phi-3 only, of these"
-        )
-    limit = hf.get("max_position_embeddings")
-    first = _one_of(found, "original_max_position_embeddings", default=hf.get("original_max_position_embeddings"))
-    first = limit if kind == "dynamic" else first or limit
-    stretched = limit / first if kinds[kind] == "longrope" and limit and first else 1.0
-    return RopeConfig(
-        theta=float(_one_of(found, "rope_theta", default=_one_of(hf, "rope_theta", default=10_000.0))),
-        local_theta=None if local is None else float(local),
-        fraction=fraction,
-        scaling=RopeScaling[kinds[kind]],
-        factor=float(_one_of(found, "factor", default=stretched)),
-        original_max_seq_len=defaults.original_max_seq_len if kinds[kind] in ("none", "linear") else int(first),
-        short_factors=[float(x) for x in found.get("short_factor") or []],
-        long_factors=[float(x) for x in found.get("long_factor") or []],
-        low_freq_factor=float(_one_of(found, "low_freq_factor", default=defaults.low_freq_factor)),
-        high_freq_factor=float(_one_of(found, "high_freq_factor", default=defaults.high_freq_factor)),
-        beta_fast=float(_one_of(found, "beta_fast", default=defaults.beta_fast)),
-        beta_slow=float(_one_of(found, "beta_slow", default=defaults.beta_slow)),
-        truncate=bool(found.get("truncate", True)),
-        mscale=float(mscale) if mscale_all_dim else 1.0,
-        mscale_all_dim=float(mscale_all_dim),
-    )
 
 
 def _pattern(hf: HFConfig) -> list[LayerKind]:
@@ -120,8 +68,8 @@ def read_common(hf: HFConfig, *, tied: bool = False, attention: Mapping[str, Any
     sliding = LayerKind.sliding in pattern
     fields: dict[str, Any] = dict(
         num_heads=heads,
-        num_kv_heads=_one_of(hf, "num_key_value_heads", default=heads),
-        head_dim=_one_of(hf, "head_dim", default=width // heads),
+        num_kv_heads=one_of(hf, "num_key_value_heads", default=heads),
+        head_dim=one_of(hf, "head_dim", default=width // heads),
         pattern=pattern,
         sliding_window=hf["sliding_window"] if sliding else AttentionConfig().sliding_window,
     )
@@ -132,7 +80,7 @@ def read_common(hf: HFConfig, *, tied: bool = False, attention: Mapping[str, Any
             vocab_size=hf["vocab_size"],
             max_seq_len=hf["max_position_embeddings"],
             norm_eps=hf["rms_norm_eps"],
-            rope=_rope(hf),
+            rope=read_rope(hf),
             attention=AttentionConfig(**(fields | dict(attention or {}))),
             mlp=MLPConfig(hf["intermediate_size"], activation=_activation(hf), bias=bool(hf.get("mlp_bias", False))),
             tied_embeddings=bool(hf.get("tie_word_embeddings", tied)),
@@ -206,7 +154,7 @@ def read_qwen3_moe(hf: HFConfig) -> ModelConfig:
             "first layers can be without experts"
         )
     experts = ExpertsConfig(
-        _one_of(hf, "num_experts", "num_local_experts"),
+        one_of(hf, "num_experts", "num_local_experts"),
         len(dense),
         hf["num_experts_per_tok"],
         hf["moe_intermediate_size"],
@@ -224,7 +172,7 @@ def read_olmoe(hf: HFConfig) -> ModelConfig:
     if hf.get("clip_qkv") is not None:
         raise ValueError(f"config.json: clip_qkv={hf['clip_qkv']}: not supported; only null is")
     experts = ExpertsConfig(
-        _one_of(hf, "num_experts", "num_local_experts"),
+        one_of(hf, "num_experts", "num_local_experts"),
         0,
         hf["num_experts_per_tok"],
         hf["intermediate_size"],
@@ -245,7 +193,7 @@ def read_gpt_oss(hf: HFConfig) -> ModelConfig:
         mlp=MLPConfig(
             width,
             activation=Activation.gelu_sigmoid,
-            clamp=float(_one_of(hf, "swiglu_limit", default=7.0)),
+            clamp=float(one_of(hf, "swiglu_limit", default=7.0)),
             up_offset=1.0,
         ),
         experts=ExpertsConfig(
@@ -286,7 +234,7 @@ def read_deepseek(hf: HFConfig) -> ModelConfig:
             balance=Balance.bias if third else Balance.loss,
         ),
     )
-    config.rope = _rope(hf, latent=True)
+    config.rope = read_rope(hf, latent=True)
     config.rope.interleaved = bool(hf.get("rope_interleave", True)) if third else True
     return config
 
@@ -305,39 +253,6 @@ def read_gpt2(hf: HFConfig) -> ModelConfig:
         mlp=MLPConfig(hf.get("n_inner") or 4 * width, gated=False, activation=_activation(hf), bias=True),
         tied_embeddings=bool(hf.get("tie_word_embeddings", True)),
     )
-
-
-def _write_rope(config: ModelConfig) -> dict[str, Any]:
-    """In the words of transformers 5 and in those before it, which other tools still read."""
-    rope, new = config.rope, {}
-    new = {"rope_type": "default", "rope_theta": rope.theta}
-    if rope.scaling is not RopeScaling.none:
-        new |= {"rope_type": rope.scaling.name, "factor": rope.factor}
-    if rope.scaling in (RopeScaling.llama3, RopeScaling.yarn, RopeScaling.longrope):
-        new["original_max_position_embeddings"] = rope.original_max_seq_len
-    if rope.scaling is RopeScaling.longrope:
-        new |= {"short_factor": rope.short_factors, "long_factor": rope.long_factors}
-    if rope.scaling is RopeScaling.llama3:
-        new |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.scaling is RopeScaling.yarn:
-        new |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if not rope.truncate:
-            new["truncate"] = False
-        if rope.mscale_all_dim:
-            new |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
-    old = {k: v for k, v in new.items() if k != "rope_theta"} if rope.scaling is not RopeScaling.none else None
-    if rope.fraction != 1:
-        new["partial_rotary_factor"] = rope.fraction
-    written: dict[str, Any] = {"rope_parameters": new, "rope_theta": rope.theta, "rope_scaling": old}
-    if rope.fraction != 1:
-        written["partial_rotary_factor"] = rope.fraction
-    if rope.scaling is RopeScaling.longrope:  # where Phi-3's own class looks for it
-        written["original_max_position_embeddings"] = rope.original_max_seq_len
-    if rope.local_theta is not None:
-        local = {"rope_type": "default", "rope_theta": rope.local_theta}
-        written["rope_parameters"] = {"full_attention": new, "sliding_attention": local}
-        written["rope_local_base_freq"] = rope.local_theta
-    return written
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
@@ -359,7 +274,7 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_embeddings,
         "attention_bias": a.qkv_bias,
         "sliding_window": a.sliding_window if sliding else None,
-        **_write_rope(config),
+        **write_rope(config),
     }
 
 

@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict shapes, no network, and one compilation cache for the whole suite."""
 
+import json
 import os
 import tempfile
 
@@ -14,5 +15,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def measured():
+    """`measured(group, name, figure=value)`: how far a test was from its oracle, for `benchmarks/parity.py`'s table."""
+
+    def note(group: str, name: str, **figures: float) -> None:
+        if path := os.environ.get("MESHWRIGHT_PARITY"):
+            row = {"group": group, "name": name, **{key: float(value) for key, value in figures.items()}}
+            with open(path, "a") as file:  # one short write: workers do not cut each other's lines
+                file.write(json.dumps(row) + "\n")
+
+    return note

@@ -17,11 +17,11 @@ from data.chat import configured
 from data.tokenizer import TokenizerConfig, save_tokenizer
 from data.tokenizer_contract import PROBES
 from data.tokenizer_gguf import write_tokenizer as tokenizer_header
-from launch.assemble import build_core, is_chief, wait_for_all
+from launch.assemble import build_core, is_chief, say, wait_for_all
 from launch.origins import find_origin, published_kind, with_changes
 from launch.published import write_tokenizer
 from launch.run_folder import environment, run_folder
-from launch.saved_run import SavedRun, open_run, say
+from launch.saved_run import SavedRun, open_run
 from models import gguf_files, peft_files
 from models.config import ModelConfig
 from models.cost import num_params

@@ -8,8 +8,8 @@ from pathlib import Path
 from configs.schema import EvaluateConfig, Format, RunConfig
 from data.problems import Problem, read_problems
 from data.tokenizer_contract import Tokenizer
-from launch.assemble import build_evaluation, is_chief, load_corpora
-from launch.saved_run import SavedRun, open_run, say
+from launch.assemble import build_evaluation, is_chief, load_corpora, say
+from launch.saved_run import SavedRun, open_run
 from trainer.progress import progress_bar
 from trainer.scoring import Text, accuracy, make_score, score_texts
 

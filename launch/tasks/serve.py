@@ -10,7 +10,8 @@ import jax
 
 from configs.schema import RunConfig, ServeConfig
 from launch import exit_codes
-from launch.saved_run import SavedRun, open_run, say
+from launch.assemble import say
+from launch.saved_run import SavedRun, open_run
 from models.decode import Engine, EngineConfig, Request
 from models.sampling import SamplingConfig
 

@@ -110,14 +110,6 @@ def test_merging_in_f32_and_casting_once_is_closer_than_adding_what_was_cast():
     assert far(once) < far(twice)
 
 
-def test_the_base_is_kept_so_that_a_merge_is_undone_bit_for_bit():
-    adapter = AdapterConfig(Method.lora, rank=4)
-    axes, base, adapters, _ = parts(adapter)
-    before = jax.tree.map(np.array, base)
-    merged(adapter, axes, base, trained(adapters), jnp.dtype("bfloat16"))
-    jax.tree.map(np.testing.assert_array_equal, base, before)
-
-
 def test_targets_are_parts_of_names_or_patterns():
     axes = param_axes(PLAIN)
     chosen = lambda *targets: [

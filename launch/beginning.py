@@ -1,0 +1,160 @@
+"""What a run begins with: its newest checkpoint, other weights or none, and the models that it only reads."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from configs.schema import Resume, RunConfig
+from data.pipeline import OfflineSource
+from data.tokenizer import from_files, load_tokenizer, save_tokenizer
+from data.tokenizer_contract import first_difference
+from launch.assemble import Core, is_chief, say, wait_for_all
+from launch.origins import Base, find_origin, load_base, load_reference, recorded_base
+from launch.run_folder import RunFolder, refuse_drift
+from trainer.adapters import BASE
+from trainer.checkpoint import Checkpointer
+from trainer.objective import REFERENCE
+from trainer.state import TrainState
+
+
+def check_resume(config: RunConfig, folder: RunFolder, steps: list[int]) -> None:
+    """Raises: ValueError where `resume` forbids what there is, or a key changed that the checkpoints depend on."""
+    if not steps and config.resume is Resume.must:
+        raise ValueError(f"resume=must: {folder.checkpoints} holds no checkpoint; resume=auto begins afresh")
+    aside = sorted(p.name for p in folder.checkpoints.glob("*.superseded*")) if not steps else []
+    if aside:
+        raise ValueError(
+            f"{folder.checkpoints}: a reset was cut off before its first save; rename {aside[-1]} to "
+            f"{aside[-1].partition('.')[0]} to do it again, or give another run=NAME"
+        )
+    if steps and config.resume is Resume.never:
+        raise ValueError(
+            f"resume=never: the run {folder.name!r} has checkpoints up to step {steps[-1]}; give another run=NAME, "
+            "or resume=auto to go on with it"
+        )
+    if steps and folder.config.exists():
+        refuse_drift(folder.saved_config(), config, folder.name)
+
+
+def recall_tokenizer(folder: RunFolder, checkpointer: Checkpointer) -> None:
+    """The tokenizer of the checkpoint that the run goes on from, where its folder has none.
+
+    Raises: ValueError where the folder holds another one.
+    """
+    step = checkpointer.latest_whole()
+    if step is None:
+        return
+    saved, there = from_files(checkpointer.read_tokenizer(step)), load_tokenizer(folder.tokenizer)
+    difference = None if there is None else first_difference(saved, there)
+    if difference is not None:
+        raise ValueError(
+            f"{folder.tokenizer}: its {difference} is not that of the checkpoint of step {step}, which was trained "
+            "with another; delete this folder to take the checkpoint's"
+        )
+    wait_for_all("tokenizer compared")
+    if there is None and is_chief():
+        save_tokenizer(saved, folder.tokenizer)
+    wait_for_all("tokenizer recalled")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on from."""
+
+    state: TrainState
+    remembered: dict[str, Any]  # by hooks
+    forgotten: list[str]  # by `reset`
+    line: str  # says what was done
+
+
+def find_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> Base | None:
+    """The frozen weights below adapters: those that the newest checkpoint names, else those of `init_from`.
+
+    Raises: ValueError where there are none, or others than before.
+    """
+    if core.adaptation is None:
+        return None
+    step = checkpointer.latest_whole()
+    if step is not None:
+        return recorded_base(core.adaptation, checkpointer, step, config.runs, say)
+    if config.init_from is None:
+        raise ValueError(
+            f"adapter.method={config.adapter.method.name}: adapters stand on trained weights; name them with "
+            "init_from=RUN or init_from=hf:FOLDER"
+        )
+    return load_base(core.adaptation, config.init_from, config.runs, say)
+
+
+class Frozen(NamedTuple):
+    """Models that a run only reads, and what its checkpoints say of them."""
+
+    models: dict[str, Any]
+    records: dict[str, dict[str, str]]
+
+
+def find_frozen(config: RunConfig, core: Core, checkpointer: Checkpointer, base: Base | None) -> Frozen:
+    """The base of adapters, and the reference of a loss that has one: what the run began with.
+
+    Raises: ValueError where the reference is not known, or is another than before.
+    """
+    models, records = frozen_models(base), {} if base is None else {BASE: base.record}
+    if not config.objective.needs_reference:
+        return Frozen(models, records)
+    step, known = checkpointer.latest_whole(), {}
+    if step is not None:
+        known = checkpointer.read_json(step, "config")[REFERENCE]
+    origin = known.get("origin") or config.init_from
+    if origin is None:
+        raise ValueError(
+            f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
+            "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
+        )
+    whole = core.abstract.params if core.adaptation is None else core.adaptation.whole
+    begins_there = base is not None and (known == base.record if known else base.start is None)
+    if base is not None and begins_there and config.adapter.base.name == "full":
+        params, record = base.params, base.record  # not twice in memory
+    else:
+        params, record = load_reference(origin, whole, config.runs, say, sha256=known.get("sha256"))
+    return Frozen(models | {REFERENCE: params}, records | {REFERENCE: record})
+
+
+def begin(
+    config: RunConfig, core: Core, source: OfflineSource, checkpointer: Checkpointer, base: Base | None = None
+) -> Start:
+    """Fresh, from the weights of `init_from`, or from the newest whole checkpoint; moves the source there."""
+    step, run = checkpointer.latest_whole(), f"run {config.run!r}"
+    frozen = frozen_models(base)
+    if step is None:
+        if base is not None and core.adaptation is not None:
+            given = None if base.start is None else base.start(core.adaptation)
+            state = core.init_state(frozen, given)
+            which = "new adapters" if base.start is None else f"the adapters of {config.init_from}"
+            return Start(state, {}, [], f"{run}: begins with {which} on the weights of {base.name}")
+        if config.init_from is None:
+            return Start(core.init_state(), {}, [], f"{run}: begins")
+        origin = find_origin(config.init_from, config.runs, say)
+        # Averages and the like begin at these weights, not at random ones.
+        state = core.init_state(params=origin.params(core.abstract.params))
+        return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")
+    # A job that is started again with the same command must not forget again what it has learnt since.
+    done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset
+    reset = [] if done else config.reset
+    if "optimizer" in reset:
+        fresh = core.init_state(params=checkpointer.restore_params(step, core.abstract.params))
+        state = dataclasses.replace(fresh, step=fresh.step + step)
+    else:
+        state = checkpointer.restore(step, core.abstract).state
+    if "data" not in reset:
+        source.set_state(checkpointer.read_json(step, "source"))
+    remembered = checkpointer.read_json(step, "extra")
+    if "step" in reset:
+        # Later steps would stand in the way of those to come; they stay beside them under another name.
+        state, remembered = dataclasses.replace(state, step=state.step * 0), {}
+        checkpointer.set_aside_newer(0)
+    without = f", without its {' and '.join(reset)}" if reset else ""
+    already = f" (reset=[{','.join(config.reset)}] was done before)" if config.reset and done else ""
+    return Start(state, remembered, reset, f"{run}: resumes at step {step}{without}{already}")
+
+
+def frozen_models(base: Base | None) -> dict[str, Any]:
+    return {} if base is None else {BASE: base.params}

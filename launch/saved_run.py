@@ -9,13 +9,13 @@ from configs.schema import RunConfig, TrainConfig
 from data.tokenizer import from_files
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import Core, build_core, say
-from launch.origins import recorded_base
+from launch.origins import load_reference, recorded_base
 from launch.run_folder import RunFolder, run_folder
 from models.config import Dtype
 from models.lora import AdapterConfig
 from trainer.checkpoint import Checkpointer
 from trainer.mesh import MeshConfig
-from trainer.objective import Params
+from trainer.objective import REFERENCE, Params
 from trainer.optimizer import eval_params
 from trainer.state import TrainState
 
@@ -43,6 +43,15 @@ class SavedRun:
             return self.trained_params()
         base = recorded_base(adaptation, self.checkpointer, self.step, self.config.runs, say)
         return adaptation.merge(base.params, self.trained_params())
+
+    def frozen(self) -> dict[str, Params]:
+        """The models that the run's loss only reads, the adapters' base aside."""
+        if not self.config.objective.needs_reference:
+            return {}
+        known = self.checkpointer.read_json(self.step, "config")[REFERENCE]
+        whole = self.core.abstract.params
+        params, _ = load_reference(known["origin"], whole, self.config.runs, say, sha256=known["sha256"])
+        return {REFERENCE: params}
 
     def trained_params(self) -> Params:
         """What the run trains: its adapters, where it has any."""

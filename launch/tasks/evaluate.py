@@ -88,14 +88,15 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     corpora = load_corpora(merged, saved.folder, (lambda text: None) if quiet else say)
     if not corpora.heldout:
         raise ValueError("data: no source holds out text; set data.sources.NAME.heldout_fraction above 0")
-    found = build_evaluation(merged, corpora, saved.core)(saved.params())
+    found = build_evaluation(merged, corpora, saved.core, saved.frozen())(saved.params())
     if not is_chief():
         return 0
     if quiet:
         print(json.dumps({"run": saved.folder.name, "step": saved.step, **found}, indent=2))
     else:
         print(f"run {saved.folder.name!r} at step {saved.step}")
-        columns = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens")
+        rewards = sorted({key.rpartition("/")[2] for key in found if "/reward_" in key})
+        columns = ("loss", "perplexity", "bits_per_byte", "accuracy", *rewards, "tokens")
         rows = {
             source or "all": {
                 c: found[key] for c in columns if (key := f"eval/{source}/{c}".replace("//", "/")) in found

@@ -67,6 +67,15 @@ def test_the_margin_of_held_out_pairs_grows_from_nothing(home):
     assert {entry["first"].split(":")[0] for entry in bad.values()} == {"line 49", "line 50", "line 51", "line 52"}
 
 
+def test_evaluation_finds_the_reference_again(home):
+    last = json.loads((home / "runs" / "a" / "summary.json").read_text())["evaluation"]
+    found = json.loads(meshwright(home, "evaluate", "run=a", "format=json")[0])
+    for key in ("eval/loss", "eval/reward_margin", "eval/reward_accuracy"):
+        assert found[key] == pytest.approx(last[key], rel=1e-5), key
+    out, _ = meshwright(home, "evaluate", "run=a")
+    assert "reward margin" in out
+
+
 def test_a_run_that_stops_and_goes_on_keeps_its_reference(home):
     for until in (4, STEPS):
         out, _ = meshwright(home, "train", "run=stopped", *DPO, f"task.num_steps={until}")

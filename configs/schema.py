@@ -36,6 +36,7 @@ from models.lora import AdapterConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
+from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.optimizer import (
@@ -185,6 +186,7 @@ class RunConfig:
     devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
     resume: Resume = Resume.auto
     init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or peft:FOLDER
+    init_layers: list[int] = field(default_factory=list)  # of these weights take only these layers, in this order
     reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
     source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
     step: int | None = None  # evaluate, generate, serve, inspect: the checkpoint; null: the newest
@@ -234,7 +236,7 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "model": {"transformer": ModelConfig},
     "adapter": {"adapter": AdapterConfig},
-    "objective": {"next_token": NextTokenConfig, "preference": PreferenceConfig},
+    "objective": {"next_token": NextTokenConfig, "preference": PreferenceConfig, "distillation": DistillationConfig},
     "optimizer": {
         "adamw": AdamWConfig,
         "adafactor": AdafactorConfig,

@@ -35,6 +35,7 @@ from models.transformer import Apply, abstract_params, init_params, make_apply, 
 from trainer.adapters import BASE, Adaptation, Adapted, Shard
 from trainer.evaluate import evaluate_sources
 from trainer.mesh import (
+    ShardingRules,
     batch_sharding,
     check_batch,
     make_constrain,
@@ -201,6 +202,7 @@ class Core:
 
     model: ModelConfig
     mesh: Mesh
+    rules: ShardingRules
     constrain: Constrain
     apply: Apply
     objective: Objective
@@ -275,6 +277,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     return Core(
         model=model,
         mesh=mesh,
+        rules=config.sharding,
         constrain=constrain,
         apply=apply,
         objective=objective,

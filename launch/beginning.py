@@ -7,13 +7,21 @@ from typing import Any, NamedTuple
 from configs.schema import Resume, RunConfig
 from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
-from data.tokenizer_contract import first_difference
+from data.tokenizer_contract import Tokenizer, first_difference
 from launch.assemble import Core, is_chief, say, wait_for_all
-from launch.origins import Base, find_origin, load_base, load_reference, recorded_base
+from launch.origins import (
+    Base,
+    find_origin,
+    load_base,
+    load_reference,
+    load_teacher,
+    recorded_base,
+    with_layers,
+)
 from launch.run_folder import RunFolder, refuse_drift
 from trainer.adapters import BASE
 from trainer.checkpoint import Checkpointer
-from trainer.objective import REFERENCE
+from trainer.objective import REFERENCE, TEACHER
 from trainer.state import TrainState
 
 
@@ -74,6 +82,8 @@ def find_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> Base
     """
     if core.adaptation is None:
         return None
+    if config.init_layers:
+        raise ValueError(f"init_layers={config.init_layers}: adapters stand on all layers of their base; leave it out")
     step = checkpointer.latest_whole()
     if step is not None:
         return recorded_base(core.adaptation, checkpointer, step, config.runs, say)
@@ -92,30 +102,42 @@ class Frozen(NamedTuple):
     records: dict[str, dict[str, str]]
 
 
-def find_frozen(config: RunConfig, core: Core, checkpointer: Checkpointer, base: Base | None) -> Frozen:
-    """The base of adapters, and the reference of a loss that has one: what the run began with.
+def find_frozen(
+    config: RunConfig, core: Core, checkpointer: Checkpointer, tokenizer: Tokenizer, base: Base | None
+) -> Frozen:
+    """The base of adapters, the reference of a loss that has one, which is what the run began with, and its teacher.
 
-    Raises: ValueError where the reference is not known, or is another than before.
+    Raises: ValueError where one of them is not known, or is another than before.
     """
     models, records = frozen_models(base), {} if base is None else {BASE: base.record}
-    if not config.objective.needs_reference:
-        return Frozen(models, records)
-    step, known = checkpointer.latest_whole(), {}
-    if step is not None:
-        known = checkpointer.read_json(step, "config")[REFERENCE]
+    step = checkpointer.latest_whole()
+    known = {} if step is None else checkpointer.read_json(step, "config")
+    if config.objective.needs_reference:
+        models[REFERENCE], records[REFERENCE] = _reference(config, core, known.get(REFERENCE, {}), base)
+    if config.objective.teacher_name is not None:
+        record = known.get(TEACHER, {})
+        name = record.get("origin", config.objective.teacher_name)
+        taught = load_teacher(name, tokenizer, core, config.runs, say, sha256=record.get("sha256"))
+        models[TEACHER], records[TEACHER] = taught
+    return Frozen(models, records)
+
+
+def _reference(config: RunConfig, core: Core, known: dict[str, str], base: Base | None) -> tuple[Any, dict[str, str]]:
     origin = known.get("origin") or config.init_from
     if origin is None:
         raise ValueError(
             f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
             "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
         )
-    whole = core.abstract.params if core.adaptation is None else core.adaptation.whole
+    if config.init_layers:
+        raise ValueError(
+            f"init_layers={config.init_layers}: the reference of a policy is all of init_from; leave it out"
+        )
     begins_there = base is not None and (known == base.record if known else base.start is None)
     if base is not None and begins_there and config.adapter.base.name == "full":
-        params, record = base.params, base.record  # not twice in memory
-    else:
-        params, record = load_reference(origin, whole, config.runs, say, sha256=known.get("sha256"))
-    return Frozen(models | {REFERENCE: params}, records | {REFERENCE: record})
+        return base.params, base.record  # not twice in memory
+    whole = core.abstract.params if core.adaptation is None else core.adaptation.whole
+    return load_reference(origin, whole, config.runs, say, sha256=known.get("sha256"))
 
 
 def begin(
@@ -132,7 +154,7 @@ def begin(
             return Start(state, {}, [], f"{run}: begins with {which} on the weights of {base.name}")
         if config.init_from is None:
             return Start(core.init_state(), {}, [], f"{run}: begins")
-        origin = find_origin(config.init_from, config.runs, say)
+        origin = with_layers(find_origin(config.init_from, config.runs, say), config.init_layers)
         # Averages and the like begin at these weights, not at random ones.
         state = core.init_state(params=origin.params(core.abstract.params))
         return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import yaml
 
 from configs.schema import RunConfig, validate
 from data.chat import configured
 from data.tokenizer import SentencePieceConfig, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
-from data.tokenizer_contract import TEMPLATE, Tokenizer
+from data.tokenizer_contract import TEMPLATE, Tokenizer, fingerprint
 from data.tokenizer_gguf import read_tokenizer
-from launch.assemble import MADE_OF, is_chief, wait_for_all
+from launch.assemble import MADE_OF, Core, is_chief, wait_for_all
 from launch.run_folder import RunFolder
 from models.config import ModelConfig
 from models.gguf_files import File
@@ -25,12 +26,12 @@ from models.huggingface import family_of
 from models.huggingface_files import BESIDE, Checkpoint, Folder, load_params
 from models.lora import AdapterConfig
 from models.peft_files import Folder as AdapterFolder
-from models.transformer import param_axes
+from models.transformer import abstract_params, make_apply, param_axes, stacks
 from trainer.adapters import Adaptation
 from trainer.checkpoint import Checkpointer
 from trainer.digest import state_hash
 from trainer.mesh import param_shardings, replicated
-from trainer.objective import Params
+from trainer.objective import FrozenModel, Params
 
 Say = Callable[[str], None]
 
@@ -117,12 +118,67 @@ def load_reference(
     return _checked(find_origin(reference, runs, say), abstract, "that are this run's reference", sha256)
 
 
-def _checked(origin: Origin, abstract: Params, which: str, sha256: str | None) -> tuple[Params, dict[str, str]]:
+def load_teacher(
+    reference: str, tokenizer: Tokenizer, core: Core, runs: str, say: Say, *, sha256: str | None = None
+) -> tuple[FrozenModel, dict[str, str]]:
+    """A model to learn from, on the run's mesh, and what a checkpoint says of it.
+
+    Raises: ValueError where it is gone or another than before, and where its tokens are not the run's.
+    """
+    key = "objective.teacher"
+    origin = find_origin(reference, runs, say, key=key)
+    if fingerprint(origin.tokenizer()) != fingerprint(tokenizer):
+        raise ValueError(
+            f"{key}={reference}: its tokenizer is not this run's, so that its probabilities are those of other tokens; "
+            f"begin with its weights or take its tokenizer: init_from={reference}"
+        )
+    model = replace(origin.model, vocab_size=origin.model.vocab_size or tokenizer.vocab_size)
+    shapes, axes = abstract_params(model), param_axes(model)
+    shardings = param_shardings(axes, shapes, core.mesh, core.rules)
+    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    params, record = _checked(origin, jax.tree.map(put, shapes, shardings), "of this run's teacher", sha256, key=key)
+    return FrozenModel(params, make_apply(model, core.constrain), tokenizer.vocab_size), record
+
+
+def with_layers(origin: Origin, layers: list[int]) -> Origin:
+    """The origin with only these of its layers, in this order; all where none are named.
+
+    Raises: ValueError for layers that it has not.
+    """
+    if not layers:
+        return origin
+    model, n = origin.model, origin.model.num_layers
+    wrong = [i for i in layers if not 0 <= i < n]
+    if wrong:
+        raise ValueError(f"init_layers={layers}: {origin.name} has the layers 0 to {n - 1}, and no {wrong[0]}")
+    if len(stacks(model)) > 1:
+        raise ValueError(f"init_layers={layers}: {origin.name} has layers of two kinds, which cannot be thinned out")
+    cut = lambda pattern: [pattern[i % len(pattern)] for i in layers]
+    thin = replace(
+        model,
+        num_layers=len(layers),
+        attention=replace(model.attention, pattern=cut(model.attention.pattern)),
+        rope=replace(model.rope, pattern=cut(model.rope.pattern)),
+    )
+
+    def params(abstract: Params, *progress: Any) -> Params:
+        deep = lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+        whole = origin.params({**abstract, "layers": jax.tree.map(deep, abstract["layers"])}, *progress)
+        take = lambda tree: {**tree, "layers": jax.tree.map(lambda x: x[np.array(layers)], tree["layers"])}
+        return jax.jit(take, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(whole)
+
+    name = f"{origin.name}, {len(layers)} of its {n} layers"
+    return replace(origin, name=name, model=thin, params=params, checkpoint=None)
+
+
+def _checked(
+    origin: Origin, abstract: Params, which: str, sha256: str | None, *, key: str = "init_from"
+) -> tuple[Params, dict[str, str]]:
     params = origin.params(abstract)
     found = state_hash(params)
     if sha256 not in (None, found):
         raise ValueError(
-            f"init_from={origin.reference}: these weights are no longer those {which}: their SHA-256 is {found[:12]} "
+            f"{key}={origin.reference}: these weights are no longer those {which}: their SHA-256 is {found[:12]} "
             f"and was {str(sha256)[:12]}; put the original back"
         )
     return params, {"origin": origin.reference, "sha256": found}
@@ -221,7 +277,7 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
         before = folder.saved_config()
         model, tokenizer, adapter = before.model, before.tokenizer, before.adapter
     else:
-        origin = find_origin(config.init_from, config.runs, say)
+        origin = with_layers(find_origin(config.init_from, config.runs, say), config.init_layers)
         model, tokenizer, adapter = origin.model, origin.tokenizer_config, origin.adapter
     if published_kind(config.init_from)[0] == "peft":
         if chosen := [key for key in named if key.partition(".")[0] == "adapter"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -9,13 +10,13 @@ from configs.schema import RunConfig, TrainConfig
 from data.tokenizer import from_files
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import Core, build_core, say
-from launch.origins import load_reference, recorded_base
+from launch.origins import load_reference, load_teacher, recorded_base
 from launch.run_folder import RunFolder, run_folder
 from models.config import Dtype
 from models.lora import AdapterConfig
 from trainer.checkpoint import Checkpointer
 from trainer.mesh import MeshConfig
-from trainer.objective import REFERENCE, Params
+from trainer.objective import REFERENCE, TEACHER, Params
 from trainer.optimizer import eval_params
 from trainer.state import TrainState
 
@@ -44,14 +45,17 @@ class SavedRun:
         base = recorded_base(adaptation, self.checkpointer, self.step, self.config.runs, say)
         return adaptation.merge(base.params, self.trained_params())
 
-    def frozen(self) -> dict[str, Params]:
+    def frozen(self) -> dict[str, Any]:
         """The models that the run's loss only reads, the adapters' base aside."""
-        if not self.config.objective.needs_reference:
-            return {}
-        known = self.checkpointer.read_json(self.step, "config")[REFERENCE]
-        whole = self.core.abstract.params
-        params, _ = load_reference(known["origin"], whole, self.config.runs, say, sha256=known["sha256"])
-        return {REFERENCE: params}
+        known, models = self.checkpointer.read_json(self.step, "config"), {}
+        if self.config.objective.needs_reference:
+            origin, sha256 = (known[REFERENCE][key] for key in ("origin", "sha256"))
+            whole = self.core.abstract.params
+            models[REFERENCE], _ = load_reference(origin, whole, self.config.runs, say, sha256=sha256)
+        if self.config.objective.teacher_name is not None:
+            origin, sha256 = (known[TEACHER][key] for key in ("origin", "sha256"))
+            models[TEACHER], _ = load_teacher(origin, self.tokenizer, self.core, self.config.runs, say, sha256=sha256)
+        return models
 
     def trained_params(self) -> Params:
         """What the run trains: its adapters, where it has any."""

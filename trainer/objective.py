@@ -8,7 +8,7 @@ and hosts: the step differentiates the sum and divides once by the global weight
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,6 +18,7 @@ from data.batch import TokenBatch
 from models.transformer import Apply
 
 Params = Any  # a nested dict of arrays
+TEACHER = "teacher"  # among the frozen models: a `FrozenModel` that is learnt from
 REFERENCE = "reference"  # among the frozen models: the weights that a policy began with
 Batch = TokenBatch  # any NamedTuple of arrays that share their leading batch dim
 
@@ -31,6 +32,16 @@ class Mean(NamedTuple):
     def value(self) -> jax.Array:
         """`total / weight`, and 0 where nothing was weighed."""
         return self.total / jax.numpy.maximum(self.weight, 1e-9)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FrozenModel:
+    """A model of its own that a loss only reads."""
+
+    params: Params
+    apply: Apply = field(metadata={"static": True})
+    vocab_size: int = field(metadata={"static": True})  # tokens that there are; rows beyond them are padding
 
 
 class Objective(Protocol):
@@ -57,6 +68,11 @@ class ObjectiveConfig:
     def needs_reference(self) -> bool:
         """Whether the loss reads the weights that the run began with, as the frozen model `REFERENCE`."""
         return False
+
+    @property
+    def teacher_name(self) -> str | None:
+        """What the loss learns from, as the frozen model `TEACHER`: a run or a published checkpoint."""
+        return None
 
     def build(self, token_bytes: np.ndarray | None) -> Objective:
         """`token_bytes` [V] i32: how many bytes of text each token stands for, for bits per byte."""

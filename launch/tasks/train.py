@@ -62,7 +62,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             source = build_source(config, corpora, core)
             stack.callback(source.close)
             base = find_base(config, core, checkpointer)
-            frozen = find_frozen(config, core, checkpointer, base)
+            frozen = find_frozen(config, core, checkpointer, corpora.tokenizer, base)
             start = begin(config, core, source, checkpointer, base)
             if is_chief():
                 folder.write_start(config, overrides)  # not before: a start that is refused changes nothing

@@ -6,7 +6,8 @@ again in the backward pass, where they are computed anew.
 Shape letters: B batch, L length, C chunk of the length, D model, V vocab.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,17 @@ def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> Toke
     chunking.
     """
     hidden_BLD, head_DV, soft_cap = output[:3]
+    return in_chunks(lambda x, targets: _chunk_logprobs(x, targets, head_DV, soft_cap), hidden_BLD, targets_BL, chunk)
+
+
+def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Array, chunk: int) -> Any:
+    """What `compute(hidden_BCD, targets_BC)` gives for C = `chunk` tokens of each row at a time, joined to [B, L].
+
+    `hidden_BLD` may be several arrays. Each chunk is computed anew in the backward pass.
+    """
     length = targets_BL.shape[1]
     if chunk >= length:
-        return _chunk_logprobs(hidden_BLD, targets_BL, head_DV, soft_cap)
+        return compute(hidden_BLD, targets_BL)
     num_chunks = -(-length // chunk)
 
     def split(x: jax.Array) -> jax.Array:
@@ -56,13 +65,13 @@ def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> Toke
         x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
         return x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def body(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, TokenLogprobs]:
-        return None, _chunk_logprobs(*part, head_DV, soft_cap)
+    def body(_: None, part: Any) -> tuple[None, Any]:
+        return None, compute(*part)
 
     # A scan keeps its steps apart, so the barriers against merging the recomputation with the first pass are
     # waste.
     body = jax.checkpoint(body, prevent_cse=False)
-    _, parts = jax.lax.scan(body, None, (split(hidden_BLD), split(targets_BL)))
+    _, parts = jax.lax.scan(body, None, jax.tree.map(split, (hidden_BLD, targets_BL)))
 
     def join(x: jax.Array) -> jax.Array:
         return x.swapaxes(0, 1).reshape(x.shape[1], num_chunks * chunk)[:, :length]

@@ -1,0 +1,66 @@
+"""Distillation from the command line: a student of some of its teacher's layers."""
+
+import json
+
+import pytest
+
+from tests.end_to_end.run import TINY, inspect, losses, meshwright
+
+STEPS = 10
+TEACHER = [*TINY, "source=[synthetic]", "model.num_layers=4", "task.num_steps=12"]
+STUDENT = [
+    *(a for a in TINY if not a.startswith(("model", "tokenizer"))),
+    "phase=distill", "source=[synthetic]", "objective.teacher=teacher", "init_from=teacher", "init_layers=[0,3]",
+    f"task.num_steps={STEPS}", "checkpoint.every=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distillation")
+    meshwright(folder, "train", "run=teacher", *TEACHER)
+    out, _ = meshwright(folder, "train", "run=a", *STUDENT)
+    assert "begins with the weights of teacher, step 12, 2 of its 4 layers" in out
+    return folder
+
+
+def test_the_student_comes_nearer_and_is_evaluated_against_its_teacher(home):
+    last = json.loads((home / "runs" / "a" / "summary.json").read_text())["evaluation"]
+    found = json.loads(meshwright(home, "evaluate", "run=a", "format=json")[0])
+    for key in ("eval/loss", "eval/divergence", "eval/teacher_nll", "eval/agreement"):
+        assert found[key] == pytest.approx(last[key], rel=1e-5), key
+    assert losses(home, "a")[STEPS] < losses(home, "a")[1]
+
+
+def test_a_run_that_stops_and_goes_on_keeps_its_teacher(home):
+    for until in (5, STEPS):
+        meshwright(home, "train", "run=stopped", *STUDENT, f"task.num_steps={until}")
+    assert losses(home, "stopped") == losses(home, "a")
+    mine, theirs = inspect(home, "stopped"), inspect(home, "a")
+    for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256"):
+        assert mine[key] == theirs[key], key
+
+
+def test_a_mesh_changes_nothing(home):
+    mesh = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_steps=4"]
+    meshwright(home, "train", "run=mesh", *STUDENT, *mesh)
+    for step, loss in losses(home, "mesh").items():
+        assert loss == pytest.approx(losses(home, "a")[step], rel=1e-5), step
+
+
+MISTAKES = {
+    "no teacher": (["objective.teacher=null"], "objective.teacher=null: name a run"),
+    "a teacher that is not there": (["objective.teacher=nobody"], "objective.teacher=nobody: there is no run"),
+    "other tokens": (
+        ["tokenizer=characters", "init_from=null", "init_layers=[]", "model=tiny"],
+        "its tokenizer is not",
+    ),
+    "a layer that is not there": (["init_layers=[0,4]"], "has the layers 0 to 3, and no 4"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=str)
+def test_mistakes_are_named(home, case):
+    changes, said = MISTAKES[case]
+    _, err = meshwright(home, "train", "run=wrong", *STUDENT, *changes, expect=2)
+    assert said in err

@@ -1,0 +1,147 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.batch import TokenBatch
+from models.config import Dtype, ModelConfig
+from models.transformer import init_params, make_apply
+from trainer.objective import TEACHER, FrozenModel
+from trainer.objectives.distillation import Distillation, DistillationConfig, Divergence, divergence
+from trainer.objectives.next_token import NextTokenConfig
+
+V, L = 40, 24
+STUDENT = ModelConfig(num_layers=1, embed_dim=32, vocab_size=V, dtype=Dtype.float32)
+OTHER = ModelConfig(num_layers=2, embed_dim=48, vocab_size=V + 8, dtype=Dtype.float32)  # wider, deeper, and padded
+PARAMS, TAUGHT = init_params(STUDENT, jax.random.key(0)), init_params(OTHER, jax.random.key(1))
+APPLY = make_apply(STUDENT)
+TEACHERS = {
+    "other": FrozenModel(TAUGHT, make_apply(OTHER), V),
+    "itself": FrozenModel(PARAMS, APPLY, V),
+}
+S, T = jnp.array([[[1.0, 2.0, 0.5]]]), jnp.array([[[2.0, 1.0, 0.0]]])
+
+
+def config(**changes) -> DistillationConfig:
+    return dataclasses.replace(DistillationConfig(teacher="t", weight=1.0), **changes)
+
+
+def batch(rows: int = 4) -> TokenBatch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, (rows, L)).astype(np.int32)
+    mask = (rng.random((rows, L)) < 0.7).astype(np.float32)
+    segments = np.repeat([[1] * (L // 2) + [2] * (L - L // 2)], rows, 0).astype(np.int32)
+    positions = np.tile(np.arange(L, dtype=np.int32) % (L // 2), (rows, 1))
+    return TokenBatch(tokens, np.roll(tokens, -1, 1), mask, segments, positions)
+
+
+def run(objective: Distillation, made: TokenBatch, params=PARAMS, teacher: str = "other"):
+    return objective.loss(APPLY, params, {TEACHER: TEACHERS[teacher]}, made, None)
+
+
+GOLDEN = [
+    (dict(divergence=Divergence.forward), 0.43226),
+    (dict(divergence=Divergence.reverse), 0.41067),
+    (dict(divergence=Divergence.jensen_shannon, beta=0.1), 0.03810),
+    (dict(divergence=Divergence.jensen_shannon, beta=0.5), 0.10121),
+    (dict(divergence=Divergence.jensen_shannon, beta=0.9), 0.03662),
+    (dict(temperature=2.0), 0.10462922),
+]
+
+
+@pytest.mark.parametrize("changes,want", GOLDEN, ids=str)
+def test_divergences_equal_their_golden_values(changes, want):
+    assert float(divergence(T, S, config(**changes))[0, 0]) == pytest.approx(want, abs=6e-6)
+
+
+@pytest.mark.parametrize("kind", Divergence, ids=lambda kind: kind.name)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind):
+    objective = config(divergence=kind, temperature=2.0).build(None)
+    grad = jax.grad(lambda params: run(objective, batch(), params, "itself")[0].total)(PARAMS)
+    assert float(run(objective, batch(), teacher="itself")[0].value()) == pytest.approx(0, abs=1e-6)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grad)) < 1e-4
+
+
+def test_without_weight_it_is_cross_entropy():
+    want, metrics = NextTokenConfig().build(None).loss(APPLY, PARAMS, {}, batch(), None)
+    found, ours = run(config(weight=0.0).build(None), batch())
+    assert float(found.value()) == pytest.approx(float(want.value()), rel=1e-6)
+    assert float(ours["nll"].value()) == pytest.approx(float(metrics["nll"].value()), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 24, 100])
+def test_chunks_change_neither_loss_nor_gradient(chunk):
+    value = lambda size: jax.value_and_grad(
+        lambda params: run(config(loss_chunk=size, weight=0.4, temperature=2.0).build(None), batch(), params)[0].total
+    )(PARAMS)
+    (one, grads), (other, others) = value(chunk), value(12)
+    assert float(one) == pytest.approx(float(other), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), grads, others)
+
+
+def test_what_is_masked_is_not_read():
+    made = batch()
+    other = made._replace(targets=np.where(made.loss_mask > 0, made.targets, 3))
+    objective = config(weight=0.5).build(None)
+    assert float(run(objective, made)[0].total) == float(run(objective, other)[0].total)
+    assert float(run(objective, made)[0].weight) == made.loss_mask.sum()
+
+
+def test_rows_add_up_over_microbatches():
+    objective, made = config(weight=0.5).build(None), batch()
+    parts = [TokenBatch(*(field[i : i + 2] for field in made)) for i in (0, 2)]
+    total = sum(float(run(objective, part)[0].total) for part in parts)
+    assert total == pytest.approx(float(run(objective, made)[0].total), rel=1e-6)
+
+
+def test_padding_of_the_vocabulary_has_no_part():
+    """A teacher's rows beyond the tokens that there are may hold anything."""
+    filled = {**TAUGHT, "embedding": TAUGHT["embedding"].at[V:].set(50.0)}
+    if "head" in TAUGHT:
+        filled["head"] = TAUGHT["head"].at[:, V:].set(50.0)
+    objective = config().build(None)
+    plain = run(objective, batch())[0].total
+    changed = objective.loss(APPLY, PARAMS, {TEACHER: FrozenModel(filled, make_apply(OTHER), V)}, batch(), None)[
+        0
+    ].total
+    assert float(plain) == float(changed)
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        ({"teacher": None}, "objective.teacher=null"),
+        ({"temperature": 0.0}, "objective.temperature=0.0: must be above 0"),
+        ({"beta": 1.0}, "objective.divergence=forward and reverse"),
+        ({"weight": 2.0}, "objective.weight=2.0: is a share"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        config(**changes).build(None)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_divergences_equal_those_of_trl(beta, measured):
+    torch = pytest.importorskip("torch")
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    rng = np.random.default_rng(0)
+    student, teacher = (rng.normal(0, 2, (3, 8, 50)).astype(np.float32) for _ in range(2))
+    given = torch.tensor(student, requires_grad=True)
+    loss = gkd.GKDTrainer.generalized_jsd_loss
+    want = loss(given, torch.tensor(teacher), beta=beta, temperature=1.5, reduction="sum")
+    want.backward()
+    kinds = {0.0: dict(divergence=Divergence.forward), 1.0: dict(divergence=Divergence.reverse)}
+    settings = config(temperature=1.5, **kinds.get(beta, dict(divergence=Divergence.jensen_shannon, beta=beta)))
+    found, grad = jax.value_and_grad(lambda x: divergence(jnp.asarray(teacher), x, settings).sum())(
+        jnp.asarray(student)
+    )
+    apart, far = abs(float(found) / float(want) - 1), float(np.abs(grad - given.grad.numpy()).max())
+    far /= float(np.abs(given.grad.numpy()).max())
+    assert apart < 1e-5 and far < 1e-4
+    name = settings.divergence.name + (f", beta {beta}" if 0 < beta < 1 else "")
+    measured("Divergences of distillation beside TRL", name, loss=apart, gradient=far)

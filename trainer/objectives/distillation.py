@@ -1,0 +1,132 @@
+"""Learning from a teacher's distribution over the next token (Hinton et al. 2015; Agarwal et al. 2023, GKD).
+
+P is the teacher's distribution and Q the student's, both of logits divided by the temperature.
+
+Shape letters: B batch, L length, C chunk of the length, D model, V vocab.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.batch import DTYPES, TokenBatch
+from models.layers import contract
+from models.transformer import Apply, Output
+from trainer.objective import TEACHER, FrozenModel, Mean, ObjectiveConfig, Params
+from trainer.objectives.auxiliary import auxiliary_terms
+from trainer.objectives.logprobs import in_chunks
+
+
+class Divergence(enum.Enum):
+    forward = "forward"  # KL(P | Q): the student covers all that the teacher may say
+    reverse = "reverse"  # KL(Q | P): the student says only what the teacher might
+    jensen_shannon = "jensen_shannon"  # b KL(P | M) + (1 - b) KL(Q | M) with M = b P + (1 - b) Q, b = objective.beta
+
+
+@dataclass
+class DistillationConfig(ObjectiveConfig):
+    """Its build checks the values."""
+
+    kind: str = "distillation"
+    teacher: str | None = None  # a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or gguf:FILE, with the run's own tokenizer
+    divergence: Divergence = Divergence.forward
+    beta: float = 0.5  # jensen_shannon; its ends are no other divergence, but 0
+    temperature: float = 1.0  # the divergence is multiplied by its square, so that gradients keep their size
+    weight: float = 0.5  # of the divergence; the rest is cross entropy with the text
+    loss_chunk: int = 128  # tokens of each row whose logits exist at once, the teacher's and the student's
+
+    @property
+    def teacher_name(self) -> str | None:
+        return self.teacher
+
+    def build(self, token_bytes: np.ndarray | None) -> "Distillation":
+        """Raises: ValueError naming the key of a value that cannot be."""
+        if not self.teacher:
+            raise ValueError("objective.teacher=null: name a run, hf:FOLDER or gguf:FILE to learn from")
+        if self.temperature <= 0:
+            raise ValueError(f"objective.temperature={self.temperature}: must be above 0; 1 leaves logits as they are")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"objective.weight={self.weight}: is a share, from 0 to 1")
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"objective.beta={self.beta}: must be above 0 and below 1; the ends are objective.divergence=forward "
+                "and reverse"
+            )
+        if self.loss_chunk < 1:
+            raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1")
+        return Distillation(self)
+
+
+class Found(NamedTuple):
+    """Per token, [B, L] f32."""
+
+    divergence: jax.Array
+    nll: jax.Array  # of the target under the student at temperature 1
+    teacher_nll: jax.Array
+    agreement: jax.Array  # 1 where the likeliest token is the same
+
+
+def divergence(teacher_BCV: jax.Array, student_BCV: jax.Array, config: DistillationConfig) -> jax.Array:
+    """[B, C] of logits, without the square of the temperature."""
+    p_BCV, q_BCV = (jax.nn.log_softmax(x / config.temperature, axis=-1) for x in (teacher_BCV, student_BCV))
+    kl = lambda a, b: jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+    if config.divergence is Divergence.forward:
+        return kl(p_BCV, q_BCV)
+    if config.divergence is Divergence.reverse:
+        return kl(q_BCV, p_BCV)
+    b = config.beta
+    m_BCV = jnp.logaddexp(p_BCV + np.log(b), q_BCV + np.log1p(-b))
+    return b * kl(p_BCV, m_BCV) + (1 - b) * kl(q_BCV, m_BCV)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Metrics beside the loss: `divergence`, `nll`, `teacher_nll`, `agreement` of the likeliest tokens."""
+
+    config: DistillationConfig
+
+    def loss(
+        self,
+        apply: Apply,
+        params: Params,
+        frozen: Mapping[str, Any],
+        batch: TokenBatch,
+        rng: jax.Array | None,
+    ) -> tuple[Mean, dict[str, Mean]]:
+        c, teacher = self.config, frozen[TEACHER]
+        assert isinstance(teacher, FrozenModel)
+        given = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
+        student = apply(params, batch.tokens, **given, rng=rng)
+        taught = jax.lax.stop_gradient(teacher.apply(teacher.params, batch.tokens, **given))
+
+        def compute(hidden: tuple[jax.Array, jax.Array], targets_BC: jax.Array) -> Found:
+            x_BCV = _logits(student, hidden[0], teacher.vocab_size)
+            t_BCV = jax.lax.stop_gradient(_logits(taught, hidden[1], teacher.vocab_size))
+            is_target = jax.lax.broadcasted_iota(targets_BC.dtype, x_BCV.shape, 2) == targets_BC[..., None]
+            nll = lambda z: jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(is_target, z, 0.0), axis=-1)
+            alike = (x_BCV.argmax(-1) == t_BCV.argmax(-1)).astype(jnp.float32)
+            return Found(divergence(t_BCV, x_BCV, c), nll(x_BCV), nll(t_BCV), alike)
+
+        hidden = student.hidden_BLD, taught.hidden_BLD
+        found: Found = in_chunks(compute, hidden, batch.targets, c.loss_chunk)
+        mask_BL = batch.loss_mask.astype(jnp.float32)
+        mean = lambda values_BL: Mean(jnp.sum(jnp.where(mask_BL > 0, values_BL * mask_BL, 0.0)), jnp.sum(mask_BL))
+        loss_BL = c.weight * c.temperature**2 * found.divergence + (1 - c.weight) * found.nll
+        added_BL, router = auxiliary_terms(student, loss_BL.shape)
+        metrics = {**found._asdict(), **router}
+        return mean(loss_BL + added_BL), {name: mean(values) for name, values in metrics.items()}
+
+    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
+        return TokenBatch(*(jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for dtype in DTYPES))
+
+
+def _logits(output: Output, hidden_BCD: jax.Array, vocab_size: int) -> jax.Array:
+    """[B, C, V] f32 over the tokens that there are: models of one family are padded to different sizes."""
+    x_BCV = contract("BCD,DV->BCV", hidden_BCD, output.head_DV[:, :vocab_size], jnp.dtype("float32"))
+    cap = output.logit_soft_cap
+    return x_BCV if cap is None else cap * jnp.tanh(x_BCV / cap)

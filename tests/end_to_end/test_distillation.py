@@ -52,7 +52,7 @@ MISTAKES = {
     "no teacher": (["objective.teacher=null"], "objective.teacher=null: name a run"),
     "a teacher that is not there": (["objective.teacher=nobody"], "objective.teacher=nobody: there is no run"),
     "other tokens": (
-        ["tokenizer=characters", "init_from=null", "init_layers=[]", "model=tiny"],
+        ["tokenizer=characters", "init_from=null", "init_layers=[]", "model=tiny", "run=other"],
         "its tokenizer is not",
     ),
     "a layer that is not there": (["init_layers=[0,4]"], "has the layers 0 to 3, and no 4"),

@@ -9,7 +9,7 @@ from data.batch import TokenBatch
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, logits, make_apply
 from trainer.objective import REFERENCE
-from trainer.objectives.preference import LOSSES, Loss, Pairs, PreferenceConfig, log1mexp
+from trainer.objectives.preference import LOSSES, FDivergence, Loss, Pairs, PreferenceConfig, log1mexp, scored
 
 PAIRS = Pairs(
     policy=jnp.array([[-10.0, -12.0], [-20.0, -18.0]]),
@@ -53,6 +53,18 @@ def test_losses_equal_their_golden_values(loss, changes):
     # The sorted losses have no pairs, only an order.
     order = np.sort if "aot" in loss.name else np.asarray
     np.testing.assert_allclose(order(found), order(GOLDEN[loss, changes]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind,want",
+    [
+        (FDivergence.forward_kl, (0.63115438, 0.80429878)),
+        (FDivergence.jensen_shannon, (0.66065216, 0.73598645)),
+        (FDivergence.reverse_kl, (0.62095705, 0.77095705)),
+    ],
+)
+def test_f_divergences_equal_their_golden_values(kind, want):
+    np.testing.assert_allclose(LOSSES[Loss.sigmoid](scored(PAIRS, kind), PreferenceConfig()), want, rtol=1e-5)
 
 
 def test_every_loss_has_a_golden_value():
@@ -181,6 +193,7 @@ def test_tokens_beyond_the_shorter_answer_may_count_less():
         ({"loss": Loss.exo}, "above 0 with exo"),
         ({"loss": Loss.ipo, "label_smoothing": 0.1}, "has no meaning for objective.loss=ipo"),
         ({"length_weight": 2.0}, "from 0 to 1"),
+        ({"loss": Loss.nca, "f_divergence": FDivergence.forward_kl}, "is for objective.loss=sigmoid.*not nca"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):

@@ -19,7 +19,7 @@ from models.huggingface import family_of  # noqa: E402
 from models.huggingface_files import Folder, load_params  # noqa: E402
 from models.transformer import abstract_params, make_apply  # noqa: E402
 from trainer.objective import REFERENCE  # noqa: E402
-from trainer.objectives.preference import LOSSES, Loss, Pairs, PreferenceConfig  # noqa: E402
+from trainer.objectives.preference import LOSSES, FDivergence, Loss, Pairs, PreferenceConfig  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]  # theirs
 
@@ -129,6 +129,14 @@ def test_loss_gradient_and_metrics_equal_those_of_trl(home, tmp_path, measured, 
 def test_length_desensitised_dpo_equals_that_of_trl(home, tmp_path, measured):
     config = PreferenceConfig(length_weight=0.4)
     compare(home, tmp_path, measured, "sigmoid, length_weight 0.4", config, loss_type=["sigmoid"], ld_alpha=0.4)
+
+
+@pytest.mark.parametrize("kind,theirs", [("forward_kl", "forward_kl"), ("jensen_shannon", "js_divergence")])
+@pytest.mark.parametrize("loss", [Loss.sigmoid, Loss.ipo], ids=lambda loss: loss.name)
+def test_f_divergences_equal_those_of_trl(home, tmp_path, measured, loss, kind, theirs):
+    config = PreferenceConfig(loss=loss, f_divergence=FDivergence[kind])
+    options = {"loss_type": [loss.name], "f_divergence_type": theirs}
+    compare(home, tmp_path, measured, f"{loss.name}, {kind}", config, **options)
 
 
 @pytest.mark.parametrize("loss", [Loss.simpo, Loss.cpo, Loss.orpo], ids=lambda loss: loss.name)

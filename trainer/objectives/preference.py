@@ -43,6 +43,15 @@ class Loss(enum.Enum):
     orpo = "orpo"  # odds per token, no reference; goes with nll_weight=1 [2403.07691]
 
 
+class FDivergence(enum.Enum):
+    """What keeps the policy near the reference [2309.16240]: it decides how log-ratios u count."""
+
+    reverse_kl = "reverse_kl"  # u
+    forward_kl = "forward_kl"  # 1 - e^-u
+    jensen_shannon = "jensen_shannon"  # log 2 + log sigmoid(u)
+
+
+OF_MARGINS = (Loss.sigmoid, Loss.robust, Loss.hinge, Loss.ipo, Loss.sigmoid_norm, Loss.exo, Loss.discopop)
 FREE_OF_REFERENCE = (Loss.simpo, Loss.cpo, Loss.orpo)
 
 
@@ -53,6 +62,7 @@ class PreferenceConfig(ObjectiveConfig):
     kind: str = "preference"
     loss: Loss = Loss.sigmoid
     beta: float = 0.1  # how far the policy may leave the reference: larger, less far
+    f_divergence: FDivergence = FDivergence.reverse_kl  # of losses of a margin: sigmoid, robust, hinge, ipo, exo, ...
     label_smoothing: float = 0.0  # share of labels taken for wrong: sigmoid, robust, exo, aot
     gamma: float = 1.0  # simpo: the margin to be reached, after beta
     tau: float = 0.05  # discopop: temperature of the modulation
@@ -76,6 +86,11 @@ class PreferenceConfig(ObjectiveConfig):
             )
         if smoothing and self.loss not in (Loss.sigmoid, Loss.robust, Loss.exo, Loss.aot, Loss.aot_unpaired):
             raise ValueError(f"objective.label_smoothing={smoothing}: has no meaning for objective.loss={name}; use 0")
+        if self.f_divergence is not FDivergence.reverse_kl and self.loss not in OF_MARGINS:
+            known = ", ".join(loss.name for loss in OF_MARGINS)
+            raise ValueError(
+                f"objective.f_divergence={self.f_divergence.name}: is for objective.loss={known}; not {name}"
+            )
         for key in ("beta", "tau"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"objective.{key}={getattr(self, key)}: must be above 0")
@@ -106,6 +121,15 @@ class Pairs(NamedTuple):
 
 def margin(values_BS: jax.Array) -> jax.Array:
     return values_BS[:, 0] - values_BS[:, 1]
+
+
+def scored(pairs: Pairs, kind: FDivergence) -> Pairs:
+    """The pairs with what their log-ratios count in the place of the policy, beside a reference of 0."""
+    if kind is FDivergence.reverse_kl:
+        return pairs
+    js = kind is FDivergence.jensen_shannon
+    score = (lambda u: np.log(2) + log_sigmoid(u)) if js else lambda u: 1 - jnp.exp(-u)
+    return pairs._replace(policy=score(pairs.ratios), reference=jnp.zeros_like(pairs.reference))
 
 
 def smoothed(z_B: jax.Array, smoothing: float) -> jax.Array:
@@ -253,7 +277,7 @@ class Preference:
         pairs = Pairs(policy_BS, reference_BS, mask_BSL.sum(-1))
         real_B = jnp.all(pairs.lengths > 0, axis=-1).astype(jnp.float32)
         mean = lambda values_B: Mean(jnp.sum(jnp.where(real_B > 0, values_B, 0.0)), jnp.sum(real_B))
-        loss_B = LOSSES[c.loss](pairs, c)
+        loss_B = LOSSES[c.loss](scored(pairs, c.f_divergence), c)
         if c.nll_weight:
             loss_B = loss_B + c.nll_weight * self._nll(policy, batch)
         reward_BS = c.beta * (pairs.per_token().policy if c.loss is Loss.simpo else pairs.ratios)

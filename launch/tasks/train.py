@@ -73,10 +73,15 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         return session.train(start)
 
 
+def tokens_per_step(config: RunConfig, core: Core) -> int:
+    """Of all rows, both sides of a pair included."""
+    return math.prod(core.objective.batch_spec(core.batch_size, config.data.seq_len).tokens.shape)
+
+
 def describe(config: RunConfig, core: Core, line: str) -> None:
     """What is about to run, in three lines."""
     shape = " x ".join(f"{axis} {size}" for axis, size in core.mesh.shape.items() if size > 1) or "one device"
-    tokens = config.data.batch_size * config.data.seq_len
+    tokens = tokens_per_step(config, core)
     parameters = num_params(core.model)["total"]
     kind = f"{jax.device_count()} {jax.devices()[0].platform} devices, {jax.process_count()} processes"
     say(line)
@@ -111,7 +116,7 @@ class Session:
         self.ledger.resume(first_step)
         adapters = None if self.core.adaptation is None else self.core.adaptation.num_trainable
         metrics = TrainMetrics(
-            tokens_per_step=self.core.batch_size * self.config.data.seq_len,
+            tokens_per_step=tokens_per_step(self.config, self.core),
             flops_per_token=flops_per_token(self.core.model, self.config.data.seq_len, adapters),
             peak=peak(self.core.model.dtype.name),
         )

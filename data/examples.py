@@ -16,7 +16,7 @@ import numpy as np
 from data.chat import encode_chat
 from data.conversations import BadRow, Conversation, count_bad, read_conversations
 from data.preferences import Pair, read_pairs
-from data.records import BadRecords
+from data.records import BadRecords, Record
 from data.sources import SourceConfig, Unit
 from data.tokenizer_contract import Tokenizer
 
@@ -60,6 +60,13 @@ class Example(NamedTuple):
     shortened: bool = False
 
 
+def read_said(
+    source: SourceConfig, unit: Unit, bad: BadRecords, records: Records
+) -> Iterator[tuple[Record, Conversation | Pair | str]]:
+    """Every usable record of a unit with the conversation, pair or text that it holds; the others are counted."""
+    return read_pairs(source, unit, bad) if records is Records.pairs else read_conversations(source, unit, bad)
+
+
 def read_examples(
     source: SourceConfig, unit: Unit, bad: BadRecords, tokenizer: Tokenizer, rules: Rules
 ) -> Iterator[tuple[Conversation | Pair | str, tuple[Example, ...]]]:
@@ -67,8 +74,7 @@ def read_examples(
 
     Raises: ValueError for a tokenizer without a chat template, at the first conversation.
     """
-    pairs = rules.records is Records.pairs
-    for record, said in read_pairs(source, unit, bad) if pairs else read_conversations(source, unit, bad):
+    for record, said in read_said(source, unit, bad, rules.records):
         if not isinstance(said, str) and tokenizer.chat_template is None:
             encode_chat(tokenizer, (said.chosen if isinstance(said, Pair) else said).messages)  # says what to do
         try:

@@ -18,10 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
 from data.chat import configured
-from data.conversations import read_conversations
-from data.examples import Records, texts_of
+from data.examples import Records, read_said, texts_of
 from data.pipeline import Mixture, OfflineSource, PackedRows, PairRows, heldout_batches, make_rows
-from data.preferences import read_pairs
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
@@ -43,6 +41,7 @@ from trainer.mesh import (
     param_shardings,
     place_batch,
     process_rows,
+    with_shardings,
 )
 from trainer.objective import Objective, Params
 from trainer.state import TrainState, abstract_state, init_sharded_state
@@ -132,8 +131,7 @@ def _documents(config: RunConfig) -> Iterator[str]:
 def _texts(source: SourceConfig, unit: Unit, bad: BadRecords, records: Records) -> Iterator[str]:
     if records is Records.documents:
         return source.read(unit, bad)
-    read = read_pairs if records is Records.pairs else read_conversations
-    return (text for _, found in read(source, unit, bad) for text in texts_of(found))
+    return (text for _, said in read_said(source, unit, bad, records) for text in texts_of(said))
 
 
 def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
@@ -296,8 +294,7 @@ def adapt(adapter: AdapterConfig, model: ModelConfig, shardings: Any, shard: Sha
     """How adapters stand on `model`; None where it trains itself. `shardings`: of its own parameters."""
     if not adapter.active:
         return None
-    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return Adaptation(adapter, param_axes(model), jax.tree.map(put, abstract_params(model), shardings), shard)
+    return Adaptation(adapter, param_axes(model), with_shardings(abstract_params(model), shardings), shard)
 
 
 def _token_bytes(model: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray | None:

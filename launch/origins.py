@@ -30,7 +30,7 @@ from models.transformer import abstract_params, make_apply, param_axes, stacks
 from trainer.adapters import Adaptation
 from trainer.checkpoint import Checkpointer
 from trainer.digest import state_hash
-from trainer.mesh import param_shardings, replicated
+from trainer.mesh import param_shardings, replicated, with_shardings
 from trainer.objective import FrozenModel, Params
 
 Say = Callable[[str], None]
@@ -135,8 +135,8 @@ def load_teacher(
     model = replace(origin.model, vocab_size=origin.model.vocab_size or tokenizer.vocab_size)
     shapes, axes = abstract_params(model), param_axes(model)
     shardings = param_shardings(axes, shapes, core.mesh, core.rules)
-    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    params, record = _checked(origin, jax.tree.map(put, shapes, shardings), "of this run's teacher", sha256, key=key)
+    abstract = with_shardings(shapes, shardings)
+    params, record = _checked(origin, abstract, "of this run's teacher", sha256, key=key)
     return FrozenModel(params, make_apply(model, core.constrain), tokenizer.vocab_size), record
 
 

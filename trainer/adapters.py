@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from models.lora import AdapterConfig, Base, adapted, adapter_axes, init_adapters, merged, stored_axes, stored_base
+from trainer.mesh import with_shardings
 from trainer.objective import Batch, Mean, Objective, Params
 
 BASE = "base"  # its name among the frozen models
@@ -32,7 +33,7 @@ class Adaptation:
         """Shapes and shardings of the base as it is kept."""
         shapes = jax.eval_shape(self._store, self.whole)
         # Of the scales of blocks there may be fewer than devices, where the weight itself can be cut.
-        return _with_shardings(shapes, self.shard(stored_axes(self.model_axes, shapes), shapes, strict=False))
+        return with_shardings(shapes, self.shard(stored_axes(self.model_axes, shapes), shapes, strict=False))
 
     @cached_property
     def axes(self) -> Params:
@@ -43,7 +44,7 @@ class Adaptation:
     def abstract(self) -> Params:
         """Shapes and shardings of the adapters."""
         shapes = jax.eval_shape(self.init, jax.random.key(0), self.stored)
-        return _with_shardings(shapes, self.shard(self.axes, shapes))
+        return with_shardings(shapes, self.shard(self.axes, shapes))
 
     def init(self, key: jax.Array, base: Params) -> Params:
         """Adapters that change nothing yet."""
@@ -79,11 +80,6 @@ class Adaptation:
 
 def _shardings(abstract: Params) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def _with_shardings(shapes: Params, shardings: Any) -> Params:
-    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.tree.map(put, shapes, shardings)
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,12 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of arrays or shapes as `jax.ShapeDtypeStruct`s that lie as `shardings` says."""
+    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(put, shapes, shardings)
+
+
 def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh, rules: ShardingRules) -> None:
     """Each microbatch must spread evenly over the mesh. Raises: ValueError with the nearest valid values."""
     axes = rules.axes_of("batch", "sharding")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from data.batch import TokenBatch
+from data.batch import DTYPES, TokenBatch
 from models.transformer import Apply
 
 Params = Any  # a nested dict of arrays
@@ -77,6 +77,11 @@ class ObjectiveConfig:
     def build(self, token_bytes: np.ndarray | None) -> Objective:
         """`token_bytes` [V] i32: how many bytes of text each token stands for, for bits per byte."""
         raise TypeError(f"objective.kind={self.kind}: choose one with objective=NAME")
+
+
+def token_spec(*shape: int) -> TokenBatch:
+    """Token batches whose fields have this shape, as `batch_spec` gives them."""
+    return TokenBatch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in DTYPES))
 
 
 class BatchSource(Protocol):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainer.mesh import replicated
+from trainer.mesh import replicated, with_shardings
 
 Params = Any  # a nested dict of arrays
 
@@ -44,11 +44,7 @@ def abstract_state(
     make = lambda key, *reads: make_state(init_params, optimizer, key, *reads)
     shapes = jax.eval_shape(make, jax.random.key(0), *reads)
     shardings = state_shardings(shapes, param_shardings)
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    return with_shardings(shapes, shardings)
 
 
 def init_sharded_state(

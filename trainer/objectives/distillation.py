@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.batch import DTYPES, TokenBatch
-from models.layers import contract
+from data.batch import TokenBatch
 from models.transformer import Apply, Output
-from trainer.objective import TEACHER, FrozenModel, Mean, ObjectiveConfig, Params
+from trainer.objective import TEACHER, FrozenModel, Mean, ObjectiveConfig, Params, token_spec
 from trainer.objectives.auxiliary import auxiliary_terms
-from trainer.objectives.logprobs import in_chunks
+from trainer.objectives.logprobs import chunk_logits, in_chunks
 
 
 class Divergence(enum.Enum):
@@ -122,11 +121,9 @@ class Distillation:
         return mean(loss_BL + added_BL), {name: mean(values) for name, values in metrics.items()}
 
     def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
-        return TokenBatch(*(jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for dtype in DTYPES))
+        return token_spec(batch_size, seq_len)
 
 
 def _logits(output: Output, hidden_BCD: jax.Array, vocab_size: int) -> jax.Array:
-    """[B, C, V] f32 over the tokens that there are: models of one family are padded to different sizes."""
-    x_BCV = contract("BCD,DV->BCV", hidden_BCD, output.head_DV[:, :vocab_size], jnp.dtype("float32"))
-    cap = output.logit_soft_cap
-    return x_BCV if cap is None else cap * jnp.tanh(x_BCV / cap)
+    """[B, C, V] over the tokens that there are: models of one family are padded to different sizes."""
+    return chunk_logits(hidden_BCD, output.head_DV[:, :vocab_size], output.logit_soft_cap)

@@ -25,13 +25,17 @@ class TokenLogprobs(NamedTuple):
     correct: jax.Array  # bool: the target is the most probable token
 
 
+def chunk_logits(hidden_BCD: jax.Array, head_DV: jax.Array, soft_cap: float | None) -> jax.Array:
+    """[B, C, V] f32."""
+    logits_BCV = contract("BCD,DV->BCV", hidden_BCD, head_DV, jnp.dtype("float32"))
+    return logits_BCV if soft_cap is None else soft_cap * jnp.tanh(logits_BCV / soft_cap)
+
+
 def _chunk_logprobs(
     hidden_BCD: jax.Array, targets_BC: jax.Array, head_DV: jax.Array, soft_cap: float | None
 ) -> TokenLogprobs:
     # The head's gradient comes back in its own f32, and is summed over chunks in it.
-    logits_BCV = contract("BCD,DV->BCV", hidden_BCD, head_DV, jnp.dtype("float32"))
-    if soft_cap is not None:
-        logits_BCV = soft_cap * jnp.tanh(logits_BCV / soft_cap)
+    logits_BCV = chunk_logits(hidden_BCD, head_DV, soft_cap)
     max_BC1 = jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1, keepdims=True))
     logsumexp_BC = jnp.log(jnp.sum(jnp.exp(logits_BCV - max_BC1), axis=-1)) + max_BC1[..., 0]
     # Compare and sum instead of a gather: it stays where the vocabulary is cut.

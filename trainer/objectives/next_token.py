@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.batch import DTYPES, TokenBatch
+from data.batch import TokenBatch
 from models.transformer import Apply
-from trainer.objective import Mean, ObjectiveConfig, Params
+from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
 from trainer.objectives.auxiliary import auxiliary_terms
 from trainer.objectives.logprobs import token_logprobs
 
@@ -84,4 +84,4 @@ class NextToken:
         return mean(loss_BL), metrics
 
     def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
-        return TokenBatch(*(jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for dtype in DTYPES))
+        return token_spec(batch_size, seq_len)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import log_sigmoid, sigmoid
 
-from data.batch import DTYPES, TokenBatch
+from data.batch import TokenBatch
 from models.moe import Auxiliary
 from models.transformer import Apply
-from trainer.objective import REFERENCE, Mean, ObjectiveConfig, Params
+from trainer.objective import REFERENCE, Mean, ObjectiveConfig, Params, token_spec
 from trainer.objectives.logprobs import TokenLogprobs, token_logprobs
 
 
@@ -318,4 +318,4 @@ class Preference:
         return jnp.where(place_BSL <= shorter_B11, 1.0, self.config.length_weight)
 
     def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
-        return TokenBatch(*(jax.ShapeDtypeStruct((batch_size, 2, seq_len), dtype) for dtype in DTYPES))
+        return token_spec(batch_size, 2, seq_len)

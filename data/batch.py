@@ -20,4 +20,20 @@ class TokenBatch(NamedTuple):
     positions: Array  # [B, L] i32: restart at 0 with each document
 
 
+class ValuedBatch(NamedTuple):
+    """Rows of several texts, as pairs are, with what is known of each beforehand."""
+
+    tokens: Array  # [B, S, L], as the fields of `TokenBatch`
+    targets: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
+    values: Array  # [B, S] f32
+
+
 DTYPES = TokenBatch(np.int32, np.int32, np.float32, np.int32, np.int32)
+
+
+def flat_rows(batch: TokenBatch | ValuedBatch) -> TokenBatch:
+    """Fields [B, S, L] as [B S, L]: a row of each text."""
+    return TokenBatch(*(field.reshape(-1, field.shape[-1]) for field in batch[:5]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.batch import DTYPES, TokenBatch
+from data.batch import DTYPES, TokenBatch, ValuedBatch
 from data.examples import LossOn, Overlong, Records, Rules
 from data.packing import Corpus, Packing, Piece, build_row, make_plan
 from data.sources import SourceConfig
@@ -31,6 +31,9 @@ class DataConfig:
     records: Records = Records.documents
     loss_on: LossOn = LossOn.assistant  # of conversations
     overlong: Overlong = Overlong.whole_turns  # conversations of more than seq_len tokens
+    classes: list[str] = field(default_factory=list)  # of labelled records, in the order of their numbers
+    margins: bool = False  # of pairs; the objective sets it, and the next key
+    negatives: int = 0  # of matches
     max_bad_share: float = 0.1  # of records that no example can be made of; with more, the run does not begin
     shuffle: bool = True  # rows, anew in each epoch
     epochs: float | None = None  # refuse to train longer than so many passes over the data; null: as often as needed
@@ -42,7 +45,8 @@ class DataConfig:
         """How records become examples; None where they are documents."""
         if self.records is Records.documents:
             return None
-        return Rules(self.loss_on, self.overlong, self.seq_len, self.records)
+        made = (tuple(self.classes), self.margins, self.negatives)
+        return Rules(self.loss_on, self.overlong, self.seq_len, self.records, *made)
 
 
 class PackedRows:
@@ -60,24 +64,29 @@ class PackedRows:
 
 
 class PairRows:
-    """The rows of one corpus of pairs: fields [2, L], 0 chosen and 1 rejected, each padded to a row."""
+    """The rows of one corpus of texts that stand together: fields [S, L], each text padded to a row.
 
-    def __init__(self, corpus: Corpus, *, seq_len: int):
-        self.corpus, self.seq_len = corpus, seq_len
+    Of pairs 0 is chosen and 1 rejected.
+    """
+
+    def __init__(self, corpus: Corpus, *, seq_len: int, sides: int = 2, valued: bool = False):
+        self.corpus, self.seq_len, self.sides, self.valued = corpus, seq_len, sides, valued
 
     def __len__(self) -> int:
-        return len(self.corpus.lengths) // 2
+        return len(self.corpus.lengths) // self.sides
 
-    def __getitem__(self, row: int) -> TokenBatch:
-        sides = (2 * int(row), 2 * int(row) + 1)
+    def __getitem__(self, row: int) -> TokenBatch | ValuedBatch:
+        sides = range(self.sides * int(row), self.sides * (int(row) + 1))
         whole = [[Piece(side, 0, int(self.corpus.lengths[side]))] for side in sides]
-        return stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
+        made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
+        return ValuedBatch(*made[:5], self.corpus.values(sides)) if self.valued else made
 
 
 def make_rows(corpus: Corpus, config: DataConfig, seed: int, name: str) -> PackedRows | PairRows:
     """The rows of the source `name`."""
-    if config.records is Records.pairs:
-        return PairRows(corpus, seq_len=config.seq_len)
+    rules = config.rules()
+    if rules is not None and rules.together > 1:
+        return PairRows(corpus, seq_len=config.seq_len, sides=rules.together, valued=rules.margins)
     return PackedRows(corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name))
 
 
@@ -154,8 +163,9 @@ def _sha(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def stack(rows: Sequence[TokenBatch]) -> TokenBatch:
-    return TokenBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+def stack(rows: Sequence[Any]) -> Any:
+    """Rows of one kind of batch as that batch."""
+    return type(rows[0])(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
 class _LocalRows:
@@ -231,7 +241,8 @@ class OfflineSource:
 def batch_hash(batch: TokenBatch) -> str:
     """SHA-256 over every field of a batch in its canonical dtype."""
     digest = hashlib.sha256()
-    for name, value, dtype in zip(batch._fields, batch, DTYPES, strict=True):
+    dtypes = (*DTYPES, np.float32)[: len(batch)]
+    for name, value, dtype in zip(batch._fields, batch, dtypes, strict=True):
         array = np.ascontiguousarray(value, np.dtype(dtype).newbyteorder("<"))
         digest.update(f"{name}:{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
@@ -244,7 +255,7 @@ def heldout_batches(
     count = -(-len(rows) // batch_size)
     if max_batches:
         count = min(count, max_batches)
-    nothing = TokenBatch(*(np.zeros_like(field) for field in rows[0]))
+    nothing = type(rows[0])(*(np.zeros_like(field) for field in rows[0]))
     for first in range(0, count * batch_size, batch_size):
         wanted = [first + int(slot) for slot in slots]
         yield place(stack([rows[i] if i < len(rows) else nothing for i in wanted]))

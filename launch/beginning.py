@@ -17,6 +17,7 @@ from launch.origins import (
     load_teacher,
     recorded_base,
     with_layers,
+    with_outputs,
 )
 from launch.run_folder import RunFolder, refuse_drift
 from trainer.adapters import BASE
@@ -155,6 +156,7 @@ def begin(
         if config.init_from is None:
             return Start(core.init_state(), {}, [], f"{run}: begins")
         origin = with_layers(find_origin(config.init_from, config.runs, say), config.init_layers)
+        origin = with_outputs(origin, core.model.outputs)
         # Averages and the like begin at these weights, not at random ones.
         state = core.init_state(params=origin.params(core.abstract.params))
         return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")

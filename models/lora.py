@@ -2,10 +2,11 @@
 
 LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024); over a base of few bits it is QLoRA
 (Dettmers et al. 2023). The tree of adapters has, in the place of each adapted matrix [lead..., in..., out...], a dict
-of `a` [lead..., in..., R], `b` [lead..., R, out...] and, with DoRA, `magnitude` [lead..., out...]. `adapted` puts the
-two trees together: a tree of the model's own parameters, in which an adapted matrix is a `LowRank` that layers read as
-they read any weight. Projections never form the sum W + s A B: they add s (x A) B to x W, so that neither the sum nor
-its gradient is ever held. What is no plain product (experts, the embedding, the head) reads the sum, a layer at a time.
+of `a` [lead..., in..., R], `b` [lead..., R, out...] and, with DoRA, `magnitude` [lead..., out...]; a head of scores is
+in it whole. `adapted` puts the two trees together: a tree of the model's own parameters, in which an adapted matrix is
+a `LowRank` that layers read as they read any weight. Projections never form the sum W + s A B: they add s (x A) B to x
+W, so that neither the sum nor its gradient is ever held. What is no plain product (experts, the embedding, the head)
+reads the sum, a layer at a time.
 
 Shape letters: R rank.
 """
@@ -25,6 +26,7 @@ from models.partition import Axes
 from models.quantize import Bits, Quantized, quantize, quantized_axes
 
 Params = Any  # a nested dict of arrays
+WHOLE = ("score",)  # beside adapters these train themselves: no base has learnt them
 STACKED = ("layers", "experts")  # dims over which a parameter is many matrices
 LETTERS = "abcdefgh"
 
@@ -170,7 +172,7 @@ def _matches(name: str, target: str) -> bool:
 
 def adapter_axes(config: AdapterConfig, axes: Params) -> Params:
     """The names of the dims of each adapter: those of the dims that it stands beside; the rank is never cut."""
-    flat = {}
+    flat: dict[str, Any] = {path: axes[path] for path in WHOLE if path in axes}
     for path, names in find_targets(config, axes).items():
         num_lead, num_in = split(names)
         lead, ins, outs = names[:num_lead], names[num_lead : num_lead + num_in], names[num_lead + num_in :]
@@ -184,7 +186,8 @@ def init_adapters(config: AdapterConfig, axes: Params, key: jax.Array, base: Par
     """Adapters that change nothing: `a` uniform within 1 / sqrt(in), `b` zero, as PEFT has them (of an embedding: `a`
     zero, `b` normal). A magnitude is the length of its column of the base.
     """
-    weights, flat = _flat(base, is_leaf=lambda x: isinstance(x, Kernel)), {}
+    weights = _flat(base, is_leaf=lambda x: isinstance(x, Kernel))
+    flat: dict[str, Any] = {path: weights[path].astype(jnp.float32) for path in WHOLE if path in weights}
     for path, names in find_targets(config, axes).items():
         of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))  # another target changes none of the others
         weight = as_array(weights[path])
@@ -276,7 +279,7 @@ def adapted(config: AdapterConfig, axes: Params, base: Params, adapters: Params)
     def join(path: tuple[Any, ...], weight: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in beside:
-            return weight
+            return ours.get(name, weight)
         a, b, magnitude = (ours.get(f"{name}/{part}") for part in ("a", "b", "magnitude"))
         return LowRank(weight, a, b, magnitude, config.scale, split(beside[name]).num_in)  # type: ignore[arg-type]
 

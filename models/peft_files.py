@@ -107,6 +107,8 @@ def save_adapters(
     dtype: str,
 ) -> None:
     """Every process calls it, process 0 writes. Raises: ValueError where PEFT has no such adapters."""
+    if config.outputs:
+        raise ValueError("its head of scores trains whole, beside the adapters; export the merged model, to=hf:FOLDER")
     found, numpy_dtype = modules(config, adapter, family), np.dtype(jnp.dtype(dtype))
     tensors = {}
     for module in found:

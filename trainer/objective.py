@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from data.batch import DTYPES, TokenBatch
+from data.examples import Records
 from models.transformer import Apply
 
 Params = Any  # a nested dict of arrays
@@ -63,6 +64,30 @@ class ObjectiveConfig:
     """Base of all objectives' configs."""
 
     kind: str = ""
+
+    @property
+    def records(self) -> tuple[Records, ...]:
+        """What it can learn from."""
+        return (Records.documents, Records.conversations)
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether tokens are learnt; else a text is judged as a whole."""
+        return True
+
+    @property
+    def reads_margins(self) -> bool:
+        """Whether pairs must say by how much the chosen answer is better."""
+        return False
+
+    @property
+    def num_negatives(self) -> int:
+        """Of matches: how many texts each record has beside the two that belong together."""
+        return 0
+
+    def outputs(self, num_classes: int) -> int:
+        """Numbers that the model gives for a token; 0: logits. Raises: ValueError where the classes are not fit."""
+        return 0
 
     @property
     def needs_reference(self) -> bool:

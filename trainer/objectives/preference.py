@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import log_sigmoid, sigmoid
 
-from data.batch import TokenBatch
+from data.batch import TokenBatch, flat_rows
+from data.examples import Records
 from models.moe import Auxiliary
 from models.transformer import Apply
 from trainer.objective import REFERENCE, Mean, ObjectiveConfig, Params, token_spec
@@ -70,6 +71,10 @@ class PreferenceConfig(ObjectiveConfig):
     nll_on_prompt: bool = False  # per token of prompt and answer, as TRL has it in ORPO
     length_weight: float = 1.0  # weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
     loss_chunk: int = 128  # tokens of each row whose logits exist at once
+
+    @property
+    def records(self) -> tuple[Records, ...]:
+        return (Records.pairs,)
 
     @property
     def needs_reference(self) -> bool:
@@ -295,7 +300,7 @@ class Preference:
     ) -> tuple[TokenLogprobs, Auxiliary | None]:
         """Of every target [B, S, L]; and what a mixture of experts adds, of every row [B S]."""
         shape = batch.tokens.shape
-        flat = TokenBatch(*(field.reshape(-1, shape[-1]) for field in batch))
+        flat = flat_rows(batch)
         output = apply(params, flat.tokens, positions_BL=flat.positions, segment_ids_BL=flat.segment_ids, rng=rng)
         found = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk)
         return jax.tree.map(lambda x: x.reshape(shape), found), output.auxiliary

@@ -53,8 +53,9 @@ class AdapterConfig:
     alpha: float = 32.0  # the addition is scaled by alpha / rank; rslora: alpha / sqrt(rank)
     # Parts of a matrix's name, or patterns of it: attention, query, mlp.up, "mlp.*", embedding, head
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    dropout: float = 0.0  # of the input of adapters; not carried out
+    dropout: float = 0.0  # of the input of adapters
     base: Base = Base.full  # how the frozen weights are kept
+    double_quantization: bool = False  # the scales of a base of few bits take 8 bits themselves
 
     @property
     def active(self) -> bool:
@@ -70,10 +71,11 @@ class AdapterConfig:
             raise ValueError(f"adapter.rank={self.rank}: must be at least 1; nearest valid: 1")
         if self.alpha <= 0:
             raise ValueError(f"adapter.alpha={self.alpha}: must be above 0, as 32")
-        if self.dropout:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout={self.dropout}: must be at least 0 and below 1, as 0.05")
+        if self.double_quantization and self.base is Base.full:
             raise ValueError(
-                f"adapter.dropout={self.dropout}: dropout in adapters is not carried out; set adapter.dropout=0 "
-                "(model.dropout drops activations of the whole model)"
+                "adapter.double_quantization=true: a full base has no scales; add adapter.base=nf4, or leave it out"
             )
         if not self.targets:
             raise ValueError("adapter.targets=[]: nothing would train; name some, as [attention,mlp]")
@@ -229,6 +231,8 @@ class LowRank(Kernel):
     magnitude: jax.Array | None
     scale: float = field(metadata={"static": True})
     num_in: int = field(metadata={"static": True})
+    key: jax.Array | None = None  # [lead...] u32 of dropout, 2 each; None: nothing is dropped
+    dropout: float = field(default=0.0, metadata={"static": True})
 
     @property
     def num_out(self) -> int:
@@ -239,7 +243,7 @@ class LowRank(Kernel):
         ins = "".join(d for d in w_dims if d in x_dims)
         outs = "".join(d for d in w_dims if d in y_dims)
         low_dims = "".join(d for d in x_dims if d not in ins) + "r"
-        low = contract(f"{x_dims},{ins}r->{low_dims}", x, self.a, x.dtype)
+        low = contract(f"{x_dims},{ins}r->{low_dims}", self._dropped(x), self.a, x.dtype)
         f32 = jnp.dtype("float32")
         y = contract(spec, x, self.base, f32) + self.scale * contract(f"{low_dims},r{outs}->{y_dims}", low, self.b, f32)
         if self.magnitude is not None:
@@ -247,8 +251,14 @@ class LowRank(Kernel):
             y = y * stretch.reshape((1,) * (y.ndim - stretch.ndim) + stretch.shape)
         return y.astype(dtype)
 
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        if self.key is None:
+            return x
+        kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
+
     def array(self) -> jax.Array:
-        """f32, to be cast once."""
+        """f32, to be cast once. Nothing is dropped: there is no input."""
         if self.magnitude is None:
             return self._sum()
         stretch = jnp.expand_dims(self.magnitude / self._lengths(), self._in_dims())
@@ -271,8 +281,10 @@ class LowRank(Kernel):
         return jax.lax.stop_gradient(_lengths(jax.lax.stop_gradient(self._sum()), self.num_in, self.num_out))
 
 
-def adapted(config: AdapterConfig, axes: Params, base: Params, adapters: Params) -> Params:
-    """The model's own tree, to be given to its `apply`."""
+def adapted(
+    config: AdapterConfig, axes: Params, base: Params, adapters: Params, rng: jax.Array | None = None
+) -> Params:
+    """The model's own tree, to be given to its `apply`. `rng`, a typed key, for dropout; None: without."""
     beside = find_targets(config, axes)
     ours = _flat(adapters)
 
@@ -281,7 +293,13 @@ def adapted(config: AdapterConfig, axes: Params, base: Params, adapters: Params)
         if name not in beside:
             return ours.get(name, weight)
         a, b, magnitude = (ours.get(f"{name}/{part}") for part in ("a", "b", "magnitude"))
-        return LowRank(weight, a, b, magnitude, config.scale, split(beside[name]).num_in)  # type: ignore[arg-type]
+        assert a is not None and b is not None
+        num_lead, num_in = split(beside[name])
+        key = None
+        if rng is not None and config.dropout:  # a key of its own for each matrix of the stack
+            of_path = jax.random.fold_in(rng, zlib.crc32(name.encode()))
+            key = jax.random.key_data(jax.random.split(of_path, a.shape[:num_lead]))
+        return LowRank(weight, a, b, magnitude, config.scale, num_in, key, config.dropout)
 
     return jax.tree_util.tree_map_with_path(join, base, is_leaf=lambda x: isinstance(x, Kernel))
 
@@ -303,7 +321,8 @@ def stored_base(config: AdapterConfig, axes: Params, params: Params) -> Params:
 
     def store(path: tuple[Any, ...], weight: jax.Array) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return quantize(weight, *split(small[name]), Bits[config.base.name]) if name in small else weight
+        bits, double = Bits[config.base.name], config.double_quantization
+        return quantize(weight, *split(small[name]), bits, double) if name in small else weight
 
     return jax.tree_util.tree_map_with_path(store, params)
 

@@ -161,7 +161,7 @@ def test_names_of_dims_follow_the_dims_and_a_magnitude_is_a_vector():
 def test_only_adapters_are_differentiated_and_have_moments():
     adapter = AdapterConfig(Method.dora, rank=4)
     axes, base, _, _ = parts(adapter)
-    objective = Adapted(NextTokenConfig().build(None), lambda base, adapters: adapted(adapter, axes, base, adapters))
+    objective = Adapted(NextTokenConfig().build(None), lambda *args: adapted(adapter, axes, *args))
     optimizer = optax.adam(1e-2)
     update = optax.GradientTransformationExtraArgs(optimizer.init, lambda u, s, p=None, **_: optimizer.update(u, s, p))
     state = make_state(lambda key, base: init_adapters(adapter, axes, key, base), update, jax.random.key(0), base)

@@ -135,15 +135,18 @@ def test_a_judge_is_published_and_comes_back(home):
     meshwright(home, "convert", "from=classify", "to=hf:published")
     told = json.loads((home / "published" / "config.json").read_text())
     assert told["architectures"] == ["LlamaForSequenceClassification"] and told["id2label"] == {"0": "ham", "1": "spam"}
-    meshwright(home, "convert", "from=hf:published", "to=back")
-    ask = ["task.texts=[see you at 5]"]
-    assert meshwright(home, "predict", "run=back", *ask)[0] == meshwright(home, "predict", "run=classify", *ask)[0]
+    again = [*COMMON, *PHASES["classify"], "init_from=hf:published", "tokenizer=bytes", "optimizer.learning_rate=1e-9"]
+    meshwright(home, "train", "run=back", *again, "task.num_steps=2")
+    told = [
+        json.loads(meshwright(home, "predict", f"run={run}", "task.texts=[see you]")[0]) for run in ("back", "classify")
+    ]
+    assert told[0]["probabilities"] == pytest.approx(told[1]["probabilities"], abs=1e-5)
 
 
 MISTAKES = {
     "no classes": (["train", "run=wrong", *COMMON, *PHASES["classify"], "data.classes=[]"], "name at least two"),
     "other records": (
-        ["train", "run=wrong", *COMMON, *PHASES["reward"], "data.records=labelled"],
+        ["train", "run=wrong", *COMMON, *PHASES["reward"], "data.records=documents"],
         "phase=reward sets both",
     ),
     "concat": (["train", "run=wrong", *COMMON, *PHASES["classify"], "data.packing=concat"], "data.packing=best_fit"),
@@ -156,7 +159,7 @@ MISTAKES = {
         ["train", "run=wrong", *COMMON, *PHASES["reward"], "init_from=base", "run=classify"],
         "model.outputs",
     ),
-    "gguf": (["convert", "from=classify", "to=gguf:a.gguf"], "outputs"),
+    "gguf": (["convert", "from=classify", "to=gguf:a.gguf"], "to=hf:FOLDER may do"),
 }
 
 

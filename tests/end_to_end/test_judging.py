@@ -135,7 +135,14 @@ def test_a_judge_is_published_and_comes_back(home):
     meshwright(home, "convert", "from=classify", "to=hf:published")
     told = json.loads((home / "published" / "config.json").read_text())
     assert told["architectures"] == ["LlamaForSequenceClassification"] and told["id2label"] == {"0": "ham", "1": "spam"}
-    again = [*COMMON, *PHASES["classify"], "init_from=hf:published", "tokenizer=bytes", "optimizer.learning_rate=1e-9"]
+    again = [
+        *COMMON,
+        *PHASES["classify"],
+        "init_from=hf:published",
+        "tokenizer=bytes",
+        "optimizer.learning_rate=1e-9",
+        "model.dtype=float32",
+    ]
     meshwright(home, "train", "run=back", *again, "task.num_steps=2")
     told = [
         json.loads(meshwright(home, "predict", f"run={run}", "task.texts=[see you]")[0]) for run in ("back", "classify")

@@ -31,6 +31,7 @@ from models.lora import AdapterConfig
 from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
 from trainer.adapters import BASE, Adaptation, Adapted, Shard
+from trainer.beside import extra_axes, init_extras, own_params, with_extras
 from trainer.evaluate import evaluate_sources
 from trainer.mesh import (
     ShardingRules,
@@ -217,9 +218,14 @@ class Core:
         """This process's rows as part of the global batch."""
         return place_batch(batch, self.sharding, self.batch_size)
 
+    @property
+    def own(self) -> Params:
+        """Shapes and shardings of the model's own parameters, where these train."""
+        return own_params(self.abstract.params)
+
     def plain(self, params: Params, frozen: Mapping[str, Any]) -> Params:
         """The model's own parameters, adapters merged into their base: to write with."""
-        return params if self.adaptation is None else self.adaptation.merge(frozen[BASE], params)
+        return own_params(params) if self.adaptation is None else self.adaptation.merge(frozen[BASE], params)
 
 
 def model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig:
@@ -246,9 +252,16 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
             f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "
             "are learned; shorten it, or raise model.max_seq_len"
         )
-    axes, init, reads = param_axes(model), partial(init_params, model), ()
+    extras = config.objective.extras(model)
+    if extras and config.adapter.active:
+        raise ValueError(
+            f"adapter.method={config.adapter.method.name}: only adapters train, and objective={config.objective.kind} "
+            f"would learn {', '.join(extras)} too; compare models of one width, or train without adapters"
+        )
+    axes, reads = {**param_axes(model), **extra_axes(extras)}, ()
+    init = with_extras(extras, partial(init_params, model))
     shard = partial(param_shardings, mesh=mesh, rules=config.sharding)
-    shardings = shard(axes, abstract_params(model))
+    shardings = shard(axes, jax.eval_shape(init, jax.random.key(0)))
     adaptation = adapt(config.adapter, model, shardings, shard)
     if adaptation is not None:
         axes, init, reads = adaptation.axes, adaptation.init, (adaptation.stored,)
@@ -269,7 +282,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     def init_state(frozen: Mapping[str, Any] | None = None, params: Params | None = None) -> TrainState:
         key = jax.random.key(config.seed)
         if params is not None:
-            return fresh(lambda _, params: params, optimizer, key, params)
+            return fresh(lambda key, params: {**init_extras(extras, key), **params}, optimizer, key, params)
         return fresh(init, optimizer, key, *((frozen or {})[BASE] for _ in reads))
 
     return Core(

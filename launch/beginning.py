@@ -117,7 +117,8 @@ def find_frozen(
     if config.objective.teacher_name is not None:
         record = known.get(TEACHER, {})
         name = record.get("origin", config.objective.teacher_name)
-        taught = load_teacher(name, tokenizer, core, config.runs, say, sha256=record.get("sha256"))
+        found = (config.objective, name, tokenizer, core, config.runs, say)
+        taught = load_teacher(*found, sha256=record.get("sha256"))
         models[TEACHER], records[TEACHER] = taught
     return Frozen(models, records)
 
@@ -136,7 +137,7 @@ def _reference(config: RunConfig, core: Core, known: dict[str, str], base: Base 
     begins_there = base is not None and (known == base.record if known else base.start is None)
     if base is not None and begins_there and config.adapter.base.name == "full":
         return base.params, base.record  # not twice in memory
-    whole = core.abstract.params if core.adaptation is None else core.adaptation.whole
+    whole = core.own if core.adaptation is None else core.adaptation.whole
     return load_reference(origin, whole, config.runs, say, sha256=known.get("sha256"))
 
 
@@ -156,7 +157,7 @@ def begin(
             return Start(core.init_state(), {}, [], f"{run}: begins")
         origin = with_layers(find_origin(config.init_from, config.runs, say), config.init_layers)
         # Averages and the like begin at these weights, not at random ones.
-        state = core.init_state(params=origin.params(core.abstract.params))
+        state = core.init_state(params=origin.params(core.own))
         return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")
     # A job that is started again with the same command must not forget again what it has learnt since.
     done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset

@@ -31,7 +31,7 @@ from trainer.adapters import Adaptation
 from trainer.checkpoint import Checkpointer
 from trainer.digest import state_hash
 from trainer.mesh import param_shardings, replicated, with_shardings
-from trainer.objective import FrozenModel, Params
+from trainer.objective import FrozenModel, ObjectiveConfig, Params
 
 Say = Callable[[str], None]
 
@@ -119,11 +119,19 @@ def load_reference(
 
 
 def load_teacher(
-    reference: str, tokenizer: Tokenizer, core: Core, runs: str, say: Say, *, sha256: str | None = None
+    objective: ObjectiveConfig,
+    reference: str,
+    tokenizer: Tokenizer,
+    core: Core,
+    runs: str,
+    say: Say,
+    *,
+    sha256: str | None = None,
 ) -> tuple[FrozenModel, dict[str, str]]:
     """A model to learn from, on the run's mesh, and what a checkpoint says of it.
 
-    Raises: ValueError where it is gone or another than before, and where its tokens are not the run's.
+    Raises: ValueError where it is gone or another than before, where its tokens are not the run's, and where
+    `objective` compares what the two do not have.
     """
     key = "objective.teacher"
     origin = find_origin(reference, runs, say, key=key)
@@ -133,6 +141,7 @@ def load_teacher(
             f"begin with its weights or take its tokenizer: init_from={reference}"
         )
     model = replace(origin.model, vocab_size=origin.model.vocab_size or tokenizer.vocab_size)
+    objective.check_teacher(core.model, model)
     shapes, axes = abstract_params(model), param_axes(model)
     shardings = param_shardings(axes, shapes, core.mesh, core.rules)
     abstract = with_shardings(shapes, shardings)

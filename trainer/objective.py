@@ -15,7 +15,9 @@ import jax
 import numpy as np
 
 from data.batch import DTYPES, TokenBatch
+from models.config import ModelConfig
 from models.transformer import Apply
+from trainer.beside import Extra
 
 Params = Any  # a nested dict of arrays
 TEACHER = "teacher"  # among the frozen models: a `FrozenModel` that is learnt from
@@ -73,6 +75,13 @@ class ObjectiveConfig:
     def teacher_name(self) -> str | None:
         """What the loss learns from, as the frozen model `TEACHER`: a run or a published checkpoint."""
         return None
+
+    def extras(self, model: ModelConfig) -> dict[str, Extra]:
+        """What the loss learns beside the parameters of `model`."""
+        return {}
+
+    def check_teacher(self, student: ModelConfig, teacher: ModelConfig) -> None:
+        """Raises: ValueError where the one cannot learn from the other so."""
 
     def build(self, token_bytes: np.ndarray | None) -> Objective:
         """`token_bytes` [V] i32: how many bytes of text each token stands for, for bits per byte."""

@@ -7,7 +7,7 @@ Shape letters: B batch, L length, C chunk of the length, D model, V vocab.
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batch import TokenBatch
+from models.config import ModelConfig
 from models.transformer import Apply, Output
+from trainer.beside import BESIDE, Extra, own_params
 from trainer.objective import TEACHER, FrozenModel, Mean, ObjectiveConfig, Params, token_spec
 from trainer.objectives.auxiliary import auxiliary_terms
 from trainer.objectives.logprobs import chunk_logits, in_chunks
+from trainer.objectives.matching import PROJECTION, MatchingConfig, matched, weighted
 
 
 class Divergence(enum.Enum):
@@ -37,11 +40,18 @@ class DistillationConfig(ObjectiveConfig):
     beta: float = 0.5  # jensen_shannon; its ends are no other divergence, but 0
     temperature: float = 1.0  # the divergence is multiplied by its square, so that gradients keep their size
     weight: float = 0.5  # of the divergence; the rest is cross entropy with the text
+    match: MatchingConfig = field(default_factory=MatchingConfig)  # of what happens inside, added to the loss
     loss_chunk: int = 128  # tokens of each row whose logits exist at once, the teacher's and the student's
 
     @property
     def teacher_name(self) -> str | None:
         return self.teacher
+
+    def extras(self, model: ModelConfig) -> dict[str, Extra]:
+        return self.match.extras(model)
+
+    def check_teacher(self, student: ModelConfig, teacher: ModelConfig) -> None:
+        self.match.check_models(student, teacher)
 
     def build(self, token_bytes: np.ndarray | None) -> "Distillation":
         """Raises: ValueError naming the key of a value that cannot be."""
@@ -58,6 +68,7 @@ class DistillationConfig(ObjectiveConfig):
             )
         if self.loss_chunk < 1:
             raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1")
+        self.match.check()
         return Distillation(self)
 
 
@@ -85,7 +96,9 @@ def divergence(teacher_BCV: jax.Array, student_BCV: jax.Array, config: Distillat
 
 @dataclass(frozen=True)
 class Distillation:
-    """Metrics beside the loss: `divergence`, `nll`, `teacher_nll`, `agreement` of the likeliest tokens."""
+    """Metrics beside the loss: `divergence`, `nll`, `teacher_nll`, `agreement` of the likeliest tokens; and
+    `hidden_distance` and `attention_distance` of layers that are compared.
+    """
 
     config: DistillationConfig
 
@@ -100,8 +113,8 @@ class Distillation:
         c, teacher = self.config, frozen[TEACHER]
         assert isinstance(teacher, FrozenModel)
         given = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
-        student = apply(params, batch.tokens, **given, rng=rng)
-        taught = jax.lax.stop_gradient(teacher.apply(teacher.params, batch.tokens, **given))
+        student = apply(own_params(params), batch.tokens, **given, rng=rng, asked=c.match.asked(0))
+        taught = jax.lax.stop_gradient(teacher.apply(teacher.params, batch.tokens, **given, asked=c.match.asked(1)))
 
         def compute(hidden: tuple[jax.Array, jax.Array], targets_BC: jax.Array) -> Found:
             x_BCV = _logits(student, hidden[0], teacher.vocab_size)
@@ -118,6 +131,10 @@ class Distillation:
         loss_BL = c.weight * c.temperature**2 * found.divergence + (1 - c.weight) * found.nll
         added_BL, router = auxiliary_terms(student, loss_BL.shape)
         metrics = {**found._asdict(), **router}
+        if student.shown is not None:
+            apart = matched(c.match, student.shown, taught.shown, params.get(BESIDE, {}).get(PROJECTION))
+            loss_BL = sum(weighted(c.match, apart), loss_BL)
+            metrics |= apart
         return mean(loss_BL + added_BL), {name: mean(values) for name, values in metrics.items()}
 
     def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:

@@ -20,4 +20,23 @@ class TokenBatch(NamedTuple):
     positions: Array  # [B, L] i32: restart at 0 with each document
 
 
+class ColumnBatch(NamedTuple):
+    """The same, and further numbers of each row beside them."""
+
+    tokens: Array
+    targets: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
+    columns: dict[str, Array]  # each [B, ...]
+
+
+def tokens_of(batch: TokenBatch | ColumnBatch) -> TokenBatch:
+    return TokenBatch(*batch[:5])
+
+
+def columns_of(batch: TokenBatch | ColumnBatch) -> dict[str, Array]:
+    return batch.columns if isinstance(batch, ColumnBatch) else {}
+
+
 DTYPES = TokenBatch(np.int32, np.int32, np.float32, np.int32, np.int32)

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from data.batch import DTYPES, TokenBatch
+from data.batch import DTYPES, ColumnBatch, TokenBatch
 from data.examples import LossOn, Overlong, Records, Rules
 from data.packing import Corpus, Packing, Piece, build_row, make_plan
 from data.sources import SourceConfig
+from data.table import Table
 
 Place = Callable[[TokenBatch], Any]
 _LAST = 2**48  # rows of a run: more than will ever be asked for
@@ -74,6 +75,27 @@ class PairRows:
         return stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
 
 
+class TabledRows:
+    """Rows with what a table keeps of each."""
+
+    def __init__(self, rows: PackedRows | PairRows, table: Table):
+        self.rows, self.table = rows, table
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> ColumnBatch:
+        return ColumnBatch(*self.rows[row], self.table[int(row)])
+
+
+Rows = PackedRows | PairRows | TabledRows
+
+
+def with_tables(rows: Mapping[str, Rows], tables: Mapping[str, Table]) -> dict[str, Rows]:
+    """Rows by source; those of a source that has a table with what it keeps."""
+    return {name: TabledRows(found, tables[name]) if name in tables else found for name, found in rows.items()}
+
+
 def make_rows(corpus: Corpus, config: DataConfig, seed: int, name: str) -> PackedRows | PairRows:
     """The rows of the source `name`."""
     if config.records is Records.pairs:
@@ -90,12 +112,17 @@ class Mixture:
         config: DataConfig,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        tables: Mapping[str, Table] | None = None,
     ):
-        """`weights` None: by the tokens of each corpus. Raises: ValueError for a source without a whole row."""
+        """`weights` None: by the tokens of each corpus; `tables`: what is kept of each source's rows.
+
+        Raises: ValueError for a source without a whole row.
+        """
         import grain
 
         self.names = list(corpora)
-        self.rows = {name: make_rows(corpus, config, seed, name) for name, corpus in corpora.items()}
+        rows = {name: make_rows(corpus, config, seed, name) for name, corpus in corpora.items()}
+        self.rows = with_tables(rows, tables or {})
         for name, rows in self.rows.items():
             if not len(rows):
                 raise ValueError(f"data.sources.{name}: has no tokens to train on")
@@ -126,7 +153,7 @@ class Mixture:
         assert found is not None, "nothing is filtered out"
         return self.names[found[0]], found[1]
 
-    def __getitem__(self, index: int) -> TokenBatch:
+    def __getitem__(self, index: int) -> TokenBatch | ColumnBatch:
         name, row = self.locate(index)
         return self.rows[name][row]
 
@@ -154,8 +181,20 @@ def _sha(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def stack(rows: Sequence[TokenBatch]) -> TokenBatch:
-    return TokenBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+def stack(rows: Sequence[Any]) -> Any:
+    """Rows to a batch of their kind."""
+    tokens = TokenBatch(*(np.stack(column) for column in zip(*(row[:5] for row in rows), strict=True)))
+    if isinstance(rows[0], TokenBatch):
+        return tokens
+    return ColumnBatch(*tokens, {name: np.stack([row.columns[name] for row in rows]) for name in rows[0].columns})
+
+
+def blank(row: Any) -> Any:
+    """A row of padding, of the kind of `row`."""
+    tokens = TokenBatch(*map(np.zeros_like, row[:5]))
+    if isinstance(row, TokenBatch):
+        return tokens
+    return ColumnBatch(*tokens, {name: np.zeros_like(value) for name, value in row.columns.items()})
 
 
 class _LocalRows:
@@ -172,7 +211,7 @@ class _LocalRows:
     def __len__(self) -> int:
         return _LAST
 
-    def __getitem__(self, position: int) -> TokenBatch:
+    def __getitem__(self, position: int) -> TokenBatch | ColumnBatch:
         step, slot = divmod(int(position), len(self.slots))
         return self.mixture[self.first + step * self.batch_size + self.slots[slot]]
 
@@ -218,7 +257,7 @@ class OfflineSource:
         self.close()
         self.next_index = int(saved["next_index"])
 
-    def global_batch(self) -> TokenBatch:
+    def global_batch(self) -> Any:
         """The whole next batch, of all processes, on the host."""
         return stack([self.mixture[self.next_index + slot] for slot in range(self.batch_size)])
 
@@ -238,13 +277,13 @@ def batch_hash(batch: TokenBatch) -> str:
 
 
 def heldout_batches(
-    rows: PackedRows | PairRows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
+    rows: Rows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
 ) -> Iterator[Any]:
     """The first batches of held-out rows, always the same; what is missing in the last one is padding."""
     count = -(-len(rows) // batch_size)
     if max_batches:
         count = min(count, max_batches)
-    nothing = TokenBatch(*(np.zeros_like(field) for field in rows[0]))
+    nothing = blank(rows[0])
     for first in range(0, count * batch_size, batch_size):
         wanted = [first + int(slot) for slot in slots]
         yield place(stack([rows[i] if i < len(rows) else nothing for i in wanted]))

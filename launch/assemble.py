@@ -19,10 +19,11 @@ from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
 from data.chat import configured
 from data.examples import Records, read_said, texts_of
-from data.pipeline import Mixture, OfflineSource, PackedRows, PairRows, heldout_batches, make_rows
+from data.pipeline import Mixture, OfflineSource, Rows, heldout_batches, make_rows, with_tables
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
+from data.table import Table
 from data.tokenizer import load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
@@ -143,7 +144,7 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
     if not config.data.sources:
         raise ValueError("source=[]: name at least one source, for example source=[text]")
     tokenizer = get_tokenizer(config, folder, say)
-    root = Path(config.data.prepared or Path(config.runs) / "prepared")
+    root = prepared_root(config)
     if is_chief():
         _prepare_all(config, tokenizer, root, say)
     wait_for_all("prepared")
@@ -156,6 +157,11 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
     heldout = {name: TokenCorpus(manifest, "heldout") for name, manifest in manifests.items()}
     heldout = {name: corpus for name, corpus in heldout.items() if corpus.num_tokens}
     return Corpora(tokenizer, manifests, train, heldout)
+
+
+def prepared_root(config: RunConfig) -> Path:
+    """The folder of what is made of sources."""
+    return Path(config.data.prepared or Path(config.runs) / "prepared")
 
 
 def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) -> None:
@@ -317,11 +323,16 @@ def _token_bytes(model: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray 
     return np.pad(sizes, (0, model.vocab_size - len(sizes)))
 
 
-def build_source(config: RunConfig, corpora: Corpora, core: Core) -> OfflineSource:
-    """Batches of the mixture. Raises: ValueError where the run is longer than `data.epochs` allows."""
+def build_source(
+    config: RunConfig, corpora: Corpora, core: Core, tables: Mapping[str, Table] | None = None
+) -> OfflineSource:
+    """Batches of the mixture, with what `tables` keep of each source's rows.
+
+    Raises: ValueError where the run is longer than `data.epochs` allows.
+    """
     sources = config.data.sources
     weights = {name: float(source.weight) for name, source in sources.items() if source.weight is not None}
-    mixture = Mixture(corpora.train, config.data, config.seed, weights or None)
+    mixture = Mixture(corpora.train, config.data, config.seed, weights or None, tables)
     task = config.task
     if config.data.epochs is not None and isinstance(task, TrainConfig):
         rows = mixture.num_rows(config.data.epochs)
@@ -340,13 +351,18 @@ def build_source(config: RunConfig, corpora: Corpora, core: Core) -> OfflineSour
 
 
 def build_evaluation(
-    config: RunConfig, corpora: Corpora, core: Core, frozen: Mapping[str, Any] | None = None
+    config: RunConfig,
+    corpora: Corpora,
+    core: Core,
+    frozen: Mapping[str, Any] | None = None,
+    tables: Mapping[str, Table] | None = None,
 ) -> Callable[[Params], dict[str, float]]:
     """`evaluate(params)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held out."""
     data = config.data
     rows = {name: make_rows(corpus, data, config.seed, name) for name, corpus in corpora.heldout.items()}
+    rows = with_tables(rows, tables or {})
 
-    def batches(packed: PackedRows | PairRows) -> Iterator[TokenBatch]:
+    def batches(packed: Rows) -> Iterator[TokenBatch]:
         return heldout_batches(
             packed,
             batch_size=core.batch_size,

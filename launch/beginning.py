@@ -8,7 +8,7 @@ from configs.schema import Resume, RunConfig
 from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer, first_difference
-from launch.assemble import Core, is_chief, say, wait_for_all
+from launch.assemble import Core, Corpora, is_chief, say, wait_for_all
 from launch.origins import (
     Base,
     find_origin,
@@ -19,9 +19,10 @@ from launch.origins import (
     with_layers,
 )
 from launch.run_folder import RunFolder, refuse_drift
+from launch.tables import NO_TABLES, Tables, fill_tables, open_tables
 from trainer.adapters import BASE
 from trainer.checkpoint import Checkpointer
-from trainer.objective import REFERENCE, TEACHER
+from trainer.objective import REFERENCE, TEACHER, FrozenModel
 from trainer.state import TrainState
 
 
@@ -96,22 +97,29 @@ def find_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> Base
 
 
 class Frozen(NamedTuple):
-    """Models that a run only reads, and what its checkpoints say of them."""
+    """Models that a run only reads, what its checkpoints say of them, and what one of them was asked in advance."""
 
     models: dict[str, Any]
     records: dict[str, dict[str, str]]
+    tables: Tables = NO_TABLES
 
 
 def find_frozen(
-    config: RunConfig, core: Core, checkpointer: Checkpointer, tokenizer: Tokenizer, base: Base | None
+    config: RunConfig, core: Core, checkpointer: Checkpointer, corpora: Corpora, base: Base | None
 ) -> Frozen:
     """The base of adapters, the reference of a loss that has one, which is what the run began with, and its teacher.
+
+    One that is asked in advance (`ObjectiveConfig.cached`) is let go of thereafter, and is not even read where all
+    answers are there and a checkpoint knows whose they are.
 
     Raises: ValueError where one of them is not known, or is another than before.
     """
     models, records = frozen_models(base), {} if base is None else {BASE: base.record}
     step = checkpointer.latest_whole()
     known = {} if step is None else checkpointer.read_json(step, "config")
+    cached, tokenizer = config.objective.cached, corpora.tokenizer
+    if cached in known and (tables := open_tables(config, core, corpora, known[cached])).complete:
+        return Frozen(models | _let_go(cached, core, tokenizer), records | {cached: known[cached]}, tables)
     if config.objective.needs_reference:
         models[REFERENCE], records[REFERENCE] = _reference(config, core, known.get(REFERENCE, {}), base)
     if config.objective.teacher_name is not None:
@@ -120,7 +128,16 @@ def find_frozen(
         found = (config.objective, name, tokenizer, core, config.runs, say)
         taught = load_teacher(*found, sha256=record.get("sha256"))
         models[TEACHER], records[TEACHER] = taught
-    return Frozen(models, records)
+    if cached is None:
+        return Frozen(models, records)
+    tables = fill_tables(config, core, corpora, models, records[cached], say)
+    del models[cached]
+    return Frozen(models | _let_go(cached, core, tokenizer), records, tables)
+
+
+def _let_go(name: str, core: Core, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What stands for a model that is not asked again: of a teacher, how many tokens it knows."""
+    return {TEACHER: FrozenModel({}, core.apply, tokenizer.vocab_size)} if name == TEACHER else {}
 
 
 def _reference(config: RunConfig, core: Core, known: dict[str, str], base: Base | None) -> tuple[Any, dict[str, str]]:

@@ -2,6 +2,8 @@
 adapters on one (`peft:FOLDER`)."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 import yaml
 
-from configs.schema import RunConfig, validate
+from configs.schema import RunConfig, to_plain, validate
 from data.chat import configured
 from data.tokenizer import SentencePieceConfig, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
 from data.tokenizer_contract import TEMPLATE, Tokenizer, fingerprint
@@ -146,7 +148,14 @@ def load_teacher(
     shardings = param_shardings(axes, shapes, core.mesh, core.rules)
     abstract = with_shardings(shapes, shardings)
     params, record = _checked(origin, abstract, "of this run's teacher", sha256, key=key)
+    record |= {"model": model_digest(model)}
     return FrozenModel(params, make_apply(model, core.constrain), tokenizer.vocab_size), record
+
+
+def model_digest(model: ModelConfig) -> str:
+    """Of how a model uses its weights."""
+    told = {key: value for key, value in to_plain(model).items() if key != "remat"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def with_layers(origin: Origin, layers: list[int]) -> Origin:

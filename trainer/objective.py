@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from data.batch import DTYPES, TokenBatch
+from data.batch import DTYPES, ColumnBatch, TokenBatch
 from models.config import ModelConfig
 from models.transformer import Apply
 from trainer.beside import Extra
@@ -22,7 +22,7 @@ from trainer.beside import Extra
 Params = Any  # a nested dict of arrays
 TEACHER = "teacher"  # among the frozen models: a `FrozenModel` that is learnt from
 REFERENCE = "reference"  # among the frozen models: the weights that a policy began with
-Batch = TokenBatch  # any NamedTuple of arrays that share their leading batch dim
+Batch = TokenBatch | ColumnBatch  # any NamedTuple of arrays that share their leading batch dim
 
 
 class Mean(NamedTuple):
@@ -60,6 +60,22 @@ class Objective(Protocol):
         ...
 
 
+class Caching(Protocol):
+    """An objective that reads a frozen model only through numbers that can be kept for each row."""
+
+    def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        """These numbers, each [B, ...]: what the loss looks for in the columns of a batch."""
+        ...
+
+    def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape of each in one row, and dtype."""
+        ...
+
+    def column_settings(self) -> dict[str, Any]:
+        """What of its config they depend on, JSON-able."""
+        ...
+
+
 @dataclass
 class ObjectiveConfig:
     """Base of all objectives' configs."""
@@ -74,6 +90,11 @@ class ObjectiveConfig:
     @property
     def teacher_name(self) -> str | None:
         """What the loss learns from, as the frozen model `TEACHER`: a run or a published checkpoint."""
+        return None
+
+    @property
+    def cached(self) -> str | None:
+        """Which frozen model is asked about each row once, before training, and is not needed thereafter."""
         return None
 
     def extras(self, model: ModelConfig) -> dict[str, Extra]:
@@ -91,6 +112,13 @@ class ObjectiveConfig:
 def token_spec(*shape: int) -> TokenBatch:
     """Token batches whose fields have this shape, as `batch_spec` gives them."""
     return TokenBatch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in DTYPES))
+
+
+def column_spec(spec: TokenBatch, columns: Mapping[str, tuple[tuple[int, ...], Any]]) -> ColumnBatch:
+    """These token batches with columns beside them."""
+    B = spec.tokens.shape[0]
+    of = {name: jax.ShapeDtypeStruct((B, *shape), dtype) for name, (shape, dtype) in columns.items()}
+    return ColumnBatch(*spec, of)
 
 
 class BatchSource(Protocol):

@@ -59,10 +59,10 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             corpora = load_corpora(config, folder, say)
         with ledger.phase("start"):
             core = build_core(config, corpora.tokenizer)
-            source = build_source(config, corpora, core)
-            stack.callback(source.close)
             base = find_base(config, core, checkpointer)
-            frozen = find_frozen(config, core, checkpointer, corpora.tokenizer, base)
+            frozen = find_frozen(config, core, checkpointer, corpora, base)
+            source = build_source(config, corpora, core, frozen.tables.train)
+            stack.callback(source.close)
             start = begin(config, core, source, checkpointer, base)
             if is_chief():
                 folder.write_start(config, overrides)  # not before: a start that is refused changes nothing
@@ -181,7 +181,8 @@ class Session:
     ) -> tuple[list[Hook], hooks.StopOnSignal, hooks.SaveEvery]:
         """All hooks in the order that is their meaning; the one that holds the signal handlers; the one that saves."""
         task, ledger, num_steps = self.task, self.ledger, self.task.num_steps
-        compute = build_evaluation(self.config, self.corpora, self.core, self.frozen.models)
+        parts = self.config, self.corpora, self.core, self.frozen.models, self.frozen.tables.heldout
+        compute = build_evaluation(*parts)
         average = jax.jit(eval_params)
         remembers: dict[str, hooks.Stateful] = {"metrics": metrics}
         every_hook: list[Hook] = []

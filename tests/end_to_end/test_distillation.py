@@ -48,7 +48,37 @@ def test_a_mesh_changes_nothing(home):
         assert loss == pytest.approx(losses(home, "a")[step], rel=1e-5), step
 
 
+CACHED = [*STUDENT, "objective.top_k=8", "objective.cache=true", "objective.cache_dtype=float32", "objective.weight=1"]
+
+
+def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(home):
+    """Over shuffled rows, microbatches, a mesh and a resume that does not even read it again."""
+    meshwright(home, "train", "run=online", *(a for a in CACHED if "cache" not in a))
+    out, _ = meshwright(home, "train", "run=cached", *CACHED, "task.num_steps=5")
+    assert "teacher: asked about" in out and "synthetic (heldout)" in out
+    (home / "runs" / "teacher").rename(home / "runs" / "elsewhere")
+    try:
+        out, _ = meshwright(home, "train", "run=cached", *CACHED)
+    finally:
+        (home / "runs" / "elsewhere").rename(home / "runs" / "teacher")
+    assert "asked about" not in out
+    mesh = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_microbatches=2"]
+    out, _ = meshwright(home, "train", "run=cached_mesh", *CACHED, *mesh)
+    assert "asked about" not in out
+    for run in ("cached", "cached_mesh"):
+        for step, loss in losses(home, run).items():
+            assert loss == pytest.approx(losses(home, "online")[step], rel=2e-5), (run, step)
+    found = [
+        json.loads((home / "runs" / run / "summary.json").read_text())["evaluation"] for run in ("cached", "online")
+    ]
+    assert found[0]["eval/divergence"] == pytest.approx(found[1]["eval/divergence"], rel=1e-4)
+    evaluated = json.loads(meshwright(home, "evaluate", "run=cached", "format=json")[0])  # beside the teacher
+    assert evaluated["eval/divergence"] == pytest.approx(found[1]["eval/divergence"], rel=1e-4)
+
+
 MISTAKES = {
+    "no number of tokens": (["objective.cache=true"], "say how many, as objective.top_k=64"),
+    "layers that the teacher lacks": (["objective.match.layers=[[0,4]]"], "the teacher has no layer 4"),
     "no teacher": (["objective.teacher=null"], "objective.teacher=null: name a run"),
     "a teacher that is not there": (["objective.teacher=nobody"], "objective.teacher=nobody: there is no run"),
     "other tokens": (

@@ -106,7 +106,30 @@ def test_adapters_have_the_base_as_their_reference(home):
     assert losses(home, "lora_stopped") == losses(home, "lora")
 
 
+def test_a_reference_that_is_asked_in_advance_is_not_held_and_changes_nothing(home):
+    cached = [*DPO, "objective.cache_reference=true"]
+    out, _ = meshwright(home, "train", "run=cached", *cached, "task.num_steps=4")
+    assert "reference: asked about" in out
+    out, _ = meshwright(home, "train", "run=cached", *cached)
+    assert "asked about" not in out and "resumes at step 4" in out
+    for step, loss in losses(home, "cached").items():
+        assert loss == pytest.approx(losses(home, "a")[step], rel=1e-6), step
+    last, online = (
+        json.loads((home / "runs" / run / "summary.json").read_text())["evaluation"] for run in ("cached", "a")
+    )
+    assert last["eval/reward_margin"] == pytest.approx(online["eval/reward_margin"], rel=1e-5)
+    other, _ = meshwright(home, "train", "run=longer", *cached, "data.seq_len=80", "task.num_steps=1")
+    assert "reference: asked about" in other  # another length, another table
+    lora = ["adapter=lora", "adapter.rank=4", "adapter.targets=[attention]", "task.num_steps=1"]
+    meshwright(home, "train", "run=cached_lora", *cached, *lora)
+    assert losses(home, "cached_lora")[1] == pytest.approx(0.6931472, abs=1e-5)
+
+
 MISTAKES = {
+    "a cache of nothing": (
+        ["objective.loss=cpo", "objective.cache_reference=true"],
+        "objective.loss=cpo has no reference",
+    ),
     "no reference": (["init_from=null", "source=[jsonl]"], "compares with the weights that the run begins with"),
     "plain text": (["data.records=documents"], "needs data.records=pairs"),
     "smoothing": (["objective.loss=ipo", "objective.label_smoothing=0.1"], "has no meaning for objective.loss=ipo"),

@@ -55,7 +55,7 @@ def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> Toke
 
 
 def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Array, chunk: int) -> Any:
-    """What `compute(hidden_BCD, targets_BC)` gives for C = `chunk` tokens of each row at a time, joined to [B, L].
+    """What `compute(hidden_BCD, targets_BC)` gives for C = `chunk` tokens of each row at a time, joined to [B, L, ...].
 
     `hidden_BLD` may be several arrays. Each chunk is computed anew in the backward pass.
     """
@@ -78,6 +78,6 @@ def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Arra
     _, parts = jax.lax.scan(body, None, jax.tree.map(split, (hidden_BLD, targets_BL)))
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(x.shape[1], num_chunks * chunk)[:, :length]
+        return x.swapaxes(0, 1).reshape(x.shape[1], num_chunks * chunk, *x.shape[3:])[:, :length]
 
     return jax.tree.map(join, parts)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import log_sigmoid, sigmoid
 
-from data.batch import TokenBatch
+from data.batch import TokenBatch, columns_of, tokens_of
 from models.moe import Auxiliary
 from models.transformer import Apply
-from trainer.objective import REFERENCE, Mean, ObjectiveConfig, Params, token_spec
+from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
 from trainer.objectives.logprobs import TokenLogprobs, token_logprobs
 
 
@@ -69,11 +69,16 @@ class PreferenceConfig(ObjectiveConfig):
     nll_weight: float = 0.0  # times the negative log-probability of a chosen answer, per token [2404.19733]
     nll_on_prompt: bool = False  # per token of prompt and answer, as TRL has it in ORPO
     length_weight: float = 1.0  # weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
+    cache_reference: bool = False  # ask the reference once about each pair, before training, and keep it on disk
     loss_chunk: int = 128  # tokens of each row whose logits exist at once
 
     @property
     def needs_reference(self) -> bool:
         return self.loss not in FREE_OF_REFERENCE
+
+    @property
+    def cached(self) -> str | None:
+        return REFERENCE if self.cache_reference else None
 
     def build(self, token_bytes: np.ndarray | None) -> "Preference":
         """Raises: ValueError naming the key of a value that cannot be."""
@@ -91,6 +96,8 @@ class PreferenceConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.f_divergence={self.f_divergence.name}: is for objective.loss={known}; not {name}"
             )
+        if self.cache_reference and not self.needs_reference:
+            raise ValueError(f"objective.cache_reference=true: objective.loss={name} has no reference; leave it out")
         for key in ("beta", "tau"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"objective.{key}={getattr(self, key)}: must be above 0")
@@ -262,18 +269,17 @@ class Preference:
         apply: Apply,
         params: Params,
         frozen: Mapping[str, Any],
-        batch: TokenBatch,
+        batch: Batch,
         rng: jax.Array | None,
     ) -> tuple[Mean, dict[str, Mean]]:
-        c = self.config
+        c, kept, batch = self.config, columns_of(batch), tokens_of(batch)
         policy, terms = self._forward(apply, params, batch, rng)
         mask_BSL = batch.loss_mask.astype(jnp.float32)
-        counted_BSL = mask_BSL * self._weights(mask_BSL)
-        total = lambda found: jnp.sum(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), axis=-1)
-        policy_BS = total(policy)
+        policy_BS = self._total(policy, mask_BSL)
         reference_BS = jnp.zeros_like(policy_BS)
         if c.needs_reference:
-            reference_BS = jax.lax.stop_gradient(total(self._forward(apply, frozen[REFERENCE], batch, None)[0]))
+            found = kept if REFERENCE in kept else self.columns(apply, frozen, batch)
+            reference_BS = jax.lax.stop_gradient(found[REFERENCE])
         pairs = Pairs(policy_BS, reference_BS, mask_BSL.sum(-1))
         real_B = jnp.all(pairs.lengths > 0, axis=-1).astype(jnp.float32)
         mean = lambda values_B: Mean(jnp.sum(jnp.where(real_B > 0, values_B, 0.0)), jnp.sum(real_B))
@@ -289,6 +295,22 @@ class Preference:
             loss_B = loss_B + _of_pairs(terms.loss_B)
             metrics |= {name: _of_pairs(values) for name, values in terms.metrics.items()}
         return mean(loss_B), {key: mean(values_B) for key, values_B in metrics.items()}
+
+    def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        """[B, S] f32: the summed log-probabilities under the reference."""
+        found, _ = self._forward(apply, frozen[REFERENCE], tokens_of(batch), None)
+        return {REFERENCE: self._total(found, batch.loss_mask.astype(jnp.float32))}
+
+    def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        return {REFERENCE: ((2,), np.float32)}
+
+    def column_settings(self) -> dict[str, Any]:
+        return {"length_weight": self.config.length_weight}
+
+    def _total(self, found: TokenLogprobs, mask_BSL: jax.Array) -> jax.Array:
+        """[B, S]: over the tokens of the answers."""
+        counted_BSL = mask_BSL * self._weights(mask_BSL)
+        return jnp.sum(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), axis=-1)
 
     def _forward(
         self, apply: Apply, params: Params, batch: TokenBatch, rng: jax.Array | None
@@ -317,5 +339,6 @@ class Preference:
         shorter_B11 = mask_BSL.sum(-1).min(-1)[:, None, None]
         return jnp.where(place_BSL <= shorter_B11, 1.0, self.config.length_weight)
 
-    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
-        return token_spec(batch_size, 2, seq_len)
+    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
+        spec = token_spec(batch_size, 2, seq_len)
+        return column_spec(spec, self.column_spec(seq_len)) if self.config.cached else spec

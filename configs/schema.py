@@ -33,6 +33,7 @@ from data.tokenizer import (
 )
 from models.config import Dtype, ModelConfig
 from models.lora import AdapterConfig
+from models.thin import WidthConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
@@ -187,6 +188,7 @@ class RunConfig:
     resume: Resume = Resume.auto
     init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or peft:FOLDER
     init_layers: list[int] = field(default_factory=list)  # of these weights take only these layers, in this order
+    init_width: WidthConfig = field(default_factory=WidthConfig)  # and of these only the most important units
     reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
     source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
     step: int | None = None  # evaluate, generate, serve, inspect: the checkpoint; null: the newest
@@ -373,6 +375,8 @@ def validate(config: RunConfig) -> None:
                 "source=[...] instead"
             )
     config.model.validate()
+    if config.init_width.active and config.init_from is None:
+        raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
     task = config.task
     if isinstance(task, TrainConfig):

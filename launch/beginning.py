@@ -11,12 +11,12 @@ from data.tokenizer_contract import Tokenizer, first_difference
 from launch.assemble import Core, Corpora, is_chief, say, wait_for_all
 from launch.origins import (
     Base,
+    as_student,
     find_origin,
     load_base,
     load_reference,
     load_teacher,
     recorded_base,
-    with_layers,
 )
 from launch.run_folder import RunFolder, refuse_drift
 from launch.tables import NO_TABLES, Tables, fill_tables, open_tables
@@ -83,8 +83,7 @@ def find_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> Base
     """
     if core.adaptation is None:
         return None
-    if config.init_layers:
-        raise ValueError(f"init_layers={config.init_layers}: adapters stand on all layers of their base; leave it out")
+    _refuse_thinning(config, "adapters stand on all of their base")
     step = checkpointer.latest_whole()
     if step is not None:
         return recorded_base(core.adaptation, checkpointer, step, config.runs, say)
@@ -147,15 +146,19 @@ def _reference(config: RunConfig, core: Core, known: dict[str, str], base: Base 
             f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
             "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
         )
-    if config.init_layers:
-        raise ValueError(
-            f"init_layers={config.init_layers}: the reference of a policy is all of init_from; leave it out"
-        )
+    _refuse_thinning(config, "the reference of a policy is all of init_from")
     begins_there = base is not None and (known == base.record if known else base.start is None)
     if base is not None and begins_there and config.adapter.base.name == "full":
         return base.params, base.record  # not twice in memory
     whole = core.own if core.adaptation is None else core.adaptation.whole
     return load_reference(origin, whole, config.runs, say, sha256=known.get("sha256"))
+
+
+def _refuse_thinning(config: RunConfig, why: str) -> None:
+    if config.init_layers:
+        raise ValueError(f"init_layers={config.init_layers}: {why}; leave it out")
+    if config.init_width.active:
+        raise ValueError(f"init_width: {why}; leave it out")
 
 
 def begin(
@@ -172,7 +175,7 @@ def begin(
             return Start(state, {}, [], f"{run}: begins with {which} on the weights of {base.name}")
         if config.init_from is None:
             return Start(core.init_state(), {}, [], f"{run}: begins")
-        origin = with_layers(find_origin(config.init_from, config.runs, say), config.init_layers)
+        origin = as_student(find_origin(config.init_from, config.runs, say), config)
         # Averages and the like begin at these weights, not at random ones.
         state = core.init_state(params=origin.params(core.own))
         return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")

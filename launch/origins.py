@@ -28,10 +28,11 @@ from models.huggingface import family_of
 from models.huggingface_files import BESIDE, Checkpoint, Folder, load_params
 from models.lora import AdapterConfig
 from models.peft_files import Folder as AdapterFolder
+from models.thin import WidthConfig, choose, thin_config, thinned, widths
 from models.transformer import abstract_params, make_apply, param_axes, stacks
 from trainer.adapters import Adaptation
 from trainer.checkpoint import Checkpointer
-from trainer.digest import state_hash
+from trainer.digest import on_host, state_hash
 from trainer.mesh import param_shardings, replicated, with_shardings
 from trainer.objective import FrozenModel, ObjectiveConfig, Params
 
@@ -158,7 +159,42 @@ def model_digest(model: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def with_layers(origin: Origin, layers: list[int]) -> Origin:
+def as_student(origin: Origin, config: RunConfig) -> Origin:
+    """The origin with only the layers `init_layers`, in this order, and of the width `init_width`.
+
+    Raises: ValueError for layers or a width that it cannot have.
+    """
+    origin = _with_layers(origin, config.init_layers)
+    return _with_width(origin, config.init_width) if config.init_width.active else origin
+
+
+def _with_width(origin: Origin, width: WidthConfig) -> Origin:
+    wide = origin.model
+    thin = thin_config(wide, width)
+
+    def params(abstract: Params, *progress: Any) -> Params:
+        onto = jax.tree.leaves(abstract)[0].sharding.mesh
+        sized = abstract_params(replace(wide, vocab_size=abstract["embedding"].shape[0]))
+        # Cut as the thin ones are, where they can be.
+        lie = lambda shape, leaf: _divisible(shape.shape, leaf.sharding, replicated(onto))
+        whole = origin.params(with_shardings(sized, jax.tree.map(lie, sized, abstract)), *progress)
+        choice = choose(wide, thin, whole, on_host)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.jit(lambda params: thinned(wide, choice, params), out_shardings=shardings)(whole)
+
+    sizes = ", ".join(f"{name} {now} of {widths(wide)[name]}" for name, now in widths(thin).items())
+    return replace(origin, name=f"{origin.name}, thinned to {sizes}", model=thin, params=params, checkpoint=None)
+
+
+def _divisible(shape: tuple[int, ...], sharding: Any, otherwise: Any) -> Any:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return otherwise
+    return sharding
+
+
+def _with_layers(origin: Origin, layers: list[int]) -> Origin:
     """The origin with only these of its layers, in this order; all where none are named.
 
     Raises: ValueError for layers that it has not.
@@ -295,7 +331,7 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
         before = folder.saved_config()
         model, tokenizer, adapter = before.model, before.tokenizer, before.adapter
     else:
-        origin = with_layers(find_origin(config.init_from, config.runs, say), config.init_layers)
+        origin = as_student(find_origin(config.init_from, config.runs, say), config)
         model, tokenizer, adapter = origin.model, origin.tokenizer_config, origin.adapter
     if published_kind(config.init_from)[0] == "peft":
         if chosen := [key for key in named if key.partition(".")[0] == "adapter"]:

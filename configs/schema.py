@@ -375,6 +375,10 @@ def validate(config: RunConfig) -> None:
                 "source=[...] instead"
             )
     config.model.validate()
+    if config.objective.neftune_alpha < 0:
+        raise ValueError(
+            f"objective.neftune_alpha={config.objective.neftune_alpha}: must not be negative; 0 is no noise"
+        )
     if config.init_width.active and config.init_from is None:
         raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()

@@ -272,10 +272,15 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     if adaptation is not None:
         axes, init, reads = adaptation.axes, adaptation.init, (adaptation.stored,)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, adaptation.abstract)
+    if config.objective.moves_reference and config.adapter.active:
+        raise ValueError(
+            f"adapter.method={config.adapter.method.name}: the reference of adapters is their base, which does not "
+            "move; set objective.reference_every=0, or train without adapters"
+        )
     schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
-    optimizer = config.optimizer.build(schedule, axes)
+    optimizer = config.objective.around(config.optimizer.build(schedule, axes))
     constrain = make_constrain(mesh, config.sharding)
-    apply = make_apply(model, constrain)
+    apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
     objective = config.objective.build(_token_bytes(model, tokenizer))
     if adaptation is not None:
         objective = Adapted(objective, adaptation.join)
@@ -356,8 +361,10 @@ def build_evaluation(
     core: Core,
     frozen: Mapping[str, Any] | None = None,
     tables: Mapping[str, Table] | None = None,
-) -> Callable[[Params], dict[str, float]]:
-    """`evaluate(params)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held out."""
+) -> Callable[..., dict[str, float]]:
+    """`evaluate(params, moving_models)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held
+    out.
+    """
     data = config.data
     rows = {name: make_rows(corpus, data, config.seed, name) for name, corpus in corpora.heldout.items()}
     rows = with_tables(rows, tables or {})
@@ -371,8 +378,8 @@ def build_evaluation(
             place=core.place,
         )
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(params: Params, moving: Mapping[str, Any] | None = None) -> dict[str, float]:
         sources = {name: batches(packed) for name, packed in rows.items()}
-        return evaluate_sources(core.eval_step, params, frozen or {}, sources)
+        return evaluate_sources(core.eval_step, params, {**(frozen or {}), **(moving or {})}, sources)
 
     return evaluate

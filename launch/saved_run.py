@@ -17,6 +17,7 @@ from models.lora import AdapterConfig
 from trainer.beside import own_params
 from trainer.checkpoint import Checkpointer
 from trainer.mesh import MeshConfig
+from trainer.moving import moving_models
 from trainer.objective import REFERENCE, TEACHER, Params
 from trainer.optimizer import eval_params
 from trainer.state import TrainState
@@ -57,6 +58,8 @@ class SavedRun:
             origin, sha256 = (known[REFERENCE][key] for key in ("origin", "sha256"))
             whole = self.core.own
             models[REFERENCE], _ = load_reference(origin, whole, self.config.runs, say, sha256=sha256)
+        if self.config.objective.moves_reference:
+            models |= moving_models(self.state().opt_state)
         if self.config.objective.teacher_name is not None:
             origin, sha256 = (known[TEACHER][key] for key in ("origin", "sha256"))
             found = (self.config.objective, origin, self.tokenizer, self.core, self.config.runs, say)

@@ -122,7 +122,7 @@ def thinned(model: ModelConfig, choice: Choice, params: Params) -> Params:
     """What stays of `params`.
 
     An RMS norm divides by a mean over the stream, which what was cut off had a part in: scales make up for it by the
-    share of the squared weights written to the stream that stay. Exact where what is cut off was 0, but for the norm's epsilon.
+    share of the squared weights written to the stream that stay. But for epsilon, exact where what is cut off was 0.
     """
     lift = 1.0 if model.norm_unit_offset else 0.0
 

@@ -28,6 +28,7 @@ from models.layers import (
     as_array,
     dropout,
     inverse_frequencies,
+    noisy,
     param,
     rope_temperature,
     rotate,
@@ -315,11 +316,11 @@ def param_axes(config: ModelConfig) -> Params:
     return {**named(_abstract_ends(config), ()), **blocks}
 
 
-def make_apply(config: ModelConfig, constrain: Constrain = no_constraint) -> Apply:
-    """The forward pass over whole rows as a pure function of the parameters."""
+def make_apply(config: ModelConfig, constrain: Constrain = no_constraint, *, neftune_alpha: float = 0.0) -> Apply:
+    """The forward pass over whole rows as a pure function of the parameters; see `noisy` for `neftune_alpha`."""
 
     def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None, asked=None) -> Output:
-        options = {"config": config, "constrain": constrain, "rng": rng, "asked": asked}
+        options = {"config": config, "constrain": constrain, "rng": rng, "asked": asked, "neftune_alpha": neftune_alpha}
         return forward(params, tokens_BL, positions_BL, segment_ids_BL, **options)
 
     return apply
@@ -341,11 +342,13 @@ def forward(
     constrain: Constrain = no_constraint,
     rng: jax.Array | None = None,
     asked: Asked | None = None,
+    neftune_alpha: float = 0.0,
 ) -> Output:
     """One pass over whole rows."""
     ends = _ends(params, config)
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
-    x_BLD = constrain(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), ("batch", "length", "embed"))
+    x_BLD = noisy(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), segment_ids_BL, neftune_alpha, embed_rng)
+    x_BLD = constrain(x_BLD, ("batch", "length", "embed"))
     context = _context(config, positions_BL, segment_ids_BL, 0, tokens_BL.shape[1], constrain)
     context = context._replace(shows_attention=asked is not None and asked.attention)
     shown = nothing_shown(asked, x_BLD, config.attention.num_heads)

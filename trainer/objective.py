@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
 
 from data.batch import DTYPES, ColumnBatch, TokenBatch
 from models.config import ModelConfig
@@ -81,6 +82,7 @@ class ObjectiveConfig:
     """Base of all objectives' configs."""
 
     kind: str = ""
+    neftune_alpha: float = 0.0  # noise on embeddings in training [NEFTune, 2310.05914]: 5 to 15; 0: none
 
     @property
     def needs_reference(self) -> bool:
@@ -91,6 +93,15 @@ class ObjectiveConfig:
     def teacher_name(self) -> str | None:
         """What the loss learns from, as the frozen model `TEACHER`: a run or a published checkpoint."""
         return None
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the frozen model `REFERENCE` is kept in the optimizer's state instead, see `trainer.moving`."""
+        return False
+
+    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The optimizer with what the loss keeps beside it."""
+        return optimizer
 
     @property
     def cached(self) -> str | None:

@@ -36,6 +36,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.goodput import Ledger
 from trainer.loop import DONE, Hook, fit
 from trainer.metrics import TrainMetrics, peak
+from trainer.moving import moving_models
 from trainer.objective import Params
 from trainer.optimizer import eval_params
 from trainer.plot import draw_loss
@@ -191,7 +192,7 @@ class Session:
             evaluation = hooks.EvaluateEvery(
                 task.evaluate_every,
                 num_steps=num_steps,
-                evaluate=lambda state: compute(average(state)),
+                evaluate=lambda state: compute(average(state), moving_models(state.opt_state)),
                 on_metrics=trackers.log,
                 ledger=ledger,
             )

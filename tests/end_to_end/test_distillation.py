@@ -52,7 +52,8 @@ def test_a_mesh_changes_nothing(home):
 def test_a_narrower_student_learns_from_the_layers_of_its_teacher(home):
     narrow = [
         "init_width.embed_dim=32", "init_width.hidden_dim=64", "init_width.num_heads=2", "init_width.num_kv_heads=2",
-        "objective.match.layers=[[0,1],[1,3]]", "objective.match.teacher_dim=64", "objective.match.attention_weight=0.5",
+        "objective.match.layers=[[0,1],[1,3]]", "objective.match.teacher_dim=64",
+        "objective.match.attention_weight=0.5",
     ]  # fmt: skip
     out, _ = meshwright(home, "train", "run=narrow", *STUDENT, *narrow)
     assert "thinned to embed 32 of 64" in out

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.nn import log_sigmoid, sigmoid
 
 from data.batch import TokenBatch, columns_of, tokens_of
 from models.moe import Auxiliary
 from models.transformer import Apply
+from trainer.moving import moving_reference
 from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
 from trainer.objectives.logprobs import TokenLogprobs, token_logprobs
 
@@ -69,12 +71,30 @@ class PreferenceConfig(ObjectiveConfig):
     nll_weight: float = 0.0  # times the negative log-probability of a chosen answer, per token [2404.19733]
     nll_on_prompt: bool = False  # per token of prompt and answer, as TRL has it in ORPO
     length_weight: float = 1.0  # weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
+    wpo: bool = False  # weigh pairs by how near the policy they were sampled [2406.11827]
+    reference_every: int = (
+        0  # updates after which the reference moves towards the policy [2404.09656]; 0: it never does
+    )
+    reference_share: float = 0.6  # of the policy in it then
     cache_reference: bool = False  # ask the reference once about each pair, before training, and keep it on disk
     loss_chunk: int = 128  # tokens of each row whose logits exist at once
 
     @property
     def needs_reference(self) -> bool:
+        return self.has_reference and not self.moves_reference
+
+    @property
+    def has_reference(self) -> bool:
         return self.loss not in FREE_OF_REFERENCE
+
+    @property
+    def moves_reference(self) -> bool:
+        return self.reference_every > 0
+
+    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        if not self.moves_reference:
+            return optimizer
+        return moving_reference(optimizer, every=self.reference_every, share=self.reference_share)
 
     @property
     def cached(self) -> str | None:
@@ -96,8 +116,24 @@ class PreferenceConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.f_divergence={self.f_divergence.name}: is for objective.loss={known}; not {name}"
             )
-        if self.cache_reference and not self.needs_reference:
-            raise ValueError(f"objective.cache_reference=true: objective.loss={name} has no reference; leave it out")
+        for key in ("cache_reference", "reference_every"):
+            if getattr(self, key) and not self.has_reference:
+                raise ValueError(
+                    f"objective.{key}={getattr(self, key)}: objective.loss={name} has no reference; leave it out"
+                )
+        if self.cache_reference and self.moves_reference:
+            raise ValueError(
+                f"objective.reference_every={self.reference_every}: a reference that moves cannot be asked in advance; "
+                "use 0, or objective.cache_reference=false"
+            )
+        if self.reference_every < 0:
+            raise ValueError(
+                f"objective.reference_every={self.reference_every}: must not be negative; 0 keeps it still"
+            )
+        if not 0 < self.reference_share <= 1:
+            raise ValueError(f"objective.reference_share={self.reference_share}: is a share, above 0 and up to 1")
+        if self.wpo and self.loss in (Loss.aot, Loss.aot_unpaired):
+            raise ValueError(f"objective.wpo=true: objective.loss={name} sorts, and has no pairs to weigh; use false")
         for key in ("beta", "tau"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"objective.{key}={getattr(self, key)}: must be above 0")
@@ -248,6 +284,13 @@ LOSSES: dict[Loss, Callable[[Pairs, PreferenceConfig], jax.Array]] = {
 }
 
 
+def nearness(policy: TokenLogprobs, mask_BSL: jax.Array) -> jax.Array:
+    """[B]: of both answers, how likely they are beside what the policy says itself [2406.11827, equation 2]."""
+    apart_BSL = jnp.where(mask_BSL > 0, policy.logprob - policy.collision, 0.0)
+    mean_BS = apart_BSL.sum(-1) / jnp.maximum(mask_BSL.sum(-1), 1)
+    return jax.lax.stop_gradient(jnp.exp(mean_BS.sum(-1)))
+
+
 def _of_pairs(values: jax.Array) -> jax.Array:
     """[B S] to [B]."""
     return values.reshape(-1, 2).mean(-1)
@@ -277,13 +320,15 @@ class Preference:
         mask_BSL = batch.loss_mask.astype(jnp.float32)
         policy_BS = self._total(policy, mask_BSL)
         reference_BS = jnp.zeros_like(policy_BS)
-        if c.needs_reference:
+        if c.has_reference:
             found = kept if REFERENCE in kept else self.columns(apply, frozen, batch)
             reference_BS = jax.lax.stop_gradient(found[REFERENCE])
         pairs = Pairs(policy_BS, reference_BS, mask_BSL.sum(-1))
         real_B = jnp.all(pairs.lengths > 0, axis=-1).astype(jnp.float32)
         mean = lambda values_B: Mean(jnp.sum(jnp.where(real_B > 0, values_B, 0.0)), jnp.sum(real_B))
         loss_B = LOSSES[c.loss](scored(pairs, c.f_divergence), c)
+        if c.wpo:
+            loss_B = loss_B * nearness(policy, mask_BSL)
         if c.nll_weight:
             loss_B = loss_B + c.nll_weight * self._nll(policy, batch)
         reward_BS = c.beta * (pairs.per_token().policy if c.loss is Loss.simpo else pairs.ratios)

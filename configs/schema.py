@@ -38,6 +38,7 @@ from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
 from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.kto import KtoConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.optimizer import (
@@ -238,7 +239,12 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "model": {"transformer": ModelConfig},
     "adapter": {"adapter": AdapterConfig},
-    "objective": {"next_token": NextTokenConfig, "preference": PreferenceConfig, "distillation": DistillationConfig},
+    "objective": {
+        "next_token": NextTokenConfig,
+        "preference": PreferenceConfig,
+        "kto": KtoConfig,
+        "distillation": DistillationConfig,
+    },
     "optimizer": {
         "adamw": AdamWConfig,
         "adafactor": AdafactorConfig,
@@ -401,13 +407,20 @@ def validate(config: RunConfig) -> None:
             "data.packing=concat: would cut conversations at the ends of rows, and answers would be learnt without "
             "their questions; use data.packing=best_fit"
         )
-    pairs = config.data.records is Records.pairs
-    if pairs != isinstance(config.objective, PreferenceConfig):
-        raise ValueError(
-            f"objective={config.objective.kind}: "
-            + ("data.records=pairs are for objective=preference" if pairs else "needs data.records=pairs")
-            + "; phase=dpo sets both"
-        )
+    _validate_sides(config)
     for key in ("batch_size", "seq_len"):
         if getattr(config.data, key) < 1:
             raise ValueError(f"data.{key}={getattr(config.data, key)}: must be at least 1")
+
+
+def _validate_sides(config: RunConfig) -> None:
+    """Losses over rows of two sides and the records that they are made of."""
+    for cls, records, phase in ((PreferenceConfig, Records.pairs, "dpo"), (KtoConfig, Records.completions, "kto")):
+        there = config.data.records is records
+        if there != isinstance(config.objective, cls):
+            wants = f"needs data.records={records.name}"
+            raise ValueError(
+                f"objective={config.objective.kind}: "
+                + (f"data.records={records.name} are for objective={cls().kind}" if there else wants)
+                + f"; phase={phase} sets both"
+            )

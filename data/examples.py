@@ -15,6 +15,7 @@ import numpy as np
 
 from data.chat import encode_chat
 from data.conversations import BadRow, Conversation, count_bad, read_conversations
+from data.judged import Judged, read_judged, with_next
 from data.preferences import Pair, read_pairs
 from data.records import BadRecords, Record
 from data.sources import SourceConfig, Unit
@@ -26,7 +27,13 @@ class Records(enum.Enum):
 
     documents = "documents"  # one text each: every token is learnt
     conversations = "conversations"  # `data.conversations` lists their formats: what data.loss_on names is learnt
+    completions = "completions"  # `data.judged` lists theirs: an answer to a prompt, and whether it is good
     pairs = "pairs"  # `data.preferences` lists theirs: two answers to a prompt, of which the first is preferred
+
+    @property
+    def examples_each(self) -> int:
+        """How many examples stand together: two sides of a row, which are never parted."""
+        return 2 if self in (Records.pairs, Records.completions) else 1
 
 
 class LossOn(enum.Enum):
@@ -62,9 +69,10 @@ class Example(NamedTuple):
 
 def read_said(
     source: SourceConfig, unit: Unit, bad: BadRecords, records: Records
-) -> Iterator[tuple[Record, Conversation | Pair | str]]:
+) -> Iterator[tuple[Record, Conversation | Pair | Judged | str]]:
     """Every usable record of a unit with the conversation, pair or text that it holds; the others are counted."""
-    return read_pairs(source, unit, bad) if records is Records.pairs else read_conversations(source, unit, bad)
+    read = {Records.pairs: read_pairs, Records.completions: read_judged}.get(records, read_conversations)
+    return read(source, unit, bad)
 
 
 def read_examples(
@@ -74,7 +82,11 @@ def read_examples(
 
     Raises: ValueError for a tokenizer without a chat template, at the first conversation.
     """
+    if rules.records is Records.completions:
+        yield from _judged_examples(source, unit, bad, tokenizer, rules)
+        return
     for record, said in read_said(source, unit, bad, rules.records):
+        assert not isinstance(said, Judged)
         if not isinstance(said, str) and tokenizer.chat_template is None:
             encode_chat(tokenizer, (said.chosen if isinstance(said, Pair) else said).messages)  # says what to do
         try:
@@ -82,6 +94,27 @@ def read_examples(
                 yield said, encode_pair(tokenizer, said, rules)
             else:
                 yield said, (encode_example(tokenizer, said, rules),)
+        except BadRow as error:
+            count_bad(bad, record, error)
+        except ValueError as error:
+            count_bad(bad, record, _refused(error))
+
+
+def _judged_examples(
+    source: SourceConfig, unit: Unit, bad: BadRecords, tokenizer: Tokenizer, rules: Rules
+) -> Iterator[tuple[Conversation, tuple[Example, Example]]]:
+    """Beside each pair of examples the prompt, by which answers to one prompt stay on one side of a split."""
+    for record, judged, other in with_next(read_judged(source, unit, bad)):
+        conversation = judged.conversation
+        if tokenizer.chat_template is None:
+            encode_chat(tokenizer, conversation.messages)  # says what to do
+        try:
+            if other is None:
+                raise BadRow("no other record whose answer it could be compared with")
+            yield (
+                conversation._replace(messages=conversation.messages[:-1]),
+                encode_judged(tokenizer, judged, other, rules),
+            )
         except BadRow as error:
             count_bad(bad, record, error)
         except ValueError as error:
@@ -131,6 +164,25 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, rules: Rules) -> tuple[Example
     return chosen, rejected
 
 
+def encode_judged(tokenizer: Tokenizer, judged: Judged, other: Judged, rules: Rules) -> tuple[Example, Example]:
+    """Ids of a prompt with its answer, and with that of `other`, whose end is cut off where a row has no room for it.
+
+    After the first stands one id more, 1 where the answer is good and 0 where not: it is no token, and never learnt.
+    Raises: BadRow for one that cannot be compared; ValueError as `encode_chat`.
+    """
+    conversation, answer = judged.conversation, other.conversation.messages[-1]
+    mixed = conversation._replace(messages=[*conversation.messages[:-1], answer])
+    overlong = rules.overlong if rules.overlong is Overlong.cut else Overlong.drop
+    of_last = rules._replace(loss_on=LossOn.last, overlong=overlong)
+    own = encode_example(tokenizer, conversation, of_last)
+    apart = encode_example(tokenizer, mixed, of_last._replace(overlong=Overlong.cut))
+    begins = [int(np.argmax(side.learnt)) for side in (own, apart)]
+    if begins[0] != begins[1] or not np.array_equal(own.ids[: begins[0]], apart.ids[: begins[0]]):
+        raise BadRow("the chat template writes the prompt differently for another answer")
+    label = np.array([judged.good], own.ids.dtype)
+    return own._replace(ids=np.append(own.ids, label), learnt=np.append(own.learnt, False)), apart
+
+
 def _kept_length(turns: np.ndarray, rules: Rules) -> int:
     if rules.overlong is Overlong.cut:
         return rules.max_length
@@ -169,12 +221,14 @@ def with_ends(ids: np.ndarray, said: np.ndarray, stop_ids: Sequence[int]) -> np.
     return said
 
 
-def texts_of(conversation: Conversation | Pair | str) -> list[str]:
+def texts_of(conversation: Conversation | Pair | Judged | str) -> list[str]:
     """What is said in it, for a tokenizer to be trained on."""
     if isinstance(conversation, Pair):
         return [*texts_of(conversation.chosen), *texts_of(conversation.rejected)]
     if isinstance(conversation, str):
         return [conversation]
+    if isinstance(conversation, Judged):
+        return texts_of(conversation.conversation)
     return [message["content"] for message in conversation.messages if message["content"]]
 
 

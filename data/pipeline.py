@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.batch import DTYPES, ColumnBatch, TokenBatch
+from data.batch import DTYPES, ColumnBatch, TokenBatch, columns_of, tokens_of
 from data.examples import LossOn, Overlong, Records, Rules
 from data.packing import Corpus, Packing, Piece, build_row, make_plan
 from data.sources import SourceConfig
@@ -69,10 +69,23 @@ class PairRows:
     def __len__(self) -> int:
         return len(self.corpus.lengths) // 2
 
-    def __getitem__(self, row: int) -> TokenBatch:
+    def __getitem__(self, row: int) -> TokenBatch | ColumnBatch:
         sides = (2 * int(row), 2 * int(row) + 1)
         whole = [[Piece(side, 0, int(self.corpus.lengths[side]))] for side in sides]
         return stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
+
+
+class JudgedRows(PairRows):
+    """The rows of one corpus of answers: 0 the answer, 1 another one to the same prompt; column `label` [] f32."""
+
+    def __getitem__(self, row: int) -> ColumnBatch:
+        first, ends = 2 * int(row), self.corpus.lengths
+        # The label stands after the last token of the answer, where nothing is learnt.
+        sides = [[Piece(first, 0, int(ends[first]) - 1)], [Piece(first + 1, 0, int(ends[first + 1]))]]
+        label = self.corpus.document(first, int(ends[first]) - 1, int(ends[first]))[0]
+        tokens = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in sides])
+        tokens.targets[0, int(ends[first]) - 2] = 0  # not a token
+        return ColumnBatch(*tokens, {"label": np.float32(label)})
 
 
 class TabledRows:
@@ -85,7 +98,8 @@ class TabledRows:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> ColumnBatch:
-        return ColumnBatch(*self.rows[row], self.table[int(row)])
+        found = self.rows[row]
+        return ColumnBatch(*tokens_of(found), {**columns_of(found), **self.table[int(row)]})
 
 
 Rows = PackedRows | PairRows | TabledRows
@@ -100,6 +114,8 @@ def make_rows(corpus: Corpus, config: DataConfig, seed: int, name: str) -> Packe
     """The rows of the source `name`."""
     if config.records is Records.pairs:
         return PairRows(corpus, seq_len=config.seq_len)
+    if config.records is Records.completions:
+        return JudgedRows(corpus, seq_len=config.seq_len)
     return PackedRows(corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name))
 
 
@@ -267,10 +283,11 @@ class OfflineSource:
         self._iterator = None
 
 
-def batch_hash(batch: TokenBatch) -> str:
-    """SHA-256 over every field of a batch in its canonical dtype."""
-    digest = hashlib.sha256()
-    for name, value, dtype in zip(batch._fields, batch, DTYPES, strict=True):
+def batch_hash(batch: TokenBatch | ColumnBatch) -> str:
+    """SHA-256 over every field of a batch in its canonical dtype, and every column in its own."""
+    digest, columns = hashlib.sha256(), sorted(columns_of(batch).items())
+    fields = [*zip(TokenBatch._fields, batch[:5], DTYPES, strict=True), *((n, v, v.dtype) for n, v in columns)]
+    for name, value, dtype in fields:
         array = np.ascontiguousarray(value, np.dtype(dtype).newbyteorder("<"))
         digest.update(f"{name}:{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()

@@ -110,7 +110,7 @@ def prepare_source(
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = settings(source, tokenizer, rules)
-    units, pairs = source.units(), rules is not None and rules.records is Records.pairs
+    units, together = source.units(), 1 if rules is None else rules.records.examples_each
     shards, tokens = [], 0
     left = source.max_documents
     for index, unit in enumerate(units):
@@ -120,7 +120,7 @@ def prepare_source(
             shard = _make_shard(source, tokenizer, unit, folder / f"shard_{index:05d}", made_of, left, rules)
         shards.append(shard)
         documents = sum(shard["counts"][split]["documents"] for split in SPLITS)
-        left = None if left is None else left - documents // (2 if pairs else 1)
+        left = None if left is None else left - documents // together
         tokens += sum(shard["counts"][split]["tokens"] for split in SPLITS)
         progress(index + 1, len(units), tokens)
     manifest = _manifest(wanted, shards)
@@ -338,7 +338,7 @@ class TokenCorpus:
         )
         self._tokens = [load(name, "tokens") for name in shards]
         examples = manifest.content["settings"].get("examples", {})
-        self.together = 2 if examples.get("records") == Records.pairs.name else 1  # documents that are never parted
+        self.together = Records[examples["records"]].examples_each if "records" in examples else 1  # never parted
         self._learnt = [load(name, "learnt") for name in shards] if manifest.masked else None
         offsets = [load(name, "offsets") for name in shards]
         self._shard = np.concatenate([np.full(len(o) - 1, i, np.int32) for i, o in enumerate(offsets)])

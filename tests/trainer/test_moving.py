@@ -22,7 +22,9 @@ MOVING = PreferenceConfig(reference_every=2, reference_share=0.6)
 
 
 def optimizer(config=MOVING, **changes):
-    return config.around(AdamWConfig(**changes).build(ConstantConfig().build(1e-2, 10), param_axes(MODEL)))
+    return config.around(
+        AdamWConfig(**changes).build(ConstantConfig(warmup_steps=0).build(1e-2, 10), param_axes(MODEL))
+    )
 
 
 def train(steps: int, num_microbatches: int = 1, **changes):

@@ -83,7 +83,7 @@ class JudgedRows(PairRows):
         # The label stands after the last token of the answer, where nothing is learnt.
         sides = [[Piece(first, 0, int(ends[first]) - 1)], [Piece(first + 1, 0, int(ends[first + 1]))]]
         label = self.corpus.document(first, int(ends[first]) - 1, int(ends[first]))[0]
-        tokens = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in sides])
+        tokens: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in sides])
         tokens.targets[0, int(ends[first]) - 2] = 0  # not a token
         return ColumnBatch(*tokens, {"label": np.float32(label)})
 

@@ -68,9 +68,7 @@ def test_a_narrower_student_learns_from_the_layers_of_its_teacher(home):
     for key in ("eval/loss", "eval/hidden_distance", "eval/attention_distance"):
         assert found[key] == pytest.approx(last[key], rel=1e-5), key
     meshwright(home, "generate", "run=narrow", "prompt=ab", "task.max_new_tokens=2")  # without the projection
-    meshwright(
-        home, "train", "run=after", "init_from=narrow", *STUDENT[:-6], "task.num_steps=1", "objective=next_token"
-    )
+    meshwright(home, "train", "run=after", "init_from=narrow", *KEPT, "source=[synthetic]", "task.num_steps=2")
 
 
 CACHED = [*STUDENT, "objective.top_k=8", "objective.cache=true", "objective.cache_dtype=float32", "objective.weight=1"]
@@ -92,7 +90,7 @@ def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(hom
     assert "asked about" not in out
     for run in ("cached", "cached_mesh"):
         for step, loss in losses(home, run).items():
-            assert loss == pytest.approx(losses(home, "online")[step], rel=2e-5), (run, step)
+            assert loss == pytest.approx(losses(home, "online")[step], rel=1e-5, abs=1e-7), (run, step)
     found = [
         json.loads((home / "runs" / run / "summary.json").read_text())["evaluation"] for run in ("cached", "online")
     ]

@@ -125,7 +125,25 @@ def test_a_reference_that_is_asked_in_advance_is_not_held_and_changes_nothing(ho
     assert losses(home, "cached_lora")[1] == pytest.approx(0.6931472, abs=1e-5)
 
 
+def test_a_reference_that_moves_is_part_of_the_checkpoint(home):
+    moving = [*DPO, "objective.reference_every=3", "objective.wpo=true", "task.num_microbatches=2"]
+    meshwright(home, "train", "run=moving", *moving)
+    for until in (4, STEPS):
+        meshwright(home, "train", "run=moving_stopped", *moving, f"task.num_steps={until}")
+    assert losses(home, "moving_stopped") == losses(home, "moving")
+    mine, theirs = inspect(home, "moving_stopped"), inspect(home, "moving")
+    for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256"):
+        assert mine[key] == theirs[key], key
+    last = json.loads((home / "runs" / "moving" / "summary.json").read_text())["evaluation"]
+    found = json.loads(meshwright(home, "evaluate", "run=moving", "format=json")[0])
+    assert found["eval/reward_margin"] == pytest.approx(last["eval/reward_margin"], rel=1e-5)
+
+
 MISTAKES = {
+    "adapters on a reference that moves": (
+        ["objective.reference_every=2", "adapter=lora"],
+        "set objective.reference_every=0",
+    ),
     "a cache of nothing": (
         ["objective.loss=cpo", "objective.cache_reference=true"],
         "objective.loss=cpo has no reference",

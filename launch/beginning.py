@@ -119,6 +119,8 @@ def find_frozen(
     cached, tokenizer = config.objective.cached, corpora.tokenizer
     if cached in known and (tables := open_tables(config, core, corpora, known[cached])).complete:
         return Frozen(models | _let_go(cached, core, tokenizer), records | {cached: known[cached]}, tables)
+    if config.objective.moves_reference and config.init_from is None and step is None:
+        raise _no_reference(config)
     if config.objective.needs_reference:
         models[REFERENCE], records[REFERENCE] = _reference(config, core, known.get(REFERENCE, {}), base)
     if config.objective.teacher_name is not None:
@@ -142,16 +144,20 @@ def _let_go(name: str, core: Core, tokenizer: Tokenizer) -> dict[str, Any]:
 def _reference(config: RunConfig, core: Core, known: dict[str, str], base: Base | None) -> tuple[Any, dict[str, str]]:
     origin = known.get("origin") or config.init_from
     if origin is None:
-        raise ValueError(
-            f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
-            "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
-        )
+        raise _no_reference(config)
     _refuse_thinning(config, "the reference of a policy is all of init_from")
     begins_there = base is not None and (known == base.record if known else base.start is None)
     if base is not None and begins_there and config.adapter.base.name == "full":
         return base.params, base.record  # not twice in memory
     whole = core.own if core.adaptation is None else core.adaptation.whole
     return load_reference(origin, whole, config.runs, say, sha256=known.get("sha256"))
+
+
+def _no_reference(config: RunConfig) -> ValueError:
+    return ValueError(
+        f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
+        "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
+    )
 
 
 def _refuse_thinning(config: RunConfig, why: str) -> None:

@@ -118,9 +118,9 @@ def test_a_reference_that_is_asked_in_advance_is_not_held_and_changes_nothing(ho
         json.loads((home / "runs" / run / "summary.json").read_text())["evaluation"] for run in ("cached", "a")
     )
     assert last["eval/reward_margin"] == pytest.approx(online["eval/reward_margin"], rel=1e-5)
-    other, _ = meshwright(home, "train", "run=longer", *cached, "data.seq_len=80", "task.num_steps=1")
+    other, _ = meshwright(home, "train", "run=longer", *cached, "data.seq_len=80", "task.num_steps=2")
     assert "reference: asked about" in other  # another length, another table
-    lora = ["adapter=lora", "adapter.rank=4", "adapter.targets=[attention]", "task.num_steps=1"]
+    lora = ["adapter=lora", "adapter.rank=4", "adapter.targets=[attention]", "task.num_steps=2"]
     meshwright(home, "train", "run=cached_lora", *cached, *lora)
     assert losses(home, "cached_lora")[1] == pytest.approx(0.6931472, abs=1e-5)
 

@@ -37,10 +37,13 @@ from models.thin import WidthConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.contrastive import ContrastiveConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.kto import KtoConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
+from trainer.objectives.reward import RewardConfig
 from trainer.optimizer import (
     AdafactorConfig,
     AdamWConfig,
@@ -144,6 +147,15 @@ class ServeConfig(TaskConfig):
 
 
 @dataclass
+class PredictConfig(TaskConfig):
+    kind: str = "predict"
+    texts: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # .txt: a text a line; .jsonl: a text or a conversation a line
+    output: str | None = None  # a file to write, .jsonl or .npy; null: JSON lines on the terminal
+    batch_size: int = 16  # texts that are read at once
+
+
+@dataclass
 class InspectConfig(TaskConfig):
     kind: str = "inspect"
 
@@ -218,6 +230,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "evaluate": EvaluateConfig,
         "generate": GenerateConfig,
         "serve": ServeConfig,
+        "predict": PredictConfig,
         "inspect": InspectConfig,
         "runs": RunsConfig,
         "convert": ConvertConfig,
@@ -244,6 +257,9 @@ GROUPS: dict[str, dict[str, type]] = {
         "preference": PreferenceConfig,
         "kto": KtoConfig,
         "distillation": DistillationConfig,
+        "reward": RewardConfig,
+        "classification": ClassificationConfig,
+        "contrastive": ContrastiveConfig,
     },
     "optimizer": {
         "adamw": AdamWConfig,
@@ -402,25 +418,32 @@ def validate(config: RunConfig) -> None:
         )
     if not 0 <= config.data.max_bad_share <= 1:
         raise ValueError(f"data.max_bad_share={config.data.max_bad_share}: is a share, from 0 to 1")
-    if config.data.records is Records.conversations and config.data.packing is Packing.concat:
+    if config.data.records in (Records.conversations, Records.labelled) and config.data.packing is Packing.concat:
         raise ValueError(
-            "data.packing=concat: would cut conversations at the ends of rows, and answers would be learnt without "
-            "their questions; use data.packing=best_fit"
+            "data.packing=concat: would cut conversations and texts at the ends of rows, and answers would be learnt "
+            "without their questions; use data.packing=best_fit"
         )
-    _validate_sides(config)
+    of_training(config)
     for key in ("batch_size", "seq_len"):
         if getattr(config.data, key) < 1:
             raise ValueError(f"data.{key}={getattr(config.data, key)}: must be at least 1")
 
 
-def _validate_sides(config: RunConfig) -> None:
-    """Losses over rows of two sides and the records that they are made of."""
-    for cls, records, phase in ((PreferenceConfig, Records.pairs, "dpo"), (KtoConfig, Records.completions, "kto")):
-        there = config.data.records is records
-        if there != isinstance(config.objective, cls):
-            wants = f"needs data.records={records.name}"
-            raise ValueError(
-                f"objective={config.objective.kind}: "
-                + (f"data.records={records.name} are for objective={cls().kind}" if there else wants)
-                + f"; phase={phase} sets both"
-            )
+def of_training(config: RunConfig) -> None:
+    """What the objective decides of data and model; it must fit the records.
+
+    Raises: ValueError where it does not.
+    """
+    objective, data = config.objective, config.data
+    if objective.kind and data.records not in objective.records:
+        fitting = " or ".join(records.name for records in objective.records)
+        phase = next((name for name, kind in PHASES.items() if kind == objective.kind), None)
+        hint = f"; phase={phase} sets both" if phase else ""
+        raise ValueError(
+            f"data.records={data.records.name}: objective={objective.kind} needs data.records={fitting}{hint}"
+        )
+    data.margins, data.negatives = objective.reads_margins, objective.num_negatives
+    config.model.outputs = objective.outputs(len(data.classes))
+
+
+PHASES = {"dpo": "preference", "kto": "kto", "reward": "reward", "classify": "classification", "embed": "contrastive"}

@@ -31,12 +31,28 @@ class ColumnBatch(NamedTuple):
     columns: dict[str, Array]  # each [B, ...]
 
 
-def tokens_of(batch: TokenBatch | ColumnBatch) -> TokenBatch:
+def tokens_of(batch: "TokenBatch | ColumnBatch | ValuedBatch") -> TokenBatch:
     return TokenBatch(*batch[:5])
 
 
-def columns_of(batch: TokenBatch | ColumnBatch) -> dict[str, Array]:
+def columns_of(batch: "TokenBatch | ColumnBatch | ValuedBatch") -> dict[str, Array]:
     return batch.columns if isinstance(batch, ColumnBatch) else {}
 
 
+class ValuedBatch(NamedTuple):
+    """Rows of several texts, as pairs are, with what is known of each beforehand."""
+
+    tokens: Array  # [B, S, L], as the fields of `TokenBatch`
+    targets: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
+    values: Array  # [B, S] f32
+
+
 DTYPES = TokenBatch(np.int32, np.int32, np.float32, np.int32, np.int32)
+
+
+def flat_rows(batch: TokenBatch | ValuedBatch) -> TokenBatch:
+    """Fields [B, S, L] as [B S, L]: a row of each text."""
+    return TokenBatch(*(field.reshape(-1, field.shape[-1]) for field in batch[:5]))

@@ -16,6 +16,7 @@ import numpy as np
 from data.chat import encode_chat
 from data.conversations import BadRow, Conversation, count_bad, read_conversations
 from data.judged import Judged, read_judged, with_next
+from data.labels import Labelled, Match, read_labelled, read_matches
 from data.preferences import Pair, read_pairs
 from data.records import BadRecords, Record
 from data.sources import SourceConfig, Unit
@@ -29,11 +30,11 @@ class Records(enum.Enum):
     conversations = "conversations"  # `data.conversations` lists their formats: what data.loss_on names is learnt
     completions = "completions"  # `data.judged` lists theirs: an answer to a prompt, and whether it is good
     pairs = "pairs"  # `data.preferences` lists theirs: two answers to a prompt, of which the first is preferred
+    labelled = "labelled"  # `data.labels`: a text or a conversation, and its class
+    matches = "matches"  # `data.labels`: texts that belong together
 
-    @property
-    def examples_each(self) -> int:
-        """How many examples stand together: two sides of a row, which are never parted."""
-        return 2 if self in (Records.pairs, Records.completions) else 1
+
+NOUNS = {Records.labelled: "texts"}  # of records, for people; the others are called by their own names
 
 
 class LossOn(enum.Enum):
@@ -59,41 +60,55 @@ class Rules(NamedTuple):
     overlong: Overlong
     max_length: int  # tokens
     records: Records = Records.conversations
+    classes: tuple[str, ...] = ()  # of labelled records
+    margins: bool = False  # pairs say how much better the chosen answer is
+    negatives: int = 0  # further texts of a match
+
+    @property
+    def together(self) -> int:
+        """Examples of one record, which are never parted."""
+        return {Records.pairs: 2, Records.completions: 2, Records.matches: 2 + self.negatives}.get(self.records, 1)
 
 
 class Example(NamedTuple):
     ids: np.ndarray  # [L] i32
     learnt: np.ndarray  # [L] bool: tokens that are targets of the loss; never the first alone
     shortened: bool = False
+    value: float = 0.0  # the margin of a pair
 
 
-def read_said(
-    source: SourceConfig, unit: Unit, bad: BadRecords, records: Records
-) -> Iterator[tuple[Record, Conversation | Pair | Judged | str]]:
-    """Every usable record of a unit with the conversation, pair or text that it holds; the others are counted."""
-    read = {Records.pairs: read_pairs, Records.completions: read_judged}.get(records, read_conversations)
-    return read(source, unit, bad)
+Said = Conversation | Pair | Labelled | Match | str
+
+
+def read_said(source: SourceConfig, unit: Unit, bad: BadRecords, rules: Rules) -> Iterator[tuple[Record, Said]]:
+    """Every usable record of a unit with what it holds; the others are counted."""
+    if rules.records is Records.pairs:
+        return read_pairs(source, unit, bad, margins=rules.margins)
+    if rules.records is Records.labelled:
+        return read_labelled(source, unit, bad, rules.classes)
+    if rules.records is Records.matches:
+        return read_matches(source, unit, bad, rules.negatives)
+    if rules.records is Records.completions:
+        return read_judged(source, unit, bad)
+    return read_conversations(source, unit, bad)
 
 
 def read_examples(
     source: SourceConfig, unit: Unit, bad: BadRecords, tokenizer: Tokenizer, rules: Rules
-) -> Iterator[tuple[Conversation | Pair | str, tuple[Example, ...]]]:
-    """What was said and its examples, one or a pair, for every usable record of a unit; the others are counted.
+) -> Iterator[tuple[Said, tuple[Example, ...]]]:
+    """What was said and its examples, `rules.together`, for every usable record of a unit; the others are counted.
 
     Raises: ValueError for a tokenizer without a chat template, at the first conversation.
     """
     if rules.records is Records.completions:
         yield from _judged_examples(source, unit, bad, tokenizer, rules)
         return
-    for record, said in read_said(source, unit, bad, rules.records):
-        assert not isinstance(said, Judged)
-        if not isinstance(said, str) and tokenizer.chat_template is None:
-            encode_chat(tokenizer, (said.chosen if isinstance(said, Pair) else said).messages)  # says what to do
+    for record, said in read_said(source, unit, bad, rules):
+        first = said.chosen if isinstance(said, Pair) else said.said if isinstance(said, Labelled) else said
+        if isinstance(first, Conversation) and tokenizer.chat_template is None:
+            encode_chat(tokenizer, first.messages)  # says what to do
         try:
-            if isinstance(said, Pair):
-                yield said, encode_pair(tokenizer, said, rules)
-            else:
-                yield said, (encode_example(tokenizer, said, rules),)
+            yield said, encode_said(tokenizer, said, rules)
         except BadRow as error:
             count_bad(bad, record, error)
         except ValueError as error:
@@ -119,6 +134,49 @@ def _judged_examples(
             count_bad(bad, record, error)
         except ValueError as error:
             count_bad(bad, record, _refused(error))
+
+
+def encode_said(tokenizer: Tokenizer, said: Said, rules: Rules) -> tuple[Example, ...]:
+    """`rules.together` examples. Raises: as `encode_example`."""
+    if isinstance(said, Pair):
+        return encode_pair(tokenizer, said, rules)
+    if isinstance(said, Labelled):
+        return (encode_labelled(tokenizer, said, rules),)
+    if isinstance(said, Match):
+        return tuple(encode_whole(tokenizer, text, rules) for text in said.texts)
+    return (encode_example(tokenizer, said, rules),)
+
+
+def encode_whole(tokenizer: Tokenizer, said: Conversation | str, rules: Rules) -> Example:
+    """All of it to be read, and its last token to be told by. A longer text loses its end, but not the token of the
+    end, or is left out, as `data.overlong` says.
+
+    Raises: BadRow for one that is too long or empty; ValueError as `encode_chat`.
+    """
+    if isinstance(said, str):
+        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        ids = np.array(tokenizer.begin(tokenizer.encode(said)) + end, np.int32)
+    else:
+        ids, _ = encode_chat(tokenizer, said.messages, tools=said.tools)
+        end = ids[-1:].tolist()
+    long = len(ids) > rules.max_length
+    if long and rules.overlong is not Overlong.cut:
+        raise BadRow(f"longer than data.seq_len={rules.max_length}", f"{len(ids)} tokens")
+    if long:
+        ids = np.concatenate([ids[: rules.max_length - len(end)], np.array(end, np.int32)])
+    if not len(ids):
+        raise BadRow("empty document")
+    return Example(ids, np.arange(len(ids)) == len(ids) - 1, long)
+
+
+def encode_labelled(tokenizer: Tokenizer, labelled: Labelled, rules: Rules) -> Example:
+    """The ids of a text, and its class in the place of a next token: what is to be said after the last one.
+
+    Raises: as `encode_whole`.
+    """
+    ids, _, shortened, _ = encode_whole(tokenizer, labelled.said, rules)
+    ids = np.append(ids, np.int32(labelled.label))
+    return Example(ids, np.arange(len(ids)) == len(ids) - 1, shortened)
 
 
 def _refused(error: ValueError) -> BadRow:
@@ -155,13 +213,13 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, rules: Rules) -> tuple[Example
     """
     overlong = rules.overlong if rules.overlong is Overlong.cut else Overlong.drop
     of_last = rules._replace(loss_on=LossOn.last, overlong=overlong)
-    chosen, rejected = (encode_example(tokenizer, side, of_last) for side in pair)
+    chosen, rejected = (encode_example(tokenizer, side, of_last) for side in (pair.chosen, pair.rejected))
     begins = [int(np.argmax(side.learnt)) for side in (chosen, rejected)]
     if begins[0] != begins[1] or not np.array_equal(chosen.ids[: begins[0]], rejected.ids[: begins[0]]):
         raise BadRow("the chat template writes the prompt differently for the two answers")
     if np.array_equal(chosen.ids, rejected.ids):
         raise BadRow("chosen is the same as rejected" + (" before data.seq_len" if chosen.shortened else ""))
-    return chosen, rejected
+    return chosen._replace(value=pair.margin), rejected
 
 
 def encode_judged(tokenizer: Tokenizer, judged: Judged, other: Judged, rules: Rules) -> tuple[Example, Example]:
@@ -221,15 +279,19 @@ def with_ends(ids: np.ndarray, said: np.ndarray, stop_ids: Sequence[int]) -> np.
     return said
 
 
-def texts_of(conversation: Conversation | Pair | Judged | str) -> list[str]:
+def texts_of(said: Said) -> list[str]:
     """What is said in it, for a tokenizer to be trained on."""
-    if isinstance(conversation, Pair):
-        return [*texts_of(conversation.chosen), *texts_of(conversation.rejected)]
-    if isinstance(conversation, str):
-        return [conversation]
-    if isinstance(conversation, Judged):
-        return texts_of(conversation.conversation)
-    return [message["content"] for message in conversation.messages if message["content"]]
+    if isinstance(said, Pair):
+        return [*texts_of(said.chosen), *texts_of(said.rejected)]
+    if isinstance(said, Labelled):
+        return texts_of(said.said)
+    if isinstance(said, Judged):
+        return texts_of(said.conversation)
+    if isinstance(said, Match):
+        return list(said.texts)
+    if isinstance(said, str):
+        return [said]
+    return [message["content"] for message in said.messages if message["content"]]
 
 
 def marked_text(tokenizer: Tokenizer, ids: Sequence[int], learnt: Sequence[bool]) -> str:

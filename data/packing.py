@@ -8,6 +8,7 @@ Shape letters: L length of a row.
 
 import bisect
 import enum
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ class Corpus(Protocol):
     def document(self, index: int, start: int, stop: int) -> np.ndarray: ...
 
     def learnt(self, index: int, start: int, stop: int) -> np.ndarray | None: ...
+
+    def values(self, indices: Sequence[int]) -> np.ndarray: ...
 
 
 class Piece(NamedTuple):

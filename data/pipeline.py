@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.batch import DTYPES, ColumnBatch, TokenBatch, columns_of, tokens_of
+from data.batch import DTYPES, ColumnBatch, TokenBatch, ValuedBatch, columns_of, tokens_of
 from data.examples import LossOn, Overlong, Records, Rules
 from data.packing import Corpus, Packing, Piece, build_row, make_plan
 from data.sources import SourceConfig
@@ -32,6 +32,9 @@ class DataConfig:
     records: Records = Records.documents
     loss_on: LossOn = LossOn.assistant  # of conversations
     overlong: Overlong = Overlong.whole_turns  # conversations of more than seq_len tokens
+    classes: list[str] = field(default_factory=list)  # of labelled records, in the order of their numbers
+    margins: bool = False  # of pairs; the objective sets it, and the next key
+    negatives: int = 0  # of matches
     max_bad_share: float = 0.1  # of records that no example can be made of; with more, the run does not begin
     shuffle: bool = True  # rows, anew in each epoch
     epochs: float | None = None  # refuse to train longer than so many passes over the data; null: as often as needed
@@ -43,7 +46,8 @@ class DataConfig:
         """How records become examples; None where they are documents."""
         if self.records is Records.documents:
             return None
-        return Rules(self.loss_on, self.overlong, self.seq_len, self.records)
+        made = (tuple(self.classes), self.margins, self.negatives)
+        return Rules(self.loss_on, self.overlong, self.seq_len, self.records, *made)
 
 
 class PackedRows:
@@ -61,18 +65,22 @@ class PackedRows:
 
 
 class PairRows:
-    """The rows of one corpus of pairs: fields [2, L], 0 chosen and 1 rejected, each padded to a row."""
+    """The rows of one corpus of texts that stand together: fields [S, L], each text padded to a row.
 
-    def __init__(self, corpus: Corpus, *, seq_len: int):
-        self.corpus, self.seq_len = corpus, seq_len
+    Of pairs 0 is chosen and 1 rejected.
+    """
+
+    def __init__(self, corpus: Corpus, *, seq_len: int, sides: int = 2, valued: bool = False):
+        self.corpus, self.seq_len, self.sides, self.valued = corpus, seq_len, sides, valued
 
     def __len__(self) -> int:
-        return len(self.corpus.lengths) // 2
+        return len(self.corpus.lengths) // self.sides
 
-    def __getitem__(self, row: int) -> TokenBatch | ColumnBatch:
-        sides = (2 * int(row), 2 * int(row) + 1)
+    def __getitem__(self, row: int) -> TokenBatch | ColumnBatch | ValuedBatch:
+        sides = range(self.sides * int(row), self.sides * (int(row) + 1))
         whole = [[Piece(side, 0, int(self.corpus.lengths[side]))] for side in sides]
-        return stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
+        made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
+        return ValuedBatch(*made[:5], self.corpus.values(sides)) if self.valued else made
 
 
 class JudgedRows(PairRows):
@@ -112,10 +120,11 @@ def with_tables(rows: Mapping[str, Rows], tables: Mapping[str, Table]) -> dict[s
 
 def make_rows(corpus: Corpus, config: DataConfig, seed: int, name: str) -> PackedRows | PairRows:
     """The rows of the source `name`."""
-    if config.records is Records.pairs:
-        return PairRows(corpus, seq_len=config.seq_len)
     if config.records is Records.completions:
         return JudgedRows(corpus, seq_len=config.seq_len)
+    rules = config.rules()
+    if rules is not None and rules.together > 1:
+        return PairRows(corpus, seq_len=config.seq_len, sides=rules.together, valued=rules.margins)
     return PackedRows(corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name))
 
 
@@ -198,18 +207,18 @@ def _sha(content: Any) -> str:
 
 
 def stack(rows: Sequence[Any]) -> Any:
-    """Rows to a batch of their kind."""
+    """Rows of one kind of batch as that batch."""
+    if not isinstance(rows[0], ColumnBatch):
+        return type(rows[0])(*(np.stack(column) for column in zip(*rows, strict=True)))
     tokens = TokenBatch(*(np.stack(column) for column in zip(*(row[:5] for row in rows), strict=True)))
-    if isinstance(rows[0], TokenBatch):
-        return tokens
     return ColumnBatch(*tokens, {name: np.stack([row.columns[name] for row in rows]) for name in rows[0].columns})
 
 
 def blank(row: Any) -> Any:
     """A row of padding, of the kind of `row`."""
+    if not isinstance(row, ColumnBatch):
+        return type(row)(*map(np.zeros_like, row))
     tokens = TokenBatch(*map(np.zeros_like, row[:5]))
-    if isinstance(row, TokenBatch):
-        return tokens
     return ColumnBatch(*tokens, {name: np.zeros_like(value) for name, value in row.columns.items()})
 
 
@@ -283,10 +292,13 @@ class OfflineSource:
         self._iterator = None
 
 
-def batch_hash(batch: TokenBatch | ColumnBatch) -> str:
+def batch_hash(batch: TokenBatch | ColumnBatch | ValuedBatch) -> str:
     """SHA-256 over every field of a batch in its canonical dtype, and every column in its own."""
-    digest, columns = hashlib.sha256(), sorted(columns_of(batch).items())
-    fields = [*zip(TokenBatch._fields, batch[:5], DTYPES, strict=True), *((n, v, v.dtype) for n, v in columns)]
+    digest = hashlib.sha256()
+    fields = [*zip(TokenBatch._fields, batch[:5], DTYPES, strict=True)]
+    if isinstance(batch, ValuedBatch):
+        fields.append(("values", batch.values, np.float32))
+    fields += [(name, value, value.dtype) for name, value in sorted(columns_of(batch).items())]
     for name, value, dtype in fields:
         array = np.ascontiguousarray(value, np.dtype(dtype).newbyteorder("<"))
         digest.update(f"{name}:{array.shape}".encode() + array.tobytes())

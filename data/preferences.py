@@ -8,6 +8,7 @@
 An answer is a text, a message or a list of messages. "system" and "tools" may stand beside them.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -33,13 +34,17 @@ class Pair(NamedTuple):
 
     chosen: Conversation
     rejected: Conversation
+    margin: float = 0.0  # by which the chosen answer is better, where a record says so
 
 
-def read_pairs(source: SourceConfig, unit: Unit, bad: BadRecords) -> Iterator[tuple[Record, Pair]]:
-    """Every usable record with its pair; the others are counted."""
+def read_pairs(
+    source: SourceConfig, unit: Unit, bad: BadRecords, *, margins: bool = False
+) -> Iterator[tuple[Record, Pair]]:
+    """Every usable record with its pair; the others are counted. With `margins` each must say its "margin"."""
     for record in source.records(unit, bad):
         try:
-            yield record, to_pair(record.fields)
+            pair = to_pair(record.fields)
+            yield record, pair._replace(margin=_margin(record.fields)) if margins else pair
         except BadRow as error:
             count_bad(bad, record, error)
 
@@ -65,6 +70,13 @@ def to_pair(fields: Mapping[str, Any]) -> Pair:
         raise BadRow("chosen and rejected are answers to different prompts")
     tools = read_tools(fields.get("tools"))
     return Pair(Conversation(chosen, tools), Conversation(rejected, tools))
+
+
+def _margin(fields: Mapping[str, Any]) -> float:
+    value = fields.get("margin")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow("field 'margin' is no number", repr(value)[:60])
+    return float(value)
 
 
 def _prompt(fields: Mapping[str, Any]) -> list[dict[str, Any]]:

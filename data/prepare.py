@@ -3,6 +3,7 @@
     FOLDER/shard_00000.train.tokens.npy   u16 or u32, the documents one after the other
           /shard_00000.train.offsets.npy  i64 [documents + 1]
           /shard_00000.train.learnt.npy   bool, beside the tokens of conversations: which of them are to be learnt
+          /shard_00000.train.values.npy   f32 [documents]: margins of pairs, where they have any
           /shard_00000.heldout.*          documents that are never trained on
           /shard_00000.json               what the shard was made of; written last
           /manifest.json                  settings, hashes, counts, bad records; written when all shards stand
@@ -17,14 +18,14 @@ import itertools
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from data.examples import Records, Rules, read_examples
+from data.examples import LossOn, Overlong, Records, Rules, read_examples
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
 from data.tokenizer_contract import Tokenizer, fingerprint
@@ -84,8 +85,13 @@ def settings(source: SourceConfig, tokenizer: Tokenizer, rules: Rules | None = N
             "max_length": rules.max_length,
             "chat_template": tokenizer.chat_template,
             "stop_ids": list(tokenizer.stop_ids),
+            **{key: value for key in ("classes", "margins", "negatives") if (value := _plain(getattr(rules, key)))},
         }
     }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def prepared_folder(
@@ -110,7 +116,7 @@ def prepare_source(
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = settings(source, tokenizer, rules)
-    units, together = source.units(), 1 if rules is None else rules.records.examples_each
+    units, together = source.units(), 1 if rules is None else rules.together
     shards, tokens = [], 0
     left = source.max_documents
     for index, unit in enumerate(units):
@@ -184,6 +190,7 @@ class _Document(NamedTuple):
     ids: np.ndarray
     learnt: np.ndarray | None = None
     shortened: bool = False
+    value: float = 0.0
 
 
 def _documents(
@@ -205,6 +212,7 @@ def _examples(
         content = json.dumps(said, sort_keys=True).encode()
         for example in examples:  # those of a pair one after the other, on the same side of the split
             made = example.ids.astype("<i4").tobytes() + example.learnt.tobytes()
+            made += np.array(example.value, "<f4").tobytes() if rules.margins else b""
             yield _Document(hashlib.sha256(content).digest(), hashlib.sha256(made).digest(), len(content), *example)
 
 
@@ -221,6 +229,7 @@ def _make_shard(
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     learnt: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    values: dict[str, list[float]] = {split: [] for split in SPLITS}
     sizes, shortened = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     if rules is None:
         found = _documents(source, tokenizer, unit, bad, left)
@@ -234,6 +243,7 @@ def _make_shard(
         arrays[split].append(document.ids.astype(dtype))
         sizes[split] += document.size
         shortened[split] += document.shortened
+        values[split].append(document.value)
         if document.learnt is not None:
             learnt[split].append(document.learnt)
     for split in SPLITS:
@@ -243,6 +253,8 @@ def _make_shard(
         save("offsets", np.cumsum(lengths))
         if rules is not None:
             save("learnt", np.concatenate([np.zeros(0, bool), *learnt[split]]))
+        if rules is not None and rules.margins:
+            save("values", np.array(values[split], np.float32))
     counts: dict[str, dict[str, int]] = {
         s: {"documents": len(arrays[s]), "tokens": int(sum(map(len, arrays[s]))), "bytes": sizes[s]} for s in SPLITS
     }
@@ -338,12 +350,18 @@ class TokenCorpus:
         )
         self._tokens = [load(name, "tokens") for name in shards]
         examples = manifest.content["settings"].get("examples", {})
-        self.together = Records[examples["records"]].examples_each if "records" in examples else 1  # never parted
+        records = Records[examples.get("records", Records.documents.name)]
+        of_record = Rules(LossOn.all, Overlong.drop, 0, records, negatives=examples.get("negatives", 0))
+        self.together = of_record.together
+        # The class of a text is a target, and never a token to be read.
+        self._beyond = int(records is Records.labelled)
         self._learnt = [load(name, "learnt") for name in shards] if manifest.masked else None
         offsets = [load(name, "offsets") for name in shards]
         self._shard = np.concatenate([np.full(len(o) - 1, i, np.int32) for i, o in enumerate(offsets)])
         self._start = np.concatenate([np.asarray(o[:-1]) for o in offsets])
-        self.lengths = np.concatenate([np.diff(o) for o in offsets])
+        self.lengths = np.concatenate([np.diff(o) for o in offsets]) - self._beyond
+        self._values = [load(name, "values") for name in shards] if examples.get("margins") else None
+        self._number = np.concatenate([np.arange(len(o) - 1) for o in offsets])  # in its shard
         fraction = manifest.content["settings"]["source"]["heldout_fraction"]
         if carve and manifest.masked:
             self._part(split, fraction)
@@ -370,6 +388,7 @@ class TokenCorpus:
         last = -(-last // self.together) * self.together
         at = slice(None, self.num_documents - last) if split == "train" else slice(self.num_documents - last, None)
         self._shard, self._start, self.lengths = self._shard[at], self._start[at], self.lengths[at]
+        self._number = self._number[at]
 
     @property
     def num_documents(self) -> int:
@@ -387,7 +406,12 @@ class TokenCorpus:
         """Which of the tokens [start, stop) are to be learnt; None where all are."""
         return None if self._learnt is None else self._cut(self._learnt, index, start, stop)
 
+    def values(self, indices: Sequence[int]) -> np.ndarray:
+        """[documents] f32: what is known of them beforehand."""
+        assert self._values is not None
+        return np.array([self._values[self._shard[i]][self._number[i]] for i in indices], np.float32)
+
     def _cut(self, arrays: list[np.ndarray], index: int, start: int, stop: int) -> np.ndarray:
-        stop = min(stop, int(self.lengths[index]))
+        stop = min(stop, int(self.lengths[index]) + self._beyond)
         first = int(self._start[index])
         return arrays[self._shard[index]][first + start : first + stop]

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
 from data.chat import configured
-from data.examples import Records, read_said, texts_of
+from data.examples import NOUNS, Rules, read_said, texts_of
 from data.pipeline import Mixture, OfflineSource, Rows, heldout_batches, make_rows, with_tables
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.records import BadRecords
@@ -33,7 +33,7 @@ from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
 from trainer.adapters import BASE, Adaptation, Adapted, Shard
 from trainer.beside import extra_axes, init_extras, own_params, with_extras
-from trainer.evaluate import evaluate_sources
+from trainer.evaluate import classes_told, evaluate_sources, report_classes
 from trainer.mesh import (
     ShardingRules,
     batch_sharding,
@@ -43,9 +43,11 @@ from trainer.mesh import (
     param_shardings,
     place_batch,
     process_rows,
+    replicated,
     with_shardings,
 )
 from trainer.objective import Objective, Params
+from trainer.objectives.classification import Classification
 from trainer.state import TrainState, abstract_state, init_sharded_state
 from trainer.step import EvalStep, TrainStep, make_eval_step, make_train_step
 
@@ -118,7 +120,7 @@ def _documents(config: RunConfig) -> Iterator[str]:
     """Documents of all sources in turns, so that a tokenizer that reads only the first of them sees every source."""
     bad = BadRecords()  # counted when the source is prepared
     streams = [
-        (text for unit in source.units() for text in _texts(source, unit, bad, config.data.records))
+        (text for unit in source.units() for text in _texts(source, unit, bad, config.data.rules()))
         for source in config.data.sources.values()
     ]
     while streams:
@@ -130,10 +132,10 @@ def _documents(config: RunConfig) -> Iterator[str]:
                 yield document
 
 
-def _texts(source: SourceConfig, unit: Unit, bad: BadRecords, records: Records) -> Iterator[str]:
-    if records is Records.documents:
+def _texts(source: SourceConfig, unit: Unit, bad: BadRecords, rules: Rules | None) -> Iterator[str]:
+    if rules is None:
         return source.read(unit, bad)
-    return (text for _, said in read_said(source, unit, bad, records) for text in texts_of(said))
+    return (text for _, said in read_said(source, unit, bad, rules) for text in texts_of(said))
 
 
 def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
@@ -191,9 +193,13 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
             held = TokenCorpus(manifest, "heldout").num_tokens
             if rules is not None:
                 cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
-                tokens_to = f"{tokens:,} tokens, of which {manifest.count('train', 'learnt'):,} are learnt"
+                tokens_to = f"{tokens:,} tokens"
+                if config.objective.of_tokens:
+                    tokens_to += f", of which {manifest.count('train', 'learnt'):,} are learnt"
                 ended = f"; {cut:,} ended at data.seq_len={rules.max_length} (data.overlong)" if cut else ""
-                say(f"source {name}: {documents:,} conversations, {tokens_to}, {held:,} held out{ended}{said}")
+                noun = NOUNS.get(rules.records, rules.records.name)
+                counted = f"{documents // rules.together:,} {noun}, {tokens_to}"
+                say(f"source {name}: {counted}, {held:,} held out{ended}{said}")
                 continue
             say(f"source {name}: {documents:,} documents, {tokens:,} tokens, {held:,} held out{said}")
 
@@ -213,6 +219,7 @@ class Core:
     objective: Objective
     train_step: TrainStep  # jitted, the state donated
     eval_step: EvalStep
+    told_step: Callable[..., Any] | None  # of classes: `Classification.told` of (params, frozen, batch)
     abstract: TrainState  # shapes and shardings
     init_state: Callable[..., TrainState]  # of `frozen` models, where adapters train; or around given `params`
     adaptation: Adaptation | None  # None: the model's own parameters train
@@ -282,6 +289,12 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     constrain = make_constrain(mesh, config.sharding)
     apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
     objective = config.objective.build(_token_bytes(model, tokenizer))
+    told_step = None
+    if isinstance(objective, Classification):
+        told, whole = objective.told, replicated(mesh)  # every process gets all of it
+        join = (lambda frozen, params: params) if adaptation is None else partial(_joined, adaptation)
+        tell = lambda params, frozen, batch: told(apply, join(frozen, params), batch)
+        told_step = jax.jit(tell, out_shardings=(whole, whole))
     if adaptation is not None:
         objective = Adapted(objective, adaptation.join)
     step = make_train_step(objective, apply, optimizer, num_microbatches=task.num_microbatches, schedule=schedule)
@@ -305,6 +318,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
         objective=objective,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
         eval_step=jax.jit(make_eval_step(objective, apply)),
+        told_step=told_step,
         abstract=abstract,
         init_state=init_state,
         adaptation=adaptation,
@@ -312,6 +326,10 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
         batch_size=config.data.batch_size,
         sharding=sharding,
     )
+
+
+def _joined(adaptation: Adaptation, frozen: Mapping[str, Any], params: Params) -> Params:
+    return adaptation.join(frozen[BASE], params)
 
 
 def adapt(adapter: AdapterConfig, model: ModelConfig, shardings: Any, shard: Shard) -> Adaptation | None:
@@ -380,6 +398,11 @@ def build_evaluation(
 
     def evaluate(params: Params, moving: Mapping[str, Any] | None = None) -> dict[str, float]:
         sources = {name: batches(packed) for name, packed in rows.items()}
-        return evaluate_sources(core.eval_step, params, {**(frozen or {}), **(moving or {})}, sources)
+        models = {**(frozen or {}), **(moving or {})}
+        found = evaluate_sources(core.eval_step, params, models, sources)
+        if core.told_step is not None:
+            told = {name: classes_told(core.told_step, params, models, batches(p)) for name, p in rows.items()}
+            found |= report_classes(told)
+        return found
 
     return evaluate

@@ -17,6 +17,7 @@ from launch.origins import (
     load_reference,
     load_teacher,
     recorded_base,
+    with_outputs,
 )
 from launch.run_folder import RunFolder, refuse_drift
 from launch.tables import NO_TABLES, Tables, fill_tables, open_tables
@@ -182,6 +183,7 @@ def begin(
         if config.init_from is None:
             return Start(core.init_state(), {}, [], f"{run}: begins")
         origin = as_student(find_origin(config.init_from, config.runs, say), config)
+        origin = with_outputs(origin, core.model.outputs)
         # Averages and the like begin at these weights, not at random ones.
         state = core.init_state(params=origin.params(core.own))
         return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs.schema import RunConfig, to_plain, validate
 from data.chat import configured
@@ -24,7 +27,7 @@ from launch.assemble import MADE_OF, Core, is_chief, wait_for_all
 from launch.run_folder import RunFolder
 from models.config import ModelConfig
 from models.gguf_files import File
-from models.huggingface import family_of
+from models.huggingface import family_of, read_model
 from models.huggingface_files import BESIDE, Checkpoint, Folder, load_params
 from models.lora import AdapterConfig
 from models.peft_files import Folder as AdapterFolder
@@ -106,7 +109,7 @@ class Base(NamedTuple):
 def load_base(adaptation: Adaptation, reference: str, runs: str, say: Say, *, sha256: str | None = None) -> Base:
     """Raises: ValueError where the weights are gone, or are no longer those that the adapters were trained on."""
     origin = find_origin(reference, runs, say)
-    below = origin.below or origin
+    below = with_outputs(origin.below or origin, outputs_of(adaptation.whole))
     params, record = _checked(below, adaptation.whole, "on which the adapters were trained", sha256)
     return Base(adaptation.store(params), below.name, origin.adapters, record)
 
@@ -225,6 +228,44 @@ def _with_layers(origin: Origin, layers: list[int]) -> Origin:
     return replace(origin, name=name, model=thin, params=params, checkpoint=None)
 
 
+def with_outputs(origin: Origin, outputs: int) -> Origin:
+    """The origin with so many outputs, all zero, in the place of its head; itself where it has as many.
+
+    Raises: ValueError where logits are wanted of weights that have no head for them.
+    """
+    if origin.model.outputs == outputs:
+        return origin
+    if not outputs and not origin.model.tied_embeddings:
+        raise ValueError(
+            f"init_from={origin.reference}: {origin.name} gives {origin.model.outputs} scores and has no head for "
+            "tokens; begin with a run that writes"
+        )
+
+    def params(abstract: Params, *progress: Any) -> Params:
+        table = abstract["embedding"]
+        mesh, spec = table.sharding.mesh, (*table.sharding.spec, None, None)[:2]
+        lies = lambda *shape: jax.ShapeDtypeStruct(shape, table.dtype, sharding=NamedSharding(mesh, P(*spec[::-1])))
+        theirs = {key: leaf for key, leaf in abstract.items() if key != "score"}
+        if origin.model.outputs:
+            theirs["score"] = lies(table.shape[1], origin.model.outputs)
+        elif not origin.model.tied_embeddings:
+            theirs["head"] = lies(*table.shape[::-1])
+        found = origin.params(theirs, *progress)
+        kept = {key: leaf for key, leaf in found.items() if key not in ("score", "head")}
+        return kept | ({"score": _zeros(abstract["score"])} if outputs else {})
+
+    return replace(origin, model=replace(origin.model, outputs=outputs), params=params, checkpoint=None)
+
+
+def outputs_of(params: Params) -> int:
+    """Of a tree of parameters or shapes: how many scores it gives; 0: logits."""
+    return params["score"].shape[1] if "score" in params else 0
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+
+
 def _checked(
     origin: Origin, abstract: Params, which: str, sha256: str | None, *, key: str = "init_from"
 ) -> tuple[Params, dict[str, str]]:
@@ -263,7 +304,7 @@ def published_kind(reference: str) -> tuple[str | None, Path]:
 
 def _folder(path: Path) -> Origin:
     folder = Folder(path)
-    model = family_of(folder.config).read(folder.config)
+    model = read_model(folder.config)
     pieces = (path / "tokenizer.model").exists() and not (path / "tokenizer.json").exists()
     kind = SentencePieceConfig if pieces else TokenizerJsonConfig
     config = kind(path=str(path / ("tokenizer.model" if pieces else "tokenizer.json")))

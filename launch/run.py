@@ -17,6 +17,7 @@ TASKS = {
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
     "serve": "answer over HTTP as OpenAI's API does, with a chat page: serve run=NAME",
+    "predict": "rewards, classes or vectors of texts: predict run=NAME task.texts=['...']",
     "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
     "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN, from=RUN to=gguf:FILE",
     "runs": "a table of the runs in a folder",
@@ -167,7 +168,7 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
     if config.launcher.kind == "local" and config.launcher.num_processes > 1 and not distributed.announced():
         return launch_local(config, overrides)
     distributed.start(config.devices)
-    from launch.tasks import convert, evaluate, generate, inspect, prepare, runs, serve, train
+    from launch.tasks import convert, evaluate, generate, inspect, predict, prepare, runs, serve, train
 
     task = {
         "train": train.run,
@@ -175,6 +176,7 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
         "evaluate": evaluate.run,
         "generate": generate.run,
         "serve": serve.run,
+        "predict": predict.run,
         "inspect": inspect.run,
         "runs": runs.run,
         "convert": convert.run,

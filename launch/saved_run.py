@@ -23,7 +23,9 @@ from trainer.optimizer import eval_params
 from trainer.state import TrainState
 
 # What a run makes of its records.
-OF_RECORDS = ("records", "loss_on", "overlong", "max_bad_share", "packing", "seq_len")
+OF_RECORDS = (
+    "records", "loss_on", "overlong", "max_bad_share", "packing", "seq_len", "classes", "margins", "negatives",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,17 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
     if saved.adapter.active:
         trained = build_core(fitting, tokenizer)
     return SavedRun(folder, merged, step, tokenizer, core, trained, checkpointer)
+
+
+def open_writer(config: RunConfig, overrides: list[str]) -> SavedRun:
+    """A run that writes. Raises: as `open_run`, and ValueError for one that only judges."""
+    saved = open_run(config, overrides)
+    if saved.core.model.outputs:
+        raise ValueError(
+            f"run={saved.folder.name}: gives {saved.core.model.outputs} scores of a text "
+            f"({saved.config.objective.kind}) and writes none; meshwright predict run={saved.folder.name} tells them"
+        )
+    return saved
 
 
 def _fitting(config: RunConfig) -> RunConfig:

@@ -168,6 +168,7 @@ class ModelConfig:
     num_layers: int = 2
     embed_dim: int = 64
     vocab_size: int = 0  # rows of the embedding; 0: as many as the tokenizer has
+    outputs: int = 0  # numbers for each token in place of logits: a reward, scores of classes. The objective sets it
     max_seq_len: int = 8192  # of learned positions, and the longest text to write
     norm: Norm = Norm.rms
     norm_placement: NormPlacement = NormPlacement.pre

@@ -59,6 +59,8 @@ def _part(names: list[str]) -> str:
         return "norms"
     if "router" in names or "balance_bias" in names:
         return "router"
+    if "score" in names:
+        return "head"
     for part in ("attention", "mlp", "head"):
         if part in names:
             return part
@@ -71,7 +73,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, adapters: int | None = No
     With so many numbers in `adapters`, all else is frozen, and of its products the one for their gradient is not made.
     """
     matrices = sum(p.active for p in _sizes(config) if p.path.endswith("/kernel"))
-    head, a = config.embed_dim * config.vocab_size, config.attention
+    head, a = config.embed_dim * (config.outputs or config.vocab_size), config.attention
     width = a.num_heads * (a.head_dim + (a.value_dim or a.head_dim))
     attention = sum(2 * width * k for k in _keys(config, seq_len))
     if adapters is not None:

@@ -21,6 +21,8 @@ from models.config import (
 from models.huggingface_configs import HFConfig
 from models.huggingface_rules import Rule
 
+CLASSIFIER = "ForSequenceClassification"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -31,6 +33,12 @@ class Family:
     read: Callable[[HFConfig], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     rules: Callable[[ModelConfig], list[Rule]]
+
+    @property
+    def classifier(self) -> str:
+        """Its class with a head of scores."""
+        stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        return ("Gemma3Text" if stem == "Gemma3" else stem) + CLASSIFIER
 
 
 _write_llama = lambda c: configs.write_common(c) | {"mlp_bias": c.mlp.bias}
@@ -80,7 +88,7 @@ def family_for(config: ModelConfig) -> Family:
     """
     for family in FAMILIES:
         try:
-            if shape_of(family.read(write_config(family, config))) == shape_of(config):
+            if shape_of(read_model(write_config(family, config))) == shape_of(config):
                 return family
         except (KeyError, ValueError, StopIteration):
             continue
@@ -88,9 +96,25 @@ def family_for(config: ModelConfig) -> Family:
     raise ValueError(f"this model is none that transformers knows by one of these classes: {known}")
 
 
+def read_model(hf: HFConfig) -> ModelConfig:
+    """Our config of a config.json. Raises: ValueError where it says what we have no words for."""
+    model = family_of(hf).read(hf)
+    if not (hf.get("architectures") or [""])[0].endswith(CLASSIFIER):
+        return model
+    return dataclasses.replace(model, outputs=len(hf.get("id2label") or "ab"))  # two are not written down
+
+
 def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The content of config.json."""
-    return {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
+    told = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
+    if not config.outputs:
+        return told
+    names = {str(i): f"LABEL_{i}" for i in range(config.outputs)}
+    return told | {
+        "architectures": [family.classifier],
+        "id2label": names,
+        "label2id": {name: int(i) for i, name in names.items()},
+    }
 
 
 def shape_of(config: ModelConfig) -> ModelConfig:

@@ -11,7 +11,7 @@ from models.config import Balance, ModelConfig, QKNorm
 
 LETTERS = {
     "embed": "D", "heads": "N", "kv_heads": "K", "head_dim": "H", "mlp": "F", "vocab": "V", "length": "P",
-    "latent": "A", "experts": "E", "router": "R",
+    "latent": "A", "experts": "E", "router": "R", "outputs": "O",
 }  # fmt: skip
 
 
@@ -31,12 +31,17 @@ def rule(name: str, *parts: str, axis: int = 0, interleaved: bool = False) -> Ru
     return Rule(name, tuple(zip(parts[::2], parts[1::2], strict=True)), axis, interleaved)
 
 
+def _head(config: ModelConfig) -> list[Rule]:
+    if config.outputs:
+        return [rule("score.weight", "score", "OD")]
+    return [] if config.tied_embeddings else [rule("lm_head.weight", "head", "VD")]
+
+
 def _ends(config: ModelConfig) -> list[Rule]:
-    head = [] if config.tied_embeddings else [rule("lm_head.weight", "head", "VD")]
     return [
         rule("model.embed_tokens.weight", "embedding", "VD"),
         rule("model.norm.weight", "final_norm.scale", "D"),
-        *head,
+        *_head(config),
     ]
 
 
@@ -197,13 +202,12 @@ def gpt2_rules(config: ModelConfig) -> list[Rule]:
     # Their Conv1D holds [in, out].
     kernels = ("attention.query.kernel", "D(NH)", "attention.key.kernel", "D(KH)", "attention.value.kernel", "D(KH)")
     biases = ("attention.query.bias", "(NH)", "attention.key.bias", "(KH)", "attention.value.bias", "(KH)")
-    head = [] if config.tied_embeddings else [rule("lm_head.weight", "head", "VD")]
     return [
         rule("transformer.wte.weight", "embedding", "VD"),
         rule("transformer.wpe.weight", "position_embedding", "PD"),
         rule("transformer.ln_f.weight", "final_norm.scale", "D"),
         rule("transformer.ln_f.bias", "final_norm.bias", "D"),
-        *head,
+        *_head(config),
         rule(layer + "attn.c_attn.weight", *kernels, axis=1),
         rule(layer + "attn.c_attn.bias", *biases),
         rule(layer + "attn.c_proj.weight", "attention.out.kernel", "(NH)D"),

@@ -2,10 +2,11 @@
 
 LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024); over a base of few bits it is QLoRA
 (Dettmers et al. 2023). The tree of adapters has, in the place of each adapted matrix [lead..., in..., out...], a dict
-of `a` [lead..., in..., R], `b` [lead..., R, out...] and, with DoRA, `magnitude` [lead..., out...]. `adapted` puts the
-two trees together: a tree of the model's own parameters, in which an adapted matrix is a `LowRank` that layers read as
-they read any weight. Projections never form the sum W + s A B: they add s (x A) B to x W, so that neither the sum nor
-its gradient is ever held. What is no plain product (experts, the embedding, the head) reads the sum, a layer at a time.
+of `a` [lead..., in..., R], `b` [lead..., R, out...] and, with DoRA, `magnitude` [lead..., out...]; a head of scores is
+in it whole. `adapted` puts the two trees together: a tree of the model's own parameters, in which an adapted matrix is
+a `LowRank` that layers read as they read any weight. Projections never form the sum W + s A B: they add s (x A) B to x
+W, so that neither the sum nor its gradient is ever held. What is no plain product (experts, the embedding, the head)
+reads the sum, a layer at a time.
 
 Shape letters: R rank.
 """
@@ -25,6 +26,7 @@ from models.partition import Axes
 from models.quantize import Bits, Quantized, quantize, quantized_axes
 
 Params = Any  # a nested dict of arrays
+WHOLE = ("score",)  # beside adapters these train themselves: no base has learnt them
 STACKED = ("layers", "experts")  # dims over which a parameter is many matrices
 LETTERS = "abcdefgh"
 
@@ -51,8 +53,9 @@ class AdapterConfig:
     alpha: float = 32.0  # the addition is scaled by alpha / rank; rslora: alpha / sqrt(rank)
     # Parts of a matrix's name, or patterns of it: attention, query, mlp.up, "mlp.*", embedding, head
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    dropout: float = 0.0  # of the input of adapters; not carried out
+    dropout: float = 0.0  # of the input of adapters
     base: Base = Base.full  # how the frozen weights are kept
+    double_quantization: bool = False  # the scales of a base of few bits take 8 bits themselves
 
     @property
     def active(self) -> bool:
@@ -68,10 +71,11 @@ class AdapterConfig:
             raise ValueError(f"adapter.rank={self.rank}: must be at least 1; nearest valid: 1")
         if self.alpha <= 0:
             raise ValueError(f"adapter.alpha={self.alpha}: must be above 0, as 32")
-        if self.dropout:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout={self.dropout}: must be at least 0 and below 1, as 0.05")
+        if self.double_quantization and self.base is Base.full:
             raise ValueError(
-                f"adapter.dropout={self.dropout}: dropout in adapters is not carried out; set adapter.dropout=0 "
-                "(model.dropout drops activations of the whole model)"
+                "adapter.double_quantization=true: a full base has no scales; add adapter.base=nf4, or leave it out"
             )
         if not self.targets:
             raise ValueError("adapter.targets=[]: nothing would train; name some, as [attention,mlp]")
@@ -170,7 +174,7 @@ def _matches(name: str, target: str) -> bool:
 
 def adapter_axes(config: AdapterConfig, axes: Params) -> Params:
     """The names of the dims of each adapter: those of the dims that it stands beside; the rank is never cut."""
-    flat = {}
+    flat: dict[str, Any] = {path: axes[path] for path in WHOLE if path in axes}
     for path, names in find_targets(config, axes).items():
         num_lead, num_in = split(names)
         lead, ins, outs = names[:num_lead], names[num_lead : num_lead + num_in], names[num_lead + num_in :]
@@ -184,7 +188,8 @@ def init_adapters(config: AdapterConfig, axes: Params, key: jax.Array, base: Par
     """Adapters that change nothing: `a` uniform within 1 / sqrt(in), `b` zero, as PEFT has them (of an embedding: `a`
     zero, `b` normal). A magnitude is the length of its column of the base.
     """
-    weights, flat = _flat(base, is_leaf=lambda x: isinstance(x, Kernel)), {}
+    weights = _flat(base, is_leaf=lambda x: isinstance(x, Kernel))
+    flat: dict[str, Any] = {path: weights[path].astype(jnp.float32) for path in WHOLE if path in weights}
     for path, names in find_targets(config, axes).items():
         of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))  # another target changes none of the others
         weight = as_array(weights[path])
@@ -226,6 +231,8 @@ class LowRank(Kernel):
     magnitude: jax.Array | None
     scale: float = field(metadata={"static": True})
     num_in: int = field(metadata={"static": True})
+    key: jax.Array | None = None  # [lead...] u32 of dropout, 2 each; None: nothing is dropped
+    dropout: float = field(default=0.0, metadata={"static": True})
 
     @property
     def num_out(self) -> int:
@@ -236,7 +243,7 @@ class LowRank(Kernel):
         ins = "".join(d for d in w_dims if d in x_dims)
         outs = "".join(d for d in w_dims if d in y_dims)
         low_dims = "".join(d for d in x_dims if d not in ins) + "r"
-        low = contract(f"{x_dims},{ins}r->{low_dims}", x, self.a, x.dtype)
+        low = contract(f"{x_dims},{ins}r->{low_dims}", self._dropped(x), self.a, x.dtype)
         f32 = jnp.dtype("float32")
         y = contract(spec, x, self.base, f32) + self.scale * contract(f"{low_dims},r{outs}->{y_dims}", low, self.b, f32)
         if self.magnitude is not None:
@@ -244,8 +251,14 @@ class LowRank(Kernel):
             y = y * stretch.reshape((1,) * (y.ndim - stretch.ndim) + stretch.shape)
         return y.astype(dtype)
 
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        if self.key is None:
+            return x
+        kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
+
     def array(self) -> jax.Array:
-        """f32, to be cast once."""
+        """f32, to be cast once. Nothing is dropped: there is no input."""
         if self.magnitude is None:
             return self._sum()
         stretch = jnp.expand_dims(self.magnitude / self._lengths(), self._in_dims())
@@ -268,17 +281,25 @@ class LowRank(Kernel):
         return jax.lax.stop_gradient(_lengths(jax.lax.stop_gradient(self._sum()), self.num_in, self.num_out))
 
 
-def adapted(config: AdapterConfig, axes: Params, base: Params, adapters: Params) -> Params:
-    """The model's own tree, to be given to its `apply`."""
+def adapted(
+    config: AdapterConfig, axes: Params, base: Params, adapters: Params, rng: jax.Array | None = None
+) -> Params:
+    """The model's own tree, to be given to its `apply`. `rng`, a typed key, for dropout; None: without."""
     beside = find_targets(config, axes)
     ours = _flat(adapters)
 
     def join(path: tuple[Any, ...], weight: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in beside:
-            return weight
+            return ours.get(name, weight)
         a, b, magnitude = (ours.get(f"{name}/{part}") for part in ("a", "b", "magnitude"))
-        return LowRank(weight, a, b, magnitude, config.scale, split(beside[name]).num_in)  # type: ignore[arg-type]
+        assert a is not None and b is not None
+        num_lead, num_in = split(beside[name])
+        key = None
+        if rng is not None and config.dropout:  # a key of its own for each matrix of the stack
+            of_path = jax.random.fold_in(rng, zlib.crc32(name.encode()))
+            key = jax.random.key_data(jax.random.split(of_path, a.shape[:num_lead]))
+        return LowRank(weight, a, b, magnitude, config.scale, num_in, key, config.dropout)
 
     return jax.tree_util.tree_map_with_path(join, base, is_leaf=lambda x: isinstance(x, Kernel))
 
@@ -300,7 +321,8 @@ def stored_base(config: AdapterConfig, axes: Params, params: Params) -> Params:
 
     def store(path: tuple[Any, ...], weight: jax.Array) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return quantize(weight, *split(small[name]), Bits[config.base.name]) if name in small else weight
+        bits, double = Bits[config.base.name], config.double_quantization
+        return quantize(weight, *split(small[name]), bits, double) if name in small else weight
 
     return jax.tree_util.tree_map_with_path(store, params)
 

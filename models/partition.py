@@ -7,7 +7,7 @@ import jax
 
 LOGICAL_AXES = (
     "batch", "length", "embed", "heads", "kv_heads", "head_dim", "latent", "mlp", "vocab", "experts", "router",
-    "layers",
+    "layers", "outputs",
 )  # fmt: skip
 
 Axes = tuple[str | None, ...]  # None: kept whole

@@ -107,6 +107,8 @@ def save_adapters(
     dtype: str,
 ) -> None:
     """Every process calls it, process 0 writes. Raises: ValueError where PEFT has no such adapters."""
+    if config.outputs:
+        raise ValueError("its head of scores trains whole, beside the adapters; export the merged model, to=hf:FOLDER")
     found, numpy_dtype = modules(config, adapter, family), np.dtype(jnp.dtype(dtype))
     tensors = {}
     for module in found:
@@ -124,7 +126,7 @@ def save_adapters(
         "target_modules": _target_modules(found, every),
         "r": adapter.rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "use_rslora": adapter.method is Method.rslora,
         "use_dora": adapter.method is Method.dora,
         "fan_in_fan_out": any(module.in_first for module in found if module.path not in ("embedding", "head")),
@@ -185,7 +187,7 @@ class Folder:
         return np.asarray(self._file.get_tensor(name))
 
     def config(self, model: ModelConfig, family: Family) -> AdapterConfig:
-        """What `adapter` says of them here; dropout is left out. Raises: ValueError for tensors without a place."""
+        """What `adapter` says of them here. Raises: ValueError for tensors without a place."""
         d, there = self.described, set(self._file.keys())
         method = Method.dora if d.get("use_dora") else Method.rslora if d.get("use_rslora") else Method.lora
         if d.get("use_dora") and d.get("use_rslora"):
@@ -204,7 +206,7 @@ class Folder:
         problems += [f"{name} is missing" for name in sorted(places - there)]
         if problems or not targets:
             raise ValueError(f"{self.label}: {'; '.join(problems[:5]) or 'there are no tensors'}")
-        return AdapterConfig(method, d["r"], float(d["lora_alpha"]), targets)
+        return AdapterConfig(method, d["r"], float(d["lora_alpha"]), targets, float(d.get("lora_dropout") or 0.0))
 
     def load(self, model: ModelConfig, adapter: AdapterConfig, family: Family, abstract: Any) -> Any:
         """Adapters onto the shapes and shardings of `abstract`."""

@@ -42,7 +42,10 @@ Params = Any  # a nested dict of arrays
 
 
 class Output(NamedTuple):
-    """What a forward pass gives: logits are `softcap(hidden @ head)`, made where they are needed and in pieces."""
+    """What a forward pass gives: logits are `softcap(hidden @ head)`, made where they are needed and in pieces.
+
+    Of a model with `outputs` the head has so many columns, which are no words.
+    """
 
     hidden_BLD: jax.Array
     head_DV: jax.Array  # in the parameters' dtype: cast at use, so that its gradient is summed in it
@@ -239,7 +242,11 @@ class Ends(nnx.Module):
         table = (config.max_seq_len, D), ("length", "embed")
         self.position_embedding = param(rngs, *table, std, config) if learned else None
         self.final_norm = Normalize(rngs, config, (D,), ("embed",))
-        self.head = None if config.tied_embeddings else param(rngs, (D, V), ("embed", "vocab"), std, config)
+        logits = not (config.tied_embeddings or config.outputs)
+        self.head = param(rngs, (D, V), ("embed", "vocab"), std, config) if logits else None
+        # At 0 a score says nothing yet, whatever the width.
+        scores = (D, config.outputs), ("embed", "outputs")
+        self.score = param(rngs, *scores, 0, config) if config.outputs else None
 
     def embed(self, tokens_BL, positions_BL, rng: jax.Array | None, constrain: Constrain) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype.name)
@@ -253,6 +260,8 @@ class Ends(nnx.Module):
         return dropout(x_BLD, config.dropout, rng)
 
     def output(self, x_BLD: jax.Array) -> Output:
+        if self.score is not None:
+            return Output(self.final_norm(x_BLD), as_array(self.score[...]), None)
         head_DV = transposed(self.embedding[...]) if self.head is None else as_array(self.head[...])
         return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
 

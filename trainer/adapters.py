@@ -59,9 +59,9 @@ class Adaptation:
             return params
         return jax.jit(self._store, out_shardings=_shardings(self.stored))(params)
 
-    def join(self, base: Params, adapters: Params) -> Params:
-        """The model's own tree, for its `apply`."""
-        return adapted(self.config, self.model_axes, base, adapters)
+    def join(self, base: Params, adapters: Params, rng: jax.Array | None = None) -> Params:
+        """The model's own tree, for its `apply`; with `rng`, for one pass of training."""
+        return adapted(self.config, self.model_axes, base, adapters, rng)
 
     def merge(self, base: Params, adapters: Params) -> Params:
         """Plain parameters, in the dtype of the model's: what is evaluated, written with and exported."""
@@ -87,12 +87,13 @@ class Adapted:
     """An `Objective` over adapters, from one over the model's own parameters."""
 
     objective: Objective
-    join: Callable[[Params, Params], Params]
+    join: Callable[..., Params]  # `Adaptation.join`
 
     def loss(
         self, apply: Any, params: Params, frozen: Mapping[str, Any], batch: Batch, rng: jax.Array | None
     ) -> tuple[Mean, dict[str, Mean]]:
-        return self.objective.loss(apply, self.join(frozen[BASE], params), frozen, batch, rng)
+        join_rng, rng = (None, None) if rng is None else (jax.random.fold_in(rng, 1), rng)
+        return self.objective.loss(apply, self.join(frozen[BASE], params, join_rng), frozen, batch, rng)
 
     def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
         return self.objective.batch_spec(batch_size, seq_len)

@@ -49,6 +49,7 @@ class ShardingRules:
     latent: list[str] = field(default_factory=list)  # the narrow vectors of latent attention
     mlp: list[str] = field(default_factory=lambda: ["tensor"])  # hidden width of the MLP
     vocab: list[str] = field(default_factory=lambda: ["tensor"])  # tokens of the vocabulary
+    outputs: list[str] = field(default_factory=list)  # of a model that gives scores in place of logits
     experts: list[str] = field(default_factory=lambda: ["expert"])  # the dim along which experts are stacked
     router: list[str] = field(default_factory=list)  # scores of experts, one for each
     layers: list[str] = field(default_factory=list)  # the dim along which layers are stacked

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from data.batch import DTYPES, ColumnBatch, TokenBatch
+from data.examples import Records
 from models.config import ModelConfig
 from models.transformer import Apply
 from trainer.beside import Extra
@@ -83,6 +84,30 @@ class ObjectiveConfig:
 
     kind: str = ""
     neftune_alpha: float = 0.0  # noise on embeddings in training [NEFTune, 2310.05914]: 5 to 15; 0: none
+
+    @property
+    def records(self) -> tuple[Records, ...]:
+        """What it can learn from."""
+        return (Records.documents, Records.conversations)
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether tokens are learnt; else a text is judged as a whole."""
+        return True
+
+    @property
+    def reads_margins(self) -> bool:
+        """Whether pairs must say by how much the chosen answer is better."""
+        return False
+
+    @property
+    def num_negatives(self) -> int:
+        """Of matches: how many texts each record has beside the two that belong together."""
+        return 0
+
+    def outputs(self, num_classes: int) -> int:
+        """Numbers that the model gives for a token; 0: logits. Raises: ValueError where the classes are not fit."""
+        return 0
 
     @property
     def needs_reference(self) -> bool:

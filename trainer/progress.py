@@ -59,6 +59,9 @@ def evaluation_lines(step: int, metrics: Mapping[str, float]) -> list[str]:
             ("perplexity", "perplexity {:.4g}"),
             ("bits_per_byte", "{:.3f} bits/byte"),
             ("accuracy", "accuracy {:.1%}"),
+            ("f1", "F1 {:.3f}"),
+            ("reward_accuracy", "reward accuracy {:.1%}"),
+            ("reward_margin", "margin {:.3f}"),
         ):
             if metric in values:
                 parts.append(pattern.format(values[metric]))

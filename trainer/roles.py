@@ -29,6 +29,8 @@ def role_of(path: str, axes: LogicalAxes) -> Role:
         return Role.balance
     if len(names) < 2 or parts[-1] in ("bias", "scale", "magnitude") or parts[-1].endswith(("_bias", "_scale")):
         return Role.vector
+    if "outputs" in names:
+        return Role.head
     if "vocab" in names:
         return Role.head if any("head" in part for part in parts) else Role.embedding
     return Role.embedding if "length" in names else Role.matrix

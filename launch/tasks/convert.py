@@ -14,11 +14,13 @@ import numpy as np
 from configs.schema import ConvertConfig, RunConfig, TrainConfig, to_plain
 from data.batch import DTYPES, TokenBatch
 from data.chat import configured
+from data.examples import Records
+from data.packing import Packing
 from data.tokenizer import TokenizerConfig, save_tokenizer
 from data.tokenizer_contract import PROBES
 from data.tokenizer_gguf import write_tokenizer as tokenizer_header
 from launch.assemble import build_core, is_chief, say, wait_for_all
-from launch.origins import find_origin, published_kind, with_changes
+from launch.origins import Origin, find_origin, published_kind, with_changes
 from launch.published import write_tokenizer
 from launch.run_folder import environment, run_folder
 from launch.saved_run import SavedRun, open_run
@@ -26,11 +28,13 @@ from models import gguf_files, peft_files
 from models.config import ModelConfig
 from models.cost import num_params
 from models.gguf import architecture_for
-from models.huggingface import family_for, family_of, shape_of
+from models.huggingface import family_for, family_of, read_model, shape_of
 from models.huggingface_files import BESIDE, Checkpoint, Folder, first_difference, load_params, save_params
 from models.transformer import logits, make_apply
 from trainer.checkpoint import Checkpointer
 from trainer.objective import Params
+from trainer.objectives.classification import ClassificationConfig
+from trainer.objectives.reward import RewardConfig
 from trainer.optimizer import SgdConfig
 from trainer.progress import progress_bar
 
@@ -73,6 +77,8 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         data=dataclasses.replace(config.data, sources={}),
         task=TrainConfig(),
     )
+    if origin.model.outputs:
+        config = judging(config, origin)
     core = build_core(config, tokenizer)
     with progress_bar(f"reading {reference}") as progress:
         state = core.init_state(params=origin.params(core.own, progress))
@@ -96,6 +102,17 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
     say(f"next:\n  meshwright generate run={folder.name} prompt='The '")
     say(f"  meshwright train run=mine init_from={folder.name} source=[text] data.sources.text.paths=[YOUR_FOLDER]")
     return 0
+
+
+def judging(config: RunConfig, origin: Origin) -> RunConfig:
+    """The run of a published reward model, which has one output, or of one that tells classes."""
+    if origin.model.outputs == 1:
+        data = dataclasses.replace(config.data, records=Records.pairs)
+        return dataclasses.replace(config, objective=RewardConfig(), data=data)
+    named = json.loads(origin.beside["config.json"]).get("id2label") or {}
+    classes = [named.get(str(i), f"LABEL_{i}") for i in range(origin.model.outputs)]
+    data = dataclasses.replace(config.data, records=Records.labelled, classes=classes, packing=Packing.best_fit)
+    return dataclasses.replace(config, objective=ClassificationConfig(), data=data)
 
 
 def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], kind: str, path: Path) -> int:
@@ -189,14 +206,14 @@ def write_folder(
     """A folder that transformers, vLLM and others load."""
     model, carried = saved.core.model, saved.folder.path / CARRIED
     family = family_for(model)
-    if before and shape_of(family_of(before).read(before)) == shape_of(model):
+    if before and shape_of(read_model(before)) == shape_of(model):
         family = family_of(before)
     shard_bytes = int(task.shard_gigabytes * 1e9)
     with progress_bar("writing") as progress:
         save_params(half, model, params, family, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
     wait_for_all("weights")
     written = Folder(half)
-    read_back = family.read(written.config)
+    read_back = read_model(written.config)
     differs = first_difference(written, read_back, params)  # of every process, since each has its share of them
     if differs is not None or shape_of(read_back) != shape_of(model):
         raise RuntimeError(
@@ -207,7 +224,15 @@ def write_folder(
             if (carried / name).exists():
                 shutil.copyfile(carried / name, half / name)
         say(write_tokenizer(half, saved.tokenizer, before))
-    return Written(family.architecture, written, read_back)
+        if saved.config.data.classes:
+            name_classes(half / "config.json", saved.config.data.classes)
+    return Written(written.config["architectures"][0], written, read_back)
+
+
+def name_classes(path: Path, classes: list[str]) -> None:
+    """In a config.json."""
+    named = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_file(

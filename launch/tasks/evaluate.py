@@ -96,13 +96,16 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     else:
         print(f"run {saved.folder.name!r} at step {saved.step}")
         rewards = sorted({key.rpartition("/")[2] for key in found if "/reward_" in key})
-        columns = ("loss", "perplexity", "bits_per_byte", "accuracy", *rewards, "tokens")
+        judged = ("precision", "recall", "f1", "roc_auc", "reciprocal_rank", "similarity")
+        columns = ("loss", "perplexity", "bits_per_byte", "accuracy", *judged, *rewards, "tokens", "n")
         rows = {
             source or "all": {
                 c: found[key] for c in columns if (key := f"eval/{source}/{c}".replace("//", "/")) in found
             }
             for source in [*corpora.heldout, ""]
         }
+        if not saved.config.objective.of_tokens:
+            rows = {name: {"n" if c == "tokens" else c: v for c, v in row.items()} for name, row in rows.items()}
         print_table("source", rows, columns)
     return 0
 

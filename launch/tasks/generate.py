@@ -11,7 +11,7 @@ from data.chat import TEMPLATES, chat_ids, check_messages, text_after_turn
 from data.chat_template import render
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import is_chief
-from launch.saved_run import open_run
+from launch.saved_run import open_writer
 from launch.writing import write
 from models.decode import Completion
 from models.sampling import SamplingConfig
@@ -35,7 +35,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         seed=config.seed,
     )
     sampling.validate()
-    saved = open_run(config, overrides)
+    saved = open_writer(config, overrides)
     stop, begun, given = list(task.stop), prompts, list(prompts)
     if chat is not None:
         begun, given, ending = answer_to(saved.tokenizer, chat, config.run)

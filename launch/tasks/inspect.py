@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from configs.schema import Format, RunConfig
-from data.batch import ColumnBatch, TokenBatch, tokens_of
+from data.batch import ColumnBatch, TokenBatch, flat_rows
 from data.examples import marked_text
 from data.pipeline import batch_hash
 from data.tokenizer_contract import Tokenizer
@@ -64,7 +64,7 @@ def next_batch(saved: SavedRun) -> dict[str, Any]:
 
 def first_example(tokenizer: Tokenizer, batch: TokenBatch | ColumnBatch) -> str:
     """The first conversation of a batch as text, what is learnt of it between ⟦ and ⟧; of a pair the chosen one."""
-    batch = TokenBatch(*(field.reshape(-1, field.shape[-1]) for field in tokens_of(batch)))
+    batch = flat_rows(batch)
     size = int((batch.segment_ids[0] == 1).sum())
     learnt = [False, *(batch.loss_mask[0, : size - 1] > 0).tolist()]  # of tokens, not of targets
     return marked_text(tokenizer, batch.tokens[0, :size].tolist(), learnt)

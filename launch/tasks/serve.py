@@ -11,7 +11,7 @@ import jax
 from configs.schema import RunConfig, ServeConfig
 from launch import exit_codes
 from launch.assemble import say
-from launch.saved_run import SavedRun, open_run
+from launch.saved_run import SavedRun, open_writer
 from models.decode import Engine, EngineConfig, Request
 from models.sampling import SamplingConfig
 
@@ -45,7 +45,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         )
     listening = listen(task.host, task.port)
     try:
-        saved = open_run(config, overrides)
+        saved = open_writer(config, overrides)
         engine = make_engine(saved, task)
         served = Served(
             name=saved.folder.name,

@@ -200,7 +200,7 @@ class Session:
             remembers["evaluation"] = evaluation
         elif task.patience:
             raise ValueError(f"task.patience={task.patience}: no source holds out text to evaluate on")
-        if task.sample_tokens:
+        if task.sample_tokens and not self.core.model.outputs:
             sampler = hooks.SampleEvery(
                 task.sample_every,
                 num_steps=num_steps,
@@ -311,12 +311,14 @@ def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
     resume = f"meshwright train {arguments}".rstrip() + f" task.num_steps={2 * task.num_steps}"
     prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
     chats = config.tokenizer.chat_template is not None or config.data.records is Records.conversations
-    write_with = "chat='Hello'" if chats else f"prompt='{prompt} '"
+    use = "generate", "chat='Hello'" if chats else f"prompt='{prompt} '"
+    if not config.objective.of_tokens:
+        use = "predict", "task.texts=['Hello']"
     where = "" if config.runs == "runs" else f" runs={config.runs}"
     return (
         f"run {config.run!r} is in {folder.path}{how}; its loss curve: {folder.picture}\n"
         "next:\n"
         f"  {resume}\n"
-        f"  meshwright generate run={config.run}{where} {write_with}\n"
+        f"  meshwright {use[0]} run={config.run}{where} {use[1]}\n"
         "  meshwright train source=[text] data.sources.text.paths=[YOUR_FOLDER] run=mine"
     )

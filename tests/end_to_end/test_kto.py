@@ -68,7 +68,7 @@ def test_a_mesh_changes_nothing(home):
 
 MISTAKES = {
     "no reference": (["init_from=null", "tokenizer=bytes"], "compares with the weights that the run begins with"),
-    "other records": (["data.records=pairs"], "data.records=pairs are for objective=preference"),
+    "other records": (["data.records=pairs"], "objective=kto needs data.records=completions"),
     "too many bad": (["data.max_bad_share=0.01"], "data.max_bad_share=0.01: 3 of"),
 }
 

@@ -23,7 +23,7 @@ from models.lora import (
     short_name,
     stored_base,
 )
-from models.quantize import BLOCK, NF4, Bits, quantize
+from models.quantize import BLOCK, DYNAMIC, NF4, Bits, quantize
 from models.transformer import init_params, logits, make_apply, param_axes
 from trainer.adapters import BASE, Adapted
 from trainer.objectives.next_token import NextTokenConfig
@@ -133,7 +133,8 @@ def test_a_tied_head_takes_no_adapter(target):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"dropout": 0.1}, "adapter.dropout=0.1"),
+        ({"dropout": 1.0}, "adapter.dropout=1.0"),
+        ({"double_quantization": True}, "adapter.double_quantization=true"),
         ({"rank": 0}, "adapter.rank=0"),
         ({"targets": []}, "adapter.targets="),
         ({"method": Method.none, "base": Base.nf4}, "adapter.base=nf4"),
@@ -160,7 +161,7 @@ def test_names_of_dims_follow_the_dims_and_a_magnitude_is_a_vector():
 def test_only_adapters_are_differentiated_and_have_moments():
     adapter = AdapterConfig(Method.dora, rank=4)
     axes, base, _, _ = parts(adapter)
-    objective = Adapted(NextTokenConfig().build(None), lambda base, adapters: adapted(adapter, axes, base, adapters))
+    objective = Adapted(NextTokenConfig().build(None), lambda *args: adapted(adapter, axes, *args))
     optimizer = optax.adam(1e-2)
     update = optax.GradientTransformationExtraArgs(optimizer.init, lambda u, s, p=None, **_: optimizer.update(u, s, p))
     state = make_state(lambda key, base: init_adapters(adapter, axes, key, base), update, jax.random.key(0), base)
@@ -179,6 +180,75 @@ def test_only_adapters_are_differentiated_and_have_moments():
     whole = make_state(lambda key: base, update, jax.random.key(0))
     flops = lambda step, *args: jax.jit(step).lower(*args).cost_analysis()["flops"]
     assert flops(step, state, {BASE: base}, batch) < 1.2 * flops(full, whole, {}, batch)
+
+
+def test_dropout_drops_what_adapters_read_and_nothing_else():
+    adapter = AdapterConfig(Method.lora, rank=4, dropout=0.5)
+    axes, base, adapters, forward = parts(adapter)
+    plain, learnt = forward(base), trained(adapters, 0.2)
+    with_key = lambda key: forward(adapted(adapter, axes, base, learnt, key))
+    assert np.array_equal(forward(adapted(adapter, axes, base, adapters, jax.random.key(1))), plain)  # B is 0
+    whole, one, other = (
+        forward(adapted(adapter, axes, base, learnt)),
+        with_key(jax.random.key(1)),
+        with_key(jax.random.key(2)),
+    )
+    assert not np.allclose(one, whole) and not np.allclose(one, other)
+    assert np.array_equal(one, with_key(jax.random.key(1)))
+    # Each matrix of a stack has a mask of its own, and kept inputs are scaled up.
+    kernel = adapted(adapter, axes, base, learnt, jax.random.key(1))["layers"]["attention"]["query"]["kernel"]
+    x = jnp.ones((1, 64))
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], kernel) for i in range(2)]
+    dropped = [np.asarray(layer._dropped(x)) for layer in layers]
+    assert set(np.unique(dropped)) == {0.0, 2.0} and not np.array_equal(*dropped)
+    y = layers[0].product("BD,DNH->BNH", x, F32)
+    low = np.einsum("br,rnh->bnh", dropped[0] @ layers[0].a, layers[0].b)
+    want = np.einsum("bd,dnh->bnh", x, layers[0].base) + adapter.scale * low
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_drops_nothing():
+    adapter = AdapterConfig(Method.lora, rank=4, dropout=0.5)
+    axes, base, adapters, _ = parts(adapter)
+    join = lambda *args: adapted(adapter, axes, *args)
+    objective = Adapted(NextTokenConfig().build(None), join)
+    ones = np.ones(TOKENS.shape, np.float32)
+    batch = TokenBatch(TOKENS, TOKENS, ones, PLACES["segment_ids_BL"], PLACES["positions_BL"])
+    value = lambda rng: float(
+        objective.loss(make_apply(PLAIN), trained(adapters, 0.2), {BASE: base}, batch, rng)[0].total
+    )
+    assert value(None) == value(None) != value(jax.random.key(0))
+
+
+def test_scales_in_8_bits_take_a_quarter_and_stay_near():
+    weight = np.random.default_rng(0).standard_normal((2, 512, 6, 64)).astype(np.float32)
+    one, two = (quantize(weight, 1, 1, Bits.nf4, double) for double in (False, True))
+    assert len(DYNAMIC) == 256 and (np.diff(DYNAMIC) > 0).all() and DYNAMIC[-1] == 1
+    size = lambda scales: sum(leaf.nbytes for leaf in jax.tree.leaves(scales))
+    assert size(two.scales) < 0.26 * size(one.scales)
+    np.testing.assert_array_equal(two.codes, one.codes)
+    np.testing.assert_allclose(two.scales.array(), one.scales, rtol=0.03)
+    cut = jax.tree.map(lambda x: x[1], two)  # as a scan cuts it
+    np.testing.assert_array_equal(cut.array(), two.array()[1])
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(128, 96), (192, 300), (64, 64)])
+def test_nf4_is_that_of_bitsandbytes(shape, double):
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("bitsandbytes.functional")
+    weight = 0.05 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)  # in, out
+    given = torch.tensor(weight.T.copy())
+    codes, state = theirs.quantize_4bit(given, quant_type="nf4", blocksize=BLOCK, compress_statistics=double)
+    found = quantize(weight[None], 1, 1, Bits.nf4, double)
+    np.testing.assert_array_equal(np.asarray(found.codes)[0].T.ravel(), codes.numpy().ravel())
+    if double:  # theirs takes a neighbour of the nearest level now and then
+        apart = np.asarray(found.scales.codes).ravel()[: state.absmax.numel()].astype(int) - state.absmax.numpy()
+        assert np.abs(apart).max() <= 1 and (apart != 0).mean() < 0.02
+    back = theirs.dequantize_4bit(codes, state).numpy().T
+    np.testing.assert_allclose(found.array()[0], back, atol=2e-3 if double else 1e-6)
 
 
 def test_nf4_is_that_of_the_published_table():

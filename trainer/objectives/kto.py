@@ -18,6 +18,7 @@ import numpy as np
 from jax.nn import sigmoid
 
 from data.batch import TokenBatch, columns_of, tokens_of
+from data.examples import Records
 from models.transformer import Apply
 from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
 from trainer.objectives.logprobs import token_logprobs
@@ -42,6 +43,10 @@ class KtoConfig(ObjectiveConfig):
     undesirable_weight: float = 1.0
     cache_reference: bool = False  # ask the reference once about each answer, before training, and keep it on disk
     loss_chunk: int = 128  # tokens of each row whose logits exist at once
+
+    @property
+    def records(self) -> tuple[Records, ...]:
+        return (Records.completions,)
 
     @property
     def needs_reference(self) -> bool:

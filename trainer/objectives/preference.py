@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from jax.nn import log_sigmoid, sigmoid
 
-from data.batch import TokenBatch, columns_of, tokens_of
+from data.batch import TokenBatch, columns_of, flat_rows, tokens_of
+from data.examples import Records
 from models.moe import Auxiliary
 from models.transformer import Apply
 from trainer.moving import moving_reference
@@ -78,6 +79,10 @@ class PreferenceConfig(ObjectiveConfig):
     reference_share: float = 0.6  # of the policy in it then
     cache_reference: bool = False  # ask the reference once about each pair, before training, and keep it on disk
     loss_chunk: int = 128  # tokens of each row whose logits exist at once
+
+    @property
+    def records(self) -> tuple[Records, ...]:
+        return (Records.pairs,)
 
     @property
     def needs_reference(self) -> bool:
@@ -362,7 +367,7 @@ class Preference:
     ) -> tuple[TokenLogprobs, Auxiliary | None]:
         """Of every target [B, S, L]; and what a mixture of experts adds, of every row [B S]."""
         shape = batch.tokens.shape
-        flat = TokenBatch(*(field.reshape(-1, shape[-1]) for field in batch))
+        flat = flat_rows(batch)
         output = apply(params, flat.tokens, positions_BL=flat.positions, segment_ids_BL=flat.segment_ids, rng=rng)
         found = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk)
         return jax.tree.map(lambda x: x.reshape(shape), found), output.auxiliary

@@ -1,0 +1,130 @@
+"""`meshwright predict run=NAME`: what a run that judges says of texts: rewards, classes, or vectors.
+
+Shape letters: N texts, O outputs (1 of a reward model; one for each class; the width of a vector).
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.schema import PredictConfig, RunConfig
+from data.batch import TokenBatch
+from data.conversations import BadRow, Conversation, find_format, to_conversation
+from data.examples import Overlong, Rules, encode_whole
+from data.records import BadRecords
+from data.sources import JsonlConfig
+from data.tokenizer_contract import Tokenizer
+from launch.assemble import is_chief, say, wait_for_all
+from launch.saved_run import SavedRun, open_run
+from trainer.objectives.classification import Classification
+from trainer.objectives.contrastive import Contrastive
+from trainer.objectives.reward import Reward
+from trainer.progress import progress_bar
+
+Said = Conversation | str
+ROUND = 32  # lengths of rows are multiples of it, so that few programs are compiled
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """One JSON object a line for each text; or `task.output=FILE`, .jsonl, or .npy with an array [N, O]."""
+    task = config.task
+    assert isinstance(task, PredictConfig)
+    if task.output is not None and Path(task.output).suffix not in (".jsonl", ".npy"):
+        raise ValueError(f"task.output={task.output}: must end in .jsonl or .npy")
+    if task.batch_size < 1:
+        raise ValueError(f"task.batch_size={task.batch_size}: must be at least 1")
+    said = [*task.texts, *(one for name in task.files for one in read_file(Path(name)))]
+    if not said:
+        raise ValueError("predict: give texts, task.texts=['...'], or files of them, task.files=[FILE.txt,FILE.jsonl]")
+    saved = open_run(config, overrides)
+    objective = saved.core.objective
+    if not isinstance(objective, Reward | Classification | Contrastive):
+        raise ValueError(
+            f"run={saved.folder.name}: its objective, {saved.config.objective.kind}, judges no texts; phase=reward, "
+            "classify and embed make runs that do"
+        )
+    found_NO = judge(saved, objective, said, task.batch_size)
+    if is_chief():
+        write_found(found_NO, objective, saved.config.data.classes, task.output)
+    wait_for_all("predicted")
+    return 0
+
+
+def read_file(path: Path) -> Iterator[Said]:
+    """A text a line, or of a .jsonl a text or a conversation. Raises: ValueError naming a line that is neither."""
+    if not path.is_file():
+        raise ValueError(f"task.files: {path} is not there")
+    if path.suffix != ".jsonl":
+        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return
+    source, bad = JsonlConfig(paths=[str(path)]), BadRecords()
+    for unit in source.units():
+        for record in source.records(unit, bad):
+            try:
+                yield to_conversation(record.fields, find_format(record.fields))
+            except BadRow as error:
+                raise ValueError(f"task.files: {path}, {record.where}: {error.reason}") from None
+    for reason, entry in bad.found.get(str(path), {}).items():
+        raise ValueError(f"task.files: {path}, {entry['first']}: {reason}")
+
+
+def judge(saved: SavedRun, objective: Any, said: list[Said], batch_size: int) -> np.ndarray:
+    """[N, O] f32, in the order given; texts of like length are read together."""
+    core, data = saved.core, saved.config.data
+    rules = Rules(data.loss_on, Overlong.cut, data.seq_len, data.records)
+    ids = [encoded(saved.tokenizer, one, rules, index) for index, one in enumerate(said)]
+    rows = math.ceil(batch_size / core.mesh.size) * core.mesh.size
+    read = jax.jit(lambda params, batch: objective.read(core.apply, params, batch))
+    params, order = saved.params(), sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    found: dict[int, np.ndarray] = {}
+    with progress_bar("reading", len(ids)) as advance:
+        for first in range(0, len(order), rows):
+            these = order[first : first + rows]
+            batch = padded([ids[i] for i in these], rows)
+            found |= zip(these, np.asarray(read(params, batch)), strict=False)
+            advance(len(these))
+    return np.stack([found[i] for i in range(len(ids))])
+
+
+def encoded(tokenizer: Tokenizer, said: Said, rules: Rules, index: int) -> np.ndarray:
+    try:
+        return encode_whole(tokenizer, said, rules).ids
+    except BadRow as error:
+        raise ValueError(f"predict: text {index + 1}: {error.reason}") from None
+
+
+def padded(ids: list[np.ndarray], rows: int) -> TokenBatch:
+    """One text a row."""
+    length = math.ceil(max(map(len, ids)) / ROUND) * ROUND
+    tokens, segments = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    for row, of_text in enumerate(ids):
+        tokens[row, : len(of_text)], segments[row, : len(of_text)] = of_text, 1
+    positions = np.where(segments > 0, np.arange(length, dtype=np.int32)[None], 0)
+    return TokenBatch(tokens, np.zeros_like(tokens), np.zeros(tokens.shape, np.float32), segments, positions)
+
+
+def write_found(found_NO: np.ndarray, objective: Any, classes: list[str], output: str | None) -> None:
+    if output is not None and Path(output).suffix == ".npy":
+        np.save(output, found_NO, allow_pickle=False)
+        say(f"{output}: {found_NO.shape[0]:,} rows of {found_NO.shape[1]:,}")
+        return
+    lines = [json.dumps(as_object(row, objective, classes), ensure_ascii=False) for row in found_NO]
+    if output is None:
+        print("\n".join(lines))
+    else:
+        Path(output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        say(f"{output}: {len(lines):,} lines")
+
+
+def as_object(row: np.ndarray, objective: Any, classes: list[str]) -> dict[str, Any]:
+    values = [round(float(value), 6) for value in row]
+    if isinstance(objective, Reward):
+        return {"reward": values[0]}
+    if isinstance(objective, Contrastive):
+        return {"vector": values}
+    return {"class": classes[int(row.argmax())], "probabilities": dict(zip(classes, values, strict=True))}

@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+
+from data.conversations import BadRow
+from data.examples import BadRecords, LossOn, Overlong, Records, Rules, encode_labelled, encode_whole, read_examples
+from data.labels import Labelled, to_label, to_match
+from data.packing import Packing, make_plan
+from data.packing import build_row as row_of
+from data.pipeline import DataConfig, PairRows, batch_hash, make_rows
+from data.prepare import TokenCorpus, prepare_source
+from data.sources import JsonlConfig
+from data.tokenizer import Bytes
+
+CLASSES = ("ham", "spam")
+
+
+def rules(records: Records, length: int = 16, **changes) -> Rules:
+    return Rules(LossOn.assistant, Overlong.cut, length, records, **changes)
+
+
+def write(path, rows) -> JsonlConfig:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return JsonlConfig(paths=[str(path)], heldout_fraction=0.0)
+
+
+@pytest.mark.parametrize("value,want", [("ham", 0), ("spam", 1), (0, 0), (1, 1), (True, 1)])
+def test_a_class_is_told_by_its_name_or_its_number(value, want):
+    assert to_label({"label": value}, CLASSES) == want
+
+
+def test_a_name_that_looks_like_a_number_is_a_name():
+    assert to_label({"label": 1}, ("1", "0")) == 0
+
+
+@pytest.mark.parametrize(
+    "fields,reason",
+    [
+        ({}, "no field 'label'"),
+        ({"label": "eggs"}, "field 'label' is none of data.classes"),
+        ({"class": 2}, "field 'class' is none of data.classes"),
+        ({"label": None}, "field 'label' is none of data.classes"),
+        ({"label": -1}, "field 'label' is none of data.classes"),
+    ],
+)
+def test_records_without_a_known_class_are_refused(fields, reason):
+    with pytest.raises(BadRow, match=reason):
+        to_label(fields, CLASSES)
+
+
+@pytest.mark.parametrize(
+    "fields,negatives,reason",
+    [
+        ({"anchor": "a"}, 0, "no two fields that belong together"),
+        ({"anchor": "a", "positive": 3}, 0, "field 'positive' is not text"),
+        ({"anchor": "a", "positive": " "}, 0, "empty text"),
+        ({"query": "a", "passage": "a "}, 0, "the two texts are the same"),
+        ({"query": "a", "passage": "b"}, 1, "no field 'negative'"),
+        ({"query": "a", "passage": "b", "negatives": ["c"]}, 2, "fewer negatives than"),
+        ({"query": "a", "passage": "b", "negative": 3}, 1, "no field 'negative'"),
+    ],
+)
+def test_matches_that_are_none_are_refused(fields, negatives, reason):
+    with pytest.raises(BadRow, match=reason):
+        to_match(fields, negatives)
+
+
+def test_matches_are_found_by_their_usual_names():
+    assert to_match({"question": "a", "answer": "b", "negative": "c"}, 1).texts == ("a", "b", "c")
+    assert to_match({"query": "a", "passage": "b", "negatives": ["c", "d", "e"]}, 2).texts == ("a", "b", "c", "d")
+    assert to_match({"sentence1": "a", "sentence2": "b", "negative": "c"}, 0).texts == ("a", "b")
+
+
+def test_a_text_keeps_its_end_when_it_is_cut():
+    tokenizer = Bytes()
+    whole = encode_whole(tokenizer, "a long text indeed, too long", rules(Records.labelled))
+    assert len(whole.ids) == 16 and whole.ids[-1] == tokenizer.eos_id and whole.shortened
+    with pytest.raises(BadRow, match=r"longer than data\.seq_len=16"):
+        encode_whole(tokenizer, "a long text indeed", rules(Records.labelled)._replace(overlong=Overlong.drop))
+
+
+def test_the_class_is_the_target_of_the_last_token_and_never_read(tmp_path):
+    tokenizer = Bytes()
+    made = encode_labelled(tokenizer, Labelled("hi", 1), rules(Records.labelled))
+    assert made.ids.tolist() == [*tokenizer.encode("hi"), tokenizer.eos_id, 1]
+    source = write(
+        tmp_path / "a.jsonl", [{"text": "hi", "label": 1}, {"text": "yes", "label": 0}, {"text": "", "label": 0}]
+    )
+    manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=rules(Records.labelled, classes=CLASSES))
+    corpus = TokenCorpus(manifest, "train")
+    assert sorted(corpus.lengths.tolist()) == [3, 4]  # with the end of text, without the class
+    plan = make_plan(corpus.lengths, seq_len=16, packing=Packing.best_fit, seed=0)
+    assert plan.num_rows == 1
+    row = row_of(corpus, plan.pieces(0), 16)
+    assert row.loss_mask.sum() == 2 and (row.segment_ids > 0).sum() == 7
+    for end in np.flatnonzero(row.loss_mask):
+        assert row.tokens[end] == tokenizer.eos_id
+        text = tokenizer.decode(row.tokens[row.segment_ids == row.segment_ids[end]][:-1].tolist())
+        assert row.targets[end] == {"hi": 1, "yes": 0}[text]
+
+
+def test_matches_stand_together_in_rows_of_all_their_texts(tmp_path):
+    rows = [{"anchor": f"a{i}", "positive": f"b{i}", "negative": f"c{i}"} for i in range(8)]
+    source = write(tmp_path / "a.jsonl", rows)
+    config = DataConfig(seq_len=8, records=Records.matches, negatives=1)
+    manifest = prepare_source(source, Bytes(), tmp_path / "made", rules=config.rules())
+    made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a")
+    assert len(made) == 8 and made[3].tokens.shape == (3, 8)
+    texts = [Bytes().decode(row[:2].tolist()) for row in made[3].tokens]
+    assert texts == ["a3", "b3", "c3"]
+
+
+def test_margins_reach_the_batch_and_pairs_without_one_are_counted(tmp_path):
+    rows = [{"prompt": "1?", "chosen": f"good {i}", "rejected": "no", "margin": i / 4} for i in range(6)]
+    bad = [{"prompt": "1?", "chosen": "a", "rejected": "b"}, {**rows[0], "margin": "much"}, {**rows[0], "margin": True}]
+    source = write(tmp_path / "a.jsonl", [*rows, *bad])
+    config = DataConfig(seq_len=64, records=Records.pairs, margins=True)
+    tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=config.rules())
+    assert sum(e["count"] for e in manifest.bad[str(tmp_path / "a.jsonl")].values()) == 3
+    made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a")
+    assert isinstance(made, PairRows) and [made[i].values.tolist() for i in (0, 5)] == [[0.0, 0.0], [1.25, 0.0]]
+    assert batch_hash(made[0]) != batch_hash(made[0]._replace(values=made[0].values + 1))
+
+
+def test_malformed_records_are_named_and_the_rest_is_read(tmp_path):
+    rows = [{"text": "a", "label": "ham"}, {"text": 3, "label": "ham"}, '{"text": ', {"label": "ham"}, "[1]"]
+    source, bad = write(tmp_path / "a.jsonl", rows), BadRecords()
+    read = lambda: read_examples(source, source.units()[0], bad, Bytes(), rules(Records.labelled, classes=CLASSES))
+    assert len(list(read())) == 1 and bad.count == 4
+    assert all(entry["first"].startswith("line ") for entry in bad.found[str(tmp_path / "a.jsonl")].values())

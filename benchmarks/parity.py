@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/models/test_huggingface.py", "tests/models/test_peft.py", "tests/trainer/test_preference_trl.py",
-    "tests/trainer/test_distillation.py",
+    "tests/trainer/test_distillation.py", "tests/trainer/test_matching.py", "tests/trainer/test_kto_trl.py",
 )  # fmt: skip
 NOTES = {
     "Families beside transformers": "Largest difference of logits of a tiny random checkpoint in float32, relative to "
@@ -25,7 +25,10 @@ NOTES = {
     "relative to its largest entry, on the same four pairs (tolerances 1e-5 and 1e-4). `simpo`, `cpo` and `orpo` are "
     "compared from log-probabilities on. TRL leaves `label_smoothing` out of its `sigmoid`; here it makes DPO "
     "conservative, and is held to its closed form.",
+    "KTO beside TRL": "On four answers, two of them good, with TRL's own choice of answers for z0; measured as above.",
     "Divergences of distillation beside TRL": "Of logits at temperature 1.5, without its square; measured as above.",
+    "Hidden states and attention beside torch": "Distances of layers in float64 there, through a projection for hidden "
+    "states; measured as above.",
 }
 
 

@@ -33,12 +33,14 @@ from data.tokenizer import (
 )
 from models.config import Dtype, ModelConfig
 from models.lora import AdapterConfig
+from models.thin import WidthConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.contrastive import ContrastiveConfig
 from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.kto import KtoConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.objectives.reward import RewardConfig
@@ -199,6 +201,7 @@ class RunConfig:
     resume: Resume = Resume.auto
     init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or peft:FOLDER
     init_layers: list[int] = field(default_factory=list)  # of these weights take only these layers, in this order
+    init_width: WidthConfig = field(default_factory=WidthConfig)  # and of these only the most important units
     reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
     source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
     step: int | None = None  # evaluate, generate, serve, inspect: the checkpoint; null: the newest
@@ -252,6 +255,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "objective": {
         "next_token": NextTokenConfig,
         "preference": PreferenceConfig,
+        "kto": KtoConfig,
         "distillation": DistillationConfig,
         "reward": RewardConfig,
         "classification": ClassificationConfig,
@@ -393,6 +397,12 @@ def validate(config: RunConfig) -> None:
                 "source=[...] instead"
             )
     config.model.validate()
+    if config.objective.neftune_alpha < 0:
+        raise ValueError(
+            f"objective.neftune_alpha={config.objective.neftune_alpha}: must not be negative; 0 is no noise"
+        )
+    if config.init_width.active and config.init_from is None:
+        raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
     task = config.task
     if isinstance(task, TrainConfig):
@@ -436,4 +446,4 @@ def of_training(config: RunConfig) -> None:
     config.model.outputs = objective.outputs(len(data.classes))
 
 
-PHASES = {"dpo": "preference", "reward": "reward", "classify": "classification", "embed": "contrastive"}
+PHASES = {"dpo": "preference", "kto": "kto", "reward": "reward", "classify": "classification", "embed": "contrastive"}

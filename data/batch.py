@@ -20,6 +20,25 @@ class TokenBatch(NamedTuple):
     positions: Array  # [B, L] i32: restart at 0 with each document
 
 
+class ColumnBatch(NamedTuple):
+    """The same, and further numbers of each row beside them."""
+
+    tokens: Array
+    targets: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array
+    columns: dict[str, Array]  # each [B, ...]
+
+
+def tokens_of(batch: "TokenBatch | ColumnBatch | ValuedBatch") -> TokenBatch:
+    return TokenBatch(*batch[:5])
+
+
+def columns_of(batch: "TokenBatch | ColumnBatch | ValuedBatch") -> dict[str, Array]:
+    return batch.columns if isinstance(batch, ColumnBatch) else {}
+
+
 class ValuedBatch(NamedTuple):
     """Rows of several texts, as pairs are, with what is known of each beforehand."""
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from data.chat import encode_chat
 from data.conversations import BadRow, Conversation, count_bad, read_conversations
+from data.judged import Judged, read_judged, with_next
 from data.labels import Labelled, Match, read_labelled, read_matches
 from data.preferences import Pair, read_pairs
 from data.records import BadRecords, Record
@@ -27,6 +28,7 @@ class Records(enum.Enum):
 
     documents = "documents"  # one text each: every token is learnt
     conversations = "conversations"  # `data.conversations` lists their formats: what data.loss_on names is learnt
+    completions = "completions"  # `data.judged` lists theirs: an answer to a prompt, and whether it is good
     pairs = "pairs"  # `data.preferences` lists theirs: two answers to a prompt, of which the first is preferred
     labelled = "labelled"  # `data.labels`: a text or a conversation, and its class
     matches = "matches"  # `data.labels`: texts that belong together
@@ -65,7 +67,7 @@ class Rules(NamedTuple):
     @property
     def together(self) -> int:
         """Examples of one record, which are never parted."""
-        return {Records.pairs: 2, Records.matches: 2 + self.negatives}.get(self.records, 1)
+        return {Records.pairs: 2, Records.completions: 2, Records.matches: 2 + self.negatives}.get(self.records, 1)
 
 
 class Example(NamedTuple):
@@ -86,6 +88,8 @@ def read_said(source: SourceConfig, unit: Unit, bad: BadRecords, rules: Rules) -
         return read_labelled(source, unit, bad, rules.classes)
     if rules.records is Records.matches:
         return read_matches(source, unit, bad, rules.negatives)
+    if rules.records is Records.completions:
+        return read_judged(source, unit, bad)
     return read_conversations(source, unit, bad)
 
 
@@ -96,12 +100,36 @@ def read_examples(
 
     Raises: ValueError for a tokenizer without a chat template, at the first conversation.
     """
+    if rules.records is Records.completions:
+        yield from _judged_examples(source, unit, bad, tokenizer, rules)
+        return
     for record, said in read_said(source, unit, bad, rules):
         first = said.chosen if isinstance(said, Pair) else said.said if isinstance(said, Labelled) else said
         if isinstance(first, Conversation) and tokenizer.chat_template is None:
             encode_chat(tokenizer, first.messages)  # says what to do
         try:
             yield said, encode_said(tokenizer, said, rules)
+        except BadRow as error:
+            count_bad(bad, record, error)
+        except ValueError as error:
+            count_bad(bad, record, _refused(error))
+
+
+def _judged_examples(
+    source: SourceConfig, unit: Unit, bad: BadRecords, tokenizer: Tokenizer, rules: Rules
+) -> Iterator[tuple[Conversation, tuple[Example, Example]]]:
+    """Beside each pair of examples the prompt, by which answers to one prompt stay on one side of a split."""
+    for record, judged, other in with_next(read_judged(source, unit, bad)):
+        conversation = judged.conversation
+        if tokenizer.chat_template is None:
+            encode_chat(tokenizer, conversation.messages)  # says what to do
+        try:
+            if other is None:
+                raise BadRow("no other record whose answer it could be compared with")
+            yield (
+                conversation._replace(messages=conversation.messages[:-1]),
+                encode_judged(tokenizer, judged, other, rules),
+            )
         except BadRow as error:
             count_bad(bad, record, error)
         except ValueError as error:
@@ -194,6 +222,25 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, rules: Rules) -> tuple[Example
     return chosen._replace(value=pair.margin), rejected
 
 
+def encode_judged(tokenizer: Tokenizer, judged: Judged, other: Judged, rules: Rules) -> tuple[Example, Example]:
+    """Ids of a prompt with its answer, and with that of `other`, whose end is cut off where a row has no room for it.
+
+    After the first stands one id more, 1 where the answer is good and 0 where not: it is no token, and never learnt.
+    Raises: BadRow for one that cannot be compared; ValueError as `encode_chat`.
+    """
+    conversation, answer = judged.conversation, other.conversation.messages[-1]
+    mixed = conversation._replace(messages=[*conversation.messages[:-1], answer])
+    overlong = rules.overlong if rules.overlong is Overlong.cut else Overlong.drop
+    of_last = rules._replace(loss_on=LossOn.last, overlong=overlong)
+    own = encode_example(tokenizer, conversation, of_last)
+    apart = encode_example(tokenizer, mixed, of_last._replace(overlong=Overlong.cut))
+    begins = [int(np.argmax(side.learnt)) for side in (own, apart)]
+    if begins[0] != begins[1] or not np.array_equal(own.ids[: begins[0]], apart.ids[: begins[0]]):
+        raise BadRow("the chat template writes the prompt differently for another answer")
+    label = np.array([judged.good], own.ids.dtype)
+    return own._replace(ids=np.append(own.ids, label), learnt=np.append(own.learnt, False)), apart
+
+
 def _kept_length(turns: np.ndarray, rules: Rules) -> int:
     if rules.overlong is Overlong.cut:
         return rules.max_length
@@ -238,6 +285,8 @@ def texts_of(said: Said) -> list[str]:
         return [*texts_of(said.chosen), *texts_of(said.rejected)]
     if isinstance(said, Labelled):
         return texts_of(said.said)
+    if isinstance(said, Judged):
+        return texts_of(said.conversation)
     if isinstance(said, Match):
         return list(said.texts)
     if isinstance(said, str):

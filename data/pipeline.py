@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from data.batch import DTYPES, TokenBatch, ValuedBatch
+from data.batch import DTYPES, ColumnBatch, TokenBatch, ValuedBatch, columns_of, tokens_of
 from data.examples import LossOn, Overlong, Records, Rules
 from data.packing import Corpus, Packing, Piece, build_row, make_plan
 from data.sources import SourceConfig
+from data.table import Table
 
 Place = Callable[[TokenBatch], Any]
 _LAST = 2**48  # rows of a run: more than will ever be asked for
@@ -75,15 +76,52 @@ class PairRows:
     def __len__(self) -> int:
         return len(self.corpus.lengths) // self.sides
 
-    def __getitem__(self, row: int) -> TokenBatch | ValuedBatch:
+    def __getitem__(self, row: int) -> TokenBatch | ColumnBatch | ValuedBatch:
         sides = range(self.sides * int(row), self.sides * (int(row) + 1))
         whole = [[Piece(side, 0, int(self.corpus.lengths[side]))] for side in sides]
         made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
         return ValuedBatch(*made[:5], self.corpus.values(sides)) if self.valued else made
 
 
+class JudgedRows(PairRows):
+    """The rows of one corpus of answers: 0 the answer, 1 another one to the same prompt; column `label` [] f32."""
+
+    def __getitem__(self, row: int) -> ColumnBatch:
+        first, ends = 2 * int(row), self.corpus.lengths
+        # The label stands after the last token of the answer, where nothing is learnt.
+        sides = [[Piece(first, 0, int(ends[first]) - 1)], [Piece(first + 1, 0, int(ends[first + 1]))]]
+        label = self.corpus.document(first, int(ends[first]) - 1, int(ends[first]))[0]
+        tokens: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in sides])
+        tokens.targets[0, int(ends[first]) - 2] = 0  # not a token
+        return ColumnBatch(*tokens, {"label": np.float32(label)})
+
+
+class TabledRows:
+    """Rows with what a table keeps of each."""
+
+    def __init__(self, rows: PackedRows | PairRows, table: Table):
+        self.rows, self.table = rows, table
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> ColumnBatch:
+        found = self.rows[row]
+        return ColumnBatch(*tokens_of(found), {**columns_of(found), **self.table[int(row)]})
+
+
+Rows = PackedRows | PairRows | TabledRows
+
+
+def with_tables(rows: Mapping[str, Rows], tables: Mapping[str, Table]) -> dict[str, Rows]:
+    """Rows by source; those of a source that has a table with what it keeps."""
+    return {name: TabledRows(found, tables[name]) if name in tables else found for name, found in rows.items()}
+
+
 def make_rows(corpus: Corpus, config: DataConfig, seed: int, name: str) -> PackedRows | PairRows:
     """The rows of the source `name`."""
+    if config.records is Records.completions:
+        return JudgedRows(corpus, seq_len=config.seq_len)
     rules = config.rules()
     if rules is not None and rules.together > 1:
         return PairRows(corpus, seq_len=config.seq_len, sides=rules.together, valued=rules.margins)
@@ -99,12 +137,17 @@ class Mixture:
         config: DataConfig,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        tables: Mapping[str, Table] | None = None,
     ):
-        """`weights` None: by the tokens of each corpus. Raises: ValueError for a source without a whole row."""
+        """`weights` None: by the tokens of each corpus; `tables`: what is kept of each source's rows.
+
+        Raises: ValueError for a source without a whole row.
+        """
         import grain
 
         self.names = list(corpora)
-        self.rows = {name: make_rows(corpus, config, seed, name) for name, corpus in corpora.items()}
+        rows = {name: make_rows(corpus, config, seed, name) for name, corpus in corpora.items()}
+        self.rows = with_tables(rows, tables or {})
         for name, rows in self.rows.items():
             if not len(rows):
                 raise ValueError(f"data.sources.{name}: has no tokens to train on")
@@ -135,7 +178,7 @@ class Mixture:
         assert found is not None, "nothing is filtered out"
         return self.names[found[0]], found[1]
 
-    def __getitem__(self, index: int) -> TokenBatch:
+    def __getitem__(self, index: int) -> TokenBatch | ColumnBatch:
         name, row = self.locate(index)
         return self.rows[name][row]
 
@@ -165,7 +208,18 @@ def _sha(content: Any) -> str:
 
 def stack(rows: Sequence[Any]) -> Any:
     """Rows of one kind of batch as that batch."""
-    return type(rows[0])(*(np.stack(column) for column in zip(*rows, strict=True)))
+    if not isinstance(rows[0], ColumnBatch):
+        return type(rows[0])(*(np.stack(column) for column in zip(*rows, strict=True)))
+    tokens = TokenBatch(*(np.stack(column) for column in zip(*(row[:5] for row in rows), strict=True)))
+    return ColumnBatch(*tokens, {name: np.stack([row.columns[name] for row in rows]) for name in rows[0].columns})
+
+
+def blank(row: Any) -> Any:
+    """A row of padding, of the kind of `row`."""
+    if not isinstance(row, ColumnBatch):
+        return type(row)(*map(np.zeros_like, row))
+    tokens = TokenBatch(*map(np.zeros_like, row[:5]))
+    return ColumnBatch(*tokens, {name: np.zeros_like(value) for name, value in row.columns.items()})
 
 
 class _LocalRows:
@@ -182,7 +236,7 @@ class _LocalRows:
     def __len__(self) -> int:
         return _LAST
 
-    def __getitem__(self, position: int) -> TokenBatch:
+    def __getitem__(self, position: int) -> TokenBatch | ColumnBatch:
         step, slot = divmod(int(position), len(self.slots))
         return self.mixture[self.first + step * self.batch_size + self.slots[slot]]
 
@@ -228,7 +282,7 @@ class OfflineSource:
         self.close()
         self.next_index = int(saved["next_index"])
 
-    def global_batch(self) -> TokenBatch:
+    def global_batch(self) -> Any:
         """The whole next batch, of all processes, on the host."""
         return stack([self.mixture[self.next_index + slot] for slot in range(self.batch_size)])
 
@@ -238,24 +292,27 @@ class OfflineSource:
         self._iterator = None
 
 
-def batch_hash(batch: TokenBatch) -> str:
-    """SHA-256 over every field of a batch in its canonical dtype."""
+def batch_hash(batch: TokenBatch | ColumnBatch | ValuedBatch) -> str:
+    """SHA-256 over every field of a batch in its canonical dtype, and every column in its own."""
     digest = hashlib.sha256()
-    dtypes = (*DTYPES, np.float32)[: len(batch)]
-    for name, value, dtype in zip(batch._fields, batch, dtypes, strict=True):
+    fields = [*zip(TokenBatch._fields, batch[:5], DTYPES, strict=True)]
+    if isinstance(batch, ValuedBatch):
+        fields.append(("values", batch.values, np.float32))
+    fields += [(name, value, value.dtype) for name, value in sorted(columns_of(batch).items())]
+    for name, value, dtype in fields:
         array = np.ascontiguousarray(value, np.dtype(dtype).newbyteorder("<"))
         digest.update(f"{name}:{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
 
 def heldout_batches(
-    rows: PackedRows | PairRows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
+    rows: Rows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
 ) -> Iterator[Any]:
     """The first batches of held-out rows, always the same; what is missing in the last one is padding."""
     count = -(-len(rows) // batch_size)
     if max_batches:
         count = min(count, max_batches)
-    nothing = type(rows[0])(*(np.zeros_like(field) for field in rows[0]))
+    nothing = blank(rows[0])
     for first in range(0, count * batch_size, batch_size):
         wanted = [first + int(slot) for slot in slots]
         yield place(stack([rows[i] if i < len(rows) else nothing for i in wanted]))

@@ -19,10 +19,11 @@ from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
 from data.chat import configured
 from data.examples import NOUNS, Rules, read_said, texts_of
-from data.pipeline import Mixture, OfflineSource, PackedRows, PairRows, heldout_batches, make_rows
+from data.pipeline import Mixture, OfflineSource, Rows, heldout_batches, make_rows, with_tables
 from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
+from data.table import Table
 from data.tokenizer import load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
@@ -31,6 +32,7 @@ from models.lora import AdapterConfig
 from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
 from trainer.adapters import BASE, Adaptation, Adapted, Shard
+from trainer.beside import extra_axes, init_extras, own_params, with_extras
 from trainer.evaluate import classes_told, evaluate_sources, report_classes
 from trainer.mesh import (
     ShardingRules,
@@ -144,7 +146,7 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
     if not config.data.sources:
         raise ValueError("source=[]: name at least one source, for example source=[text]")
     tokenizer = get_tokenizer(config, folder, say)
-    root = Path(config.data.prepared or Path(config.runs) / "prepared")
+    root = prepared_root(config)
     if is_chief():
         _prepare_all(config, tokenizer, root, say)
     wait_for_all("prepared")
@@ -157,6 +159,11 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
     heldout = {name: TokenCorpus(manifest, "heldout") for name, manifest in manifests.items()}
     heldout = {name: corpus for name, corpus in heldout.items() if corpus.num_tokens}
     return Corpora(tokenizer, manifests, train, heldout)
+
+
+def prepared_root(config: RunConfig) -> Path:
+    """The folder of what is made of sources."""
+    return Path(config.data.prepared or Path(config.runs) / "prepared")
 
 
 def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) -> None:
@@ -224,9 +231,14 @@ class Core:
         """This process's rows as part of the global batch."""
         return place_batch(batch, self.sharding, self.batch_size)
 
+    @property
+    def own(self) -> Params:
+        """Shapes and shardings of the model's own parameters, where these train."""
+        return own_params(self.abstract.params)
+
     def plain(self, params: Params, frozen: Mapping[str, Any]) -> Params:
         """The model's own parameters, adapters merged into their base: to write with."""
-        return params if self.adaptation is None else self.adaptation.merge(frozen[BASE], params)
+        return own_params(params) if self.adaptation is None else self.adaptation.merge(frozen[BASE], params)
 
 
 def model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig:
@@ -253,17 +265,29 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
             f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "
             "are learned; shorten it, or raise model.max_seq_len"
         )
-    axes, init, reads = param_axes(model), partial(init_params, model), ()
+    extras = config.objective.extras(model)
+    if extras and config.adapter.active:
+        raise ValueError(
+            f"adapter.method={config.adapter.method.name}: only adapters train, and objective={config.objective.kind} "
+            f"would learn {', '.join(extras)} too; compare models of one width, or train without adapters"
+        )
+    axes, reads = {**param_axes(model), **extra_axes(extras)}, ()
+    init = with_extras(extras, partial(init_params, model))
     shard = partial(param_shardings, mesh=mesh, rules=config.sharding)
-    shardings = shard(axes, abstract_params(model))
+    shardings = shard(axes, jax.eval_shape(init, jax.random.key(0)))
     adaptation = adapt(config.adapter, model, shardings, shard)
     if adaptation is not None:
         axes, init, reads = adaptation.axes, adaptation.init, (adaptation.stored,)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, adaptation.abstract)
+    if config.objective.moves_reference and config.adapter.active:
+        raise ValueError(
+            f"adapter.method={config.adapter.method.name}: the reference of adapters is their base, which does not "
+            "move; set objective.reference_every=0, or train without adapters"
+        )
     schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
-    optimizer = config.optimizer.build(schedule, axes)
+    optimizer = config.objective.around(config.optimizer.build(schedule, axes))
     constrain = make_constrain(mesh, config.sharding)
-    apply = make_apply(model, constrain)
+    apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
     objective = config.objective.build(_token_bytes(model, tokenizer))
     told_step = None
     if isinstance(objective, Classification):
@@ -282,7 +306,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     def init_state(frozen: Mapping[str, Any] | None = None, params: Params | None = None) -> TrainState:
         key = jax.random.key(config.seed)
         if params is not None:
-            return fresh(lambda _, params: params, optimizer, key, params)
+            return fresh(lambda key, params: {**init_extras(extras, key), **params}, optimizer, key, params)
         return fresh(init, optimizer, key, *((frozen or {})[BASE] for _ in reads))
 
     return Core(
@@ -322,11 +346,16 @@ def _token_bytes(model: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray 
     return np.pad(sizes, (0, model.vocab_size - len(sizes)))
 
 
-def build_source(config: RunConfig, corpora: Corpora, core: Core) -> OfflineSource:
-    """Batches of the mixture. Raises: ValueError where the run is longer than `data.epochs` allows."""
+def build_source(
+    config: RunConfig, corpora: Corpora, core: Core, tables: Mapping[str, Table] | None = None
+) -> OfflineSource:
+    """Batches of the mixture, with what `tables` keep of each source's rows.
+
+    Raises: ValueError where the run is longer than `data.epochs` allows.
+    """
     sources = config.data.sources
     weights = {name: float(source.weight) for name, source in sources.items() if source.weight is not None}
-    mixture = Mixture(corpora.train, config.data, config.seed, weights or None)
+    mixture = Mixture(corpora.train, config.data, config.seed, weights or None, tables)
     task = config.task
     if config.data.epochs is not None and isinstance(task, TrainConfig):
         rows = mixture.num_rows(config.data.epochs)
@@ -345,13 +374,20 @@ def build_source(config: RunConfig, corpora: Corpora, core: Core) -> OfflineSour
 
 
 def build_evaluation(
-    config: RunConfig, corpora: Corpora, core: Core, frozen: Mapping[str, Any] | None = None
-) -> Callable[[Params], dict[str, float]]:
-    """`evaluate(params)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held out."""
+    config: RunConfig,
+    corpora: Corpora,
+    core: Core,
+    frozen: Mapping[str, Any] | None = None,
+    tables: Mapping[str, Table] | None = None,
+) -> Callable[..., dict[str, float]]:
+    """`evaluate(params, moving_models)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held
+    out.
+    """
     data = config.data
     rows = {name: make_rows(corpus, data, config.seed, name) for name, corpus in corpora.heldout.items()}
+    rows = with_tables(rows, tables or {})
 
-    def batches(packed: PackedRows | PairRows) -> Iterator[TokenBatch]:
+    def batches(packed: Rows) -> Iterator[TokenBatch]:
         return heldout_batches(
             packed,
             batch_size=core.batch_size,
@@ -360,11 +396,12 @@ def build_evaluation(
             place=core.place,
         )
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(params: Params, moving: Mapping[str, Any] | None = None) -> dict[str, float]:
         sources = {name: batches(packed) for name, packed in rows.items()}
-        found = evaluate_sources(core.eval_step, params, frozen or {}, sources)
+        models = {**(frozen or {}), **(moving or {})}
+        found = evaluate_sources(core.eval_step, params, models, sources)
         if core.told_step is not None:
-            told = {name: classes_told(core.told_step, params, frozen or {}, batches(p)) for name, p in rows.items()}
+            told = {name: classes_told(core.told_step, params, models, batches(p)) for name, p in rows.items()}
             found |= report_classes(told)
         return found
 

@@ -8,21 +8,22 @@ from configs.schema import Resume, RunConfig
 from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer, first_difference
-from launch.assemble import Core, is_chief, say, wait_for_all
+from launch.assemble import Core, Corpora, is_chief, say, wait_for_all
 from launch.origins import (
     Base,
+    as_student,
     find_origin,
     load_base,
     load_reference,
     load_teacher,
     recorded_base,
-    with_layers,
     with_outputs,
 )
 from launch.run_folder import RunFolder, refuse_drift
+from launch.tables import NO_TABLES, Tables, fill_tables, open_tables
 from trainer.adapters import BASE
 from trainer.checkpoint import Checkpointer
-from trainer.objective import REFERENCE, TEACHER
+from trainer.objective import REFERENCE, TEACHER, FrozenModel
 from trainer.state import TrainState
 
 
@@ -83,8 +84,7 @@ def find_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> Base
     """
     if core.adaptation is None:
         return None
-    if config.init_layers:
-        raise ValueError(f"init_layers={config.init_layers}: adapters stand on all layers of their base; leave it out")
+    _refuse_thinning(config, "adapters stand on all of their base")
     step = checkpointer.latest_whole()
     if step is not None:
         return recorded_base(core.adaptation, checkpointer, step, config.runs, say)
@@ -97,48 +97,75 @@ def find_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> Base
 
 
 class Frozen(NamedTuple):
-    """Models that a run only reads, and what its checkpoints say of them."""
+    """Models that a run only reads, what its checkpoints say of them, and what one of them was asked in advance."""
 
     models: dict[str, Any]
     records: dict[str, dict[str, str]]
+    tables: Tables = NO_TABLES
 
 
 def find_frozen(
-    config: RunConfig, core: Core, checkpointer: Checkpointer, tokenizer: Tokenizer, base: Base | None
+    config: RunConfig, core: Core, checkpointer: Checkpointer, corpora: Corpora, base: Base | None
 ) -> Frozen:
     """The base of adapters, the reference of a loss that has one, which is what the run began with, and its teacher.
+
+    One that is asked in advance (`ObjectiveConfig.cached`) is let go of thereafter, and is not even read where all
+    answers are there and a checkpoint knows whose they are.
 
     Raises: ValueError where one of them is not known, or is another than before.
     """
     models, records = frozen_models(base), {} if base is None else {BASE: base.record}
     step = checkpointer.latest_whole()
     known = {} if step is None else checkpointer.read_json(step, "config")
+    cached, tokenizer = config.objective.cached, corpora.tokenizer
+    if cached in known and (tables := open_tables(config, core, corpora, known[cached])).complete:
+        return Frozen(models | _let_go(cached, core, tokenizer), records | {cached: known[cached]}, tables)
+    if config.objective.moves_reference and config.init_from is None and step is None:
+        raise _no_reference(config)
     if config.objective.needs_reference:
         models[REFERENCE], records[REFERENCE] = _reference(config, core, known.get(REFERENCE, {}), base)
     if config.objective.teacher_name is not None:
         record = known.get(TEACHER, {})
         name = record.get("origin", config.objective.teacher_name)
-        taught = load_teacher(name, tokenizer, core, config.runs, say, sha256=record.get("sha256"))
+        found = (config.objective, name, tokenizer, core, config.runs, say)
+        taught = load_teacher(*found, sha256=record.get("sha256"))
         models[TEACHER], records[TEACHER] = taught
-    return Frozen(models, records)
+    if cached is None:
+        return Frozen(models, records)
+    tables = fill_tables(config, core, corpora, models, records[cached], say)
+    del models[cached]
+    return Frozen(models | _let_go(cached, core, tokenizer), records, tables)
+
+
+def _let_go(name: str, core: Core, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What stands for a model that is not asked again: of a teacher, how many tokens it knows."""
+    return {TEACHER: FrozenModel({}, core.apply, tokenizer.vocab_size)} if name == TEACHER else {}
 
 
 def _reference(config: RunConfig, core: Core, known: dict[str, str], base: Base | None) -> tuple[Any, dict[str, str]]:
     origin = known.get("origin") or config.init_from
     if origin is None:
-        raise ValueError(
-            f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
-            "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
-        )
-    if config.init_layers:
-        raise ValueError(
-            f"init_layers={config.init_layers}: the reference of a policy is all of init_from; leave it out"
-        )
+        raise _no_reference(config)
+    _refuse_thinning(config, "the reference of a policy is all of init_from")
     begins_there = base is not None and (known == base.record if known else base.start is None)
     if base is not None and begins_there and config.adapter.base.name == "full":
         return base.params, base.record  # not twice in memory
-    whole = core.abstract.params if core.adaptation is None else core.adaptation.whole
+    whole = core.own if core.adaptation is None else core.adaptation.whole
     return load_reference(origin, whole, config.runs, say, sha256=known.get("sha256"))
+
+
+def _no_reference(config: RunConfig) -> ValueError:
+    return ValueError(
+        f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
+        "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
+    )
+
+
+def _refuse_thinning(config: RunConfig, why: str) -> None:
+    if config.init_layers:
+        raise ValueError(f"init_layers={config.init_layers}: {why}; leave it out")
+    if config.init_width.active:
+        raise ValueError(f"init_width: {why}; leave it out")
 
 
 def begin(
@@ -155,10 +182,10 @@ def begin(
             return Start(state, {}, [], f"{run}: begins with {which} on the weights of {base.name}")
         if config.init_from is None:
             return Start(core.init_state(), {}, [], f"{run}: begins")
-        origin = with_layers(find_origin(config.init_from, config.runs, say), config.init_layers)
+        origin = as_student(find_origin(config.init_from, config.runs, say), config)
         origin = with_outputs(origin, core.model.outputs)
         # Averages and the like begin at these weights, not at random ones.
-        state = core.init_state(params=origin.params(core.abstract.params))
+        state = core.init_state(params=origin.params(core.own))
         return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")
     # A job that is started again with the same command must not forget again what it has learnt since.
     done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset

@@ -2,6 +2,8 @@
 adapters on one (`peft:FOLDER`)."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
@@ -16,7 +18,7 @@ import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.schema import RunConfig, validate
+from configs.schema import RunConfig, to_plain, validate
 from data.chat import configured
 from data.tokenizer import SentencePieceConfig, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
 from data.tokenizer_contract import TEMPLATE, Tokenizer, fingerprint
@@ -29,12 +31,13 @@ from models.huggingface import family_of, read_model
 from models.huggingface_files import BESIDE, Checkpoint, Folder, load_params
 from models.lora import AdapterConfig
 from models.peft_files import Folder as AdapterFolder
+from models.thin import WidthConfig, choose, thin_config, thinned, widths
 from models.transformer import abstract_params, make_apply, param_axes, stacks
 from trainer.adapters import Adaptation
 from trainer.checkpoint import Checkpointer
-from trainer.digest import state_hash
+from trainer.digest import on_host, state_hash
 from trainer.mesh import param_shardings, replicated, with_shardings
-from trainer.objective import FrozenModel, Params
+from trainer.objective import FrozenModel, ObjectiveConfig, Params
 
 Say = Callable[[str], None]
 
@@ -122,11 +125,19 @@ def load_reference(
 
 
 def load_teacher(
-    reference: str, tokenizer: Tokenizer, core: Core, runs: str, say: Say, *, sha256: str | None = None
+    objective: ObjectiveConfig,
+    reference: str,
+    tokenizer: Tokenizer,
+    core: Core,
+    runs: str,
+    say: Say,
+    *,
+    sha256: str | None = None,
 ) -> tuple[FrozenModel, dict[str, str]]:
     """A model to learn from, on the run's mesh, and what a checkpoint says of it.
 
-    Raises: ValueError where it is gone or another than before, and where its tokens are not the run's.
+    Raises: ValueError where it is gone or another than before, where its tokens are not the run's, and where
+    `objective` compares what the two do not have.
     """
     key = "objective.teacher"
     origin = find_origin(reference, runs, say, key=key)
@@ -136,14 +147,57 @@ def load_teacher(
             f"begin with its weights or take its tokenizer: init_from={reference}"
         )
     model = replace(origin.model, vocab_size=origin.model.vocab_size or tokenizer.vocab_size)
+    objective.check_teacher(core.model, model)
     shapes, axes = abstract_params(model), param_axes(model)
     shardings = param_shardings(axes, shapes, core.mesh, core.rules)
     abstract = with_shardings(shapes, shardings)
     params, record = _checked(origin, abstract, "of this run's teacher", sha256, key=key)
+    record |= {"model": model_digest(model)}
     return FrozenModel(params, make_apply(model, core.constrain), tokenizer.vocab_size), record
 
 
-def with_layers(origin: Origin, layers: list[int]) -> Origin:
+def model_digest(model: ModelConfig) -> str:
+    """Of how a model uses its weights."""
+    told = {key: value for key, value in to_plain(model).items() if key != "remat"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def as_student(origin: Origin, config: RunConfig) -> Origin:
+    """The origin with only the layers `init_layers`, in this order, and of the width `init_width`.
+
+    Raises: ValueError for layers or a width that it cannot have.
+    """
+    origin = _with_layers(origin, config.init_layers)
+    return _with_width(origin, config.init_width) if config.init_width.active else origin
+
+
+def _with_width(origin: Origin, width: WidthConfig) -> Origin:
+    wide = origin.model
+    thin = thin_config(wide, width)
+
+    def params(abstract: Params, *progress: Any) -> Params:
+        onto = jax.tree.leaves(abstract)[0].sharding.mesh
+        sized = abstract_params(replace(wide, vocab_size=abstract["embedding"].shape[0]))
+        # Cut as the thin ones are, where they can be.
+        lie = lambda shape, leaf: _divisible(shape.shape, leaf.sharding, replicated(onto))
+        whole = origin.params(with_shardings(sized, jax.tree.map(lie, sized, abstract)), *progress)
+        choice = choose(wide, thin, whole, on_host)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.jit(lambda params: thinned(wide, choice, params), out_shardings=shardings)(whole)
+
+    sizes = ", ".join(f"{name} {now} of {widths(wide)[name]}" for name, now in widths(thin).items())
+    return replace(origin, name=f"{origin.name}, thinned to {sizes}", model=thin, params=params, checkpoint=None)
+
+
+def _divisible(shape: tuple[int, ...], sharding: Any, otherwise: Any) -> Any:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return otherwise
+    return sharding
+
+
+def _with_layers(origin: Origin, layers: list[int]) -> Origin:
     """The origin with only these of its layers, in this order; all where none are named.
 
     Raises: ValueError for layers that it has not.
@@ -318,7 +372,7 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
         before = folder.saved_config()
         model, tokenizer, adapter = before.model, before.tokenizer, before.adapter
     else:
-        origin = with_layers(find_origin(config.init_from, config.runs, say), config.init_layers)
+        origin = as_student(find_origin(config.init_from, config.runs, say), config)
         model, tokenizer, adapter = origin.model, origin.tokenizer_config, origin.adapter
     if published_kind(config.init_from)[0] == "peft":
         if chosen := [key for key in named if key.partition(".")[0] == "adapter"]:

@@ -14,8 +14,10 @@ from launch.origins import load_reference, load_teacher, recorded_base
 from launch.run_folder import RunFolder, run_folder
 from models.config import Dtype
 from models.lora import AdapterConfig
+from trainer.beside import own_params
 from trainer.checkpoint import Checkpointer
 from trainer.mesh import MeshConfig
+from trainer.moving import moving_models
 from trainer.objective import REFERENCE, TEACHER, Params
 from trainer.optimizer import eval_params
 from trainer.state import TrainState
@@ -40,7 +42,11 @@ class SavedRun:
         return self.checkpointer.restore(self.step, self.trained.abstract).state
 
     def params(self) -> Params:
-        """The parameters to evaluate and write with: averaged ones where the run keeps an average."""
+        """The model's own parameters, to write with and to export: averaged ones where the run keeps an average."""
+        return own_params(self.scored_params())
+
+    def scored_params(self) -> Params:
+        """What the run's loss is computed of: the same, and what it learns beside the model."""
         adaptation = self.trained.adaptation
         if adaptation is None:
             return self.trained_params()
@@ -52,11 +58,14 @@ class SavedRun:
         known, models = self.checkpointer.read_json(self.step, "config"), {}
         if self.config.objective.needs_reference:
             origin, sha256 = (known[REFERENCE][key] for key in ("origin", "sha256"))
-            whole = self.core.abstract.params
+            whole = self.core.own
             models[REFERENCE], _ = load_reference(origin, whole, self.config.runs, say, sha256=sha256)
+        if self.config.objective.moves_reference:
+            models |= moving_models(self.state().opt_state)
         if self.config.objective.teacher_name is not None:
             origin, sha256 = (known[TEACHER][key] for key in ("origin", "sha256"))
-            models[TEACHER], _ = load_teacher(origin, self.tokenizer, self.core, self.config.runs, say, sha256=sha256)
+            found = (self.config.objective, origin, self.tokenizer, self.core, self.config.runs, say)
+            models[TEACHER], _ = load_teacher(*found, sha256=sha256)
         return models
 
     def trained_params(self) -> Params:

@@ -39,24 +39,45 @@ def attention(
 
     `sinks_N`: logits that take part in each softmax and stand for no key (GPT-OSS; Xiao et al. 2023).
     """
+    p_BKGLS = attention_weights(q_BLNH, k_BSKH, mask_BLS, scale=scale, soft_cap=soft_cap, sinks_N=sinks_N)
+    p_BKGLS = dropout(p_BKGLS.astype(v_BSKH.dtype), dropout_rate, rng)
+    o_BKGLH = contract("BKGLS,BKSH->BKGLH", p_BKGLS, v_BSKH.swapaxes(1, 2), q_BLNH.dtype)
+    B, L, N, _ = q_BLNH.shape
+    return o_BKGLH.reshape(B, N, L, v_BSKH.shape[-1]).swapaxes(1, 2)
+
+
+def attention_weights(
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    mask_BLS: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    """What each query takes of each key: [B, K, G, L, S] f32, without dropout."""
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
     # Heads first, so that both products are batches of plain matrices.
     q_BKGLH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).swapaxes(1, 2).reshape(B, K, N // K, L, H)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    s_BKGLS = contract("BKGLH,BKSH->BKGLS", q_BKGLH, k_BKSH, jnp.dtype("float32"))
+    s_BKGLS = contract("BKGLH,BKSH->BKGLS", q_BKGLH, k_BSKH.swapaxes(1, 2), jnp.dtype("float32"))
     if soft_cap is not None:
         s_BKGLS = soft_cap * jnp.tanh(s_BKGLS / soft_cap)
     s_BKGLS = jnp.where(mask_BLS[:, None, None], s_BKGLS, HIDDEN)
     if sinks_N is None:
-        p_BKGLS = jax.nn.softmax(s_BKGLS, axis=-1)
-    else:
-        sinks_KG11 = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
-        sinks_BKGL1 = jnp.broadcast_to(sinks_KG11, (*s_BKGLS.shape[:-1], 1))
-        p_BKGLS = jax.nn.softmax(jnp.concatenate([s_BKGLS, sinks_BKGL1], axis=-1), axis=-1)[..., :-1]
-    p_BKGLS = dropout(p_BKGLS.astype(v_BSKH.dtype), dropout_rate, rng)
-    o_BKGLH = contract("BKGLS,BKSH->BKGLH", p_BKGLS, v_BKSH, q_BLNH.dtype)
-    return o_BKGLH.reshape(B, N, L, v_BSKH.shape[-1]).swapaxes(1, 2)
+        return jax.nn.softmax(s_BKGLS, axis=-1)
+    sinks_KG11 = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+    sinks_BKGL1 = jnp.broadcast_to(sinks_KG11, (*s_BKGLS.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([s_BKGLS, sinks_BKGL1], axis=-1), axis=-1)[..., :-1]
+
+
+def weights_of_heads(q_BLNH: jax.Array, k_BSKH: jax.Array, mask_BLS: jax.Array, **options) -> jax.Array:
+    """[B, N, L, S] f32: the weights of `attention` with these options, 0 where a query sees no key at all.
+
+    The compiler makes them once for both.
+    """
+    p_BKGLS = jnp.where(mask_BLS[:, None, None], attention_weights(q_BLNH, k_BSKH, mask_BLS, **options), 0.0)
+    return p_BKGLS.reshape(p_BKGLS.shape[0], -1, *p_BKGLS.shape[-2:])
 
 
 def cached_attention(

@@ -244,6 +244,19 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
+def noisy(x_BLD: jax.Array, segments_BL: jax.Array, alpha: float, rng: jax.Array | None) -> jax.Array:
+    """Embeddings with uniform noise within plus and minus alpha / sqrt(tokens of the document * D), padding without.
+
+    NEFTune (Jain et al. 2023 [2310.05914], algorithm 1); documents that share a row have each its own length.
+    """
+    if not alpha or rng is None:
+        return x_BLD
+    tokens_BL = jnp.sum(segments_BL[:, :, None] == segments_BL[:, None, :], axis=-1)
+    scale_BL = jnp.where(segments_BL > 0, alpha * jax.lax.rsqrt((tokens_BL * x_BLD.shape[-1]).astype(jnp.float32)), 0.0)
+    noise_BLD = jax.random.uniform(jax.random.fold_in(rng, 1), x_BLD.shape, jnp.float32, -1, 1)
+    return x_BLD + (noise_BLD * scale_BL[..., None]).astype(x_BLD.dtype)
+
+
 def activate(mlp: MLPConfig, gate: jax.Array | None, up: jax.Array) -> jax.Array:
     """What stands between the two products of a feed-forward layer. `gate` None: it has no gate."""
     act = ACTIVATIONS[mlp.activation]

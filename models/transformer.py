@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attention import UNLIMITED, attention, cached_attention, visible
+from models.attention import UNLIMITED, attention, cached_attention, visible, weights_of_heads
 from models.cache import Cache, write_cache
 from models.config import LayerKind, ModelConfig, NormPlacement, Position, QKNorm, Remat
+from models.inside import Asked, Shown, nothing_shown, show
 from models.layers import (
     MLP,
     Normalize,
@@ -27,6 +28,7 @@ from models.layers import (
     as_array,
     dropout,
     inverse_frequencies,
+    noisy,
     param,
     rope_temperature,
     rotate,
@@ -49,10 +51,11 @@ class Output(NamedTuple):
     head_DV: jax.Array  # in the parameters' dtype: cast at use, so that its gradient is summed in it
     logit_soft_cap: float | None
     auxiliary: Auxiliary | None = None  # of a mixture of experts
+    shown: Shown | None = None  # of the layers that were asked for
 
 
 class Apply(Protocol):
-    """A model as the training core sees it. `rng` None: no dropout."""
+    """A model as the training core sees it. `rng` None: no dropout; `asked` None: no layer is shown."""
 
     def __call__(
         self,
@@ -62,6 +65,7 @@ class Apply(Protocol):
         positions_BL: jax.Array,
         segment_ids_BL: jax.Array,
         rng: jax.Array | None = None,
+        asked: Asked | None = None,
     ) -> Output: ...
 
 
@@ -74,6 +78,7 @@ class Context(NamedTuple):
     segments: jax.Array  # [B, L]
     first_row: jax.Array | int  # of the cache, where there is one: the row that belongs to the first of the batch
     constrain: Constrain
+    shows_attention: bool = False  # whether layers give the weights of their attention
 
 
 class PerLayer(NamedTuple):
@@ -132,7 +137,9 @@ class Attention(nnx.Module):
         return rotate(x_BLNH, angles, temperature, rope.interleaved)
 
     def __call__(self, x_BLD, context: Context, layer: PerLayer, cached, rng):
-        """Returns the output [B, L, D] and the keys and values of this layer, cached ones included."""
+        """Returns the output [B, L, D], the keys and values of this layer, cached ones included, and its weights
+        [B, N, L, S] where they are asked for.
+        """
         a = self.config.attention
         q_BLNH, k_BLKH, v_BLKH = self.inputs(x_BLD, context, layer)
         q_BLNH = checkpoint_name(context.constrain(q_BLNH, ("batch", "length", "heads", "head_dim")), "qkv")
@@ -141,15 +148,18 @@ class Attention(nnx.Module):
         a = self.config.attention
         scale = (a.head_dim**-0.5 if a.scale is None else a.scale) * score_temperature(self.config.rope)
         options = {"scale": scale, "soft_cap": a.soft_cap, "sinks_N": None if self.sinks is None else self.sinks[...]}
+        weights_BNLS = None
         if cached is None:
             positions, segments = context.positions, context.segments
             mask = visible(positions, positions, segments, segments, layer.window)
             out = attention(q_BLNH, k_BLKH, v_BLKH, mask, dropout_rate=a.dropout, rng=rng, **options)
+            if context.shows_attention:
+                weights_BNLS = weights_of_heads(q_BLNH, k_BLKH, mask, **options)
         else:
             cached = write_cache(cached, k_BLKH, v_BLKH, context.positions, context.first_row)
             rows = cached, context.positions, context.first_row
             out = cached_attention(q_BLNH, *rows, window=layer.window, **options)
-        return self.out(checkpoint_name(out, "attention")), cached
+        return self.out(checkpoint_name(out, "attention")), cached, weights_BNLS
 
 
 class LatentAttention(Attention):
@@ -210,7 +220,7 @@ class Block(nnx.Module):
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         rate = self.config.dropout
         norm = lambda module, x: x if module is None else module(x)
-        y_BLD, cached = self.attention(norm(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
+        y_BLD, cached, weights_BNLS = self.attention(norm(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
         x_BLD = x_BLD + dropout(norm(self.attention_post_norm, y_BLD), rate, rngs[1])
         h_BLD, terms = norm(self.mlp_norm, x_BLD), None
         if isinstance(self.mlp, Experts):
@@ -218,7 +228,7 @@ class Block(nnx.Module):
         else:
             y_BLD = self.mlp(h_BLD, context.constrain)
         x_BLD = x_BLD + dropout(norm(self.mlp_post_norm, y_BLD), rate, rngs[2])
-        return context.constrain(x_BLD, ("batch", "length", "embed")), cached, terms
+        return context.constrain(x_BLD, ("batch", "length", "embed")), cached, terms, weights_BNLS
 
 
 class Ends(nnx.Module):
@@ -315,11 +325,12 @@ def param_axes(config: ModelConfig) -> Params:
     return {**named(_abstract_ends(config), ()), **blocks}
 
 
-def make_apply(config: ModelConfig, constrain: Constrain = no_constraint) -> Apply:
-    """The forward pass over whole rows as a pure function of the parameters."""
+def make_apply(config: ModelConfig, constrain: Constrain = no_constraint, *, neftune_alpha: float = 0.0) -> Apply:
+    """The forward pass over whole rows as a pure function of the parameters; see `noisy` for `neftune_alpha`."""
 
-    def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) -> Output:
-        return forward(params, tokens_BL, positions_BL, segment_ids_BL, config=config, constrain=constrain, rng=rng)
+    def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None, asked=None) -> Output:
+        options = {"config": config, "constrain": constrain, "rng": rng, "asked": asked, "neftune_alpha": neftune_alpha}
+        return forward(params, tokens_BL, positions_BL, segment_ids_BL, **options)
 
     return apply
 
@@ -339,31 +350,44 @@ def forward(
     config: ModelConfig,
     constrain: Constrain = no_constraint,
     rng: jax.Array | None = None,
+    asked: Asked | None = None,
+    neftune_alpha: float = 0.0,
 ) -> Output:
     """One pass over whole rows."""
     ends = _ends(params, config)
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
-    x_BLD = constrain(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), ("batch", "length", "embed"))
+    x_BLD = noisy(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), segment_ids_BL, neftune_alpha, embed_rng)
+    x_BLD = constrain(x_BLD, ("batch", "length", "embed"))
     context = _context(config, positions_BL, segment_ids_BL, 0, tokens_BL.shape[1], constrain)
+    context = context._replace(shows_attention=asked is not None and asked.attention)
+    shown = nothing_shown(asked, x_BLD, config.attention.num_heads)
 
-    def run(x_BLD, stack: Stack):
+    def run(carried, stack: Stack):
         graph = nnx.split(_abstract_block(config, stack))[0]
 
-        def body(x_BLD, scanned):
+        def layer(x_BLD, scanned):
             weights, layer, index = scanned
             key = None if layer_rng is None else jax.random.fold_in(layer_rng, index)
-            x_BLD, _, terms = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
-            return x_BLD, terms
+            x_BLD, _, *rest = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
+            return x_BLD, *rest
+
+        layer = _remat(layer, config.remat)
+
+        def body(carried, scanned):
+            x_BLD, terms, weights_BNLS = layer(carried[0], scanned)
+            # Not inside what is computed anew: buffers that are only written to need no copy for each layer.
+            return (x_BLD, show(asked, carried[1], scanned[-1], x_BLD, weights_BNLS)), terms
 
         beside = jax.tree.map(
             lambda leaf: jnp.asarray(leaf[stack.start : stack.stop]), (per_layer(config), np.arange(config.num_layers))
         )
-        return jax.lax.scan(_remat(body, config.remat), x_BLD, (params[stack.name], *beside))
+        return jax.lax.scan(body, carried, (params[stack.name], *beside))
 
-    terms = None
+    carried, terms = (x_BLD, shown), None
     for stack in stacks(config):  # that of the experts is the last
-        x_BLD, terms = run(x_BLD, stack)
-    return ends.output(x_BLD)._replace(auxiliary=jax.tree.map(lambda leaf: leaf.mean(0), terms))
+        carried, terms = run(carried, stack)
+    x_BLD, shown = carried
+    return ends.output(x_BLD)._replace(auxiliary=jax.tree.map(lambda leaf: leaf.mean(0), terms), shown=shown)
 
 
 def forward_cached(
@@ -391,7 +415,7 @@ def forward_cached(
         for index in range(stack.start, stack.stop):
             layer = jax.tree.map(lambda x, index=index: x[index], of_all)
             block = nnx.merge(graph, nnx.State(params["layers"][index]))
-            x_BLD, cached, _ = block(x_BLD, context, layer, cache[index], None)
+            x_BLD, cached, *_ = block(x_BLD, context, layer, cache[index], None)
             filled.append(cached)
     return ends.output(x_BLD), tuple(filled)
 

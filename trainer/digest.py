@@ -86,13 +86,14 @@ def state_hash(tree: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in sorted(leaf_paths(tree).items()):
         name = str(leaf.dtype) if hasattr(leaf, "dtype") else str(np.asarray(leaf).dtype)
-        array = _on_host(key_data(leaf))
+        array = on_host(key_data(leaf))
         digest.update(f"{path}\0{name}\0{','.join(map(str, array.shape))}\0".encode())
         digest.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes())
     return digest.hexdigest()
 
 
-def _on_host(leaf: Any) -> np.ndarray:
+def on_host(leaf: Any) -> np.ndarray:
+    """The whole of an array on every process."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         if leaf.is_fully_replicated:
             return np.asarray(leaf.addressable_data(0))

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
 
-from data.batch import DTYPES, TokenBatch
+from data.batch import DTYPES, ColumnBatch, TokenBatch
 from data.examples import Records
+from models.config import ModelConfig
 from models.transformer import Apply
+from trainer.beside import Extra
 
 Params = Any  # a nested dict of arrays
 TEACHER = "teacher"  # among the frozen models: a `FrozenModel` that is learnt from
 REFERENCE = "reference"  # among the frozen models: the weights that a policy began with
-Batch = TokenBatch  # any NamedTuple of arrays that share their leading batch dim
+Batch = TokenBatch | ColumnBatch  # any NamedTuple of arrays that share their leading batch dim
 
 
 class Mean(NamedTuple):
@@ -59,11 +62,28 @@ class Objective(Protocol):
         ...
 
 
+class Caching(Protocol):
+    """An objective that reads a frozen model only through numbers that can be kept for each row."""
+
+    def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        """These numbers, each [B, ...]: what the loss looks for in the columns of a batch."""
+        ...
+
+    def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape of each in one row, and dtype."""
+        ...
+
+    def column_settings(self) -> dict[str, Any]:
+        """What of its config they depend on, JSON-able."""
+        ...
+
+
 @dataclass
 class ObjectiveConfig:
     """Base of all objectives' configs."""
 
     kind: str = ""
+    neftune_alpha: float = 0.0  # noise on embeddings in training [NEFTune, 2310.05914]: 5 to 15; 0: none
 
     @property
     def records(self) -> tuple[Records, ...]:
@@ -99,6 +119,27 @@ class ObjectiveConfig:
         """What the loss learns from, as the frozen model `TEACHER`: a run or a published checkpoint."""
         return None
 
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the frozen model `REFERENCE` is kept in the optimizer's state instead, see `trainer.moving`."""
+        return False
+
+    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The optimizer with what the loss keeps beside it."""
+        return optimizer
+
+    @property
+    def cached(self) -> str | None:
+        """Which frozen model is asked about each row once, before training, and is not needed thereafter."""
+        return None
+
+    def extras(self, model: ModelConfig) -> dict[str, Extra]:
+        """What the loss learns beside the parameters of `model`."""
+        return {}
+
+    def check_teacher(self, student: ModelConfig, teacher: ModelConfig) -> None:
+        """Raises: ValueError where the one cannot learn from the other so."""
+
     def build(self, token_bytes: np.ndarray | None) -> Objective:
         """`token_bytes` [V] i32: how many bytes of text each token stands for, for bits per byte."""
         raise TypeError(f"objective.kind={self.kind}: choose one with objective=NAME")
@@ -107,6 +148,13 @@ class ObjectiveConfig:
 def token_spec(*shape: int) -> TokenBatch:
     """Token batches whose fields have this shape, as `batch_spec` gives them."""
     return TokenBatch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in DTYPES))
+
+
+def column_spec(spec: TokenBatch, columns: Mapping[str, tuple[tuple[int, ...], Any]]) -> ColumnBatch:
+    """These token batches with columns beside them."""
+    B = spec.tokens.shape[0]
+    of = {name: jax.ShapeDtypeStruct((B, *shape), dtype) for name, (shape, dtype) in columns.items()}
+    return ColumnBatch(*spec, of)
 
 
 class BatchSource(Protocol):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from models.transformer import Apply
+from trainer.moving import moving_models
 from trainer.objective import Batch, Mean, Objective, Params
 from trainer.schedule import Schedule
 from trainer.state import TrainState
@@ -39,6 +40,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Mapping[str, Any], batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
+        frozen = {**frozen, **moving_models(state.opt_state)}
         grads, means = _accumulate(loss_sum, state.params, frozen, batch, rng, num_microbatches)
         weight = means["loss"].weight
         # One division by the weight of the whole batch: exact in tokens, however they fell on microbatches.

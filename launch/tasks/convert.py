@@ -81,7 +81,7 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         config = judging(config, origin)
     core = build_core(config, tokenizer)
     with progress_bar(f"reading {reference}") as progress:
-        state = core.init_state(params=origin.params(core.abstract.params, progress))
+        state = core.init_state(params=origin.params(core.own, progress))
     differs = None  # of merged adapters: nothing there holds the sums
     if origin.checkpoint is not None:
         differs = first_difference(origin.checkpoint, origin.model, state.params)
@@ -166,7 +166,7 @@ def compare_logits(half: Path, saved: SavedRun, params: Params, written: Checkpo
     """
     core = saved.core
     with progress_bar("reading back") as progress:
-        read_back = load_params(written, model, core.abstract.params, progress)
+        read_back = load_params(written, model, core.own, progress)
     ids = [token for text in PROBES for token in saved.tokenizer.encode(text)]
     shape = core.batch_size, PROBE_TOKENS
     tokens = np.resize(np.array(ids or [0], np.int32), shape)

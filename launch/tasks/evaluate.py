@@ -88,7 +88,7 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     corpora = load_corpora(merged, saved.folder, (lambda text: None) if quiet else say)
     if not corpora.heldout:
         raise ValueError("data: no source holds out text; set data.sources.NAME.heldout_fraction above 0")
-    found = build_evaluation(merged, corpora, saved.core, saved.frozen())(saved.params())
+    found = build_evaluation(merged, corpora, saved.core, saved.frozen())(saved.scored_params())
     if not is_chief():
         return 0
     if quiet:

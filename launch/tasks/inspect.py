@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from configs.schema import Format, RunConfig
-from data.batch import TokenBatch, flat_rows
+from data.batch import ColumnBatch, TokenBatch, flat_rows
 from data.examples import marked_text
 from data.pipeline import batch_hash
 from data.tokenizer_contract import Tokenizer
@@ -62,7 +62,7 @@ def next_batch(saved: SavedRun) -> dict[str, Any]:
     return found
 
 
-def first_example(tokenizer: Tokenizer, batch: TokenBatch) -> str:
+def first_example(tokenizer: Tokenizer, batch: TokenBatch | ColumnBatch) -> str:
     """The first conversation of a batch as text, what is learnt of it between ⟦ and ⟧; of a pair the chosen one."""
     batch = flat_rows(batch)
     size = int((batch.segment_ids[0] == 1).sum())

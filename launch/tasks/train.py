@@ -36,6 +36,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.goodput import Ledger
 from trainer.loop import DONE, Hook, fit
 from trainer.metrics import TrainMetrics, peak
+from trainer.moving import moving_models
 from trainer.objective import Params
 from trainer.optimizer import eval_params
 from trainer.plot import draw_loss
@@ -59,10 +60,10 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             corpora = load_corpora(config, folder, say)
         with ledger.phase("start"):
             core = build_core(config, corpora.tokenizer)
-            source = build_source(config, corpora, core)
-            stack.callback(source.close)
             base = find_base(config, core, checkpointer)
-            frozen = find_frozen(config, core, checkpointer, corpora.tokenizer, base)
+            frozen = find_frozen(config, core, checkpointer, corpora, base)
+            source = build_source(config, corpora, core, frozen.tables.train)
+            stack.callback(source.close)
             start = begin(config, core, source, checkpointer, base)
             if is_chief():
                 folder.write_start(config, overrides)  # not before: a start that is refused changes nothing
@@ -181,7 +182,8 @@ class Session:
     ) -> tuple[list[Hook], hooks.StopOnSignal, hooks.SaveEvery]:
         """All hooks in the order that is their meaning; the one that holds the signal handlers; the one that saves."""
         task, ledger, num_steps = self.task, self.ledger, self.task.num_steps
-        compute = build_evaluation(self.config, self.corpora, self.core, self.frozen.models)
+        parts = self.config, self.corpora, self.core, self.frozen.models, self.frozen.tables.heldout
+        compute = build_evaluation(*parts)
         average = jax.jit(eval_params)
         remembers: dict[str, hooks.Stateful] = {"metrics": metrics}
         every_hook: list[Hook] = []
@@ -190,7 +192,7 @@ class Session:
             evaluation = hooks.EvaluateEvery(
                 task.evaluate_every,
                 num_steps=num_steps,
-                evaluate=lambda state: compute(average(state)),
+                evaluate=lambda state: compute(average(state), moving_models(state.opt_state)),
                 on_metrics=trackers.log,
                 ledger=ledger,
             )

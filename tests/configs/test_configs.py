@@ -21,6 +21,7 @@ NEEDS = {
     "shakespeare_char": ["data.sources.text.paths=[x]"],
     "sft": ["data.sources.jsonl.paths=[x]"],
     "sft_smollm2": ["data.sources.jsonl.paths=[x]"],
+    "kto": ["data.records=completions", "source=[jsonl]", "data.sources.jsonl.paths=[x]"],
     "preference": ["data.records=pairs"],
     "dpo": ["data.sources.jsonl.paths=[x]"],
     "dpo_smollm2": ["data.sources.jsonl.paths=[x]"],

@@ -8,8 +8,9 @@ from tests.end_to_end.run import TINY, inspect, losses, meshwright
 
 STEPS = 10
 TEACHER = [*TINY, "source=[synthetic]", "model.num_layers=4", "task.num_steps=12"]
+KEPT = [a for a in TINY if not a.startswith(("model", "tokenizer"))]
 STUDENT = [
-    *(a for a in TINY if not a.startswith(("model", "tokenizer"))),
+    *KEPT,
     "phase=distill", "source=[synthetic]", "objective.teacher=teacher", "init_from=teacher", "init_layers=[0,3]",
     f"task.num_steps={STEPS}", "checkpoint.every=4",
 ]  # fmt: skip
@@ -48,7 +49,60 @@ def test_a_mesh_changes_nothing(home):
         assert loss == pytest.approx(losses(home, "a")[step], rel=1e-5), step
 
 
+def test_a_narrower_student_learns_from_the_layers_of_its_teacher(home):
+    narrow = [
+        "init_width.embed_dim=32", "init_width.hidden_dim=64", "init_width.num_heads=2", "init_width.num_kv_heads=2",
+        "objective.match.layers=[[0,1],[1,3]]", "objective.match.teacher_dim=64",
+        "objective.match.attention_weight=0.5",
+    ]  # fmt: skip
+    out, _ = meshwright(home, "train", "run=narrow", *STUDENT, *narrow)
+    assert "thinned to embed 32 of 64" in out
+    assert losses(home, "narrow")[STEPS] < losses(home, "narrow")[1]
+    meshwright(home, "train", "run=narrow_stopped", *STUDENT, *narrow, "task.num_steps=5")
+    meshwright(home, "train", "run=narrow_stopped", *STUDENT, *narrow)
+    mine, theirs = inspect(home, "narrow_stopped"), inspect(home, "narrow")
+    for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256"):
+        assert mine[key] == theirs[key], key
+    last = json.loads((home / "runs" / "narrow" / "summary.json").read_text())["evaluation"]
+    found = json.loads(meshwright(home, "evaluate", "run=narrow", "format=json")[0])
+    for key in ("eval/loss", "eval/hidden_distance", "eval/attention_distance"):
+        assert found[key] == pytest.approx(last[key], rel=1e-5), key
+    meshwright(home, "generate", "run=narrow", "prompt=ab", "task.max_new_tokens=2")  # without the projection
+    meshwright(home, "train", "run=after", "init_from=narrow", *KEPT, "source=[synthetic]", "task.num_steps=2")
+
+
+CACHED = [*STUDENT, "objective.top_k=8", "objective.cache=true", "objective.cache_dtype=float32", "objective.weight=1"]
+
+
+def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(home):
+    """Over shuffled rows, microbatches, a mesh and a resume that does not even read it again."""
+    meshwright(home, "train", "run=online", *(a for a in CACHED if "cache" not in a))
+    out, _ = meshwright(home, "train", "run=cached", *CACHED, "task.num_steps=5")
+    assert "teacher: asked about" in out and "synthetic (heldout)" in out
+    (home / "runs" / "teacher").rename(home / "runs" / "elsewhere")
+    try:
+        out, _ = meshwright(home, "train", "run=cached", *CACHED)
+    finally:
+        (home / "runs" / "elsewhere").rename(home / "runs" / "teacher")
+    assert "asked about" not in out
+    mesh = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_microbatches=2"]
+    out, _ = meshwright(home, "train", "run=cached_mesh", *CACHED, *mesh)
+    assert "asked about" not in out
+    for run in ("cached", "cached_mesh"):
+        for step, loss in losses(home, run).items():
+            assert loss == pytest.approx(losses(home, "online")[step], rel=1e-5, abs=1e-7), (run, step)
+    found = [
+        json.loads((home / "runs" / run / "summary.json").read_text())["evaluation"] for run in ("cached", "online")
+    ]
+    assert found[0]["eval/divergence"] == pytest.approx(found[1]["eval/divergence"], rel=1e-4)
+    evaluated = json.loads(meshwright(home, "evaluate", "run=cached", "format=json")[0])  # beside the teacher
+    assert evaluated["eval/divergence"] == pytest.approx(found[1]["eval/divergence"], rel=1e-4)
+
+
 MISTAKES = {
+    "a width that is no width": (["init_width.embed_dim=65"], "init_width.embed_dim=65: the model has 64"),
+    "no number of tokens": (["objective.cache=true"], "say how many, as objective.top_k=64"),
+    "layers that the teacher lacks": (["objective.match.layers=[[0,4]]"], "the teacher has no layer 4"),
     "no teacher": (["objective.teacher=null"], "objective.teacher=null: name a run"),
     "a teacher that is not there": (["objective.teacher=nobody"], "objective.teacher=nobody: there is no run"),
     "other tokens": (

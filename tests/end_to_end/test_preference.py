@@ -106,7 +106,48 @@ def test_adapters_have_the_base_as_their_reference(home):
     assert losses(home, "lora_stopped") == losses(home, "lora")
 
 
+def test_a_reference_that_is_asked_in_advance_is_not_held_and_changes_nothing(home):
+    cached = [*DPO, "objective.cache_reference=true"]
+    out, _ = meshwright(home, "train", "run=cached", *cached, "task.num_steps=4")
+    assert "reference: asked about" in out
+    out, _ = meshwright(home, "train", "run=cached", *cached)
+    assert "asked about" not in out and "resumes at step 4" in out
+    for step, loss in losses(home, "cached").items():
+        assert loss == pytest.approx(losses(home, "a")[step], rel=1e-6), step
+    last, online = (
+        json.loads((home / "runs" / run / "summary.json").read_text())["evaluation"] for run in ("cached", "a")
+    )
+    assert last["eval/reward_margin"] == pytest.approx(online["eval/reward_margin"], rel=1e-5)
+    other, _ = meshwright(home, "train", "run=longer", *cached, "data.seq_len=80", "task.num_steps=2")
+    assert "reference: asked about" in other  # another length, another table
+    lora = ["adapter=lora", "adapter.rank=4", "adapter.targets=[attention]", "task.num_steps=2"]
+    meshwright(home, "train", "run=cached_lora", *cached, *lora)
+    assert losses(home, "cached_lora")[1] == pytest.approx(0.6931472, abs=1e-5)
+
+
+def test_a_reference_that_moves_is_part_of_the_checkpoint(home):
+    moving = [*DPO, "objective.reference_every=3", "objective.wpo=true", "task.num_microbatches=2"]
+    meshwright(home, "train", "run=moving", *moving)
+    for until in (4, STEPS):
+        meshwright(home, "train", "run=moving_stopped", *moving, f"task.num_steps={until}")
+    assert losses(home, "moving_stopped") == losses(home, "moving")
+    mine, theirs = inspect(home, "moving_stopped"), inspect(home, "moving")
+    for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256"):
+        assert mine[key] == theirs[key], key
+    last = json.loads((home / "runs" / "moving" / "summary.json").read_text())["evaluation"]
+    found = json.loads(meshwright(home, "evaluate", "run=moving", "format=json")[0])
+    assert found["eval/reward_margin"] == pytest.approx(last["eval/reward_margin"], rel=1e-5)
+
+
 MISTAKES = {
+    "adapters on a reference that moves": (
+        ["objective.reference_every=2", "adapter=lora"],
+        "set objective.reference_every=0",
+    ),
+    "a cache of nothing": (
+        ["objective.loss=cpo", "objective.cache_reference=true"],
+        "objective.loss=cpo has no reference",
+    ),
     "no reference": (["init_from=null", "source=[jsonl]"], "compares with the weights that the run begins with"),
     "plain text": (["data.records=documents"], "needs data.records=pairs"),
     "smoothing": (["objective.loss=ipo", "objective.label_smoothing=0.1"], "has no meaning for objective.loss=ipo"),

@@ -1,15 +1,17 @@
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.batch import TokenBatch
+from data.batch import ColumnBatch, TokenBatch
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, make_apply
 from trainer.objective import TEACHER, FrozenModel
-from trainer.objectives.distillation import Distillation, DistillationConfig, Divergence, divergence
+from trainer.objectives.distillation import CacheDtype, Distillation, DistillationConfig, Divergence, divergence
+from trainer.objectives.matching import MatchingConfig
 from trainer.objectives.next_token import NextTokenConfig
 
 V, L = 40, 24
@@ -109,9 +111,50 @@ def test_padding_of_the_vocabulary_has_no_part():
     assert float(plain) == float(changed)
 
 
+@pytest.mark.parametrize("kind", Divergence, ids=lambda kind: kind.name)
+def test_buckets_of_more_tokens_see_more_and_all_of_them_see_all(kind):
+    rng = np.random.default_rng(1)
+    student, teacher = (jnp.asarray(rng.normal(0, 3, (2, 6, V)), jnp.float32) for _ in range(2))
+    value = lambda k: np.asarray(divergence(teacher, student, config(divergence=kind, temperature=1.5, top_k=k)))
+    found = [value(k) for k in (1, 2, 8, V - 1, V)]
+    for less, more in itertools.pairwise(found):
+        assert (less <= more + 1e-6).all()
+    np.testing.assert_allclose(found[-1], value(0), rtol=1e-5, atol=1e-6)
+    assert found[0].min() > 0  # one token, renormalised, would see nothing
+
+
+def test_the_gradient_of_buckets_of_all_tokens_is_that_of_the_whole():
+    grad = lambda k: jax.grad(lambda p: run(config(top_k=k).build(None), batch(), p)[0].total)(PARAMS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3), grad(V), grad(0))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grad(3)))
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(CacheDtype.float32, 1e-6), (CacheDtype.float16, 2e-3)], ids=str)
+@pytest.mark.parametrize("kind", Divergence, ids=lambda kind: kind.name)
+def test_what_a_teacher_said_before_is_what_it_says(kind, dtype, near):
+    """T-9.5: equal to the error of storage, gradient and chunks included."""
+    made = batch()
+    changes = dict(divergence=kind, top_k=6, cache=True, cache_dtype=dtype, temperature=2.0, weight=0.7, loss_chunk=7)
+    objective = config(**changes).build(None)
+    columns = objective.columns(APPLY, {TEACHER: TEACHERS["other"]}, made)
+    spec = objective.batch_spec(4, L)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), columns) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), spec.columns
+    )
+    kept, gone = ColumnBatch(*made, columns), {TEACHER: FrozenModel({}, APPLY, V)}
+    online = jax.value_and_grad(lambda p: run(objective, made, p)[0].total)(PARAMS)
+    later = jax.value_and_grad(lambda p: objective.loss(APPLY, p, gone, kept, None)[0].total)(PARAMS)
+    assert float(later[0]) == pytest.approx(float(online[0]), rel=near)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(online[1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5 * near * scale), later[1], online[1])
+
+
 @pytest.mark.parametrize(
     "changes,said",
     [
+        ({"cache": True}, "objective.cache=true: keeps the likeliest tokens"),
+        ({"top_k": -1}, "objective.top_k=-1: must not be negative"),
+        ({"cache": True, "top_k": 2, "match": MatchingConfig([[0, 0]])}, "leave out objective.match.layers"),
         ({"teacher": None}, "objective.teacher=null"),
         ({"temperature": 0.0}, "objective.temperature=0.0: must be above 0"),
         ({"beta": 1.0}, "objective.divergence=forward and reverse"),

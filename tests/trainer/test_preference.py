@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.batch import TokenBatch
+from data.batch import ColumnBatch, TokenBatch
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, logits, make_apply
 from trainer.objective import REFERENCE
@@ -124,6 +124,20 @@ APPLY = make_apply(MODEL)
 def run(config: PreferenceConfig, made: TokenBatch, params=PARAMS[0]):
     loss, metrics = config.build(None).loss(APPLY, params, {REFERENCE: PARAMS[1]}, made, None)
     return loss, {name: float(mean.value()) for name, mean in metrics.items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"length_weight": 0.3}, {"loss": Loss.ipo, "nll_weight": 0.2}], ids=str)
+def test_what_the_reference_said_before_is_what_it_says(changes):
+    """T-4.1, and not only to 1e-6: where both are computed alike, bit for bit."""
+    made, config = batch(np.random.default_rng(0), 4), PreferenceConfig(cache_reference=True, **changes)
+    objective = config.build(None)
+    columns = objective.columns(APPLY, {REFERENCE: PARAMS[1]}, made)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), columns) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), objective.batch_spec(4, L).columns
+    )
+    online = jax.value_and_grad(lambda p: objective.loss(APPLY, p, {REFERENCE: PARAMS[1]}, made, None)[0].total)
+    later = jax.value_and_grad(lambda p: objective.loss(APPLY, p, {}, ColumnBatch(*made, columns), None)[0].total)
+    jax.tree.map(np.testing.assert_array_equal, later(PARAMS[0]), online(PARAMS[0]))
 
 
 def summed(params, made: TokenBatch) -> np.ndarray:

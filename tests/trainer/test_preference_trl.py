@@ -131,6 +131,12 @@ def test_length_desensitised_dpo_equals_that_of_trl(home, tmp_path, measured):
     compare(home, tmp_path, measured, "sigmoid, length_weight 0.4", config, loss_type=["sigmoid"], ld_alpha=0.4)
 
 
+@pytest.mark.parametrize("loss", [Loss.sigmoid, Loss.ipo, Loss.apo_zero], ids=lambda loss: loss.name)
+def test_weighted_preference_optimisation_equals_that_of_trl(home, tmp_path, measured, loss):
+    config = PreferenceConfig(loss=loss, wpo=True)
+    compare(home, tmp_path, measured, f"{loss.name}, wpo", config, loss_type=[loss.name], use_weighting=True)
+
+
 @pytest.mark.parametrize("kind,theirs", [("forward_kl", "forward_kl"), ("jensen_shannon", "js_divergence")])
 @pytest.mark.parametrize("loss", [Loss.sigmoid, Loss.ipo], ids=lambda loss: loss.name)
 def test_f_divergences_equal_those_of_trl(home, tmp_path, measured, loss, kind, theirs):

@@ -7,24 +7,33 @@ Shape letters: B batch, L length, C chunk of the length, D model, V vocab.
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.batch import TokenBatch
+from data.batch import columns_of, tokens_of
+from models.config import ModelConfig
 from models.transformer import Apply, Output
-from trainer.objective import TEACHER, FrozenModel, Mean, ObjectiveConfig, Params, token_spec
+from trainer.beside import BESIDE, Extra, own_params
+from trainer.objective import TEACHER, Batch, FrozenModel, Mean, ObjectiveConfig, Params, column_spec, token_spec
 from trainer.objectives.auxiliary import auxiliary_terms
+from trainer.objectives.buckets import Buckets, in_buckets, likeliest, recalled, stored
 from trainer.objectives.logprobs import chunk_logits, in_chunks
+from trainer.objectives.matching import PROJECTION, MatchingConfig, matched, weighted
 
 
 class Divergence(enum.Enum):
     forward = "forward"  # KL(P | Q): the student covers all that the teacher may say
     reverse = "reverse"  # KL(Q | P): the student says only what the teacher might
     jensen_shannon = "jensen_shannon"  # b KL(P | M) + (1 - b) KL(Q | M) with M = b P + (1 - b) Q, b = objective.beta
+
+
+class CacheDtype(enum.Enum):
+    float16 = "float16"
+    float32 = "float32"
 
 
 @dataclass
@@ -37,11 +46,29 @@ class DistillationConfig(ObjectiveConfig):
     beta: float = 0.5  # jensen_shannon; its ends are no other divergence, but 0
     temperature: float = 1.0  # the divergence is multiplied by its square, so that gradients keep their size
     weight: float = 0.5  # of the divergence; the rest is cross entropy with the text
+    top_k: int = 0  # compare the teacher's likeliest tokens, and the rest as one; 0: all of the vocabulary
+    cache: bool = False  # ask the teacher once about each row, before training, and keep its top_k on disk
+    cache_dtype: CacheDtype = CacheDtype.float16  # of log-probabilities there
+    match: MatchingConfig = field(default_factory=MatchingConfig)  # of what happens inside, added to the loss
     loss_chunk: int = 128  # tokens of each row whose logits exist at once, the teacher's and the student's
 
     @property
     def teacher_name(self) -> str | None:
         return self.teacher
+
+    @property
+    def cached(self) -> str | None:
+        return TEACHER if self.cache else None
+
+    def extras(self, model: ModelConfig) -> dict[str, Extra]:
+        return self.match.extras(model)
+
+    def check_teacher(self, student: ModelConfig, teacher: ModelConfig) -> None:
+        self.match.check_models(student, teacher)
+        if self.top_k > teacher.vocab_size > 0:
+            raise ValueError(
+                f"objective.top_k={self.top_k}: the teacher has {teacher.vocab_size} tokens; 0 compares all of them"
+            )
 
     def build(self, token_bytes: np.ndarray | None) -> "Distillation":
         """Raises: ValueError naming the key of a value that cannot be."""
@@ -58,6 +85,19 @@ class DistillationConfig(ObjectiveConfig):
             )
         if self.loss_chunk < 1:
             raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1")
+        if self.top_k < 0:
+            raise ValueError(f"objective.top_k={self.top_k}: must not be negative; 0 compares all tokens")
+        if self.cache and not self.top_k:
+            raise ValueError(
+                "objective.cache=true: keeps the likeliest tokens of each place, not whole distributions; say "
+                "how many, as objective.top_k=64"
+            )
+        if self.cache and self.match.layers:
+            raise ValueError(
+                "objective.cache=true: keeps what the teacher says, not its layers; leave out objective.match.layers, "
+                "or train beside the teacher"
+            )
+        self.match.check()
         return Distillation(self)
 
 
@@ -66,13 +106,25 @@ class Found(NamedTuple):
 
     divergence: jax.Array
     nll: jax.Array  # of the target under the student at temperature 1
-    teacher_nll: jax.Array
+    teacher_nll: jax.Array | None  # unknown where only the teacher's likeliest tokens are
     agreement: jax.Array  # 1 where the likeliest token is the same
 
 
 def divergence(teacher_BCV: jax.Array, student_BCV: jax.Array, config: DistillationConfig) -> jax.Array:
-    """[B, C] of logits, without the square of the temperature."""
+    """[B, C] of logits, without the square of the temperature; over buckets where only `top_k` are compared."""
     p_BCV, q_BCV = (jax.nn.log_softmax(x / config.temperature, axis=-1) for x in (teacher_BCV, student_BCV))
+    if config.top_k:
+        return divergence_of_buckets(likeliest(p_BCV, config.top_k), q_BCV, config)
+    return between(p_BCV, q_BCV, config)
+
+
+def divergence_of_buckets(teacher: Buckets, student_BCV: jax.Array, config: DistillationConfig) -> jax.Array:
+    """[B, C] of log-probabilities, the student's of all tokens."""
+    return between(teacher.logprobs, in_buckets(student_BCV, teacher.ids), config)
+
+
+def between(p_BCV: jax.Array, q_BCV: jax.Array, config: DistillationConfig) -> jax.Array:
+    """[B, C] of log-probabilities, the teacher's first."""
     kl = lambda a, b: jnp.sum(jnp.exp(a) * (a - b), axis=-1)
     if config.divergence is Divergence.forward:
         return kl(p_BCV, q_BCV)
@@ -85,7 +137,9 @@ def divergence(teacher_BCV: jax.Array, student_BCV: jax.Array, config: Distillat
 
 @dataclass(frozen=True)
 class Distillation:
-    """Metrics beside the loss: `divergence`, `nll`, `teacher_nll`, `agreement` of the likeliest tokens."""
+    """Metrics beside the loss: `divergence`, `nll`, `teacher_nll`, `agreement` of the likeliest tokens; and
+    `hidden_distance` and `attention_distance` of layers that are compared.
+    """
 
     config: DistillationConfig
 
@@ -94,34 +148,67 @@ class Distillation:
         apply: Apply,
         params: Params,
         frozen: Mapping[str, Any],
-        batch: TokenBatch,
+        batch: Batch,
         rng: jax.Array | None,
     ) -> tuple[Mean, dict[str, Mean]]:
-        c, teacher = self.config, frozen[TEACHER]
+        c, teacher, kept, batch = self.config, frozen[TEACHER], columns_of(batch), tokens_of(batch)
         assert isinstance(teacher, FrozenModel)
         given = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
-        student = apply(params, batch.tokens, **given, rng=rng)
-        taught = jax.lax.stop_gradient(teacher.apply(teacher.params, batch.tokens, **given))
+        student = apply(own_params(params), batch.tokens, **given, rng=rng, asked=c.match.asked(0))
+        taught = None
+        if not kept:
+            taught = teacher.apply(teacher.params, batch.tokens, **given, asked=c.match.asked(1))
+            taught = jax.lax.stop_gradient(taught)
 
-        def compute(hidden: tuple[jax.Array, jax.Array], targets_BC: jax.Array) -> Found:
-            x_BCV = _logits(student, hidden[0], teacher.vocab_size)
-            t_BCV = jax.lax.stop_gradient(_logits(taught, hidden[1], teacher.vocab_size))
+        def compute(parts: tuple[jax.Array, ...], targets_BC: jax.Array) -> Found:
+            x_BCV = _logits(student, parts[0], teacher.vocab_size)
             is_target = jax.lax.broadcasted_iota(targets_BC.dtype, x_BCV.shape, 2) == targets_BC[..., None]
             nll = lambda z: jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(is_target, z, 0.0), axis=-1)
-            alike = (x_BCV.argmax(-1) == t_BCV.argmax(-1)).astype(jnp.float32)
-            return Found(divergence(t_BCV, x_BCV, c), nll(x_BCV), nll(t_BCV), alike)
+            alike = lambda likeliest_BC: (x_BCV.argmax(-1) == likeliest_BC).astype(jnp.float32)
+            if taught is None:
+                top, q_BCV = recalled(*parts[1:]), jax.nn.log_softmax(x_BCV / c.temperature, axis=-1)
+                return Found(divergence_of_buckets(top, q_BCV, c), nll(x_BCV), None, alike(top.ids[..., 0]))
+            t_BCV = jax.lax.stop_gradient(_logits(taught, parts[1], teacher.vocab_size))
+            return Found(divergence(t_BCV, x_BCV, c), nll(x_BCV), nll(t_BCV), alike(t_BCV.argmax(-1)))
 
-        hidden = student.hidden_BLD, taught.hidden_BLD
-        found: Found = in_chunks(compute, hidden, batch.targets, c.loss_chunk)
+        of_teacher = (kept["top_ids"], kept["top_logprobs"]) if taught is None else (taught.hidden_BLD,)
+        found: Found = in_chunks(compute, (student.hidden_BLD, *of_teacher), batch.targets, c.loss_chunk)
         mask_BL = batch.loss_mask.astype(jnp.float32)
         mean = lambda values_BL: Mean(jnp.sum(jnp.where(mask_BL > 0, values_BL * mask_BL, 0.0)), jnp.sum(mask_BL))
         loss_BL = c.weight * c.temperature**2 * found.divergence + (1 - c.weight) * found.nll
         added_BL, router = auxiliary_terms(student, loss_BL.shape)
-        metrics = {**found._asdict(), **router}
+        metrics = {name: values for name, values in found._asdict().items() if values is not None} | router
+        if student.shown is not None and taught is not None:
+            apart = matched(c.match, student.shown, taught.shown, params.get(BESIDE, {}).get(PROJECTION))
+            loss_BL = sum(weighted(c.match, apart), loss_BL)
+            metrics |= apart
         return mean(loss_BL + added_BL), {name: mean(values) for name, values in metrics.items()}
 
-    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
-        return token_spec(batch_size, seq_len)
+    def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        """The teacher's likeliest tokens [B, L, k], and at the loss's temperature their log-probabilities and that of
+        the rest [B, L, k + 1]: that of another temperature would not follow from them.
+        """
+        c, teacher, batch = self.config, frozen[TEACHER], tokens_of(batch)
+        given = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
+        taught = teacher.apply(teacher.params, batch.tokens, **given)
+
+        def compute(hidden_BCD: jax.Array, _: jax.Array) -> Buckets:
+            t_BCV = _logits(taught, hidden_BCD, teacher.vocab_size)
+            return likeliest(jax.nn.log_softmax(t_BCV / c.temperature, axis=-1), c.top_k)
+
+        return stored(in_chunks(compute, taught.hidden_BLD, batch.targets, c.loss_chunk), c.cache_dtype.name)
+
+    def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        k, dtype = self.config.top_k, np.dtype(self.config.cache_dtype.name)
+        return {"top_ids": ((seq_len, k), np.int32), "top_logprobs": ((seq_len, k + 1), dtype)}
+
+    def column_settings(self) -> dict[str, Any]:
+        c = self.config
+        return {"top_k": c.top_k, "temperature": c.temperature, "dtype": c.cache_dtype.name}
+
+    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
+        spec = token_spec(batch_size, seq_len)
+        return column_spec(spec, self.column_spec(seq_len)) if self.config.cached else spec
 
 
 def _logits(output: Output, hidden_BCD: jax.Array, vocab_size: int) -> jax.Array:

@@ -22,6 +22,7 @@ class TokenLogprobs(NamedTuple):
     logprob: jax.Array  # f32: natural logarithm of the probability of the target
     logsumexp: jax.Array  # f32: of the logits, for the z-loss
     mean_logit: jax.Array  # f32: over the vocabulary, for label smoothing
+    collision: jax.Array  # f32: logarithm of the sum of squared probabilities, of two samples being alike
     correct: jax.Array  # bool: the target is the most probable token
 
 
@@ -37,13 +38,19 @@ def _chunk_logprobs(
     # The head's gradient comes back in its own f32, and is summed over chunks in it.
     logits_BCV = chunk_logits(hidden_BCD, head_DV, soft_cap)
     max_BC1 = jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1, keepdims=True))
-    logsumexp_BC = jnp.log(jnp.sum(jnp.exp(logits_BCV - max_BC1), axis=-1)) + max_BC1[..., 0]
+    exp_BCV = jnp.exp(logits_BCV - max_BC1)
+    sum_BC = jnp.sum(exp_BCV, axis=-1)
+    logsumexp_BC = jnp.log(sum_BC) + max_BC1[..., 0]
+    collision_BC = jnp.log(jnp.sum(jnp.square(exp_BCV), axis=-1)) - 2 * jnp.log(sum_BC)
     # Compare and sum instead of a gather: it stays where the vocabulary is cut.
     token_BCV = jax.lax.broadcasted_iota(targets_BC.dtype, logits_BCV.shape, 2)
     target_BC = jnp.sum(jnp.where(token_BCV == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
     # The first of equals wins, as in argmax, which is slow on CPUs.
     first_BC = jnp.min(jnp.where(logits_BCV == max_BC1, token_BCV, logits_BCV.shape[-1]), axis=-1)
-    return TokenLogprobs(target_BC - logsumexp_BC, logsumexp_BC, jnp.mean(logits_BCV, axis=-1), first_BC == targets_BC)
+    correct_BC = first_BC == targets_BC
+    return TokenLogprobs(
+        target_BC - logsumexp_BC, logsumexp_BC, jnp.mean(logits_BCV, axis=-1), collision_BC, correct_BC
+    )
 
 
 def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> TokenLogprobs:
@@ -55,7 +62,7 @@ def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> Toke
 
 
 def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Array, chunk: int) -> Any:
-    """What `compute(hidden_BCD, targets_BC)` gives for C = `chunk` tokens of each row at a time, joined to [B, L].
+    """What `compute(hidden_BCD, targets_BC)` gives for C = `chunk` tokens of each row at a time, joined to [B, L, ...].
 
     `hidden_BLD` may be several arrays. Each chunk is computed anew in the backward pass.
     """
@@ -78,6 +85,6 @@ def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Arra
     _, parts = jax.lax.scan(body, None, jax.tree.map(split, (hidden_BLD, targets_BL)))
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(x.shape[1], num_chunks * chunk)[:, :length]
+        return x.swapaxes(0, 1).reshape(x.shape[1], num_chunks * chunk, *x.shape[3:])[:, :length]
 
     return jax.tree.map(join, parts)

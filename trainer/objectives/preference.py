@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.nn import log_sigmoid, sigmoid
 
-from data.batch import TokenBatch, flat_rows
+from data.batch import TokenBatch, columns_of, flat_rows, tokens_of
 from data.examples import Records
 from models.moe import Auxiliary
 from models.transformer import Apply
-from trainer.objective import REFERENCE, Mean, ObjectiveConfig, Params, token_spec
+from trainer.moving import moving_reference
+from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
 from trainer.objectives.logprobs import TokenLogprobs, token_logprobs
 
 
@@ -70,6 +72,12 @@ class PreferenceConfig(ObjectiveConfig):
     nll_weight: float = 0.0  # times the negative log-probability of a chosen answer, per token [2404.19733]
     nll_on_prompt: bool = False  # per token of prompt and answer, as TRL has it in ORPO
     length_weight: float = 1.0  # weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
+    wpo: bool = False  # weigh pairs by how near the policy they were sampled [2406.11827]
+    reference_every: int = (
+        0  # updates after which the reference moves towards the policy [2404.09656]; 0: it never does
+    )
+    reference_share: float = 0.6  # of the policy in it then
+    cache_reference: bool = False  # ask the reference once about each pair, before training, and keep it on disk
     loss_chunk: int = 128  # tokens of each row whose logits exist at once
 
     @property
@@ -78,7 +86,24 @@ class PreferenceConfig(ObjectiveConfig):
 
     @property
     def needs_reference(self) -> bool:
+        return self.has_reference and not self.moves_reference
+
+    @property
+    def has_reference(self) -> bool:
         return self.loss not in FREE_OF_REFERENCE
+
+    @property
+    def moves_reference(self) -> bool:
+        return self.reference_every > 0
+
+    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        if not self.moves_reference:
+            return optimizer
+        return moving_reference(optimizer, every=self.reference_every, share=self.reference_share)
+
+    @property
+    def cached(self) -> str | None:
+        return REFERENCE if self.cache_reference else None
 
     def build(self, token_bytes: np.ndarray | None) -> "Preference":
         """Raises: ValueError naming the key of a value that cannot be."""
@@ -96,6 +121,24 @@ class PreferenceConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.f_divergence={self.f_divergence.name}: is for objective.loss={known}; not {name}"
             )
+        for key in ("cache_reference", "reference_every"):
+            if getattr(self, key) and not self.has_reference:
+                raise ValueError(
+                    f"objective.{key}={getattr(self, key)}: objective.loss={name} has no reference; leave it out"
+                )
+        if self.cache_reference and self.moves_reference:
+            raise ValueError(
+                f"objective.reference_every={self.reference_every}: a reference that moves cannot be asked in advance; "
+                "use 0, or objective.cache_reference=false"
+            )
+        if self.reference_every < 0:
+            raise ValueError(
+                f"objective.reference_every={self.reference_every}: must not be negative; 0 keeps it still"
+            )
+        if not 0 < self.reference_share <= 1:
+            raise ValueError(f"objective.reference_share={self.reference_share}: is a share, above 0 and up to 1")
+        if self.wpo and self.loss in (Loss.aot, Loss.aot_unpaired):
+            raise ValueError(f"objective.wpo=true: objective.loss={name} sorts, and has no pairs to weigh; use false")
         for key in ("beta", "tau"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"objective.{key}={getattr(self, key)}: must be above 0")
@@ -246,6 +289,13 @@ LOSSES: dict[Loss, Callable[[Pairs, PreferenceConfig], jax.Array]] = {
 }
 
 
+def nearness(policy: TokenLogprobs, mask_BSL: jax.Array) -> jax.Array:
+    """[B]: of both answers, how likely they are beside what the policy says itself [2406.11827, equation 2]."""
+    apart_BSL = jnp.where(mask_BSL > 0, policy.logprob - policy.collision, 0.0)
+    mean_BS = apart_BSL.sum(-1) / jnp.maximum(mask_BSL.sum(-1), 1)
+    return jax.lax.stop_gradient(jnp.exp(mean_BS.sum(-1)))
+
+
 def _of_pairs(values: jax.Array) -> jax.Array:
     """[B S] to [B]."""
     return values.reshape(-1, 2).mean(-1)
@@ -267,22 +317,23 @@ class Preference:
         apply: Apply,
         params: Params,
         frozen: Mapping[str, Any],
-        batch: TokenBatch,
+        batch: Batch,
         rng: jax.Array | None,
     ) -> tuple[Mean, dict[str, Mean]]:
-        c = self.config
+        c, kept, batch = self.config, columns_of(batch), tokens_of(batch)
         policy, terms = self._forward(apply, params, batch, rng)
         mask_BSL = batch.loss_mask.astype(jnp.float32)
-        counted_BSL = mask_BSL * self._weights(mask_BSL)
-        total = lambda found: jnp.sum(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), axis=-1)
-        policy_BS = total(policy)
+        policy_BS = self._total(policy, mask_BSL)
         reference_BS = jnp.zeros_like(policy_BS)
-        if c.needs_reference:
-            reference_BS = jax.lax.stop_gradient(total(self._forward(apply, frozen[REFERENCE], batch, None)[0]))
+        if c.has_reference:
+            found = kept if REFERENCE in kept else self.columns(apply, frozen, batch)
+            reference_BS = jax.lax.stop_gradient(found[REFERENCE])
         pairs = Pairs(policy_BS, reference_BS, mask_BSL.sum(-1))
         real_B = jnp.all(pairs.lengths > 0, axis=-1).astype(jnp.float32)
         mean = lambda values_B: Mean(jnp.sum(jnp.where(real_B > 0, values_B, 0.0)), jnp.sum(real_B))
         loss_B = LOSSES[c.loss](scored(pairs, c.f_divergence), c)
+        if c.wpo:
+            loss_B = loss_B * nearness(policy, mask_BSL)
         if c.nll_weight:
             loss_B = loss_B + c.nll_weight * self._nll(policy, batch)
         reward_BS = c.beta * (pairs.per_token().policy if c.loss is Loss.simpo else pairs.ratios)
@@ -294,6 +345,22 @@ class Preference:
             loss_B = loss_B + _of_pairs(terms.loss_B)
             metrics |= {name: _of_pairs(values) for name, values in terms.metrics.items()}
         return mean(loss_B), {key: mean(values_B) for key, values_B in metrics.items()}
+
+    def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        """[B, S] f32: the summed log-probabilities under the reference."""
+        found, _ = self._forward(apply, frozen[REFERENCE], tokens_of(batch), None)
+        return {REFERENCE: self._total(found, batch.loss_mask.astype(jnp.float32))}
+
+    def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        return {REFERENCE: ((2,), np.float32)}
+
+    def column_settings(self) -> dict[str, Any]:
+        return {"length_weight": self.config.length_weight}
+
+    def _total(self, found: TokenLogprobs, mask_BSL: jax.Array) -> jax.Array:
+        """[B, S]: over the tokens of the answers."""
+        counted_BSL = mask_BSL * self._weights(mask_BSL)
+        return jnp.sum(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), axis=-1)
 
     def _forward(
         self, apply: Apply, params: Params, batch: TokenBatch, rng: jax.Array | None
@@ -322,5 +389,6 @@ class Preference:
         shorter_B11 = mask_BSL.sum(-1).min(-1)[:, None, None]
         return jnp.where(place_BSL <= shorter_B11, 1.0, self.config.length_weight)
 
-    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
-        return token_spec(batch_size, 2, seq_len)
+    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
+        spec = token_spec(batch_size, 2, seq_len)
+        return column_spec(spec, self.column_spec(seq_len)) if self.config.cached else spec

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from configs.learning import check_learning
 from data.examples import Records
 from data.packing import Packing
 from data.pipeline import DataConfig
@@ -31,6 +32,15 @@ from data.tokenizer import (
     TokenizerConfig,
     TokenizerJsonConfig,
 )
+from data.transforms import (
+    DiffusionConfig,
+    FimConfig,
+    MlmConfig,
+    PrefixLmConfig,
+    SpanCorruptionConfig,
+    TransformConfig,
+    Ul2Config,
+)
 from models.config import Dtype, ModelConfig
 from models.lora import AdapterConfig
 from trainer.checkpoint import CheckpointConfig
@@ -39,6 +49,8 @@ from trainer.objective import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.contrastive import ContrastiveConfig
 from trainer.objectives.distillation import DistillationConfig
+from trainer.objectives.masked import MaskedConfig, MaskedDiffusionConfig
+from trainer.objectives.multi_token import MultiTokenConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.objectives.reward import RewardConfig
@@ -123,6 +135,7 @@ class GenerateConfig(TaskConfig):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: list[str] = field(default_factory=list)  # texts that end a completion; they are not printed
+    diffusion_steps: int = 0  # passes of a masked diffusion model; 0: one for each token
     prompts: list[str] = field(default_factory=list)  # several at once, of any lengths
     prompt_file: str | None = None  # one prompt a line
     num_samples: int = 1  # completions of each prompt
@@ -241,6 +254,15 @@ GROUPS: dict[str, dict[str, type]] = {
         "synthetic": SyntheticConfig,
         "python_stdlib": PythonStdlibConfig,
     },
+    "transform": {
+        "none": TransformConfig,
+        "fim": FimConfig,
+        "prefix_lm": PrefixLmConfig,
+        "span_corruption": SpanCorruptionConfig,
+        "ul2": Ul2Config,
+        "mlm": MlmConfig,
+        "diffusion": DiffusionConfig,
+    },
     "tokenizer": {
         "sentencepiece": SentencePieceConfig,
         "tokenizer_json": TokenizerJsonConfig,
@@ -251,6 +273,9 @@ GROUPS: dict[str, dict[str, type]] = {
     "adapter": {"adapter": AdapterConfig},
     "objective": {
         "next_token": NextTokenConfig,
+        "multi_token": MultiTokenConfig,
+        "masked": MaskedConfig,
+        "masked_diffusion": MaskedDiffusionConfig,
         "preference": PreferenceConfig,
         "distillation": DistillationConfig,
         "reward": RewardConfig,
@@ -320,8 +345,9 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     for key, group in _POLYMORPHIC.items():
         if group is not None:
             setattr(tree, key, _typed_node(group, saved[key]))
-    data = {key: value for key, value in saved["data"].items() if key != "sources"}
+    data = {key: value for key, value in saved["data"].items() if key not in ("sources", "transform")}
     tree.data = OmegaConf.merge(OmegaConf.structured(DataConfig), data)
+    tree.data.transform = _typed_node("transform", saved["data"].get("transform", {"kind": "none"}))
     for name, node in saved["data"]["sources"].items():
         tree.data.sources[name] = _typed_node("source", node)
     for name, node in saved["trackers"].items():
@@ -414,6 +440,7 @@ def validate(config: RunConfig) -> None:
             "without their questions; use data.packing=best_fit"
         )
     of_training(config)
+    check_learning(config.data, config.objective, config.model, config.adapter)
     for key in ("batch_size", "seq_len"):
         if getattr(config.data, key) < 1:
             raise ValueError(f"data.{key}={getattr(config.data, key)}: must be at least 1")

@@ -14,8 +14,8 @@ class TokenBatch(NamedTuple):
     """Packed token sequences. Every leaf has a leading batch dim."""
 
     tokens: Array  # [B, L] i32
-    targets: Array  # [B, L] i32: the token that follows, inside the same document
-    loss_mask: Array  # [B, L] f32: 1 where `targets` is to be learnt
+    targets: Array  # [B, L] i32: the token that follows, inside the same document; of masks, what they hide
+    loss_mask: Array  # [B, L] f32: 1 where `targets` is to be learnt; in diffusion the weight of it
     segment_ids: Array  # [B, L] i32: 1, 2, ... for the documents of a row; 0 is padding
     positions: Array  # [B, L] i32: restart at 0 with each document
 

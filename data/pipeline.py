@@ -1,22 +1,24 @@
 """The one order of all batches, and the way to any place in it.
 
 Row i of the run is a formula of (seed, sources, i): the mixture picks the source, the source's epoch shuffles its
-rows, the plan of packing says which documents they hold. Batch s is rows [s B, (s + 1) B). Nothing is replayed to get
-anywhere, and hosts, workers and prefetching only decide who computes what, and when.
+rows, the plan of packing says which documents they hold, and what a transform draws follows from i. Batch s is rows
+[s B, (s + 1) B). Nothing is replayed to get anywhere, and hosts, workers and prefetching only decide who computes what,
+and when.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data.batch import DTYPES, TokenBatch, ValuedBatch
 from data.examples import LossOn, Overlong, Records, Rules
-from data.packing import Corpus, Packing, Piece, build_row, make_plan
+from data.packing import Corpus, Draws, Growth, Packing, Piece, Shown, build_row, make_plan
 from data.sources import SourceConfig
+from data.transforms import Transform, TransformConfig
 
 Place = Callable[[TokenBatch], Any]
 _LAST = 2**48  # rows of a run: more than will ever be asked for
@@ -29,6 +31,7 @@ class DataConfig:
     packing: Packing = Packing.concat
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     records: Records = Records.documents
+    transform: TransformConfig = field(default_factory=TransformConfig)  # of documents, as they go into rows
     loss_on: LossOn = LossOn.assistant  # of conversations
     overlong: Overlong = Overlong.whole_turns  # conversations of more than seq_len tokens
     classes: list[str] = field(default_factory=list)  # of labelled records, in the order of their numbers
@@ -52,15 +55,31 @@ class DataConfig:
 class PackedRows:
     """The rows of one corpus."""
 
-    def __init__(self, corpus: Corpus, *, seq_len: int, packing: Packing, seed: int):
-        self.corpus, self.seq_len = corpus, seq_len
-        self.plan = make_plan(corpus.lengths, seq_len=seq_len, packing=packing, seed=seed)
+    def __init__(
+        self, corpus: Corpus, *, seq_len: int, packing: Packing, seed: int, transform: Transform | None = None
+    ):
+        self.corpus, self.seq_len, self.seed, self.transform = corpus, seq_len, seed, transform
+        table = None if transform is None else transform.growth
+        self.growth = None if table is None else Growth(table, seed)
+        self.plan = make_plan(corpus.lengths, seq_len=seq_len, packing=packing, seed=seed, growth=self.growth)
 
     def __len__(self) -> int:
         return self.plan.num_rows
 
     def __getitem__(self, row: int) -> TokenBatch:
-        return build_row(self.corpus, self.plan.pieces(int(row)), self.seq_len)
+        return self.drawn(row, row)
+
+    def drawn(self, row: int, index: int) -> TokenBatch:
+        """The row as row `index` of the run: what a transform draws for it follows from that."""
+        transform, growth = self.transform, self.growth
+
+        def show(found: np.ndarray, piece: Piece, place: int) -> Shown:
+            assert transform is not None
+            choice = 0 if growth is None else growth.choice(piece.document, piece.start)
+            return transform(found, piece.stop - piece.start, Draws(self.seed, int(index), place), choice)
+
+        pieces = self.plan.pieces(int(row))
+        return build_row(self.corpus, pieces, self.seq_len, None if transform is None else show)
 
 
 class PairRows:
@@ -81,13 +100,20 @@ class PairRows:
         made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
         return ValuedBatch(*made[:5], self.corpus.values(sides)) if self.valued else made
 
+    def drawn(self, row: int, index: int) -> TokenBatch | ValuedBatch:
+        """The row: nothing is drawn for it."""
+        return self[row]
 
-def make_rows(corpus: Corpus, config: DataConfig, seed: int, name: str) -> PackedRows | PairRows:
+
+def make_rows(
+    corpus: Corpus, config: DataConfig, seed: int, name: str, transform: Transform | None = None
+) -> PackedRows | PairRows:
     """The rows of the source `name`."""
     rules = config.rules()
     if rules is not None and rules.together > 1:
         return PairRows(corpus, seq_len=config.seq_len, sides=rules.together, valued=rules.margins)
-    return PackedRows(corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name))
+    how = {"seq_len": config.seq_len, "packing": config.packing, "transform": transform}
+    return PackedRows(corpus, **how, seed=source_seed(seed, name))
 
 
 class Mixture:
@@ -99,12 +125,13 @@ class Mixture:
         config: DataConfig,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        transform: Transform | None = None,
     ):
         """`weights` None: by the tokens of each corpus. Raises: ValueError for a source without a whole row."""
         import grain
 
         self.names = list(corpora)
-        self.rows = {name: make_rows(corpus, config, seed, name) for name, corpus in corpora.items()}
+        self.rows = {name: make_rows(corpus, config, seed, name, transform) for name, corpus in corpora.items()}
         for name, rows in self.rows.items():
             if not len(rows):
                 raise ValueError(f"data.sources.{name}: has no tokens to train on")
@@ -118,6 +145,7 @@ class Mixture:
             part = (part.shuffle() if config.shuffle else part).repeat(None)
             parts.append(part.map(_Tagged(index)))
         self._index = grain.MapDataset.mix(parts, [self.weights[n] for n in self.names]) if len(parts) > 1 else parts[0]
+        transformed = {} if transform is None else {"transform": asdict(config.transform)}
         self.fingerprint = _sha(
             {
                 "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
@@ -127,6 +155,7 @@ class Mixture:
                 "packing": config.packing.name,
                 "shuffle": config.shuffle,
             }
+            | transformed
         )
 
     def locate(self, index: int) -> tuple[str, int]:
@@ -137,7 +166,7 @@ class Mixture:
 
     def __getitem__(self, index: int) -> TokenBatch:
         name, row = self.locate(index)
-        return self.rows[name][row]
+        return self.rows[name].drawn(row, index)
 
     def num_rows(self, epochs: float) -> int:
         """Rows until some source has been passed over `epochs` times."""

@@ -22,6 +22,11 @@ NEEDS = {
     "sft": ["data.sources.jsonl.paths=[x]"],
     "sft_smollm2": ["data.sources.jsonl.paths=[x]"],
     "preference": ["data.records=pairs"],
+    "multi_token": ["model.further_tokens=1"],
+    "masked": ["transform=mlm", "model.attention.mask=bidirectional"],
+    "mlm": ["objective=masked", "model.attention.mask=bidirectional"],
+    "masked_diffusion": ["transform=diffusion", "model.attention.mask=bidirectional"],
+    "diffusion": ["objective=masked_diffusion", "model.attention.mask=bidirectional"],
     "dpo": ["data.sources.jsonl.paths=[x]"],
     "dpo_smollm2": ["data.sources.jsonl.paths=[x]"],
 }

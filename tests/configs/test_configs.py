@@ -27,6 +27,13 @@ NEEDS = {
     "mlm": ["objective=masked", "model.attention.mask=bidirectional"],
     "masked_diffusion": ["transform=diffusion", "model.attention.mask=bidirectional"],
     "diffusion": ["objective=masked_diffusion", "model.attention.mask=bidirectional"],
+    "reward": ["source=[jsonl]", "data.sources.jsonl.paths=[x]", "data.records=pairs"],
+    "classification": ["data.records=labelled", "data.packing=best_fit", "data.classes=[a,b]"],
+    "contrastive": ["data.records=matches"],
+    "classify": ["data.sources.jsonl.paths=[x]", "data.classes=[a,b]"],
+    "embed": ["data.sources.jsonl.paths=[x]"],
+    "reward_smollm2": ["data.sources.jsonl.paths=[x]"],
+    "spam_smollm2": ["data.sources.jsonl.paths=[x]"],
     "dpo": ["data.sources.jsonl.paths=[x]"],
     "dpo_smollm2": ["data.sources.jsonl.paths=[x]"],
 }

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from configs.learning import check_learning, settle_learning
 from data.examples import Records
 from data.packing import Packing
 from data.pipeline import DataConfig
@@ -31,6 +32,15 @@ from data.tokenizer import (
     TokenizerConfig,
     TokenizerJsonConfig,
 )
+from data.transforms import (
+    DiffusionConfig,
+    FimConfig,
+    MlmConfig,
+    PrefixLmConfig,
+    SpanCorruptionConfig,
+    TransformConfig,
+    Ul2Config,
+)
 from models.config import Dtype, ModelConfig
 from models.lora import AdapterConfig
 from models.thin import WidthConfig
@@ -41,6 +51,8 @@ from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.contrastive import ContrastiveConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.kto import KtoConfig
+from trainer.objectives.masked import MaskedConfig, MaskedDiffusionConfig
+from trainer.objectives.multi_token import MultiTokenConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.objectives.reward import RewardConfig
@@ -125,6 +137,7 @@ class GenerateConfig(TaskConfig):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: list[str] = field(default_factory=list)  # texts that end a completion; they are not printed
+    diffusion_steps: int = 0  # passes of a masked diffusion model; 0: one for each token
     prompts: list[str] = field(default_factory=list)  # several at once, of any lengths
     prompt_file: str | None = None  # one prompt a line
     num_samples: int = 1  # completions of each prompt
@@ -244,6 +257,15 @@ GROUPS: dict[str, dict[str, type]] = {
         "synthetic": SyntheticConfig,
         "python_stdlib": PythonStdlibConfig,
     },
+    "transform": {
+        "none": TransformConfig,
+        "fim": FimConfig,
+        "prefix_lm": PrefixLmConfig,
+        "span_corruption": SpanCorruptionConfig,
+        "ul2": Ul2Config,
+        "mlm": MlmConfig,
+        "diffusion": DiffusionConfig,
+    },
     "tokenizer": {
         "sentencepiece": SentencePieceConfig,
         "tokenizer_json": TokenizerJsonConfig,
@@ -254,6 +276,9 @@ GROUPS: dict[str, dict[str, type]] = {
     "adapter": {"adapter": AdapterConfig},
     "objective": {
         "next_token": NextTokenConfig,
+        "multi_token": MultiTokenConfig,
+        "masked": MaskedConfig,
+        "masked_diffusion": MaskedDiffusionConfig,
         "preference": PreferenceConfig,
         "kto": KtoConfig,
         "distillation": DistillationConfig,
@@ -324,8 +349,9 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     for key, group in _POLYMORPHIC.items():
         if group is not None:
             setattr(tree, key, _typed_node(group, saved[key]))
-    data = {key: value for key, value in saved["data"].items() if key != "sources"}
+    data = {key: value for key, value in saved["data"].items() if key not in ("sources", "transform")}
     tree.data = OmegaConf.merge(OmegaConf.structured(DataConfig), data)
+    tree.data.transform = _typed_node("transform", saved["data"].get("transform", {"kind": "none"}))
     for name, node in saved["data"]["sources"].items():
         tree.data.sources[name] = _typed_node("source", node)
     for name, node in saved["trackers"].items():
@@ -423,27 +449,8 @@ def validate(config: RunConfig) -> None:
             "data.packing=concat: would cut conversations and texts at the ends of rows, and answers would be learnt "
             "without their questions; use data.packing=best_fit"
         )
-    of_training(config)
+    settle_learning(config.data, config.objective, config.model)
+    check_learning(config.data, config.objective, config.model, config.adapter)
     for key in ("batch_size", "seq_len"):
         if getattr(config.data, key) < 1:
             raise ValueError(f"data.{key}={getattr(config.data, key)}: must be at least 1")
-
-
-def of_training(config: RunConfig) -> None:
-    """What the objective decides of data and model; it must fit the records.
-
-    Raises: ValueError where it does not.
-    """
-    objective, data = config.objective, config.data
-    if objective.kind and data.records not in objective.records:
-        fitting = " or ".join(records.name for records in objective.records)
-        phase = next((name for name, kind in PHASES.items() if kind == objective.kind), None)
-        hint = f"; phase={phase} sets both" if phase else ""
-        raise ValueError(
-            f"data.records={data.records.name}: objective={objective.kind} needs data.records={fitting}{hint}"
-        )
-    data.margins, data.negatives = objective.reads_margins, objective.num_negatives
-    config.model.outputs = objective.outputs(len(data.classes))
-
-
-PHASES = {"dpo": "preference", "kto": "kto", "reward": "reward", "classify": "classification", "embed": "contrastive"}

@@ -14,8 +14,8 @@ class TokenBatch(NamedTuple):
     """Packed token sequences. Every leaf has a leading batch dim."""
 
     tokens: Array  # [B, L] i32
-    targets: Array  # [B, L] i32: the token that follows, inside the same document
-    loss_mask: Array  # [B, L] f32: 1 where `targets` is to be learnt
+    targets: Array  # [B, L] i32: the token that follows, inside the same document; of masks, what they hide
+    loss_mask: Array  # [B, L] f32: 1 where `targets` is to be learnt; in diffusion the weight of it
     segment_ids: Array  # [B, L] i32: 1, 2, ... for the documents of a row; 0 is padding
     positions: Array  # [B, L] i32: restart at 0 with each document
 
@@ -28,31 +28,20 @@ class ColumnBatch(NamedTuple):
     loss_mask: Array
     segment_ids: Array
     positions: Array
-    columns: dict[str, Array]  # each [B, ...]
+    columns: dict[str, Array]  # each [B, ...] f32: what is known of a row beforehand
 
 
-def tokens_of(batch: "TokenBatch | ColumnBatch | ValuedBatch") -> TokenBatch:
+def tokens_of(batch: TokenBatch | ColumnBatch) -> TokenBatch:
     return TokenBatch(*batch[:5])
 
 
-def columns_of(batch: "TokenBatch | ColumnBatch | ValuedBatch") -> dict[str, Array]:
+def columns_of(batch: TokenBatch | ColumnBatch) -> dict[str, Array]:
     return batch.columns if isinstance(batch, ColumnBatch) else {}
-
-
-class ValuedBatch(NamedTuple):
-    """Rows of several texts, as pairs are, with what is known of each beforehand."""
-
-    tokens: Array  # [B, S, L], as the fields of `TokenBatch`
-    targets: Array
-    loss_mask: Array
-    segment_ids: Array
-    positions: Array
-    values: Array  # [B, S] f32
 
 
 DTYPES = TokenBatch(np.int32, np.int32, np.float32, np.int32, np.int32)
 
 
-def flat_rows(batch: TokenBatch | ValuedBatch) -> TokenBatch:
+def flat_rows(batch: TokenBatch | ColumnBatch) -> TokenBatch:
     """Fields [B, S, L] as [B S, L]: a row of each text."""
     return TokenBatch(*(field.reshape(-1, field.shape[-1]) for field in batch[:5]))

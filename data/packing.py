@@ -1,14 +1,15 @@
 """Documents to rows of equal length, by a plan that is a pure function of (corpus, seed, seq_len, packing).
 
 Rows are planned once, over the shuffled documents; an epoch then shuffles rows. Packed documents never see each other,
-so which of them share a row has no effect on what a model computes.
+so which of them share a row has no effect on what a model computes. Where a transform (`data/transforms.py`) makes more
+of a piece than it was, the plan cuts and packs by what it becomes.
 
-Shape letters: L length of a row.
+Shape letters: L length of a row, C choices of a transform.
 """
 
 import bisect
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -42,6 +43,17 @@ class Piece(NamedTuple):
     stop: int
 
 
+class Shown(NamedTuple):
+    """What a row holds of a piece: as many of each."""
+
+    tokens: np.ndarray  # i32
+    targets: np.ndarray  # i32
+    mask: np.ndarray  # f32
+
+
+Show = Callable[[np.ndarray, Piece, int], Shown]  # of its tokens and the next one, the piece, and its place in the row
+
+
 class Plan(Protocol):
     """Which pieces make up each row."""
 
@@ -63,6 +75,62 @@ def hashed(seed: int, count: int) -> np.ndarray:
 def shuffled(seed: int, count: int) -> np.ndarray:
     """A permutation of range(count)."""
     return np.argsort(hashed(seed, count), kind="stable")
+
+
+def folded(*parts: int) -> int:
+    """One seed from several numbers: each is hashed with those before it."""
+    seed = 0
+    for part in parts:
+        x = ((seed ^ part) * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) % 2**64  # `hashed` of one number
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> shift)) * factor % 2**64
+        seed = x ^ (x >> 31)
+    return seed
+
+
+class Draws:
+    """Random numbers that follow from a key, one after the other; the same on every platform and version."""
+
+    def __init__(self, *key: int):
+        self._key, self._count = folded(*key), 0
+
+    def _seed(self) -> int:
+        self._count += 1
+        return folded(self._key, self._count)
+
+    def uniform(self, count: int) -> np.ndarray:
+        """[count] f64, at least 0 and below 1."""
+        return (hashed(self._seed(), count) >> np.uint64(11)) * 2.0**-53
+
+    def below(self, bound: int) -> int:
+        """One of 0 to bound - 1."""
+        return int(self.uniform(1)[0] * bound)
+
+    def order(self, count: int) -> np.ndarray:
+        """A permutation of range(count)."""
+        return shuffled(self._seed(), count)
+
+
+class Growth:
+    """What pieces take in a row: `table` [C, L + 1] i64, of pieces of n tokens, ascending. Which of the C choices holds
+    for a piece follows from where it begins.
+    """
+
+    def __init__(self, table: np.ndarray, seed: int):
+        self.table, self.seed = table, seed
+
+    def choice(self, document: int, start: int) -> int:
+        return folded(self.seed, document, start) % len(self.table) if len(self.table) > 1 else 0
+
+    def cut(self, document: int, start: int, stop: int, room: int) -> tuple[Piece, int] | None:
+        """The longest piece from `start` on that fits, and what it takes; None where it would be a single token of
+        several.
+        """
+        table = self.table[self.choice(document, start)]
+        size = min(stop - start, int(np.searchsorted(table, room, side="right")) - 1)
+        if size < min(stop - start, 2):
+            return None
+        return Piece(document, start, start + size), int(table[size])
 
 
 class ConcatPlan:
@@ -89,19 +157,17 @@ class ConcatPlan:
         return found
 
 
-class BestFitPlan:
-    """Each document goes where it leaves the least room, the longest first, among those of a window."""
+class ListedPlan:
+    """Rows that are kept one by one."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int):
-        order = shuffled(seed, len(lengths))
+    def __init__(self, rows: Iterable[list[Piece]]):
         documents, starts, stops, offsets = [], [], [], [0]
-        for first in range(0, len(order), WINDOW):
-            for row in _best_fit(order[first : first + WINDOW], lengths, seq_len):
-                for piece in row:
-                    documents.append(piece.document)
-                    starts.append(piece.start)
-                    stops.append(piece.stop)
-                offsets.append(len(documents))
+        for row in rows:
+            for piece in row:
+                documents.append(piece.document)
+                starts.append(piece.start)
+                stops.append(piece.stop)
+            offsets.append(len(documents))
         self.documents, self.starts, self.stops = (np.array(x, np.int64) for x in (documents, starts, stops))
         self.offsets = np.array(offsets, np.int64)
         self.num_rows = len(offsets) - 1
@@ -112,17 +178,63 @@ class BestFitPlan:
         return [Piece(*fields) for fields in zip(*columns, strict=True)]
 
 
-def _best_fit(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[Piece]]:
-    pieces = [
-        Piece(int(d), start, min(start + seq_len, int(lengths[d])))
-        for d in order
-        for start in range(0, int(lengths[d]), seq_len)
-    ]
-    pieces.sort(key=lambda p: p.start - p.stop)  # stable: equal lengths keep the shuffled order
+class BestFitPlan(ListedPlan):
+    """Each document goes where it leaves the least room, the longest first, among those of a window."""
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: Growth | None = None):
+        order = shuffled(seed, len(lengths))
+
+        def rows() -> Iterator[list[Piece]]:
+            for first in range(0, len(order), WINDOW):
+                window = [cut for d in order[first : first + WINDOW] for cut in _cuts(d, lengths[d], seq_len, growth)]
+                yield from _best_fit(window, seq_len)
+
+        super().__init__(rows())
+
+
+def _cuts(document: int, length: int, seq_len: int, growth: Growth | None) -> Iterator[tuple[Piece, int]]:
+    if growth is None:
+        for start in range(0, int(length), seq_len):
+            stop = min(start + seq_len, int(length))
+            yield Piece(int(document), start, stop), stop - start
+        return
+    start = 0
+    while start < length:
+        cut = growth.cut(int(document), start, int(length), seq_len)
+        assert cut is not None, "two tokens fit into a row"
+        yield cut
+        start = cut[0].stop
+
+
+class GrownConcatPlan(ListedPlan):
+    """One after the other, each as long as the room that is left allows."""
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: Growth):
+        super().__init__(_concat(shuffled(seed, len(lengths)), lengths, seq_len, growth))
+
+
+def _concat(order: np.ndarray, lengths: np.ndarray, seq_len: int, growth: Growth) -> Iterator[list[Piece]]:
+    row: list[Piece] = []
+    room = seq_len
+    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        start = 0
+        while start < length:
+            cut = growth.cut(document, start, length, room)
+            if cut is None:
+                yield row
+                row, room = [], seq_len
+                continue
+            row.append(cut[0])
+            start, room = cut[0].stop, room - cut[1]
+    if row:
+        yield row
+
+
+def _best_fit(cuts: list[tuple[Piece, int]], seq_len: int) -> list[list[Piece]]:
+    cuts.sort(key=lambda cut: -cut[1])  # stable: equal lengths keep the shuffled order
     rows: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for piece in pieces:
-        size = piece.stop - piece.start
+    for piece, size in cuts:
         at = bisect.bisect_left(room, (size, -1))
         if at == len(room):
             rows.append([piece])
@@ -136,15 +248,29 @@ def _best_fit(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list
     return rows
 
 
-def make_plan(lengths: np.ndarray, *, seq_len: int, packing: Packing, seed: int) -> Plan:
-    plans = {Packing.concat: ConcatPlan, Packing.best_fit: BestFitPlan}
-    return plans[packing](lengths, seq_len, seed)
+def make_plan(lengths: np.ndarray, *, seq_len: int, packing: Packing, seed: int, growth: Growth | None = None) -> Plan:
+    """`growth` None: a piece takes as many tokens as it has."""
+    if packing is Packing.best_fit:
+        return BestFitPlan(lengths, seq_len, seed, growth)
+    return ConcatPlan(lengths, seq_len, seed) if growth is None else GrownConcatPlan(lengths, seq_len, seed, growth)
 
 
-def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int) -> TokenBatch:
+def plain(found: np.ndarray, size: int, learnt: np.ndarray | None = None) -> Shown:
+    """`size` tokens, each with the next one as its target; `found` may have one more. The last target is masked where
+    there is none; `learnt`: which of the others count.
+    """
+    targets, mask = np.zeros(size, np.int32), np.zeros(size, np.float32)
+    known = min(len(found) - 1, size)
+    targets[:known] = found[1 : known + 1]
+    mask[:known] = 1 if learnt is None else learnt
+    return Shown(found[:size].astype(np.int32), targets, mask)
+
+
+def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int, show: Show | None = None) -> TokenBatch:
     """One row [L] of each field. A piece's last target is the document's next token, or masked where there is none.
 
-    What a corpus says of a token holds for it as a target: the mask moves with it, once.
+    What a corpus says of a token holds for it as a target: the mask moves with it, once. `show`: what else a piece
+    becomes.
     """
     tokens = np.zeros(seq_len, np.int32)
     targets = np.zeros(seq_len, np.int32)
@@ -152,14 +278,15 @@ def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int) -> TokenBatch:
     segments = np.zeros(seq_len, np.int32)
     positions = np.zeros(seq_len, np.int32)
     at = 0
-    for segment, (document, start, stop) in enumerate(pieces, 1):
+    for segment, piece in enumerate(pieces, 1):
+        document, start, stop = piece
         found = corpus.document(document, start, stop + 1)  # with the token that follows, if any
-        size = stop - start
-        known = len(found) - 1 if len(found) <= size else size
-        tokens[at : at + size] = found[:size]
-        targets[at : at + known] = found[1 : known + 1]
-        learnt = corpus.learnt(document, start + 1, start + 1 + known)
-        mask[at : at + known] = 1 if learnt is None else learnt
+        if show is None:
+            shown = plain(found, stop - start, corpus.learnt(document, start + 1, start + len(found)))
+        else:
+            shown = show(found, piece, segment - 1)
+        size = len(shown.tokens)
+        tokens[at : at + size], targets[at : at + size], mask[at : at + size] = shown
         segments[at : at + size] = segment
         positions[at : at + size] = np.arange(size)
         at += size

@@ -1,23 +1,25 @@
 """The one order of all batches, and the way to any place in it.
 
 Row i of the run is a formula of (seed, sources, i): the mixture picks the source, the source's epoch shuffles its
-rows, the plan of packing says which documents they hold. Batch s is rows [s B, (s + 1) B). Nothing is replayed to get
-anywhere, and hosts, workers and prefetching only decide who computes what, and when.
+rows, the plan of packing says which documents they hold, and what a transform draws follows from i. Batch s is rows
+[s B, (s + 1) B). Nothing is replayed to get anywhere, and hosts, workers and prefetching only decide who computes what,
+and when.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from data.batch import DTYPES, ColumnBatch, TokenBatch, ValuedBatch, columns_of, tokens_of
+from data.batch import DTYPES, ColumnBatch, TokenBatch, columns_of, tokens_of
 from data.examples import LossOn, Overlong, Records, Rules
-from data.packing import Corpus, Packing, Piece, build_row, make_plan
+from data.packing import Corpus, Draws, Growth, Packing, Piece, Shown, build_row, make_plan
 from data.sources import SourceConfig
 from data.table import Table
+from data.transforms import Transform, TransformConfig
 
 Place = Callable[[TokenBatch], Any]
 _LAST = 2**48  # rows of a run: more than will ever be asked for
@@ -30,6 +32,7 @@ class DataConfig:
     packing: Packing = Packing.concat
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     records: Records = Records.documents
+    transform: TransformConfig = field(default_factory=TransformConfig)  # of documents, as they go into rows
     loss_on: LossOn = LossOn.assistant  # of conversations
     overlong: Overlong = Overlong.whole_turns  # conversations of more than seq_len tokens
     classes: list[str] = field(default_factory=list)  # of labelled records, in the order of their numbers
@@ -53,15 +56,31 @@ class DataConfig:
 class PackedRows:
     """The rows of one corpus."""
 
-    def __init__(self, corpus: Corpus, *, seq_len: int, packing: Packing, seed: int):
-        self.corpus, self.seq_len = corpus, seq_len
-        self.plan = make_plan(corpus.lengths, seq_len=seq_len, packing=packing, seed=seed)
+    def __init__(
+        self, corpus: Corpus, *, seq_len: int, packing: Packing, seed: int, transform: Transform | None = None
+    ):
+        self.corpus, self.seq_len, self.seed, self.transform = corpus, seq_len, seed, transform
+        table = None if transform is None else transform.growth
+        self.growth = None if table is None else Growth(table, seed)
+        self.plan = make_plan(corpus.lengths, seq_len=seq_len, packing=packing, seed=seed, growth=self.growth)
 
     def __len__(self) -> int:
         return self.plan.num_rows
 
     def __getitem__(self, row: int) -> TokenBatch:
-        return build_row(self.corpus, self.plan.pieces(int(row)), self.seq_len)
+        return self.drawn(row, row)
+
+    def drawn(self, row: int, index: int) -> TokenBatch:
+        """The row as row `index` of the run: what a transform draws for it follows from that."""
+        transform, growth = self.transform, self.growth
+
+        def show(found: np.ndarray, piece: Piece, place: int) -> Shown:
+            assert transform is not None
+            choice = 0 if growth is None else growth.choice(piece.document, piece.start)
+            return transform(found, piece.stop - piece.start, Draws(self.seed, int(index), place), choice)
+
+        pieces = self.plan.pieces(int(row))
+        return build_row(self.corpus, pieces, self.seq_len, None if transform is None else show)
 
 
 class PairRows:
@@ -76,11 +95,15 @@ class PairRows:
     def __len__(self) -> int:
         return len(self.corpus.lengths) // self.sides
 
-    def __getitem__(self, row: int) -> TokenBatch | ColumnBatch | ValuedBatch:
+    def __getitem__(self, row: int) -> TokenBatch | ColumnBatch:
         sides = range(self.sides * int(row), self.sides * (int(row) + 1))
         whole = [[Piece(side, 0, int(self.corpus.lengths[side]))] for side in sides]
         made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
-        return ValuedBatch(*made[:5], self.corpus.values(sides)) if self.valued else made
+        return ColumnBatch(*made, {"margin": self.corpus.values(sides)[0]}) if self.valued else made
+
+    def drawn(self, row: int, index: int) -> TokenBatch | ColumnBatch:
+        """The row: nothing is drawn for it."""
+        return self[row]
 
 
 class JudgedRows(PairRows):
@@ -106,7 +129,11 @@ class TabledRows:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> ColumnBatch:
-        found = self.rows[row]
+        return self.drawn(row, row)
+
+    def drawn(self, row: int, index: int) -> ColumnBatch:
+        """The row; what a table keeps was asked of these very tokens, so that nothing may be drawn for them."""
+        found = self.rows.drawn(row, index)
         return ColumnBatch(*tokens_of(found), {**columns_of(found), **self.table[int(row)]})
 
 
@@ -118,14 +145,17 @@ def with_tables(rows: Mapping[str, Rows], tables: Mapping[str, Table]) -> dict[s
     return {name: TabledRows(found, tables[name]) if name in tables else found for name, found in rows.items()}
 
 
-def make_rows(corpus: Corpus, config: DataConfig, seed: int, name: str) -> PackedRows | PairRows:
+def make_rows(
+    corpus: Corpus, config: DataConfig, seed: int, name: str, transform: Transform | None = None
+) -> PackedRows | PairRows:
     """The rows of the source `name`."""
     if config.records is Records.completions:
         return JudgedRows(corpus, seq_len=config.seq_len)
     rules = config.rules()
     if rules is not None and rules.together > 1:
         return PairRows(corpus, seq_len=config.seq_len, sides=rules.together, valued=rules.margins)
-    return PackedRows(corpus, seq_len=config.seq_len, packing=config.packing, seed=source_seed(seed, name))
+    how = {"seq_len": config.seq_len, "packing": config.packing, "transform": transform}
+    return PackedRows(corpus, **how, seed=source_seed(seed, name))
 
 
 class Mixture:
@@ -138,6 +168,7 @@ class Mixture:
         seed: int,
         weights: Mapping[str, float] | None = None,
         tables: Mapping[str, Table] | None = None,
+        transform: Transform | None = None,
     ):
         """`weights` None: by the tokens of each corpus; `tables`: what is kept of each source's rows.
 
@@ -146,7 +177,7 @@ class Mixture:
         import grain
 
         self.names = list(corpora)
-        rows = {name: make_rows(corpus, config, seed, name) for name, corpus in corpora.items()}
+        rows = {name: make_rows(corpus, config, seed, name, transform) for name, corpus in corpora.items()}
         self.rows = with_tables(rows, tables or {})
         for name, rows in self.rows.items():
             if not len(rows):
@@ -161,6 +192,7 @@ class Mixture:
             part = (part.shuffle() if config.shuffle else part).repeat(None)
             parts.append(part.map(_Tagged(index)))
         self._index = grain.MapDataset.mix(parts, [self.weights[n] for n in self.names]) if len(parts) > 1 else parts[0]
+        transformed = {} if transform is None else {"transform": asdict(config.transform)}
         self.fingerprint = _sha(
             {
                 "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
@@ -170,6 +202,7 @@ class Mixture:
                 "packing": config.packing.name,
                 "shuffle": config.shuffle,
             }
+            | transformed
         )
 
     def locate(self, index: int) -> tuple[str, int]:
@@ -180,7 +213,7 @@ class Mixture:
 
     def __getitem__(self, index: int) -> TokenBatch | ColumnBatch:
         name, row = self.locate(index)
-        return self.rows[name][row]
+        return self.rows[name].drawn(row, index)
 
     def num_rows(self, epochs: float) -> int:
         """Rows until some source has been passed over `epochs` times."""
@@ -292,12 +325,10 @@ class OfflineSource:
         self._iterator = None
 
 
-def batch_hash(batch: TokenBatch | ColumnBatch | ValuedBatch) -> str:
+def batch_hash(batch: TokenBatch | ColumnBatch) -> str:
     """SHA-256 over every field of a batch in its canonical dtype, and every column in its own."""
     digest = hashlib.sha256()
     fields = [*zip(TokenBatch._fields, batch[:5], DTYPES, strict=True)]
-    if isinstance(batch, ValuedBatch):
-        fields.append(("values", batch.values, np.float32))
     fields += [(name, value, value.dtype) for name, value in sorted(columns_of(batch).items())]
     for name, value, dtype in fields:
         array = np.ascontiguousarray(value, np.dtype(dtype).newbyteorder("<"))

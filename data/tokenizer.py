@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from omegaconf import MISSING
@@ -86,6 +86,9 @@ class SentencePiece(Tokenizer):
 
     def settings(self) -> dict[str, Any]:
         return {"added": self.added} if self.added else {}
+
+    def _grown(self, texts: list[str]) -> "SentencePiece":
+        return SentencePiece(self.model, self.added | {text: self.vocab_size + i for i, text in enumerate(texts)})
 
     def own_files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self.model}
@@ -169,18 +172,27 @@ class TokenizerJson(Tokenizer):
     def settings(self) -> dict[str, Any]:
         return {"special": self.special}
 
+    def _grown(self, texts: list[str]) -> "TokenizerJson":
+        inner = type(self.inner).from_str(self.content.decode())
+        inner.add_special_tokens(texts)
+        return TokenizerJson(inner.to_str().encode(), self.special)
+
     def own_files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.content}
 
 
 class Bytes(Tokenizer):
-    """UTF-8 bytes, then one token that ends a document."""
+    """UTF-8 bytes, then one token that ends a document, then special tokens that were added."""
 
     kind = "bytes"
-    vocab_size = 257
     bos_id, eos_id, pad_id = None, 256, None
-    special_tokens: ClassVar = {"<|endoftext|>": 256}  # in a rendered chat; in a document it is bytes like any other
     policy = Policy(stop_ids=(256,))
+
+    def __init__(self, added: Sequence[str] = ()):
+        self.added = list(added)
+        # They stand for themselves in a rendered chat; in a document they are bytes like any other.
+        self.special_tokens = {text: 256 + i for i, text in enumerate(["<|endoftext|>", *added])}
+        self.vocab_size = 256 + len(self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -192,26 +204,29 @@ class Bytes(Tokenizer):
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        return np.array([1] * 256 + [0], np.int32)
+        return np.array([1] * 256 + [0] * (self.vocab_size - 256), np.int32)
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
     def settings(self) -> dict[str, Any]:
-        return {}
+        return {"added": self.added} if self.added else {}
+
+    def _grown(self, texts: list[str]) -> "Bytes":
+        return Bytes([*self.added, *texts])
 
 
 class Characters(Tokenizer):
-    """One token a character of the corpus; nothing else, so that losses compare with nanoGPT's."""
+    """One token a character of the corpus; nothing else unless it is added, so that losses compare with nanoGPT's."""
 
     kind = "characters"
     bos_id, eos_id, pad_id = None, None, None
-    special_tokens: ClassVar = {}
 
-    def __init__(self, alphabet: str):
-        self.alphabet = alphabet
+    def __init__(self, alphabet: str, added: Sequence[str] = ()):
+        self.alphabet, self.added = alphabet, list(added)
         self.ids = {c: i for i, c in enumerate(alphabet)}
-        self.vocab_size = len(alphabet)
+        self.special_tokens = {text: len(alphabet) + i for i, text in enumerate(added)}
+        self.vocab_size = len(alphabet) + len(self.added)
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -220,19 +235,22 @@ class Characters(Tokenizer):
             raise ValueError(f"tokenizer=characters: {error.args[0]!r} did not occur in the training text") from None
 
     def encode_special(self, text: str) -> Spans:
-        return _by_character(self, text)
+        return between_special(text, self.special_tokens, lambda piece: _by_character(self, piece))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.alphabet[int(i)] for i in ids)
+        return "".join(self.alphabet[int(i)] for i in ids if i < len(self.alphabet))
 
     def token_bytes(self) -> np.ndarray:
-        return np.array([len(c.encode()) for c in self.alphabet], np.int32)
+        return np.array([len(c.encode()) for c in self.alphabet] + [0] * len(self.added), np.int32)
 
     def piece(self, token: int) -> bytes:
         return self.alphabet[token].encode() if token < len(self.alphabet) else b""
 
     def settings(self) -> dict[str, Any]:
-        return {"alphabet": self.alphabet}
+        return {"alphabet": self.alphabet} | ({"added": self.added} if self.added else {})
+
+    def _grown(self, texts: list[str]) -> "Characters":
+        return Characters(self.alphabet, [*self.added, *texts])
 
 
 def _by_character(tokenizer: Tokenizer, text: str) -> Spans:
@@ -268,9 +286,9 @@ def _of_kind(description: Mapping[str, Any], files: Mapping[str, bytes]) -> Toke
     if kind == "tokenizer_json":
         return TokenizerJson(files["tokenizer.json"], description["special"])
     if kind == "characters":
-        return Characters(description["alphabet"])
+        return Characters(description["alphabet"], description.get("added", ()))
     if kind == "bytes":
-        return Bytes()
+        return Bytes(description.get("added", ()))
     raise ValueError(f"tokenizer.kind={kind!r}: is none of sentencepiece, tokenizer_json, bytes, characters")
 
 
@@ -301,6 +319,7 @@ class TokenizerConfig:
     kind: str = ""
     chat_template: str | None = None  # chatml, gemma, llama3, mistral, plain, or a file; null: the tokenizer's own
     add_bos: bool | None = None  # whether a text begins with BOS; null: as the tokenizer's files say
+    special_tokens: list[str] = field(default_factory=list)  # such as '<|im_start|>', where it does not have them
 
     def build(self, documents: Documents) -> Tokenizer:
         """`documents` iterates over the training text, for tokenizers that learn from it.
@@ -316,7 +335,6 @@ class SentencePieceConfig(TokenizerConfig):
     path: str | None = None  # a trained tokenizer.model; null: train one on the sources
     vocab_size: int = 8192  # of a trained one; text too small for it gives fewer
     train_bytes: int = 8_000_000  # of text that it is trained on, at most
-    special_tokens: list[str] = field(default_factory=list)  # control tokens of a trained one, such as '<|im_start|>'
 
     def build(self, documents: Documents) -> Tokenizer:
         if self.path is not None:
@@ -385,6 +403,20 @@ class CharactersConfig(TokenizerConfig):
         for document in documents():
             alphabet.update(document)
         return Characters("".join(sorted(alphabet)))
+
+
+def build_tokenizer(
+    config: TokenizerConfig, documents: Documents, missing: Callable[[Sequence[str]], list[str]] = lambda known: []
+) -> Tokenizer:
+    """The tokenizer of a config with the special tokens that it names, and those that are `missing` beside known ones.
+
+    A trained SentencePiece has them among its `vocab_size` tokens, others beyond those of their files.
+    """
+    if isinstance(config, SentencePieceConfig) and config.path is None:
+        wanted = [*config.special_tokens, *missing(config.special_tokens)]
+        config = dataclasses.replace(config, special_tokens=wanted)
+    made = config.build(documents).with_special(config.special_tokens)
+    return made.with_special(missing(list(made.special_tokens)))
 
 
 class StreamDecoder:

@@ -133,6 +133,18 @@ class Tokenizer(ABC):
         made.policy = dataclasses.replace(policy, stop_ids=tuple(dict.fromkeys([*eos, *policy.stop_ids])))
         return made
 
+    def with_special(self, texts: Sequence[str]) -> "Tokenizer":
+        """The same tokenizer with more special tokens, beyond its ids; those that it has stay as they are."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.special_tokens]
+        if not new:
+            return self
+        policy = {f.name: getattr(self.policy, f.name) for f in dataclasses.fields(Policy)}
+        return self._grown(new).with_policy(**policy)
+
+    @abstractmethod
+    def _grown(self, texts: list[str]) -> "Tokenizer":
+        """With special tokens that it does not have."""
+
     def begin(self, ids: list[int]) -> list[int]:
         """The ids of a text, after BOS where the policy says so; never after two."""
         return [self.bos_id, *ids] if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids

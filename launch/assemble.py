@@ -24,10 +24,10 @@ from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder,
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
 from data.table import Table
-from data.tokenizer import load_tokenizer, save_tokenizer
+from data.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
-from models.config import ModelConfig
+from models.config import Mask, ModelConfig
 from models.lora import AdapterConfig
 from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
@@ -48,6 +48,7 @@ from trainer.mesh import (
 )
 from trainer.objective import Objective, Params
 from trainer.objectives.classification import Classification
+from trainer.objectives.prefix import Prefixed
 from trainer.state import TrainState, abstract_state, init_sharded_state
 from trainer.step import EvalStep, TrainStep, make_eval_step, make_train_step
 
@@ -95,18 +96,20 @@ MADE_OF = "made_of.json"  # beside a tokenizer: the settings and sources that it
 
 
 def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
-    """The run's tokenizer: the one in its folder, else a new one, trained on its sources by process 0.
+    """The run's tokenizer: the one in its folder, else a new one, trained on its sources by process 0, with the special
+    tokens that its transform needs.
 
     One that was made from other settings is made anew, as long as no checkpoint depends on it.
     """
-    made_of = to_plain({"tokenizer": config.tokenizer, "sources": config.data.sources})
+    missing = partial(config.data.transform.missing, seq_len=config.data.seq_len)
+    made_of = to_plain({"tokenizer": config.tokenizer, "sources": config.data.sources, "more": missing([])})
     note = folder.tokenizer / MADE_OF
     found = load_tokenizer(folder.tokenizer)
     stale = note.exists() and json.loads(note.read_text()) != made_of and not folder.has_checkpoints()
     wait_for_all("tokenizer looked at")
     if (found is None or stale) and is_chief():
         say(f"making the tokenizer: {config.tokenizer.kind}")
-        made = configured(config.tokenizer.build(partial(_documents, config)), config.tokenizer)
+        made = configured(build_tokenizer(config.tokenizer, partial(_documents, config), missing), config.tokenizer)
         save_tokenizer(made, folder.tokenizer)
         write_whole(note, json.dumps(made_of, indent=1) + "\n")
     if found is None or stale:
@@ -289,6 +292,8 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     constrain = make_constrain(mesh, config.sharding)
     apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
     objective = config.objective.build(_token_bytes(model, tokenizer))
+    if model.attention.mask is Mask.prefix:
+        objective = Prefixed(objective)
     told_step = None
     if isinstance(objective, Classification):
         told, whole = objective.told, replicated(mesh)  # every process gets all of it
@@ -355,7 +360,8 @@ def build_source(
     """
     sources = config.data.sources
     weights = {name: float(source.weight) for name, source in sources.items() if source.weight is not None}
-    mixture = Mixture(corpora.train, config.data, config.seed, weights or None, tables)
+    transform = config.data.transform.build(corpora.tokenizer, config.data.seq_len)
+    mixture = Mixture(corpora.train, config.data, config.seed, weights or None, tables, transform)
     task = config.task
     if config.data.epochs is not None and isinstance(task, TrainConfig):
         rows = mixture.num_rows(config.data.epochs)
@@ -384,7 +390,8 @@ def build_evaluation(
     out.
     """
     data = config.data
-    rows = {name: make_rows(corpus, data, config.seed, name) for name, corpus in corpora.heldout.items()}
+    transform = data.transform.build(corpora.tokenizer, data.seq_len)
+    rows = {name: make_rows(corpus, data, config.seed, name, transform) for name, corpus in corpora.heldout.items()}
     rows = with_tables(rows, tables or {})
 
     def batches(packed: Rows) -> Iterator[TokenBatch]:

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+
 from configs.schema import Resume, RunConfig
 from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
@@ -11,6 +13,7 @@ from data.tokenizer_contract import Tokenizer, first_difference
 from launch.assemble import Core, Corpora, is_chief, say, wait_for_all
 from launch.origins import (
     Base,
+    Origin,
     as_student,
     find_origin,
     load_base,
@@ -21,9 +24,11 @@ from launch.origins import (
 )
 from launch.run_folder import RunFolder, refuse_drift
 from launch.tables import NO_TABLES, Tables, fill_tables, open_tables
+from models.further import FURTHER
+from models.transformer import init_params
 from trainer.adapters import BASE
 from trainer.checkpoint import Checkpointer
-from trainer.objective import REFERENCE, TEACHER, FrozenModel
+from trainer.objective import REFERENCE, TEACHER, FrozenModel, Params
 from trainer.state import TrainState
 
 
@@ -185,7 +190,7 @@ def begin(
         origin = as_student(find_origin(config.init_from, config.runs, say), config)
         origin = with_outputs(origin, core.model.outputs)
         # Averages and the like begin at these weights, not at random ones.
-        state = core.init_state(params=origin.params(core.own))
+        state = core.init_state(params=starting_params(core, origin, config.seed))
         return Start(state, {}, [], f"{run}: begins with the weights of {origin.name}")
     # A job that is started again with the same command must not forget again what it has learnt since.
     done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset
@@ -205,6 +210,17 @@ def begin(
     without = f", without its {' and '.join(reset)}" if reset else ""
     already = f" (reset=[{','.join(config.reset)}] was done before)" if config.reset and done else ""
     return Start(state, remembered, reset, f"{run}: resumes at step {step}{without}{already}")
+
+
+def starting_params(core: Core, origin: Origin, seed: int) -> Params:
+    """The origin's own; modules for further tokens are new where it has none."""
+    abstract = core.abstract.params
+    if FURTHER not in abstract or origin.model.further_tokens:
+        return origin.params(abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract[FURTHER])
+    fresh = jax.jit(lambda key: init_params(core.model, key)[FURTHER], out_shardings=shardings)
+    own = {name: leaf for name, leaf in abstract.items() if name != FURTHER}
+    return {**origin.params(own), FURTHER: fresh(jax.random.key(seed))}
 
 
 def frozen_models(base: Base | None) -> dict[str, Any]:

@@ -387,12 +387,17 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
 
 
 def with_experiment(overrides: list[str]) -> list[str]:
-    """The command with what its experiment chooses: groups and single keys of model and tokenizer, before its own."""
-    name = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == "experiment"), None)
-    file = files("configs") / "experiment" / f"{name}.yaml"
-    content = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    groups = [f"{k.split('/')[-1]}={v}" for d in content.get("defaults", ()) for k, v in d.items()]
-    return [*groups, *_keys(content), *overrides]
+    """The command with what its phase and experiment choose: groups, and single keys of model and tokenizer, before
+    its own.
+    """
+    given = {o.partition("=")[0]: o.partition("=")[2] for o in overrides}
+    found: list[str] = []
+    for group in ("phase", "experiment"):
+        file = files("configs") / group / f"{given.get(group)}.yaml"
+        content = yaml.safe_load(file.read_text()) if file.is_file() else {}
+        found += [f"{k.split('/')[-1]}={v}" for d in content.get("defaults", ()) for k, v in d.items()]
+        found += _keys(content)
+    return [*found, *overrides]
 
 
 def _keys(content: dict[str, Any], path: str = "") -> list[str]:

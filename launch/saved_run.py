@@ -98,7 +98,9 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
         data = dataclasses.replace(data, sources=saved.data.sources)
     # What a run learns of its records holds for others too, unless the command says otherwise.
     kept = [key for key in OF_RECORDS if f"data.{key}" not in named and "phase" not in named]
-    if saved.data.rules() is not None:
+    transforms = changed & {"transform", "phase"} or any(key.startswith("data.transform") for key in named)
+    data = dataclasses.replace(data, transform=(config if transforms else saved).data.transform)
+    if saved.data.rules() is not None or saved.data.transform.kind != "none":
         data = dataclasses.replace(data, **{key: getattr(saved.data, key) for key in kept})
     merged = dataclasses.replace(
         saved,

@@ -4,15 +4,26 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from configs.schema import RunConfig
 from data.tokenizer import StreamDecoder
 from data.tokenizer_contract import Tokenizer
+from data.transforms import Diffusion
 from models.config import ModelConfig
 from models.decode import Completion, generate
+from models.diffusion import write_masked
 from models.partition import Constrain
 from models.sampling import SamplingConfig
 from trainer.objective import Params
+from trainer.objectives.masked import MaskedDiffusionConfig
+
+
+class Unmasking(NamedTuple):
+    """How a masked diffusion model writes."""
+
+    mask_id: int
+    steps: int  # passes; 0: one for each token
 
 
 class StopText:
@@ -59,13 +70,19 @@ def write(
     stop: Sequence[str] = (),
     constrain: Constrain,
     show: Callable[[str], None] = lambda text: None,
+    unmasking: Unmasking | None = None,
 ) -> list[tuple[str, Completion]]:
     """(text, completion) for each prompt; `show` gets the text of the first one while it is being written.
 
-    A prompt is a text, or ids (of a chat) as they are.
+    A prompt is a text, or ids (of a chat) as they are. `unmasking`: how a diffusion model writes; its text comes whole.
     """
     encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     rows = [StopText(tokenizer, stop, show if i == 0 else lambda text: None) for i in range(len(prompts))]
+    if unmasking is not None:
+        given = {"stop_ids": tokenizer.stop_ids, "vocab_size": tokenizer.vocab_size, "constrain": constrain}
+        found = write_masked(params, model, encoded, sampling, **unmasking._asdict(), **given)
+        cut = [_until(row, completion) for row, completion in zip(rows, found, strict=True)]
+        return [(row.finish(), completion) for row, completion in zip(rows, cut, strict=True)]
     completions = generate(
         params,
         model,
@@ -77,6 +94,23 @@ def write(
         on_token=lambda row, token: rows[row].push(token),
     )
     return [(row.finish(), completion) for row, completion in zip(rows, completions, strict=True)]
+
+
+def _until(row: StopText, completion: Completion) -> Completion:
+    """The completion as far as the first stop text; the row gets its text."""
+    for count, token in enumerate(completion.tokens, 1):
+        if row.push(token):
+            return Completion(completion.tokens[:count], completion.logprobs[:count], "stop")
+    return completion
+
+
+def unmasking_of(config: RunConfig, tokenizer: Tokenizer, steps: int = 0) -> Unmasking | None:
+    """How a run's model writes, where that is masked diffusion; None where it writes token by token."""
+    if not isinstance(config.objective, MaskedDiffusionConfig):
+        return None
+    transform = config.data.transform.build(tokenizer, config.data.seq_len)
+    assert isinstance(transform, Diffusion), "the config was checked"
+    return Unmasking(transform.mask, steps)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

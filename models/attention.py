@@ -1,7 +1,7 @@
 """Attention, for training on packed rows and for decoding from a cache.
 
-A query sees a key when both lie in the same document, the key is not later, and it is within the window. Positions
-restart with each document, so inside a document the order of positions is the order of tokens.
+A query sees a key when both lie in the same document, the key is not later or is one that all may see, and it is
+within the window. Positions restart with each document, so inside a document their order is the order of tokens.
 
 Shape letters: B batch, L length, S key length, N query heads, K kv heads, G queries of a kv head (N = K G), H head dim.
 """
@@ -16,11 +16,16 @@ UNLIMITED = 2**30  # a window that hides nothing
 HIDDEN = -1e30  # finite: a row that sees nothing stays free of NaN
 
 
-def visible(q_positions, k_positions, q_segments, k_segments, window) -> jax.Array:
-    """[B, L, S] bool. Positions and segments are [B, L] and [B, S]; `window` is a scalar."""
+def visible(q_positions, k_positions, q_segments, k_segments, window, shown_BS=None) -> jax.Array:
+    """[B, L, S] bool. Positions and segments are [B, L] and [B, S]; `window` is a scalar.
+
+    `shown_BS` bool: keys that earlier tokens of their document see as well.
+    """
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     same = q_segments[:, :, None] == k_segments[:, None, :]
-    return same & (distance >= 0) & (distance < window)
+    if shown_BS is None:
+        return same & (distance >= 0) & (distance < window)
+    return same & ((distance >= 0) | shown_BS[:, None, :]) & (jnp.abs(distance) < window)
 
 
 def attention(
@@ -90,12 +95,14 @@ def cached_attention(
     scale: float,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
+    shown: jax.Array | int | None = None,
 ) -> jax.Array:
     """Attention to the cached tokens of rows `first_row` onwards: [B, L, N, width of values] in q's dtype.
 
     Reads the cache block by block as far as the furthest row needs, with a running softmax (Milakov & Gimelshein
     2018). A block that holds nothing for a row changes no bit of its result, so that a row gets the same whatever
-    its neighbours are. Rows whose first position lies beyond the cache are idle, and get zeros or noise.
+    its neighbours are. Rows whose first position lies beyond the cache are idle, and get zeros or noise. Of the keys
+    the first `shown` are seen by earlier ones, too; the last of them must be among `positions_BL`.
     """
     B, L, N, H = q_BLNH.shape
     K, S = cache.keys.shape[1:3]
@@ -113,6 +120,9 @@ def cached_attention(
             s_BKGLT = soft_cap * jnp.tanh(s_BKGLT / soft_cap)
         distance_BLT = positions_BL[:, :, None] - (i * BLOCK + jnp.arange(BLOCK))[None, None]
         mask_BLT = (distance_BLT >= 0) & (distance_BLT < window)
+        if shown is not None:
+            early_T = i * BLOCK + jnp.arange(BLOCK) < shown
+            mask_BLT |= early_T[None, None] & (jnp.abs(distance_BLT) < window)
         s_BKGLT = jnp.where(mask_BLT[:, None, None], s_BKGLT, HIDDEN)
         new_m_BKGL = jnp.maximum(m_BKGL, s_BKGLT.max(-1))
         p_BKGLT = jnp.exp(s_BKGLT - new_m_BKGL[..., None])

@@ -50,6 +50,17 @@ class LayerKind(enum.Enum):
     sliding = "sliding"  # attends to the last `sliding_window` tokens
 
 
+class Mask(enum.Enum):
+    """Which tokens of its document a token sees."""
+
+    causal = "causal"  # itself and those before: a decoder
+    prefix = "prefix"  # those of the prompt, too: Raffel et al. 2020, section 3.2.1. The prompt is what is not learnt
+    bidirectional = "bidirectional"  # all: an encoder
+
+
+OTHER_MASKS = (Mask.prefix, Mask.bidirectional)
+
+
 class RouterScore(enum.Enum):
     softmax = "softmax"  # over all experts. Over the chosen ones (GPT-OSS) is the same, renormalised
     sigmoid = "sigmoid"  # of each expert by itself: DeepSeek-V3
@@ -119,6 +130,7 @@ class AttentionConfig:
     qk_norm: QKNorm = QKNorm.none
     qkv_bias: bool = False
     out_bias: bool = False
+    mask: Mask = Mask.causal
     sliding_window: int = 4096  # tokens that a sliding layer sees, its own included
     pattern: list[LayerKind] = field(default_factory=lambda: [LayerKind.full])  # repeated over the layers
     soft_cap: float | None = None  # cap * tanh(score / cap): Gemma 2
@@ -180,6 +192,7 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    further_tokens: int = 0  # modules that predict one token more each: DeepSeek-V3, section 2.2. objective=multi_token
     tied_embeddings: bool = True
     scale_embeddings: bool = False  # by sqrt(embed_dim): Gemma
     final_soft_cap: float | None = None  # of logits: Gemma 2
@@ -189,6 +202,11 @@ class ModelConfig:
     dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
     param_dtype: Dtype = Dtype.float32
     remat: Remat = Remat.none
+
+    def refuse_masks(self, *masks: Mask, why: str) -> None:
+        """Raises: ValueError where `attention.mask` is one of them."""
+        if self.attention.mask in masks:
+            raise ValueError(f"model.attention.mask={self.attention.mask.name}: {why}")
 
     def validate(self) -> None:
         """Raises: ValueError naming key, value, reason and what would be valid."""
@@ -219,6 +237,8 @@ class ModelConfig:
         for key, rate in (("dropout", self.dropout), ("attention.dropout", a.dropout)):
             if not 0 <= rate < 1:
                 raise ValueError(f"model.{key}={rate}: must be at least 0 and below 1")
+        if self.further_tokens < 0:
+            raise ValueError(f"model.further_tokens={self.further_tokens}: must not be negative; 0: no modules")
         for key in ("num_layers", "embed_dim", "max_seq_len"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)}: must be at least 1")

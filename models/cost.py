@@ -3,7 +3,7 @@
 Convention of FLOPs, for one token of training (forward and backward, so three times the forward pass; what remat
 computes again is not counted): two for each weight of a matrix product that the token meets (of experts, those that it
 is sent to), the output head included and the embedding look-up not; and for attention two products, as wide as all
-heads together, over the keys that a causal query sees, on average half of the row, or fewer in a sliding window.
+heads together, over the keys that a query sees: in a causal model on average half of the row, or fewer in a window.
 """
 
 import math
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from models.config import LayerKind, ModelConfig
+from models.config import LayerKind, Mask, ModelConfig
+from models.further import FURTHER
 from models.transformer import abstract_params, param_axes
 
-PARTS = ("embedding", "attention", "mlp", "router", "experts", "norms", "head")
+PARTS = ("embedding", "attention", "mlp", "router", "experts", "norms", "head", FURTHER)
 
 
 class Sized(NamedTuple):
@@ -50,6 +51,7 @@ def _sizes(config: ModelConfig) -> list[Sized]:
         if "experts" in names:
             active = size // config.experts.num_experts * config.experts.experts_per_token
             part = "experts"
+        part = FURTHER if name.startswith(FURTHER) else part
         found.append(Sized(name, part, size, active))
     return found
 
@@ -76,6 +78,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, adapters: int | None = No
     head, a = config.embed_dim * (config.outputs or config.vocab_size), config.attention
     width = a.num_heads * (a.head_dim + (a.value_dim or a.head_dim))
     attention = sum(2 * width * k for k in _keys(config, seq_len))
+    attention += config.further_tokens * width * seq_len  # each module has a layer, and reads the head once more
+    head *= 1 + config.further_tokens
     if adapters is not None:
         return 2.0 * 2 * (matrices + head) + 3.0 * (attention + 2 * adapters)
     return 3.0 * (2 * (matrices + head) + attention)
@@ -88,8 +92,10 @@ def _keys(config: ModelConfig, seq_len: int) -> list[float]:
     for layer in range(config.num_layers):
         sliding = pattern[layer % len(pattern)] is LayerKind.sliding
         window = min(config.attention.sliding_window if sliding else seq_len, seq_len)
-        # Query i sees min(i + 1, window) keys; the usual half of the row where the window covers it.
-        seen.append(window - window**2 / (2 * seq_len))
+        # Query i sees min(i + 1, window) keys; the usual half of the row where the window covers it. An encoder's sees
+        # as many after it. What a prompt's tokens see of what follows them is not counted.
+        before = window - window**2 / (2 * seq_len)
+        seen.append(2 * before if config.attention.mask is Mask.bidirectional else before)
     return seen
 
 

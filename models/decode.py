@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.cache import BLOCK, Cache, init_cache
-from models.config import Dispatch, ModelConfig, Position
+from models.config import Dispatch, Mask, ModelConfig, Position
 from models.layers import RowsFirst
 from models.partition import Constrain, no_constraint
 from models.sampling import History, SamplingConfig, Settings, sample
-from models.transformer import Params, forward_cached, logits, stacks
+from models.transformer import Params, all_stacks, forward_cached, logits, stacks
 
 MAX_TOP_LOGPROBS = 20
 OUT_DIMS = {  # of kernels that a plain product multiplies with, by their number of dims: how many are the result's
@@ -128,10 +128,10 @@ def _programs(program: _Program) -> _Jitted:
         return cache, Memory(tokens_B, history._replace(counts_BV=counts_BV)), written
 
     @partial(jax.jit, donate_argnums=1)
-    def fill(params, cache: Cache, slot, tokens_1L, start) -> Cache:
+    def fill(params, cache: Cache, slot, tokens_1L, start, shown=None) -> Cache:
         """Reads a piece of a prompt. What padding leaves behind it is overwritten before any token can see it."""
         positions_1L = start + jnp.arange(tokens_1L.shape[1])[None]
-        return read(params, tokens_1L, positions_1L, cache, first_row=slot)[1]
+        return read(params, tokens_1L, positions_1L, cache, first_row=slot, shown=shown)[1]
 
     @partial(jax.jit, donate_argnums=0)
     def copy(cache: Cache, origin, target) -> Cache:
@@ -176,7 +176,7 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
         for stack in parts
         for i in range(stack.stop - stack.start)
     ]
-    of_layers = [stack.name for stack in parts]
+    of_layers = [stack.name for stack in all_stacks(config)]
     ends = ready_tree({name: value for name, value in params.items() if name not in of_layers})
     return {**ends, "layers": tuple(layers)}
 
@@ -216,7 +216,12 @@ class Engine:
         vocab_size: int | None = None,
         constrain: Constrain = no_constraint,
     ):
-        """`vocab_size`: tokens that there are, where the model's rows are padded beyond them."""
+        """`vocab_size`: tokens that there are, where the model's rows are padded beyond them.
+
+        Raises: ValueError for a model that predicts no next token.
+        """
+        config.refuse_masks(Mask.bidirectional, why="an encoder tells what masks hide, and writes no next token")
+        self._whole = config.attention.mask is Mask.prefix  # a prompt sees all of itself, so it is read in one piece
         # Where an expert's room is limited, what a token gets depends on its neighbours.
         config = replace(config, experts=replace(config.experts, dispatch=Dispatch.dropless))
         limit = config.max_seq_len if config.position is Position.learned else engine.length
@@ -321,7 +326,7 @@ class Engine:
 
         The last token of a prompt is always read again: what follows it is written from there.
         """
-        limit = min(limit, len(prompt) - 1, len(slot.tokens))
+        limit = 0 if self._whole else min(limit, len(prompt) - 1, len(slot.tokens))
         equal = np.asarray(slot.tokens[:limit]) == np.asarray(prompt[:limit])
         same = limit if equal.all() else int(np.argmin(equal))
         return same // self.engine.chunk * self.engine.chunk
@@ -333,16 +338,17 @@ class Engine:
         return min(request.sampling.max_new_tokens, self.length - len(request.prompt))
 
     def _read_prompts(self) -> None:
-        left = self.engine.chunks_per_step
+        left, chunk = self.engine.chunks_per_step, self.engine.chunk
         for index in sorted(range(len(self._slots)), key=lambda i: self._slots[i].request or 0):  # first come first
             slot = self._slots[index]
             while slot.request is not None and left and slot.filled < len(slot.tokens) - 1 and not slot.dispatched:
-                piece = slot.tokens[slot.filled : min(slot.filled + self.engine.chunk, len(slot.tokens) - 1)]
-                padded = np.zeros((1, _bucket(len(piece), self.engine.chunk)), np.int32)
+                last = len(slot.tokens) - 1  # is read when what follows it is written
+                piece = slot.tokens if self._whole else slot.tokens[slot.filled : min(slot.filled + chunk, last)]
+                padded = np.zeros((1, _bucket(len(piece), self.length if self._whole else chunk)), np.int32)
                 padded[0, : len(piece)] = piece
-                args = np.int32(index), padded, np.int32(slot.filled)
+                args = np.int32(index), padded, np.int32(slot.filled), np.int32(len(piece)) if self._whole else None
                 self._cache = self._jitted.fill(self.params, self._cache, *args)
-                slot.filled += len(piece)
+                slot.filled = last if self._whole else slot.filled + len(piece)
                 left -= 1
 
     def _dispatch(self) -> tuple[list[tuple[int, int]], Any] | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.config import ModelConfig, Position, RopeConfig, RopeScaling
+from models.config import OTHER_MASKS, ModelConfig, Position, RopeConfig, RopeScaling
 from models.huggingface import FAMILIES, Family, HFConfig, Rule, shape_of, write_config
 from models.layers import inverse_frequencies
 
@@ -348,6 +348,7 @@ def architecture_for(config: ModelConfig) -> Architecture:
 
     Raises: ValueError where llama.cpp has none, with what keeps the nearest one from it.
     """
+    config.refuse_masks(*OTHER_MASKS, why="llama.cpp runs this model as a causal one, so it cannot be exported")
     nearest: tuple[Architecture, list[str]] | None = None
     for row in ARCHITECTURES:
         try:

@@ -8,6 +8,7 @@ from typing import Any
 from models import huggingface_configs as configs
 from models import huggingface_rules as rules
 from models.config import (
+    OTHER_MASKS,
     Balance,
     ExpertsConfig,
     LatentConfig,
@@ -86,6 +87,7 @@ def family_for(config: ModelConfig) -> Family:
 
     Raises: ValueError where there is none.
     """
+    config.refuse_masks(*OTHER_MASKS, why="transformers runs these classes as causal models, so it cannot be exported")
     for family in FAMILIES:
         try:
             if shape_of(read_model(write_config(family, config))) == shape_of(config):

@@ -20,28 +20,28 @@ class Asked(NamedTuple):
     attention: bool = False
 
 
-class Shown(NamedTuple):
+class Inside(NamedTuple):
     """In the order of `Asked.layers`; None what was not asked for."""
 
     hidden_PBLD: Any = None  # a layer's output, its residual sum included
     attention_PBNLS: Any = None  # f32: the weights of each query's keys, 0 where it sees none
 
 
-def nothing_shown(asked: Asked | None, x_BLD: jax.Array, num_heads: int) -> Shown | None:
+def nothing_shown(asked: Asked | None, x_BLD: jax.Array, num_heads: int) -> Inside | None:
     """Buffers of zeros, to be written to."""
     if asked is None:
         return None
     B, L, _ = x_BLD.shape
     P = len(asked.layers)
     hidden = jnp.zeros((P, *x_BLD.shape), x_BLD.dtype) if asked.hidden else None
-    return Shown(hidden, jnp.zeros((P, B, num_heads, L, L), jnp.float32) if asked.attention else None)
+    return Inside(hidden, jnp.zeros((P, B, num_heads, L, L), jnp.float32) if asked.attention else None)
 
 
 def show(
-    asked: Asked | None, shown: Shown | None, index: jax.Array, x_BLD: jax.Array, weights_BNLS: jax.Array | None
-) -> Shown | None:
+    asked: Asked | None, inside: Inside | None, index: jax.Array, x_BLD: jax.Array, weights_BNLS: jax.Array | None
+) -> Inside | None:
     """The buffers with layer `index` written wherever it was asked for."""
-    if asked is None or shown is None:
+    if asked is None or inside is None:
         return None
     here_P = jnp.array(asked.layers) == index
 
@@ -50,4 +50,4 @@ def show(
             return buffer
         return jnp.where(here_P.reshape(-1, *[1] * value.ndim), value[None].astype(buffer.dtype), buffer)
 
-    return Shown(write(shown.hidden_PBLD, x_BLD), write(shown.attention_PBNLS, weights_BNLS))
+    return Inside(write(inside.hidden_PBLD, x_BLD), write(inside.attention_PBNLS, weights_BNLS))

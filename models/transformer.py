@@ -1,4 +1,4 @@
-"""One decoder for every family: the file to read first.
+"""One transformer for every family: the file to read first.
 
 Flax NNX modules are used for construction only. At the border everything is a nested dict of arrays: `init_params`
 makes it, `param_axes` names its dims, `make_apply` gives a pure function of it. Layers are stacked on a leading
@@ -19,15 +19,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import UNLIMITED, attention, cached_attention, visible, weights_of_heads
 from models.cache import Cache, write_cache
-from models.config import LayerKind, ModelConfig, NormPlacement, Position, QKNorm, Remat
-from models.inside import Asked, Shown, nothing_shown, show
+from models.config import ModelConfig, NormPlacement, Position, QKNorm, Remat
+from models.context import Context, PerLayer, make_context, per_layer, shown_tokens
+from models.further import FURTHER, Further
+from models.inside import Asked, Inside, nothing_shown, show
 from models.layers import (
     MLP,
     Normalize,
     Projection,
     as_array,
     dropout,
-    inverse_frequencies,
     noisy,
     param,
     rope_temperature,
@@ -51,11 +52,16 @@ class Output(NamedTuple):
     head_DV: jax.Array  # in the parameters' dtype: cast at use, so that its gradient is summed in it
     logit_soft_cap: float | None
     auxiliary: Auxiliary | None = None  # of a mixture of experts
-    shown: Shown | None = None  # of the layers that were asked for
+    further_KBLD: jax.Array | None = None  # of the modules for further tokens, where they were asked for
+    inside: Inside | None = None  # of the layers that were asked for
 
 
 class Apply(Protocol):
-    """A model as the training core sees it. `rng` None: no dropout; `asked` None: no layer is shown."""
+    """A model as the training core sees it. `rng` None: no dropout.
+
+    `prefix_BL` bool, for models with `model.attention.mask=prefix`: the tokens of each document's prompt. `further`:
+    the modules for further tokens are run, too. `asked`: what layers are to show of their inside.
+    """
 
     def __call__(
         self,
@@ -65,28 +71,10 @@ class Apply(Protocol):
         positions_BL: jax.Array,
         segment_ids_BL: jax.Array,
         rng: jax.Array | None = None,
+        prefix_BL: jax.Array | None = None,
+        further: bool = False,
         asked: Asked | None = None,
     ) -> Output: ...
-
-
-class Context(NamedTuple):
-    """What all layers of one forward pass share."""
-
-    angles_local: jax.Array | None  # [B, L, R] of sliding layers
-    angles_full: jax.Array | None
-    positions: jax.Array  # [B, L]
-    segments: jax.Array  # [B, L]
-    first_row: jax.Array | int  # of the cache, where there is one: the row that belongs to the first of the batch
-    constrain: Constrain
-    shows_attention: bool = False  # whether layers give the weights of their attention
-
-
-class PerLayer(NamedTuple):
-    """What differs between layers besides weights: arrays, so that one scan serves every pattern."""
-
-    window: Any  # [layers] i32
-    sliding: Any  # [layers] bool
-    rotated: Any  # [layers] bool
 
 
 class Attention(nnx.Module):
@@ -151,14 +139,14 @@ class Attention(nnx.Module):
         weights_BNLS = None
         if cached is None:
             positions, segments = context.positions, context.segments
-            mask = visible(positions, positions, segments, segments, layer.window)
+            mask = visible(positions, positions, segments, segments, layer.window, context.shown)
             out = attention(q_BLNH, k_BLKH, v_BLKH, mask, dropout_rate=a.dropout, rng=rng, **options)
             if context.shows_attention:
                 weights_BNLS = weights_of_heads(q_BLNH, k_BLKH, mask, **options)
         else:
             cached = write_cache(cached, k_BLKH, v_BLKH, context.positions, context.first_row)
             rows = cached, context.positions, context.first_row
-            out = cached_attention(q_BLNH, *rows, window=layer.window, **options)
+            out = cached_attention(q_BLNH, *rows, window=layer.window, shown=context.shown, **options)
         return self.out(checkpoint_name(out, "attention")), cached, weights_BNLS
 
 
@@ -283,28 +271,42 @@ def stacks(config: ModelConfig) -> list[Stack]:
     return [Stack("dense_layers", 0, first, True), rest] if first else [rest]
 
 
+def all_stacks(config: ModelConfig) -> list[Stack]:
+    """With that of the modules for further tokens, which no forward pass runs unasked."""
+    own, n = stacks(config), config.num_layers
+    return [*own, Stack(FURTHER, n, n + config.further_tokens, own[-1].dense)] if config.further_tokens else own
+
+
 def _abstract_ends(config: ModelConfig) -> Ends:
     return nnx.eval_shape(lambda: Ends(nnx.Rngs(0), config))
 
 
-def _abstract_block(config: ModelConfig, stack: Stack) -> Block:
-    return nnx.eval_shape(lambda: Block(nnx.Rngs(0), config, stack.dense))
+def _block(rngs: nnx.Rngs, config: ModelConfig, stack: Stack) -> nnx.Module:
+    block = Block(rngs, config, stack.dense)
+    return Further(rngs, config, block) if stack.name == FURTHER else block
+
+
+def _abstract_block(config: ModelConfig, stack: Stack) -> nnx.Module:
+    return nnx.eval_shape(lambda: _block(nnx.Rngs(0), config, stack))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh weights as a nested dict; those of the layers have a leading dim `layers`, in each of `stacks`.
+    """Fresh weights as a nested dict; those of the layers have a leading dim `layers`, in each of `all_stacks`.
 
     Normal with `init_std`, output projections scaled by depth, biases 0, norms 1 (GPT-2, section 2.3).
     """
     ends_key, layers_key = jax.random.split(key)
     ends = nnx.to_pure_dict(nnx.state(Ends(nnx.Rngs(ends_key), config), nnx.Param))
     keys = jax.random.split(layers_key, config.num_layers)
+    if config.further_tokens:  # beside the others, which are the same without them
+        more = jax.random.split(jax.random.fold_in(layers_key, config.num_layers), config.further_tokens)
+        keys = jnp.concatenate([keys, more])
 
     def init_stack(stack: Stack) -> Params:
-        block = lambda key: nnx.to_pure_dict(nnx.state(Block(nnx.Rngs(key), config, stack.dense), nnx.Param))
+        block = lambda key: nnx.to_pure_dict(nnx.state(_block(nnx.Rngs(key), config, stack), nnx.Param))
         return jax.vmap(block)(keys[stack.start : stack.stop])
 
-    return {**ends, **{stack.name: init_stack(stack) for stack in stacks(config)}}
+    return {**ends, **{stack.name: init_stack(stack) for stack in all_stacks(config)}}
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -321,22 +323,22 @@ def param_axes(config: ModelConfig) -> Params:
             is_leaf=lambda p: isinstance(p, nnx.Variable),
         )
     )
-    blocks = {stack.name: named(_abstract_block(config, stack), ("layers",)) for stack in stacks(config)}
+    blocks = {stack.name: named(_abstract_block(config, stack), ("layers",)) for stack in all_stacks(config)}
     return {**named(_abstract_ends(config), ()), **blocks}
 
 
 def make_apply(config: ModelConfig, constrain: Constrain = no_constraint, *, neftune_alpha: float = 0.0) -> Apply:
     """The forward pass over whole rows as a pure function of the parameters; see `noisy` for `neftune_alpha`."""
 
-    def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None, asked=None) -> Output:
-        options = {"config": config, "constrain": constrain, "rng": rng, "asked": asked, "neftune_alpha": neftune_alpha}
-        return forward(params, tokens_BL, positions_BL, segment_ids_BL, **options)
+    def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, **options) -> Output:
+        given = {"config": config, "constrain": constrain, "neftune_alpha": neftune_alpha}
+        return forward(params, tokens_BL, positions_BL, segment_ids_BL, **given, **options)
 
     return apply
 
 
 def _ends(params: Params, config: ModelConfig) -> Ends:
-    of_layers = [stack.name for stack in stacks(config)]
+    of_layers = [stack.name for stack in all_stacks(config)]
     weights = nnx.State({name: value for name, value in params.items() if name not in of_layers})
     return nnx.merge(nnx.split(_abstract_ends(config))[0], weights)
 
@@ -350,6 +352,8 @@ def forward(
     config: ModelConfig,
     constrain: Constrain = no_constraint,
     rng: jax.Array | None = None,
+    prefix_BL: jax.Array | None = None,
+    further: bool = False,
     asked: Asked | None = None,
     neftune_alpha: float = 0.0,
 ) -> Output:
@@ -358,9 +362,10 @@ def forward(
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
     x_BLD = noisy(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), segment_ids_BL, neftune_alpha, embed_rng)
     x_BLD = constrain(x_BLD, ("batch", "length", "embed"))
-    context = _context(config, positions_BL, segment_ids_BL, 0, tokens_BL.shape[1], constrain)
+    shown_BL = shown_tokens(config, segment_ids_BL, prefix_BL)
+    context = make_context(config, positions_BL, segment_ids_BL, shown_BL, 0, tokens_BL.shape[1], constrain)
     context = context._replace(shows_attention=asked is not None and asked.attention)
-    shown = nothing_shown(asked, x_BLD, config.attention.num_heads)
+    inside = nothing_shown(asked, x_BLD, config.attention.num_heads)
 
     def run(carried, stack: Stack):
         graph = nnx.split(_abstract_block(config, stack))[0]
@@ -383,11 +388,39 @@ def forward(
         )
         return jax.lax.scan(body, carried, (params[stack.name], *beside))
 
-    carried, terms = (x_BLD, shown), None
+    carried, terms, further_KBLD = (x_BLD, inside), None, None
     for stack in stacks(config):  # that of the experts is the last
         carried, terms = run(carried, stack)
-    x_BLD, shown = carried
-    return ends.output(x_BLD)._replace(auxiliary=jax.tree.map(lambda leaf: leaf.mean(0), terms), shown=shown)
+    x_BLD, inside = carried
+    if further:
+        further_KBLD, more = _run_further(params[FURTHER], x_BLD, tokens_BL, ends, context, layer_rng)
+        terms = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), terms, more)
+    return ends.output(x_BLD)._replace(
+        auxiliary=jax.tree.map(lambda leaf: leaf.mean(0), terms), further_KBLD=further_KBLD, inside=inside
+    )
+
+
+def _run_further(weights: Params, x_BLD, tokens_BL, ends: Ends, context: Context, rng: jax.Array | None):
+    """(hidden states for the head [K, B, L, D], terms of the experts). Of the last places of a row and of each document
+    they read what is not theirs; nothing may be learnt there.
+    """
+    config = ends.config
+    stack = all_stacks(config)[-1]
+    graph = nnx.split(_abstract_block(config, stack))[0]
+    layer = PerLayer(jnp.int32(UNLIMITED), jnp.asarray(False), jnp.asarray(True))
+
+    def body(carried, scanned):
+        x_BLD, tokens_BL, positions_BL = carried
+        weights, index = scanned
+        key = None if rng is None else jax.random.fold_in(rng, index)
+        tokens_BL, positions_BL = (jnp.roll(x, -1, axis=1) for x in (tokens_BL, positions_BL))
+        embedded_BLD = ends.embed(tokens_BL, positions_BL, None, context.constrain)
+        module = nnx.merge(graph, nnx.State(weights))
+        x_BLD, hidden_BLD, terms = module(x_BLD, embedded_BLD, context, layer, key)
+        return (x_BLD, tokens_BL, positions_BL), (hidden_BLD, terms)
+
+    start = x_BLD, tokens_BL, context.positions
+    return jax.lax.scan(_remat(body, config.remat), start, (weights, jnp.arange(stack.start, stack.stop)))[1]
 
 
 def forward_cached(
@@ -399,16 +432,18 @@ def forward_cached(
     config: ModelConfig,
     constrain: Constrain = no_constraint,
     first_row: jax.Array | int = 0,
+    shown: jax.Array | int | None = None,
 ) -> tuple[Output, Cache]:
     """One pass with the keys and values of earlier tokens; each row is one document.
 
     Rows of the batch are those of the cache from `first_row` on. The layers of `params` are a tuple, one tree each
-    (see `models.decode.decoding_params`): a scan would copy what it cuts out of a stack.
+    (see `models.decode.decoding_params`): a scan would copy what it cuts out of a stack. `shown`: the length of a
+    prompt that sees all of itself, and is read in one piece.
     """
     ends = _ends(params, config)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), ("batch", "length", "embed"))
     room = cache[0].keys.shape[2]
-    context = _context(config, positions_BL, jnp.ones_like(tokens_BL), first_row, room, constrain)
+    context = make_context(config, positions_BL, jnp.ones_like(tokens_BL), shown, first_row, room, constrain)
     of_all, filled = per_layer(config), []
     for stack in stacks(config):
         graph = nnx.split(_abstract_block(config, stack))[0]
@@ -420,15 +455,6 @@ def forward_cached(
     return ends.output(x_BLD), tuple(filled)
 
 
-def per_layer(config: ModelConfig) -> PerLayer:
-    pattern = config.attention.pattern
-    sliding = np.array([pattern[i % len(pattern)] is LayerKind.sliding for i in range(config.num_layers)])
-    window = np.where(sliding, config.attention.sliding_window, UNLIMITED).astype(np.int32)
-    turns = config.rope.pattern
-    rotated = np.array([turns[i % len(turns)] for i in range(config.num_layers)])
-    return PerLayer(window, sliding, rotated)
-
-
 def logits(output: Output) -> jax.Array:
     """[B, L, V] f32, whole: for decoding and for tests; training makes them in pieces."""
     hidden_BLD = output.hidden_BLD
@@ -436,21 +462,6 @@ def logits(output: Output) -> jax.Array:
     x_BLV = jnp.einsum("BLD,DV->BLV", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
     cap = output.logit_soft_cap
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)
-
-
-def _context(config, positions_BL, segment_ids_BL, first_row, length: int, constrain: Constrain) -> Context:
-    local = full = None
-    if config.position is Position.rope:
-        rope, latent = config.rope, config.attention.latent
-        H = latent.rope_dim if latent.kv_rank else config.attention.head_dim
-        two = rope.local_theta is not None
-        freqs = inverse_frequencies(rope, H, theta=rope.theta, scaled=True, length=length)
-        local = rope.local_theta or rope.theta
-        local_freqs = inverse_frequencies(rope, H, theta=local, scaled=not two, length=length)
-        position = positions_BL[:, :, None].astype(jnp.float32)
-        full = position * jnp.asarray(freqs, jnp.float32)[None, None]
-        local = position * jnp.asarray(local_freqs, jnp.float32)[None, None]
-    return Context(local, full, positions_BL, segment_ids_BL, first_row, constrain)
 
 
 def _remat(body, remat: Remat):

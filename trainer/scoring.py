@@ -32,15 +32,21 @@ class Score(NamedTuple):
     tokens: int
 
 
-def make_score(apply: Apply, *, constrain: Constrain = no_constraint, chunk: int = 128):
-    """A jitted `score(params, tokens_BL, lengths_B, starts_B)`: summed log-probabilities [B], greedy [B]."""
+def make_score(apply: Apply, *, constrain: Constrain = no_constraint, chunk: int = 128, prefix: bool = False):
+    """A jitted `score(params, tokens_BL, lengths_B, starts_B)`: summed log-probabilities [B], greedy [B].
+
+    `prefix`: what comes before `starts_B` sees all of itself.
+    """
 
     @jax.jit
     def score(params, tokens_BL, lengths_B, starts_B):
         B, L = tokens_BL.shape
         positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
         inside_BL = positions_BL < lengths_B[:, None]
-        output = apply(params, tokens_BL, positions_BL=positions_BL, segment_ids_BL=inside_BL.astype(jnp.int32))
+        given = {"positions_BL": positions_BL, "segment_ids_BL": inside_BL.astype(jnp.int32)}
+        if prefix:
+            given["prefix_BL"] = positions_BL < starts_B[:, None]
+        output = apply(params, tokens_BL, **given)
         targets_BL = jnp.roll(tokens_BL, -1, axis=1)
         found = token_logprobs(output, targets_BL, chunk=chunk)
         asked_BL = (positions_BL + 1 >= starts_B[:, None]) & (positions_BL + 1 < lengths_B[:, None])

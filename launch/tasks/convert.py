@@ -27,6 +27,7 @@ from launch.saved_run import SavedRun, open_run
 from models import gguf_files, peft_files
 from models.config import ModelConfig
 from models.cost import num_params
+from models.further import FURTHER
 from models.gguf import architecture_for
 from models.huggingface import family_for, family_of, read_model, shape_of
 from models.huggingface_files import BESIDE, Checkpoint, Folder, first_difference, load_params, save_params
@@ -121,7 +122,7 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
         raise ValueError(f"to={kind}:{path}: is there already and not empty; give another name")
     if task.dtype is not None and task.dtype not in SAVED_DTYPES[kind]:
         raise ValueError(f"task.dtype={task.dtype}: must be one of {', '.join(SAVED_DTYPES[kind])} in {kind}:")
-    saved = open_run(config, overrides)
+    saved = without_further(open_run(config, overrides))
     half = path.with_name(path.name + ".tmp")
     if is_chief() and half.exists():
         shutil.rmtree(half) if half.is_dir() else half.unlink()
@@ -129,7 +130,7 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
     before = json.loads((carried / "config.json").read_text()) if (carried / "config.json").exists() else {}
     usual = "float32" if kind == "peft" else None
     dtype = task.dtype or usual or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
-    params = saved.trained_params() if kind == "peft" else saved.params()
+    params = saved.trained_params() if kind == "peft" else _without(saved.params())
     try:
         written = WRITERS[kind](half, saved, params, before, dtype, task)
     except ValueError as error:
@@ -145,6 +146,21 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     say(f"{kind}:{path}: {written.name}, {parameters:,} parameters in {dtype}, read back and equal{same}")
     return 0
+
+
+def without_further(saved: SavedRun) -> SavedRun:
+    """The run as others know its model: without modules for further tokens."""
+    core = saved.core
+    if not core.model.further_tokens:
+        return saved
+    say(f"run {saved.folder.name!r}: its {core.model.further_tokens} modules for further tokens are left out")
+    abstract = dataclasses.replace(core.abstract, params=_without(core.abstract.params))
+    model = dataclasses.replace(core.model, further_tokens=0)
+    return dataclasses.replace(saved, core=dataclasses.replace(core, model=model, abstract=abstract))
+
+
+def _without(params: Params) -> Params:
+    return {name: value for name, value in params.items() if name != FURTHER}
 
 
 class Written(NamedTuple):

@@ -10,6 +10,7 @@ from data.problems import Problem, read_problems
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import build_evaluation, is_chief, load_corpora, say
 from launch.saved_run import SavedRun, open_run
+from models.config import Mask
 from trainer.progress import progress_bar
 from trainer.scoring import Text, accuracy, make_score, score_texts
 
@@ -36,7 +37,9 @@ def on_problems(saved: SavedRun, files: dict[str, list[Problem]], prefix: list[i
     model, mesh = saved.core.model, saved.core.mesh
     if model.position.name == "learned" and too_long > model.max_seq_len:
         raise ValueError(f"task.problems: one has {too_long} tokens, and positions end at {model.max_seq_len}")
-    score, params = make_score(saved.core.apply, constrain=saved.core.constrain), saved.params()
+    model.refuse_masks(Mask.bidirectional, why="an encoder gives texts no probability; evaluate it on sources")
+    prompts = model.attention.mask is Mask.prefix
+    score, params = make_score(saved.core.apply, constrain=saved.core.constrain, prefix=prompts), saved.params()
     found: dict[str, dict[str, float]] = {}
     if form is not Format.json:
         say(f"run {saved.folder.name!r} at step {saved.step}, {model.dtype.name}")

@@ -12,7 +12,7 @@ from data.chat_template import render
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import is_chief
 from launch.saved_run import open_writer
-from launch.writing import write
+from launch.writing import unmasking_of, write
 from models.decode import Completion
 from models.sampling import SamplingConfig
 
@@ -35,6 +35,8 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         seed=config.seed,
     )
     sampling.validate()
+    if task.diffusion_steps < 0:
+        raise ValueError(f"task.diffusion_steps={task.diffusion_steps}: must not be negative; 0: one for each token")
     saved = open_writer(config, overrides)
     stop, begun, given = list(task.stop), prompts, list(prompts)
     if chat is not None:
@@ -54,6 +56,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         stop=stop,
         constrain=saved.core.constrain,
         show=(show if chat is None else without_leading_space()) if stream else lambda text: None,
+        unmasking=unmasking_of(saved.config, saved.tokenizer, task.diffusion_steps),
     )
     if chat is not None:
         results = [(text.lstrip(), completion) for text, completion in results]

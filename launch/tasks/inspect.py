@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import jax
+import numpy as np
 
 from configs.schema import Format, RunConfig
 from data.batch import ColumnBatch, TokenBatch, flat_rows
@@ -57,14 +58,23 @@ def next_batch(saved: SavedRun) -> dict[str, Any]:
     source.set_state(position)
     batch = source.global_batch()
     found = {"data_position": position["next_index"], "next_batch_sha256": batch_hash(batch)}
-    if original.data.rules() is not None:
-        found["next_example"] = first_example(corpora.tokenizer, batch)
+    transform = original.data.transform.build(corpora.tokenizer, original.data.seq_len)
+    if original.data.rules() is not None or transform is not None:
+        in_place = transform is not None and transform.same_place
+        found["next_example"] = first_example(corpora.tokenizer, batch, in_place=in_place)
     return found
 
 
-def first_example(tokenizer: Tokenizer, batch: TokenBatch | ColumnBatch) -> str:
-    """The first conversation of a batch as text, what is learnt of it between ⟦ and ⟧; of a pair the chosen one."""
+def first_example(tokenizer: Tokenizer, batch: TokenBatch | ColumnBatch, *, in_place: bool) -> str:
+    """The first document or conversation of a batch as text, what is learnt of it between ⟦ and ⟧; of a pair the chosen
+    one. `in_place`: targets stand behind the tokens in whose places they belong.
+    """
     batch = flat_rows(batch)
     size = int((batch.segment_ids[0] == 1).sum())
+    if in_place:
+        told = np.stack([batch.tokens[0, :size], batch.targets[0, :size]], 1).reshape(-1)  # each token, then its target
+        hidden = batch.loss_mask[0, :size] > 0
+        shown = np.stack([np.ones(size, bool), hidden], 1).reshape(-1)
+        return marked_text(tokenizer, told[shown].tolist(), (np.arange(2 * size) % 2 == 1)[shown].tolist())
     learnt = [False, *(batch.loss_mask[0, : size - 1] > 0).tolist()]  # of tokens, not of targets
     return marked_text(tokenizer, batch.tokens[0, :size].tolist(), learnt)

@@ -28,7 +28,8 @@ from launch.assemble import (
 from launch.beginning import Frozen, Start, begin, check_resume, find_base, find_frozen, recall_tokenizer
 from launch.origins import adopt, adopt_tokenizer
 from launch.run_folder import RunFolder, environment, run_folder, write_whole
-from launch.writing import append_samples, write
+from launch.writing import append_samples, unmasking_of, write
+from models.config import Mask
 from models.cost import flops_per_token, num_params
 from models.sampling import SamplingConfig
 from trainer import hooks
@@ -200,7 +201,11 @@ class Session:
             remembers["evaluation"] = evaluation
         elif task.patience:
             raise ValueError(f"task.patience={task.patience}: no source holds out text to evaluate on")
-        if task.sample_tokens and not self.core.model.outputs:
+        writes = task.sample_tokens and not self.core.model.outputs
+        encodes = self.core.model.attention.mask is Mask.bidirectional
+        if writes and encodes and unmasking_of(self.config, self.corpora.tokenizer) is None:
+            say("samples: none; an encoder writes no text (task.sample_tokens=0 says so)")
+        elif writes:
             sampler = hooks.SampleEvery(
                 task.sample_every,
                 num_steps=num_steps,
@@ -264,6 +269,7 @@ class Session:
             sampling,
             stop=[] if stop is None else [stop],
             constrain=self.core.constrain,
+            unmasking=unmasking_of(self.config, tokenizer),
         )
         if is_chief():
             append_samples(self.folder.samples, step, [prompt], [text])

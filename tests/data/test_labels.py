@@ -120,8 +120,8 @@ def test_margins_reach_the_batch_and_pairs_without_one_are_counted(tmp_path):
     manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=config.rules())
     assert sum(e["count"] for e in manifest.bad[str(tmp_path / "a.jsonl")].values()) == 3
     made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a")
-    assert isinstance(made, PairRows) and [made[i].values.tolist() for i in (0, 5)] == [[0.0, 0.0], [1.25, 0.0]]
-    assert batch_hash(made[0]) != batch_hash(made[0]._replace(values=made[0].values + 1))
+    assert isinstance(made, PairRows) and [float(made[i].columns["margin"]) for i in (0, 5)] == [0.0, 1.25]
+    assert batch_hash(made[0]) != batch_hash(made[0]._replace(columns={"margin": made[0].columns["margin"] + 1}))
 
 
 def test_malformed_records_are_named_and_the_rest_is_read(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.nn import log_sigmoid
 
-from data.batch import TokenBatch, ValuedBatch, flat_rows
+from data.batch import ColumnBatch, TokenBatch, flat_rows
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, make_apply
 from tests.trainer.test_preference import batch as pairs_of
@@ -73,7 +73,7 @@ def test_margins_and_centering_are_all_that_a_shift_of_rewards_changes():
     apply, params = model(1)
     made = pairs()
     value = lambda config, batch: float(config.build(None).loss(apply, params, {}, batch, None)[0].value())
-    apart = ValuedBatch(*made, np.array([[0.7, 0.0]] * 4, np.float32))
+    apart = ColumnBatch(*made, {"margin": np.full(4, 0.7, np.float32)})
     plain = RewardConfig(centering=0.0)
     assert value(plain, apart) > value(plain, made)
     c, r = np.asarray(plain.build(None).read(apply, params, flat_rows(made))).reshape(-1, 2).T

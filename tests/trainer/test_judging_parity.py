@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 datasets = pytest.importorskip("datasets")
 
-from data.batch import TokenBatch, ValuedBatch  # noqa: E402
+from data.batch import ColumnBatch, TokenBatch  # noqa: E402
 from models.config import Dtype  # noqa: E402
 from models.huggingface import family_for, read_model  # noqa: E402
 from models.huggingface_files import Folder, first_difference, load_params, save_params  # noqa: E402
@@ -113,7 +113,7 @@ def test_reward_loss_and_gradient_equal_those_of_trl(tmp_path, measured, margins
     made = TokenBatch(*(jnp.asarray(x, jnp.int32) for x in (tokens, tokens)), jnp.zeros(tokens.shape),
                       *(jnp.asarray(x, jnp.int32) for x in (inside, positions)))  # fmt: skip
     if margins:
-        made = ValuedBatch(*made, jnp.stack([jnp.asarray(inputs["margin"].numpy(), jnp.float32), jnp.zeros(4)], 1))
+        made = ColumnBatch(*made, {"margin": jnp.asarray(inputs["margin"].numpy(), jnp.float32)})
     objective = RewardConfig(centering=0.05, margins=margins).build(None)
     value = lambda params: objective.loss(make_apply(config), params, {}, made, None)[0].value()
     found, grad = jax.value_and_grad(value)(params)

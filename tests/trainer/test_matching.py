@@ -50,11 +50,11 @@ def test_layers_that_are_asked_for_are_those_of_a_shorter_model(remat):
     made = batch(2)
     given = {"positions_BL": made.positions, "segment_ids_BL": made.segment_ids}
     model = dataclasses.replace(WIDE, remat=remat)
-    shown = make_apply(model)(TAUGHT, made.tokens, **given, asked=Asked((3, 1), True, True)).shown
+    shown = make_apply(model)(TAUGHT, made.tokens, **given, asked=Asked((3, 1), True, True)).inside
     assert shown is not None and shown.attention_PBNLS.shape[:3] == (2, 2, 6)
     cut = {**TAUGHT, "layers": jax.tree.map(lambda x: x[:2], TAUGHT["layers"])}
     short = dataclasses.replace(WIDE, num_layers=2)
-    other = make_apply(short)(cut, made.tokens, **given, asked=Asked((1,), True, True)).shown
+    other = make_apply(short)(cut, made.tokens, **given, asked=Asked((1,), True, True)).inside
     np.testing.assert_allclose(shown.hidden_PBLD[1], other.hidden_PBLD[0], atol=1e-5)
     np.testing.assert_allclose(shown.attention_PBNLS[1], other.attention_PBNLS[0], atol=1e-6)
     np.testing.assert_allclose(shown.attention_PBNLS.sum(-1), 1.0, atol=1e-5)
@@ -69,10 +69,10 @@ def test_layers_are_numbered_through_stacks_of_two_kinds():
     given = {"positions_BL": made.positions, "segment_ids_BL": made.segment_ids}
     plain = make_apply(model)(params, made.tokens, **given)
     asked = make_apply(model)(params, made.tokens, **given, asked=Asked((0, 1)))
-    assert plain.shown is None and asked.shown is not None
+    assert plain.inside is None and asked.inside is not None
     np.testing.assert_array_equal(plain.hidden_BLD, asked.hidden_BLD)
-    assert (np.abs(np.asarray(asked.shown.hidden_PBLD)).max((1, 2, 3)) > 0).all()
-    assert np.abs(asked.shown.hidden_PBLD[0] - asked.shown.hidden_PBLD[1]).max() > 0
+    assert (np.abs(np.asarray(asked.inside.hidden_PBLD)).max((1, 2, 3)) > 0).all()
+    assert np.abs(asked.inside.hidden_PBLD[0] - asked.inside.hidden_PBLD[1]).max() > 0
 
 
 @pytest.mark.parametrize("hidden", Hidden, ids=lambda kind: kind.name)

@@ -178,8 +178,8 @@ class Distillation:
         loss_BL = c.weight * c.temperature**2 * found.divergence + (1 - c.weight) * found.nll
         added_BL, router = auxiliary_terms(student, loss_BL.shape)
         metrics = {name: values for name, values in found._asdict().items() if values is not None} | router
-        if student.shown is not None and taught is not None:
-            apart = matched(c.match, student.shown, taught.shown, params.get(BESIDE, {}).get(PROJECTION))
+        if student.inside is not None and taught is not None:
+            apart = matched(c.match, student.inside, taught.inside, params.get(BESIDE, {}).get(PROJECTION))
             loss_BL = sum(weighted(c.match, apart), loss_BL)
             metrics |= apart
         return mean(loss_BL + added_BL), {name: mean(values) for name, values in metrics.items()}

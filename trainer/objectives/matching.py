@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from models.config import ModelConfig
-from models.inside import Asked, Shown
+from models.inside import Asked, Inside
 from trainer.beside import Extra
 
 PROJECTION = "hidden_projection"  # [D, T], among the parameters beside the model
@@ -97,7 +97,7 @@ class MatchingConfig:
 
 
 def matched(
-    config: MatchingConfig, student: Shown, teacher: Shown, projection_DT: jax.Array | None
+    config: MatchingConfig, student: Inside, teacher: Inside, projection_DT: jax.Array | None
 ) -> dict[str, jax.Array]:
     """`hidden_distance` and `attention_distance`, [B, L] f32, those that are compared."""
     found, one, other = {}, student, teacher

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batch import TokenBatch
-from models.transformer import Apply
+from models.transformer import Apply, Output
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
 from trainer.objectives.auxiliary import auxiliary_terms
 from trainer.objectives.logprobs import token_logprobs
@@ -59,6 +59,10 @@ class NextToken:
         rng: jax.Array | None,
     ) -> tuple[Mean, dict[str, Mean]]:
         output = apply(params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids, rng=rng)
+        return self.of_output(output, batch)
+
+    def of_output(self, output: Output, batch: TokenBatch) -> tuple[Mean, dict[str, Mean]]:
+        """Loss and metrics of a forward pass over the batch."""
         tokens = token_logprobs(output, batch.targets, chunk=self.config.loss_chunk)
         mask_BL = batch.loss_mask.astype(jnp.float32)
         weight = jnp.sum(mask_BL)

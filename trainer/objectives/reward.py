@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.batch import TokenBatch, ValuedBatch, flat_rows
+from data.batch import ColumnBatch, TokenBatch, columns_of, flat_rows
 from data.examples import Records
 from models.transformer import Apply
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
@@ -71,7 +71,7 @@ class Reward:
         apply: Apply,
         params: Params,
         frozen: Mapping[str, Any],
-        batch: TokenBatch | ValuedBatch,
+        batch: TokenBatch | ColumnBatch,
         rng: jax.Array | None,
     ) -> tuple[Mean, dict[str, Mean]]:
         flat = flat_rows(batch)
@@ -79,7 +79,7 @@ class Reward:
         reward_BS = at_end(scores(output, flat, Pooling.last), flat.segment_ids).reshape(-1, 2)
         length_BS = (batch.segment_ids > 0).sum(-1)
         real_B = jnp.all(length_BS > 0, axis=-1)
-        margin_B = batch.values[:, 0] if isinstance(batch, ValuedBatch) else jnp.zeros_like(reward_BS[:, 0])
+        margin_B = columns_of(batch).get("margin", jnp.zeros_like(reward_BS[:, 0]))
         loss_B = bradley_terry(reward_BS, margin_B) + self.config.centering * jnp.square(reward_BS.sum(-1))
         right_B = (reward_BS[:, 0] > reward_BS[:, 1]).astype(jnp.float32)
 
@@ -100,9 +100,10 @@ class Reward:
             metrics |= {name: mean(of_pairs(values)) for name, values in output.auxiliary.metrics.items()}
         return mean(loss_B), metrics
 
-    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch | ValuedBatch:
+    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch | ColumnBatch:
         spec = token_spec(batch_size, 2, seq_len)
-        return ValuedBatch(*spec, jax.ShapeDtypeStruct((batch_size, 2), np.float32)) if self.config.margins else spec
+        margin = jax.ShapeDtypeStruct((batch_size,), np.float32)
+        return ColumnBatch(*spec, {"margin": margin}) if self.config.margins else spec
 
     def read(self, apply: Apply, params: Params, batch: TokenBatch) -> jax.Array:
         """[B, 1] f32: the reward of each row, which holds one text."""

@@ -1,0 +1,71 @@
+"""What the layers of one forward pass share, and what differs between them: angles of positions, masks, windows.
+
+Shape letters: B batch, L length, R rotated pairs.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.attention import UNLIMITED
+from models.config import LayerKind, Mask, ModelConfig, Position
+from models.layers import inverse_frequencies
+from models.partition import Constrain
+
+
+class Context(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    angles_local: jax.Array | None  # [B, L, R] of sliding layers
+    angles_full: jax.Array | None
+    positions: jax.Array  # [B, L]
+    segments: jax.Array  # [B, L]
+    shown: Any  # [B, L] bool: tokens that earlier ones of their document see, too; in a cache the first so many
+    first_row: jax.Array | int  # of the cache, where there is one: the row that belongs to the first of the batch
+    constrain: Constrain
+    shows_attention: bool = False  # whether layers give the weights of their attention
+
+
+class PerLayer(NamedTuple):
+    """What differs between layers besides weights: arrays, so that one scan serves every pattern."""
+
+    window: Any  # [layers] i32
+    sliding: Any  # [layers] bool
+    rotated: Any  # [layers] bool
+
+
+def per_layer(config: ModelConfig) -> PerLayer:
+    pattern = config.attention.pattern
+    sliding = np.array([pattern[i % len(pattern)] is LayerKind.sliding for i in range(config.num_layers)])
+    window = np.where(sliding, config.attention.sliding_window, UNLIMITED).astype(np.int32)
+    turns = config.rope.pattern
+    rotated = np.array([turns[i % len(turns)] for i in range(config.num_layers)])
+    return PerLayer(window, sliding, rotated)
+
+
+def shown_tokens(config: ModelConfig, segment_ids_BL: jax.Array, prefix_BL: jax.Array | None) -> jax.Array | None:
+    """[B, L] bool: the tokens that earlier ones see; None: there are none."""
+    mask = config.attention.mask
+    if mask is Mask.prefix and prefix_BL is None:
+        raise ValueError("model.attention.mask=prefix: what is run here knows no prompts; use a causal model for it")
+    return {Mask.causal: None, Mask.prefix: prefix_BL, Mask.bidirectional: segment_ids_BL > 0}[mask]
+
+
+def make_context(
+    config: ModelConfig, positions_BL, segment_ids_BL, shown_BL, first_row, length: int, constrain: Constrain
+) -> Context:
+    """`length`: of the rows, or of the cache."""
+    local = full = None
+    if config.position is Position.rope:
+        rope, latent = config.rope, config.attention.latent
+        H = latent.rope_dim if latent.kv_rank else config.attention.head_dim
+        two = rope.local_theta is not None
+        freqs = inverse_frequencies(rope, H, theta=rope.theta, scaled=True, length=length)
+        local = rope.local_theta or rope.theta
+        local_freqs = inverse_frequencies(rope, H, theta=local, scaled=not two, length=length)
+        position = positions_BL[:, :, None].astype(jnp.float32)
+        full = position * jnp.asarray(freqs, jnp.float32)[None, None]
+        local = position * jnp.asarray(local_freqs, jnp.float32)[None, None]
+    return Context(local, full, positions_BL, segment_ids_BL, shown_BL, first_row, constrain)

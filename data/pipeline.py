@@ -129,12 +129,12 @@ class TabledRows:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> ColumnBatch:
-        return self.drawn(row, row)
+        found = self.rows[row]
+        return ColumnBatch(*tokens_of(found), {**columns_of(found), **self.table[int(row)]})
 
     def drawn(self, row: int, index: int) -> ColumnBatch:
-        """The row; what a table keeps was asked of these very tokens, so that nothing may be drawn for them."""
-        found = self.rows.drawn(row, index)
-        return ColumnBatch(*tokens_of(found), {**columns_of(found), **self.table[int(row)]})
+        """The row: what is kept was asked of these very tokens, so nothing may be drawn for them."""
+        return self[row]
 
 
 Rows = PackedRows | PairRows | TabledRows
@@ -167,6 +167,7 @@ class Mixture:
         config: DataConfig,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        *,
         tables: Mapping[str, Table] | None = None,
         transform: Transform | None = None,
     ):

@@ -361,7 +361,7 @@ def build_source(
     sources = config.data.sources
     weights = {name: float(source.weight) for name, source in sources.items() if source.weight is not None}
     transform = config.data.transform.build(corpora.tokenizer, config.data.seq_len)
-    mixture = Mixture(corpora.train, config.data, config.seed, weights or None, tables, transform)
+    mixture = Mixture(corpora.train, config.data, config.seed, weights or None, tables=tables, transform=transform)
     task = config.task
     if config.data.epochs is not None and isinstance(task, TrainConfig):
         rows = mixture.num_rows(config.data.epochs)

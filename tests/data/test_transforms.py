@@ -105,7 +105,7 @@ def test_the_plan_knows_the_length_of_what_a_piece_becomes(config):
 
 @every
 def test_draws_change_with_the_epoch_and_not_with_the_batch(config):
-    mixture = Mixture({"a": CORPUS}, DataConfig(batch_size=B, seq_len=L, transform=config), 0, None, build(config))
+    mixture = Mixture({"a": CORPUS}, DataConfig(batch_size=B, seq_len=L, transform=config), 0, transform=build(config))
     count = len(mixture.rows["a"])
     small = OfflineSource(mixture, batch_size=2, slots=[0, 1], place=lambda b: b, prefetch=0)
     apart = [small.next_batch() for _ in range(4)]
@@ -132,7 +132,7 @@ def test_held_out_rows_are_always_the_same(config):
 @every
 def test_the_fingerprint_tells_the_transform(config):
     plain = Mixture({"a": CORPUS}, DataConfig(seq_len=L), 0)
-    changed = Mixture({"a": CORPUS}, DataConfig(seq_len=L, transform=config), 0, None, build(config))
+    changed = Mixture({"a": CORPUS}, DataConfig(seq_len=L, transform=config), 0, transform=build(config))
     assert plain.fingerprint != changed.fingerprint
 
 

@@ -320,11 +320,14 @@ def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
     use = "generate", "chat='Hello'" if chats else f"prompt='{prompt} '"
     if not config.objective.of_tokens:
         use = "predict", "task.texts=['Hello']"
+    elif config.objective.kind == "masked":  # an encoder writes nothing
+        use = "evaluate", ""
     where = "" if config.runs == "runs" else f" runs={config.runs}"
     return (
         f"run {config.run!r} is in {folder.path}{how}; its loss curve: {folder.picture}\n"
         "next:\n"
         f"  {resume}\n"
-        f"  meshwright {use[0]} run={config.run}{where} {use[1]}\n"
+        f"  meshwright {use[0]} run={config.run}{where} {use[1]}".rstrip()
+        + "\n"
         "  meshwright train source=[text] data.sources.text.paths=[YOUR_FOLDER] run=mine"
     )

@@ -35,6 +35,7 @@ NEEDS = {
     "embed": ["data.sources.jsonl.paths=[x]"],
     "reward_smollm2": ["data.sources.jsonl.paths=[x]"],
     "spam_smollm2": ["data.sources.jsonl.paths=[x]"],
+    "distill_smollm2": ["data.sources.jsonl.paths=[x]"],
     "dpo": ["data.sources.jsonl.paths=[x]"],
     "dpo_smollm2": ["data.sources.jsonl.paths=[x]"],
 }

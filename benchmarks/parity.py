@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/models/test_huggingface.py", "tests/models/test_peft.py", "tests/trainer/test_preference_trl.py",
     "tests/trainer/test_distillation.py", "tests/trainer/test_matching.py", "tests/trainer/test_kto_trl.py",
+    "tests/trainer/test_judging_parity.py", "tests/models/test_lora.py",
 )  # fmt: skip
 NOTES = {
     "Families beside transformers": "Largest difference of logits of a tiny random checkpoint in float32, relative to "
@@ -26,6 +27,11 @@ NOTES = {
     "compared from log-probabilities on. TRL leaves `label_smoothing` out of its `sigmoid`; here it makes DPO "
     "conservative, and is held to its closed form.",
     "KTO beside TRL": "On four answers, two of them good, with TRL's own choice of answers for z0; measured as above.",
+    "Rewards beside TRL": "Loss and gradient of its RewardTrainer on four pairs; measured as above.",
+    "Classes beside transformers": "Largest difference of the probability of a class, of tiny random checkpoints of "
+    "its classes with a head of scores (tolerance 1e-5).",
+    "Weights of 4 bits beside bitsandbytes": "Largest difference of a weight, relative to the largest weight. Codes are "
+    "the same; of scales in 8 bits bitsandbytes takes a neighbour of the nearest level now and then.",
     "Divergences of distillation beside TRL": "Of logits at temperature 1.5, without its square; measured as above.",
     "Hidden states and attention beside torch": "Distances of layers in float64 there, through a projection for hidden "
     "states; measured as above.",
@@ -50,7 +56,9 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     rows = measure()
-    used = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft", "trl"))
+    used = ", ".join(
+        f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft", "trl", "bitsandbytes")
+    )
     parts = [f"# Beside the oracles\n\nMade by `python benchmarks/parity.py` with {used}, in float32 on a CPU."]
     for group, note in NOTES.items():
         parts.append(f"## {group}\n\n{note}\n\n{table([row for row in rows if row['group'] == group])}")

@@ -30,8 +30,8 @@ NOTES = {
     "Rewards beside TRL": "Loss and gradient of its RewardTrainer on four pairs; measured as above.",
     "Classes beside transformers": "Largest difference of the probability of a class, of tiny random checkpoints of "
     "its classes with a head of scores (tolerance 1e-5).",
-    "Weights of 4 bits beside bitsandbytes": "Largest difference of a weight, relative to the largest weight. Codes are "
-    "the same; of scales in 8 bits bitsandbytes takes a neighbour of the nearest level now and then.",
+    "Weights of 4 bits beside bitsandbytes": "Largest difference of a weight, relative to the largest weight. Codes "
+    "are the same; of scales in 8 bits bitsandbytes takes a neighbour of the nearest level now and then.",
     "Divergences of distillation beside TRL": "Of logits at temperature 1.5, without its square; measured as above.",
     "Hidden states and attention beside torch": "Distances of layers in float64 there, through a projection for hidden "
     "states; measured as above.",

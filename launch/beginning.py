@@ -214,7 +214,7 @@ def begin(
 
 def starting_params(core: Core, origin: Origin, seed: int) -> Params:
     """The origin's own; modules for further tokens are new where it has none."""
-    abstract = core.abstract.params
+    abstract = core.own
     if FURTHER not in abstract or origin.model.further_tokens:
         return origin.params(abstract)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract[FURTHER])

@@ -11,14 +11,17 @@ conversation as `data.chat` has it. Fields that have no meaning here are left al
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from data.chat import RENAMED, ROLES
 from data.records import BadRecords, Record, RecordFormat
 from data.sources import SourceConfig, Unit
 
 ANSWERS = {RecordFormat.instruction: ("output", "response"), RecordFormat.completion: ("completion", "response")}
+
+
+T = TypeVar("T")
 
 
 class BadRow(ValueError):
@@ -44,15 +47,29 @@ def read_conversations(
     """
     formats: dict[str, RecordFormat] = {}
     text_field = getattr(source, "text_field", "text")
+
+    def convert(record: Record) -> Conversation | str:
+        if record.file not in formats:
+            formats[record.file] = format_of(source.format, record.fields, text_field)
+        return to_conversation(record.fields, formats[record.file], text_field)
+
+    return read_each(source, unit, bad, convert)
+
+
+def read_each(
+    source: SourceConfig, unit: Unit, bad: BadRecords, convert: Callable[[Record], T]
+) -> Iterator[tuple[Record, T]]:
+    """Every record of a unit with what `convert` makes of it; those that it refuses with BadRow are counted."""
     for record in source.records(unit, bad):
         try:
-            known = formats.get(record.file)
-            if known is None:
-                known = find_format(record.fields, text_field) if source.format is RecordFormat.auto else source.format
-                formats[record.file] = known
-            yield record, to_conversation(record.fields, known, text_field)
+            yield record, convert(record)
         except BadRow as error:
             count_bad(bad, record, error)
+
+
+def format_of(named: RecordFormat, fields: Mapping[str, Any], text_field: str = "text") -> RecordFormat:
+    """The format that was named, or the one that the fields show. Raises: BadRow as `find_format`."""
+    return find_format(fields, text_field) if named is RecordFormat.auto else named
 
 
 def count_bad(bad: BadRecords, record: Record, error: BadRow) -> None:

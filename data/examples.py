@@ -67,7 +67,12 @@ class Rules(NamedTuple):
     @property
     def together(self) -> int:
         """Examples of one record, which are never parted."""
-        return {Records.pairs: 2, Records.completions: 2, Records.matches: 2 + self.negatives}.get(self.records, 1)
+        return together(self.records, self.negatives)
+
+
+def together(records: Records, negatives: int = 0) -> int:
+    """Examples of one record, which are never parted."""
+    return {Records.pairs: 2, Records.completions: 2, Records.matches: 2 + negatives}.get(records, 1)
 
 
 class Example(NamedTuple):

@@ -7,7 +7,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from data.conversations import BadRow, Conversation, count_bad, find_format, to_conversation
+from data.conversations import BadRow, Conversation, format_of, read_each, to_conversation
 from data.preferences import to_pair
 from data.records import BadRecords, Record, RecordFormat
 from data.sources import SourceConfig, Unit
@@ -22,12 +22,9 @@ class Judged(NamedTuple):
 
 def read_judged(source: SourceConfig, unit: Unit, bad: BadRecords) -> Iterator[tuple[Record, Judged]]:
     """Every usable answer with its record, which a pair has two of; the others are counted."""
-    for record in source.records(unit, bad):
-        try:
-            for judged in to_judged(record.fields, source.format):
-                yield record, judged
-        except BadRow as error:
-            count_bad(bad, record, error)
+    for record, answers in read_each(source, unit, bad, lambda record: to_judged(record.fields, source.format)):
+        for judged in answers:
+            yield record, judged
 
 
 def to_judged(fields: Mapping[str, Any], format: RecordFormat = RecordFormat.auto) -> list[Judged]:
@@ -40,7 +37,7 @@ def to_judged(fields: Mapping[str, Any], format: RecordFormat = RecordFormat.aut
     label = fields["label"]
     if label not in (True, False):  # 0 and 1, too
         raise BadRow("field 'label' is neither true nor false", f"it is {label!r}"[:80])
-    conversation = to_conversation(fields, find_format(fields) if format is RecordFormat.auto else format)
+    conversation = to_conversation(fields, format_of(format, fields))
     if isinstance(conversation, str):
         raise BadRow("a text without a prompt")
     if conversation.messages[-1]["role"] != "assistant":

@@ -10,8 +10,8 @@ should be told from the positive one; what is positive for other records of a ba
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data.conversations import BadRow, Conversation, count_bad, find_format, text_of, to_conversation
-from data.records import BadRecords, Record, RecordFormat
+from data.conversations import BadRow, Conversation, format_of, read_each, text_of, to_conversation
+from data.records import BadRecords, Record
 from data.sources import SourceConfig, Unit
 
 LABELS = ("label", "class", "category")
@@ -41,15 +41,12 @@ def read_labelled(
 ) -> Iterator[tuple[Record, Labelled]]:
     """Every usable record with its text and class; the others are counted."""
     text_field = getattr(source, "text_field", "text")
-    for record in source.records(unit, bad):
-        try:
-            label = to_label(record.fields, classes)
-            format = source.format
-            if format is RecordFormat.auto:
-                format = find_format(record.fields, text_field)
-            yield record, Labelled(to_conversation(record.fields, format, text_field), label)
-        except BadRow as error:
-            count_bad(bad, record, error)
+
+    def convert(record: Record) -> Labelled:
+        label, format = to_label(record.fields, classes), format_of(source.format, record.fields, text_field)
+        return Labelled(to_conversation(record.fields, format, text_field), label)
+
+    return read_each(source, unit, bad, convert)
 
 
 def to_label(fields: Mapping[str, Any], classes: Sequence[str]) -> int:
@@ -69,11 +66,7 @@ def to_label(fields: Mapping[str, Any], classes: Sequence[str]) -> int:
 
 def read_matches(source: SourceConfig, unit: Unit, bad: BadRecords, negatives: int) -> Iterator[tuple[Record, Match]]:
     """Every usable record with its texts, 2 and `negatives` of them; the others are counted."""
-    for record in source.records(unit, bad):
-        try:
-            yield record, to_match(record.fields, negatives)
-        except BadRow as error:
-            count_bad(bad, record, error)
+    return read_each(source, unit, bad, lambda record: to_match(record.fields, negatives))
 
 
 def to_match(fields: Mapping[str, Any], negatives: int) -> Match:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from data.conversations import (
     BadRow,
     Conversation,
-    count_bad,
     instruction_text,
     message_list,
+    read_each,
     read_tools,
     text_of,
 )
@@ -41,12 +41,12 @@ def read_pairs(
     source: SourceConfig, unit: Unit, bad: BadRecords, *, margins: bool = False
 ) -> Iterator[tuple[Record, Pair]]:
     """Every usable record with its pair; the others are counted. With `margins` each must say its "margin"."""
-    for record in source.records(unit, bad):
-        try:
-            pair = to_pair(record.fields)
-            yield record, pair._replace(margin=_margin(record.fields)) if margins else pair
-        except BadRow as error:
-            count_bad(bad, record, error)
+
+    def convert(record: Record) -> Pair:
+        pair = to_pair(record.fields)
+        return pair._replace(margin=_margin(record.fields)) if margins else pair
+
+    return read_each(source, unit, bad, convert)
 
 
 def to_pair(fields: Mapping[str, Any]) -> Pair:

@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from data.examples import LossOn, Overlong, Records, Rules, read_examples
+from data.examples import Records, Rules, read_examples, together
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
 from data.tokenizer_contract import Tokenizer, fingerprint
@@ -116,7 +116,7 @@ def prepare_source(
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = settings(source, tokenizer, rules)
-    units, together = source.units(), 1 if rules is None else rules.together
+    units, of_record = source.units(), 1 if rules is None else rules.together
     shards, tokens = [], 0
     left = source.max_documents
     for index, unit in enumerate(units):
@@ -126,7 +126,7 @@ def prepare_source(
             shard = _make_shard(source, tokenizer, unit, folder / f"shard_{index:05d}", made_of, left, rules)
         shards.append(shard)
         documents = sum(shard["counts"][split]["documents"] for split in SPLITS)
-        left = None if left is None else left - documents // together
+        left = None if left is None else left - documents // of_record
         tokens += sum(shard["counts"][split]["tokens"] for split in SPLITS)
         progress(index + 1, len(units), tokens)
     manifest = _manifest(wanted, shards)
@@ -351,8 +351,7 @@ class TokenCorpus:
         self._tokens = [load(name, "tokens") for name in shards]
         examples = manifest.content["settings"].get("examples", {})
         records = Records[examples.get("records", Records.documents.name)]
-        of_record = Rules(LossOn.all, Overlong.drop, 0, records, negatives=examples.get("negatives", 0))
-        self.together = of_record.together
+        self.together = together(records, examples.get("negatives", 0))
         # The class of a text is a target, and never a token to be read.
         self._beyond = int(records is Records.labelled)
         self._learnt = [load(name, "learnt") for name in shards] if manifest.masked else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -33,9 +34,15 @@ class Mean(NamedTuple):
     total: jax.Array
     weight: jax.Array
 
+    @classmethod
+    def of(cls, values: jax.Array, weights: jax.Array) -> "Mean":
+        """Of values by weights of the same shape; what weighs nothing is left out, whatever it is."""
+        weights = weights.astype(jnp.float32)
+        return cls(jnp.sum(jnp.where(weights > 0, values * weights, 0.0)), jnp.sum(weights))
+
     def value(self) -> jax.Array:
         """`total / weight`, and 0 where nothing was weighed."""
-        return self.total / jax.numpy.maximum(self.weight, 1e-9)
+        return self.total / jnp.maximum(self.weight, 1e-9)
 
 
 @jax.tree_util.register_dataclass

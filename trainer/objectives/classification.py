@@ -86,13 +86,9 @@ class Classification:
         added_BL, router = auxiliary_terms(output, learnt_BL.shape)
         loss_BL = -jnp.sum(target_BLC * jax.nn.log_softmax(logits_BLC), axis=-1) + added_BL
 
-        def mean(values_BL: jax.Array, weight_BL: jax.Array) -> Mean:
-            return Mean(jnp.sum(jnp.where(weight_BL > 0, values_BL * weight_BL, 0.0)), jnp.sum(weight_BL))
-
-        alike = learnt_BL.astype(jnp.float32)
         right_BL = (logits_BLC.argmax(-1) == class_BL).astype(jnp.float32)
-        metrics = {"accuracy": mean(right_BL, alike)} | {name: mean(values, alike) for name, values in router.items()}
-        return mean(loss_BL, weight_BL), metrics
+        metrics = {name: Mean.of(values, learnt_BL) for name, values in {"accuracy": right_BL, **router}.items()}
+        return Mean.of(loss_BL, weight_BL), metrics
 
     def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
         return token_spec(batch_size, seq_len)

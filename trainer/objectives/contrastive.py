@@ -94,13 +94,12 @@ class Contrastive:
             loss_B = loss_B + terms_B.reshape(-1, sides).mean(-1)
         own_B = jnp.diagonal(similarity_BK)
         rank_B = 1 + jnp.sum(similarity_BK > own_B[:, None], axis=-1)
-        mean = lambda values_B: Mean(jnp.sum(jnp.where(real_B, values_B, 0.0)), jnp.sum(real_B.astype(jnp.float32)))
         metrics = {
             "accuracy": (rank_B == 1).astype(jnp.float32),
             "reciprocal_rank": 1 / rank_B,
             "similarity": jnp.diagonal(cosine_BK),
         }
-        return mean(loss_B), {name: mean(values_B) for name, values_B in metrics.items()}
+        return Mean.of(loss_B, real_B), {name: Mean.of(values_B, real_B) for name, values_B in metrics.items()}
 
     def _vectors(
         self, apply: Apply, params: Params, batch: TokenBatch, rng: jax.Array | None

@@ -174,7 +174,7 @@ class Distillation:
         of_teacher = (kept["top_ids"], kept["top_logprobs"]) if taught is None else (taught.hidden_BLD,)
         found: Found = in_chunks(compute, (student.hidden_BLD, *of_teacher), batch.targets, c.loss_chunk)
         mask_BL = batch.loss_mask.astype(jnp.float32)
-        mean = lambda values_BL: Mean(jnp.sum(jnp.where(mask_BL > 0, values_BL * mask_BL, 0.0)), jnp.sum(mask_BL))
+        mean = lambda values_BL: Mean.of(values_BL, mask_BL)
         loss_BL = c.weight * c.temperature**2 * found.divergence + (1 - c.weight) * found.nll
         added_BL, router = auxiliary_terms(student, loss_BL.shape)
         metrics = {name: values for name, values in found._asdict().items() if values is not None} | router

@@ -93,7 +93,7 @@ class Kto:
         reference_BS = jax.lax.stop_gradient(kept[REFERENCE])
         policy_B, added_B = self._answers(apply, params, tokens_of(batch), 0, rng)
         real_B = (batch.loss_mask[:, 0].sum(-1) > 0).astype(jnp.float32)
-        mean = lambda values_B, of_B=real_B: Mean(jnp.sum(jnp.where(of_B > 0, values_B, 0.0)), jnp.sum(of_B))
+        mean = lambda values_B, of_B=real_B: Mean.of(values_B, of_B)
         z0 = jnp.zeros(())
         if c.loss is Loss.kto:
             other_B, _ = self._answers(apply, jax.lax.stop_gradient(params), tokens_of(batch), 1, None)

@@ -330,7 +330,7 @@ class Preference:
             reference_BS = jax.lax.stop_gradient(found[REFERENCE])
         pairs = Pairs(policy_BS, reference_BS, mask_BSL.sum(-1))
         real_B = jnp.all(pairs.lengths > 0, axis=-1).astype(jnp.float32)
-        mean = lambda values_B: Mean(jnp.sum(jnp.where(real_B > 0, values_B, 0.0)), jnp.sum(real_B))
+        mean = lambda values_B: Mean.of(values_B, real_B)
         loss_B = LOSSES[c.loss](scored(pairs, c.f_divergence), c)
         if c.wpo:
             loss_B = loss_B * nearness(policy, mask_BSL)

@@ -83,9 +83,7 @@ class Reward:
         loss_B = bradley_terry(reward_BS, margin_B) + self.config.centering * jnp.square(reward_BS.sum(-1))
         right_B = (reward_BS[:, 0] > reward_BS[:, 1]).astype(jnp.float32)
 
-        def mean(values_B: jax.Array, counted_B: jax.Array = real_B) -> Mean:
-            return Mean(jnp.sum(jnp.where(counted_B, values_B, 0.0)), jnp.sum(counted_B.astype(jnp.float32)))
-
+        mean = lambda values_B, counted_B=real_B: Mean.of(values_B, counted_B)
         metrics = {
             "reward_margin": mean(reward_BS[:, 0] - reward_BS[:, 1]),
             "reward_accuracy": mean(right_B),

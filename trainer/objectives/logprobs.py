@@ -42,12 +42,13 @@ def _chunk_logprobs(
     sum_BC = jnp.sum(exp_BCV, axis=-1)
     logsumexp_BC = jnp.log(sum_BC) + max_BC1[..., 0]
     collision_BC = jnp.log(jnp.sum(jnp.square(exp_BCV), axis=-1)) - 2 * jnp.log(sum_BC)
-    # Compare and sum instead of a gather: it stays where the vocabulary is cut.
-    token_BCV = jax.lax.broadcasted_iota(targets_BC.dtype, logits_BCV.shape, 2)
-    target_BC = jnp.sum(jnp.where(token_BCV == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
+    # Compare and sum instead of a gather: it stays where the vocabulary is cut. No constant as large as the logits: a
+    # loop would be handed it ready-made.
+    token_11V = jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)[None, None]
+    target_BC = jnp.sum(logits_BCV * (token_11V == targets_BC[..., None]), axis=-1)
     # The first of equals wins, as in argmax, which is slow on CPUs.
-    first_BC = jnp.min(jnp.where(logits_BCV == max_BC1, token_BCV, logits_BCV.shape[-1]), axis=-1)
-    correct_BC = first_BC == targets_BC
+    before_BC = jnp.sum((logits_BCV == max_BC1) & (token_11V < targets_BC[..., None]), axis=-1)
+    correct_BC = (target_BC == max_BC1[..., 0]) & (before_BC == 0)
     return TokenLogprobs(
         target_BC - logsumexp_BC, logsumexp_BC, jnp.mean(logits_BCV, axis=-1), collision_BC, correct_BC
     )

@@ -112,6 +112,19 @@ class TrainConfig(TaskConfig):
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """Of a run that `train` would start: what stands in `TrainConfig` is planned with."""
+
+    kind: str = "plan"
+    target: str = "cpu"  # KIND-COUNT: v5p-512, v6e-256, h100x64, 2*v5e-256 for slices, cpu
+    compile: bool = False  # compile the step for the target, too, and say what XLA says
+    search: bool = False  # look for the mesh, the remat and the microbatches, too
+    tokens: float | None = None  # to train on, for days and dollars; null: num_steps of them
+    prices: dict[str, float] = field(default_factory=dict)  # dollars an hour of one device, by kind
+    output: str | None = None  # the folder for plan and picture; null: RUNS/plans
+
+
+@dataclass
 class PrepareConfig(TaskConfig):
     kind: str = "prepare"
 
@@ -239,6 +252,7 @@ class RunConfig:
 GROUPS: dict[str, dict[str, type]] = {
     "task": {
         "train": TrainConfig,
+        "plan": PlanConfig,
         "prepare": PrepareConfig,
         "evaluate": EvaluateConfig,
         "generate": GenerateConfig,

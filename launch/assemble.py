@@ -7,13 +7,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from configs.schema import RunConfig, TrainConfig, to_plain
 from data.batch import TokenBatch
@@ -215,7 +215,7 @@ class Core:
     """Model, objective, optimizer and mesh, with everything compiled from them; no weights yet."""
 
     model: ModelConfig
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: ShardingRules
     constrain: Constrain
     apply: Apply
@@ -226,9 +226,13 @@ class Core:
     abstract: TrainState  # shapes and shardings
     init_state: Callable[..., TrainState]  # of `frozen` models, where adapters train; or around given `params`
     adaptation: Adaptation | None  # None: the model's own parameters train
-    rows: np.ndarray  # of the global batch, that this process feeds
     batch_size: int
     sharding: NamedSharding  # of batches
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Of the global batch, that this process feeds."""
+        return process_rows(self.sharding, self.batch_size)
 
     def place(self, batch: TokenBatch) -> TokenBatch:
         """This process's rows as part of the global batch."""
@@ -257,11 +261,19 @@ def model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
 
 
-def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
-    """Raises: ValueError where mesh, batch, model and optimizer do not go together."""
+def build_core(
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    mesh: Mesh | AbstractMesh | None = None,
+    constrain: Constrain | None = None,
+) -> Core:
+    """`mesh` over all devices of the job and `constrain` of that mesh by default; a plan gives others.
+
+    Raises: ValueError where mesh, batch, model and optimizer do not go together.
+    """
     task = config.task if isinstance(config.task, TrainConfig) else TrainConfig()
     model = model_config(config, tokenizer)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
     check_batch(config.data.batch_size, task.num_microbatches, mesh, config.sharding)
     if model.position.name == "learned" and config.data.seq_len > model.max_seq_len:
         raise ValueError(
@@ -289,7 +301,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
         )
     schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
     optimizer = config.objective.around(config.optimizer.build(schedule, axes))
-    constrain = make_constrain(mesh, config.sharding)
+    constrain = constrain or make_constrain(mesh, config.sharding)
     apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
     objective = config.objective.build(_token_bytes(model, tokenizer))
     if model.attention.mask is Mask.prefix:
@@ -327,7 +339,6 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
         abstract=abstract,
         init_state=init_state,
         adaptation=adaptation,
-        rows=process_rows(sharding, config.data.batch_size),
         batch_size=config.data.batch_size,
         sharding=sharding,
     )

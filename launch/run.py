@@ -13,6 +13,7 @@ from launch import exit_codes
 
 TASKS = {
     "train": "train a model; the same run name again goes on with the run",
+    "plan": "memory, speed and cost of a run on devices that need not be there: plan model=llama3_70b target=v5p-512",
     "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
@@ -22,6 +23,12 @@ TASKS = {
     "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN, from=RUN to=gguf:FILE",
     "runs": "a table of the runs in a folder",
 }
+
+SHORT = {
+    "from": "task.origin", "to": "task.target",
+    "target": "task.target", "compile": "task.compile", "search": "task.search", "tokens": "task.tokens",
+    "plan.search": "task.search", "plan.compile": "task.compile",
+}  # fmt: skip
 
 OVERVIEW = """meshwright TASK [key=value ...]
 
@@ -62,6 +69,8 @@ def run(arguments: list[str]) -> int:
             )
             return exit_codes.WRONG_INPUT
         arguments = [f"task={word}", *rest]
+        if word == "plan" and not any(a.startswith("source=") for a in rest):
+            arguments.append("source=[]")  # it reads no text
     elif not completing and not word.startswith("-"):
         print(f"meshwright: the first word must be a task, not {word!r}\n\n{overview()}", file=sys.stderr)
         return exit_codes.WRONG_INPUT
@@ -145,9 +154,9 @@ def _run_hydra(arguments: list[str]) -> int:
 
 
 def _renamed(override: str) -> str:
-    """`from=` and `to=` of `convert`: the first is a word that no Python field can have."""
-    key, _, value = override.partition("=")
-    return {"from": "task.origin=", "to": "task.target="}.get(key, f"{key}=") + value if "=" in override else override
+    """Short names: `from=` is a word that no Python field can have, and a plan's are those that are typed most."""
+    key, equals, value = override.partition("=")
+    return SHORT.get(key, key) + equals + value
 
 
 def _quoted(override: str) -> str:
@@ -168,10 +177,11 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
     if config.launcher.kind == "local" and config.launcher.num_processes > 1 and not distributed.announced():
         return launch_local(config, overrides)
     distributed.start(config.devices)
-    from launch.tasks import convert, evaluate, generate, inspect, predict, prepare, runs, serve, train
+    from launch.tasks import convert, evaluate, generate, inspect, plan, predict, prepare, runs, serve, train
 
     task = {
         "train": train.run,
+        "plan": plan.run,
         "prepare": prepare.run,
         "evaluate": evaluate.run,
         "generate": generate.run,

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.batch import TokenBatch
 from models.partition import Constrain, no_constraint
@@ -74,11 +74,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises: ValueError naming the key where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _mesh_sizes(config, len(devices))
+    sizes = mesh_sizes(config, len(devices))
     return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The mesh of `make_mesh` without any devices: enough for shapes and shardings."""
+    return AbstractMesh(mesh_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Devices along each of `AXES`. Raises: ValueError as `make_mesh`."""
     asked = {axis: getattr(config, axis) for axis in AXES}
     for axis, size in asked.items():
         if size < 1 and size != -1:
@@ -116,12 +122,17 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _axis_size(mesh: Mesh, axes: Sequence[str]) -> int:
+def _axis_size(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _spec(
-    logical: LogicalAxes, shape: tuple[int, ...], mesh: Mesh, rules: ShardingRules, where: str, strict: bool
+    logical: LogicalAxes,
+    shape: tuple[int, ...],
+    mesh: Mesh | AbstractMesh,
+    rules: ShardingRules,
+    where: str,
+    strict: bool,
 ) -> PartitionSpec:
     """The partition of one tensor. An indivisible dim is refused if `strict`, else kept whole."""
     assert len(logical) == len(shape), f"{where}: axes {logical} for shape {shape}"
@@ -140,7 +151,7 @@ def _spec(
     return PartitionSpec(*entries)
 
 
-def _indivisible(axes: list[str], mesh: Mesh, where: str, dim: int, name: str, size: int) -> str:
+def _indivisible(axes: list[str], mesh: Mesh | AbstractMesh, where: str, dim: int, name: str, size: int) -> str:
     product = _axis_size(mesh, axes)
     key = "*".join(f"mesh.{axis}" for axis in axes)
     pad = f", or model.vocab_size={-(-size // product) * product}" if name == "vocab" else ""
@@ -158,7 +169,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def param_shardings(
-    axes_tree: Any, abstract_params: Any, mesh: Mesh, rules: ShardingRules, *, strict: bool = True
+    axes_tree: Any, abstract_params: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules, *, strict: bool = True
 ) -> Any:
     """The `NamedSharding` of each parameter, in the tree of the parameters.
 
@@ -176,12 +187,12 @@ def param_shardings(
     return jax.tree_util.tree_map_with_path(sharding, abstract_params, axes_tree)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Whole on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> NamedSharding:
     """Rows (dim 0) over the axes of `batch`; fits arrays of any rank."""
     axes = tuple(a for a in rules.axes_of("batch", "sharding") if mesh.shape[a] > 1)
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
@@ -193,7 +204,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(put, shapes, shardings)
 
 
-def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh, rules: ShardingRules) -> None:
+def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> None:
     """Each microbatch must spread evenly over the mesh. Raises: ValueError with the nearest valid values."""
     axes = rules.axes_of("batch", "sharding")
     factor = _axis_size(mesh, axes) * num_microbatches
@@ -211,7 +222,7 @@ def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def make_constrain(mesh: Mesh, rules: ShardingRules) -> Constrain:
+def make_constrain(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Constrain:
     """`constrain(x, ('batch', 'length', 'embed'))` for activations inside a model.
 
     The rows' axes are taken first, so `embed` of an activation stays whole where `fsdp` already cuts its
@@ -223,7 +234,7 @@ def make_constrain(mesh: Mesh, rules: ShardingRules) -> Constrain:
 class MeshConstrain:
     """`Constrain` over a mesh."""
 
-    def __init__(self, mesh: Mesh, rules: ShardingRules):
+    def __init__(self, mesh: Mesh | AbstractMesh, rules: ShardingRules):
         self.mesh, self.rules = mesh, rules
 
     def _spec(self, x: jax.Array, logical: LogicalAxes) -> PartitionSpec:

@@ -1,0 +1,185 @@
+"""A plan by the compiler: the training step compiled for devices that are not there, and what XLA says of it."""
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from configs.schema import RunConfig
+from launch.planning.shapes import shapes_of, teacher_of
+from trainer.hardware import Target, topology_shape
+from trainer.mesh import AXES, make_mesh
+
+
+class Collective(NamedTuple):
+    """Those of one kind along one axis, in one step."""
+
+    axes: str  # of the mesh, joined by +; "?": none that fit
+    kind: str
+    count: int  # with the turns of the loops around them
+    bytes: float  # of their results on one device, all together
+    hidden: int  # how many of them begin before they are waited for
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What XLA says, of one device."""
+
+    seconds: float  # to compile
+    argument_bytes: float
+    temporary_bytes: float
+    peak_bytes: float  # of arguments, results and temporaries at once
+    collectives: list[Collective]
+
+
+def compile_step(config: RunConfig, target: Target) -> Compiled:
+    """Raises: ValueError where the plugin for the target is not installed, or XLA refuses the program."""
+    shapes = shapes_of(config, make_mesh(config.mesh, target_devices(target)), teacher_of(config))
+    begin = time.perf_counter()
+    try:
+        program = shapes.core.train_step.lower(*shapes.arguments).compile()  # type: ignore[attr-defined]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"target={target.name}: does not fit, says XLA: {str(error).splitlines()[0]}") from error
+    seconds, memory = time.perf_counter() - begin, program.memory_analysis()
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # Only libtpu's peak counts all of these at the fullest moment; elsewhere temporaries are one allocation.
+    peak = memory.peak_memory_in_bytes if target.hardware.platform == "tpu" else arguments + temporary + fresh
+    return Compiled(seconds, arguments, temporary, peak, collectives(program.as_text(), dict(shapes.core.mesh.shape)))
+
+
+def target_devices(target: Target) -> Sequence[Any]:
+    """Devices of a topology that is not there. Raises: ValueError where what knows it is not installed."""
+    from jax.experimental import topologies
+
+    hardware, count = target.hardware, target.num_devices
+    if hardware.platform == "cpu":
+        if len(jax.devices("cpu")) < count:
+            raise ValueError(f"target=cpu: compiling for {count} devices needs devices={count}")
+        return jax.devices("cpu")[:count]
+    if hardware.platform == "tpu":
+        if find_spec("libtpu") is None:
+            raise ValueError(_missing(target, "libtpu", "tpu"))
+        shape = topology_shape(hardware, count // target.num_slices)
+        options: dict[str, Any] = {} if target.num_slices == 1 else {"num_slices": target.num_slices}
+        if math.prod(shape) == 1:
+            options["chips_per_host_bounds"] = [1, 1, 1]
+        name = f"{hardware.name}:{'x'.join(map(str, shape))}"
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda12") is None:
+        raise ValueError(_missing(target, "jax-cuda12-plugin and jax-cuda12-pjrt", "plan-cuda"))
+    described = files("launch.planning").joinpath("gpus", f"{hardware.name}.txtpb")
+    if not described.is_file():
+        raise ValueError(f"target={target.name}: no description of this GPU for the compiler; compile=true knows h100")
+    nodes, left = divmod(count, hardware.node)
+    if nodes and left:
+        raise ValueError(f"target={target.name}: nodes have {hardware.node} devices; give a multiple of them")
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=hardware.name,
+        target_config=described.read_text(),
+        topology=f"1x{max(nodes, 1)}x{hardware.node if nodes else left}",
+    ).devices
+
+
+def _missing(target: Target, packages: str, extra: str) -> str:
+    return (
+        f"target={target.name}: compile=true needs {packages}, which are not installed; "
+        f"pip install 'meshwright[{extra}]', or leave compile=true out"
+    )
+
+
+# Reading the program
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
+_OP = re.compile(rf"= (\(?.*?\)?) ({'|'.join(_KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
+
+
+def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
+    """Of a compiled program's text. A loop's body counts as often as the loop is known to turn."""
+    bodies, entry = _computations(text)
+    groups = _groups_of_axes(sizes)
+    count: Counter[tuple[str, str]] = Counter()
+    moved: Counter[tuple[str, str]] = Counter()
+    hidden: Counter[tuple[str, str]] = Counter()
+
+    def visit(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            if found := _OP.search(line):
+                key = _axes_of_groups(line, groups), found.group(2)
+                count[key] += times
+                moved[key] += times * _result_bytes(found.group(1), started=found.group(3) is not None)
+                hidden[key] += times if found.group(3) else 0
+            turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+            for called in re.findall(r"(?:body|calls|to_apply|branch_computations=\{[^}]*)=?%?([\w.\-]+)", line):
+                if called in bodies and called != name:
+                    visit(called, times * (int(turns.group(1)) if turns and f"body=%{called}" in line else 1))
+
+    visit(entry, 1)
+    return [Collective(*key, count[key], moved[key], hidden[key]) for key in sorted(count)]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            name = head.group(2)
+            bodies[name] = []
+            entry = name if head.group(1) else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _result_bytes(shape: str, *, started: bool) -> float:
+    """Of the result; one that is only started names its operands, too, before the results."""
+    arrays = [
+        math.prod(int(n) for n in dims.split(",") if n) * _SIZES.get(dtype, 4) for dtype, dims in _ARRAY.findall(shape)
+    ]
+    return float(sum(arrays[len(arrays) // 2 :] if started and len(arrays) > 1 else arrays))
+
+
+def _groups_of_axes(sizes: Mapping[str, int]) -> dict[frozenset[frozenset[int]], str]:
+    """Which devices speak to each other in a collective along each set of axes; the smallest set wins."""
+    axes = [axis for axis in AXES if sizes[axis] > 1]
+    ids = np.arange(math.prod(sizes[axis] for axis in axes)).reshape([sizes[axis] for axis in axes] or [1])
+    found: dict[frozenset[frozenset[int]], str] = {}
+    for size in range(1, len(axes) + 1):
+        for chosen in combinations(range(len(axes)), size):
+            moved = np.moveaxis(ids, chosen, range(-size, 0)).reshape(-1, math.prod(ids.shape[i] for i in chosen))
+            key = frozenset(frozenset(row.tolist()) for row in moved)
+            found.setdefault(key, "+".join(axes[i] for i in chosen))
+    return found
+
+
+def _axes_of_groups(line: str, groups: Mapping[frozenset[frozenset[int]], str]) -> str:
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        talking = [set(map(int, pair.split(","))) for pair in re.findall(r"\{?(\d+,\d+)\}?", pairs.group(1))]
+        fitting = [name for key, name in groups.items() if all(any(p <= g for g in key) for p in talking)]
+        return fitting[0] if fitting else "?"
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+        rows = [frozenset(map(int, row.split(","))) for row in re.findall(r"\{([\d,]+)\}", listed.group(1))]
+        return groups.get(frozenset(rows), "?")
+    if dealt := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape = [int(n) for n in dealt.group(3).split(",")]
+        ids = np.arange(math.prod(shape)).reshape(shape)
+        if dealt.group(4):
+            ids = ids.transpose([int(n) for n in dealt.group(4).split(",")])
+        rows = ids.reshape(int(dealt.group(1)), int(dealt.group(2)))
+        return groups.get(frozenset(frozenset(row.tolist()) for row in rows), "?")
+    return "?"

@@ -1,0 +1,304 @@
+"""A plan by arithmetic: memory, traffic and time of one training step, from shapes alone.
+
+The training step itself is traced, as one device would run it (`shapes.local_shapes`), and walked
+(`trainer/footprint.py`); what devices send each other follows from how parameters and activations are cut.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from configs.schema import RunConfig, TrainConfig
+from launch.planning.shapes import (
+    Shapes,
+    bytes_on_device,
+    gathered_copies,
+    local_shapes,
+    shapes_of,
+    share_of,
+    sizes_of,
+    teacher_of,
+)
+from models.config import Dispatch, ModelConfig, Remat
+from models.cost import flops_per_token, num_active_params, num_params
+from trainer.footprint import Held, Rules, Work, work
+from trainer.hardware import Hardware, Target
+from trainer.mesh import AXES, abstract_mesh
+
+# What remains of the data sheets' figures in programs that are large and well shaped.
+MATMUL = {"tpu": 0.85, "cuda": 0.72, "cpu": 0.85}
+MEMORY = 0.8
+NETWORK = 0.75
+USABLE = 0.94  # of a device's memory: the rest is the runtime's
+
+
+class Memory(NamedTuple):
+    """Bytes on the device that holds most."""
+
+    parameters: float
+    optimizer: float
+    frozen: float  # bases of adapters, references, teachers
+    gradients: float
+    activations: float  # kept for the backward pass
+    logits: float
+    temporary: float
+    batch: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class Traffic(NamedTuple):
+    """What one device sends in a step along one mesh axis."""
+
+    axis: str
+    kind: str
+    what: str
+    count: int  # collectives
+    bytes: float
+    seconds: float
+    hidden: bool  # may run beside the computation
+
+
+@dataclass
+class Plan:
+    """What is known of a run on a target."""
+
+    target: Target
+    mesh: dict[str, int]
+    remat: str
+    batch_size: int
+    num_microbatches: int
+    tokens_per_step: int
+    parameters: dict[str, int]
+    active_parameters: int
+    trainable_parameters: int
+    flops_per_token: float  # of the model, see `models/cost.py`
+    memory: Memory
+    traffic: list[Traffic]
+    compute_seconds: float  # products alone, on the units of multiplication
+    device_seconds: float  # with what waits for memory: of each step of the program the slower of both
+    work: Work
+    compiled: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def capacity(self) -> float:
+        return self.target.hardware.memory * USABLE
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.capacity
+
+    @property
+    def network_seconds(self) -> float:
+        return sum(t.seconds for t in self.traffic)
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Of the network: what must be waited for, and what does not fit beside the computation."""
+        hidden = sum(t.seconds for t in self.traffic if t.hidden)
+        return sum(t.seconds for t in self.traffic if not t.hidden) + max(0.0, hidden - 0.9 * self.device_seconds)
+
+    @property
+    def step_seconds(self) -> float:
+        return self.device_seconds + self.exposed_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        peak = self.target.hardware.flops * self.target.num_devices
+        return self.tokens_per_second * self.flops_per_token / peak
+
+
+def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = None) -> Plan:
+    """The plan of a run on `target`; `config.mesh` must fit it.
+
+    Raises: ValueError where mesh, batch and model do not go together.
+    """
+    hardware, task = target.hardware, config.task
+    assert isinstance(task, TrainConfig)
+    mesh = abstract_mesh(config.mesh, target.num_devices)
+    sizes = sizes_of(mesh)
+    teacher = teacher or teacher_of(config)
+    whole = shapes_of(config, mesh, teacher)
+    local, jaxpr = _traced(config, mesh, teacher)
+    found = _walked(config, hardware, whole, local, jaxpr, sizes)
+    model = whole.core.model
+    tokens = math.prod(whole.batch.tokens.shape)
+    adaptation = whole.core.adaptation
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(whole.core.abstract.params))
+    return Plan(
+        target=target,
+        mesh=sizes,
+        remat=model.remat.name,
+        batch_size=config.data.batch_size,
+        num_microbatches=task.num_microbatches,
+        tokens_per_step=tokens,
+        parameters=num_params(model),
+        active_parameters=num_active_params(model),
+        trainable_parameters=trainable,
+        flops_per_token=flops_per_token(model, config.data.seq_len, None if adaptation is None else trainable),
+        memory=_memory(whole, local, found),
+        traffic=_traffic(config, target, whole, sizes),
+        compute_seconds=found.flops / (hardware.flops * MATMUL[hardware.platform]),
+        device_seconds=found.seconds,
+        work=found,
+    )
+
+
+def _walked(
+    config: RunConfig, hardware: Hardware, whole: Shapes, local: Shapes, jaxpr: Any, sizes: Mapping[str, int]
+) -> Work:
+    shares = _shares(whole, local)
+    speed = hardware.flops * MATMUL[hardware.platform]
+    bandwidth = hardware.memory_bandwidth * MEMORY
+    copies = gathered_copies(config, sizes)
+    rules = Rules(
+        kept=lambda value: value.bytes * shares.get((value.shape, value.dtype), 1.0),
+        seconds=lambda flops, moved: max(flops / speed, moved / bandwidth),
+        dense_groups=hardware.platform != "tpu",
+        copies_donated=hardware.platform == "cpu",
+        rows_of_groups=1 / copies,
+    )
+    count = [len(jax.tree.leaves(part)) for part in local.arguments]
+    return work(jaxpr, [True] * count[0] + [False] * sum(count[1:]), rules)
+
+
+_last: dict[str, tuple[Shapes, Any]] = {}
+
+
+def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None) -> tuple[Shapes, Any]:
+    """One device's share and the jaxpr of its step. Meshes that differ only in who keeps what have them in common."""
+    sizes = sizes_of(mesh)
+    key = repr((share_of(config, sizes), teacher, gathered_copies(config, sizes)))
+    if key not in _last:
+        local = local_shapes(config, mesh, teacher)
+        if len(_last) > 64:
+            _last.clear()
+        _last[key] = local, local.core.train_step.trace(*local.arguments).jaxpr  # type: ignore[attr-defined]
+    return _last[key]
+
+
+def _shares(whole: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], float]:
+    """For what looks like a parameter as one device computes with it: which part of that the device keeps."""
+    pairs = zip(jax.tree.leaves(local.core.abstract.params), jax.tree.leaves(whole.core.abstract.params), strict=True)
+    kept = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))
+    return {(mine.shape, mine.dtype): kept(all_of_it) / math.prod(mine.shape) for mine, all_of_it in pairs}
+
+
+def _memory(whole: Shapes, local: Shapes, found: Work) -> Memory:
+    parameters = {leaf.shape for leaf in jax.tree.leaves(local.core.abstract.params)}
+    vocabulary = local.core.model.vocab_size
+    kinds = dict.fromkeys(("gradients", "activations", "logits", "temporary"), 0.0)
+
+    def kind(held: Held) -> str:
+        if held.value.shape in parameters and np.issubdtype(held.value.dtype, np.floating):
+            return "gradients"
+        if len(held.value.shape) > 2 and vocabulary in held.value.shape:
+            return "logits"
+        return "activations" if held.stacked else "temporary"
+
+    for held in found.held:
+        kinds[kind(held)] += held.bytes
+    state = whole.core.abstract
+    return Memory(
+        parameters=bytes_on_device(state.params),
+        optimizer=bytes_on_device((state.opt_state, state.step, state.rng)),
+        frozen=bytes_on_device(whole.frozen),
+        batch=bytes_on_device(whole.batch),
+        **kinds,
+    )
+
+
+# What devices send each other
+
+
+def bandwidth(target: Target, sizes: Mapping[str, int], axis: str) -> float:
+    """Bytes a second that a device can send along a mesh axis: devices of the later axes are its nearest."""
+    inner = math.prod(sizes[a] for a in AXES[AXES.index(axis) + 1 :])
+    hardware = target.hardware
+    inside = min(hardware.node, target.num_devices // target.num_slices)
+    return (hardware.inside if inner * sizes[axis] <= inside else hardware.outside) * NETWORK
+
+
+def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[str, int]) -> list[Traffic]:
+    model, task, found = whole.core.model, config.task, []
+    assert isinstance(task, TrainConfig)
+    turns = task.num_microbatches
+    item = 4 if model.dtype.name == "float32" else 2
+    layers = model.num_layers
+
+    def add(axis: str, kind: str, what: str, count: float, size: float, *, hidden: bool) -> None:
+        """`size`: bytes of what each collective gathers, or reduces, whole."""
+        n = sizes[axis]
+        if n == 1 or not size or not count:
+            return
+        sent = size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+        total = sent * count
+        found.append(Traffic(axis, kind, what, int(count), total, total / bandwidth(target, sizes, axis), hidden))
+
+    trained, read = whole.core.abstract.params, whole.frozen
+    for axis in AXES:
+        cut = _size_cut_by(trained, axis, sizes)
+        gathered = cut if whole.core.adaptation is None else 0.0
+        base = _size_cut_by(read, axis, sizes)
+        if axis in config.sharding.embed:  # kept in pieces, computed with whole
+            per_layer = turns * layers
+            add(axis, "all-gather", "parameters", 2 * per_layer, gathered * item / 4 / layers, hidden=True)
+            add(axis, "all-gather", "frozen parameters", per_layer, base / layers, hidden=True)
+            add(axis, "reduce-scatter", "gradients", per_layer, cut / layers, hidden=True)
+        if axis in config.sharding.batch:  # each copy has other rows
+            shared = _size_not_cut_by(trained, axis, sizes)
+            add(axis, "all-reduce", "gradients", 1, shared, hidden=True)
+    rows = config.data.batch_size / _product(sizes, config.sharding.batch) / turns
+    sides = math.prod(whole.batch.tokens.shape) / config.data.batch_size / config.data.seq_len
+    activation = rows * sides * config.data.seq_len * model.embed_dim * item
+    passes = 2 if model.remat is Remat.none else 3  # forward, backward, and forward again
+    for axis in config.sharding.heads:
+        add(axis, "all-reduce", "activations", turns * layers * 2 * passes, activation, hidden=False)
+    experts = model.experts
+    if experts.num_experts:
+        with_experts = layers - experts.num_dense_layers
+        for axis in config.sharding.experts:
+            if experts.dispatch is Dispatch.dropless:
+                count, size = turns * with_experts * passes, activation * sizes[axis]
+                add(axis, "all-gather", "tokens", count, size, hidden=False)
+                add(axis, "reduce-scatter", "tokens", count, size * 4 / item, hidden=False)
+            else:
+                sent = activation * experts.experts_per_token * experts.capacity_factor
+                add(axis, "all-to-all", "tokens", 2 * turns * with_experts * passes, sent, hidden=False)
+    return found
+
+
+def _product(sizes: Mapping[str, int], axes: list[str]) -> int:
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def _axes_of(leaf: Any) -> set[str]:
+    entries = [e if isinstance(e, tuple) else (e,) for e in leaf.sharding.spec if e]
+    return {axis for entry in entries for axis in entry}
+
+
+def _size_cut_by(tree: Any, axis: str, sizes: Mapping[str, int]) -> float:
+    """Bytes of the parameters that `axis` cuts, as one device has them when they are gathered along it."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * sizes[axis]
+        for leaf in jax.tree.leaves(tree)
+        if axis in _axes_of(leaf)
+    )
+
+
+def _size_not_cut_by(tree: Any, axis: str, sizes: Mapping[str, int]) -> float:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if axis not in _axes_of(leaf)
+    )

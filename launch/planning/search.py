@@ -1,0 +1,153 @@
+"""The mesh, the microbatches and the remat under which a run is fastest and fits, by arithmetic."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from configs.schema import RunConfig, TrainConfig
+from launch.planning.estimate import Plan, estimate
+from launch.planning.shapes import teacher_of
+from models.config import ModelConfig, Remat
+from trainer.hardware import Target
+from trainer.mesh import AXES, MeshConfig
+
+REMATS = (Remat.none, Remat.dots, Remat.full)  # the less is computed again, the faster
+LOOKED_INTO = 3  # meshes of which every setting is tried: those that begin best
+ROWS = (1, 2, 4, 8)  # of a batch for each device that has rows of its own, where the batch is free
+MICROBATCHES = (1, 2, 4, 8, 16)
+
+Tell = Callable[[int, int], None]
+
+
+class Choice(NamedTuple):
+    """A config and what it gives."""
+
+    config: RunConfig
+    plan: Plan
+
+
+class Free(NamedTuple):
+    """What a search may change."""
+
+    mesh: bool = True
+    remat: bool = True
+    turns: bool = False  # the microbatches that a batch is cut in
+    batch: bool = False  # the batch size
+
+
+def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda done, of: None) -> list[Choice]:
+    """The best meshes, each with the lightest remat and the fewest microbatches under which it fits, the fastest first;
+    where none fits, the smallest.
+
+    Raises: ValueError where no mesh goes together with model and batch, with the last reason.
+    """
+    teacher, refused = teacher_of(config), ValueError("no mesh")
+    meshes = list(candidates(config, target)) if free.mesh else [config.mesh]
+    begun: list[Choice] = []  # each mesh as small as it goes
+    for done, mesh in enumerate(meshes):
+        tell(done, len(meshes) + LOOKED_INTO)
+        try:
+            begun.append(_smallest(config, target, mesh, free, teacher))
+        except ValueError as error:
+            refused = error
+    if not begun:
+        raise refused
+    fitting = sorted((c for c in begun if c.plan.fits), key=lambda choice: -choice.plan.tokens_per_second)
+    if not fitting:
+        return sorted(begun, key=lambda choice: choice.plan.memory.total)
+    found = fitting[LOOKED_INTO:]
+    for done, choice in enumerate(fitting[:LOOKED_INTO]):
+        tell(len(meshes) + done, len(meshes) + LOOKED_INTO)
+        found += _with_mesh(config, target, choice.config.mesh, free, teacher)
+    tell(1, 1)
+    return sorted(found, key=lambda choice: -choice.plan.tokens_per_second)
+
+
+def candidates(config: RunConfig, target: Target) -> Iterator[MeshConfig]:
+    """Meshes worth a look: `tensor` within the fast links, `expert` where there are experts, `fsdp` for all that is
+    left or for one slice or node of it, with copies in `data`.
+    """
+    model, n = config.model, target.num_devices
+    fast = min(target.hardware.node, n // target.num_slices)
+    most = math.gcd(model.attention.num_kv_heads, model.attention.num_heads)
+    tensors = [t for t in (1, 2, 4, 8, 16) if n % t == 0 and t <= fast and most % t == 0]
+    count = model.experts.num_experts or 1
+    dividing = [e for e in (1, 2, 4, 8, 16, 32, 64) if count % e == 0 and n % e == 0]
+    experts = [e for e in dividing if count // e <= 32] or dividing[-1:]
+    for tensor, expert in itertools.product(tensors, experts):
+        if n % (tensor * expert) or tensor * expert > n:
+            continue
+        rest = n // (tensor * expert)
+        inside = math.gcd(rest, max(1, fast // (tensor * expert)))
+        for fsdp in sorted({rest, inside, 1}, reverse=True):
+            yield MeshConfig(**{axis: 1 for axis in AXES} | {
+                "data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "expert": expert
+            })  # fmt: skip
+
+
+def _sharing(config: RunConfig, mesh: MeshConfig) -> int:
+    """Devices that have rows of their own."""
+    return math.prod(getattr(mesh, axis) for axis in config.sharding.batch)
+
+
+def _smallest(config: RunConfig, target: Target, mesh: MeshConfig, free: Free, teacher: ModelConfig | None) -> Choice:
+    sharing = _sharing(config, mesh)
+    batch = sharing if free.batch else config.data.batch_size
+    turns, remat = list(_settings(config, batch // sharing, free))[-1]
+    chosen = changed(config, mesh, batch, turns, remat)
+    return Choice(chosen, estimate(chosen, target, teacher))
+
+
+def _with_mesh(
+    config: RunConfig, target: Target, mesh: MeshConfig, free: Free, teacher: ModelConfig | None
+) -> Iterator[Choice]:
+    """For each size of the batch that fits the least work: the first remat that does, then microbatches."""
+    sharing = _sharing(config, mesh)
+    for batch in [rows * sharing for rows in ROWS] if free.batch else [config.data.batch_size]:
+        for turns, remat in _settings(config, batch // sharing, free):
+            chosen = changed(config, mesh, batch, turns, remat)
+            choice = Choice(chosen, estimate(chosen, target, teacher))
+            if choice.plan.fits:
+                yield choice
+                break
+        else:
+            return  # nor will more rows
+
+
+def _settings(config: RunConfig, rows: int, free: Free) -> Iterator[tuple[int, Remat]]:
+    """Microbatches and remat, the fastest first, the smallest last."""
+    assert isinstance(config.task, TrainConfig)
+    remats = REMATS if free.remat else (config.model.remat,)
+    # A free batch is made smaller instead of being cut.
+    turns = [n for n in MICROBATCHES if rows and rows % n == 0] if free.turns and not free.batch else []
+    yield from ((n, remat) for n in turns or [config.task.num_microbatches] for remat in remats)
+
+
+def changed(config: RunConfig, mesh: MeshConfig, batch: int, turns: int, remat: Remat) -> RunConfig:
+    config = copy.deepcopy(config)
+    assert isinstance(config.task, TrainConfig)
+    config.mesh, config.data.batch_size, config.task.num_microbatches = mesh, batch, turns
+    config.model.remat = remat
+    return config
+
+
+# What to train for a budget
+
+
+class Optimum(NamedTuple):
+    parameters: float
+    tokens: float
+    loss: float  # nats a token, on the text of the law
+
+
+# Hoffmann et al. 2022 [2203.15556], section 3.3, in the corrected fit of Besiroglu et al. 2024 [2404.10102], table 1.
+E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
+
+
+def compute_optimal(flops: float) -> Optimum:
+    """The size and the number of tokens with the least loss for so many training FLOPs, 6 N D = C."""
+    n = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (flops / 6) ** (BETA / (ALPHA + BETA))
+    d = flops / 6 / n
+    return Optimum(n, d, E + A / n**ALPHA + B / d**BETA)

@@ -1,0 +1,169 @@
+"""A run without data, weights and devices: its shapes, and the share of it that one device has."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from configs.schema import RunConfig
+from data.tokenizer import SentencePieceConfig
+from launch.assemble import Core, build_core
+from launch.origins import find_origin
+from models.config import Dispatch, ModelConfig
+from models.partition import Constrain, NoConstraint
+from models.transformer import abstract_params, make_apply, param_axes
+from trainer.adapters import BASE
+from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, param_shardings, with_shardings
+from trainer.objective import REFERENCE, TEACHER, FrozenModel, column_spec
+
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the training step is given, as shapes with shardings."""
+
+    core: Core
+    frozen: dict[str, Any]
+    batch: Any
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any]:
+        return self.core.abstract, self.frozen, self.batch
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with the vocabulary that its tokenizer would have.
+
+    Raises: ValueError where that is not known before the tokenizer is made.
+    """
+    if config.model.vocab_size:
+        return config
+    config = copy.deepcopy(config)
+    if not isinstance(config.tokenizer, SentencePieceConfig):
+        raise ValueError(
+            f"model.vocab_size=0: the vocabulary of tokenizer={config.tokenizer.kind} is not known before it is made; "
+            "set model.vocab_size"
+        )
+    config.model.vocab_size = config.tokenizer.vocab_size
+    return config
+
+
+def shapes_of(
+    config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None = None, constrain: Constrain | None = None
+) -> Shapes:
+    """Of the run on this mesh. Raises: ValueError as `build_core`."""
+    core = build_core(config, None, mesh, constrain)
+    spec = core.objective.batch_spec(core.batch_size, config.data.seq_len)
+    frozen: dict[str, Any] = {}
+    if core.adaptation is not None:
+        frozen[BASE] = core.adaptation.stored
+    if config.objective.needs_reference:
+        shared = core.adaptation is not None and config.adapter.base.name == "full"
+        whole = core.own if core.adaptation is None else core.adaptation.whole
+        frozen[REFERENCE] = frozen[BASE] if shared else whole
+    if teacher is not None:
+        shardings = param_shardings(param_axes(teacher), abstract_params(teacher), mesh, config.sharding)
+        params = with_shardings(abstract_params(teacher), shardings)
+        frozen[TEACHER] = FrozenModel(params, make_apply(teacher, core.constrain), teacher.vocab_size)
+    if config.objective.cached in frozen:
+        asked = frozen.pop(str(config.objective.cached))
+        spec = column_spec(spec, core.objective.column_spec(config.data.seq_len))  # type: ignore[attr-defined]
+        if isinstance(asked, FrozenModel):
+            frozen[TEACHER] = FrozenModel({}, asked.apply, asked.vocab_size)
+    lie = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=core.sharding)
+    return Shapes(core, frozen, jax.tree.map(lie, spec))
+
+
+def teacher_of(config: RunConfig) -> ModelConfig | None:
+    """The architecture of the model to learn from; its weights are not read."""
+    name = config.objective.teacher_name
+    if name is None:
+        return None
+    return find_origin(name, config.runs, lambda text: None, key="objective.teacher").model
+
+
+def sizes_of(mesh: AnyMesh) -> dict[str, int]:
+    return dict(mesh.shape)
+
+
+def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
+    """What one device computes, as a run by itself: its rows, heads, hidden units, experts and part of the vocabulary.
+
+    The width of the model and the layers are whole: they are cut for keeping (`fsdp`) and gathered for computing.
+    """
+    cut = lambda logical, size: -(-size // _cut(config.sharding, logical, sizes))
+    config = copy.deepcopy(config)
+    config.model = model_share(config.model, cut)
+    config.data.batch_size = cut("batch", config.data.batch_size)
+    config.mesh = MeshConfig(**{axis: 1 for axis in sizes})
+    return config
+
+
+def model_share(model: ModelConfig, cut: Any) -> ModelConfig:
+    model = copy.deepcopy(model)
+    model.attention.num_heads = cut("heads", model.attention.num_heads)
+    model.attention.num_kv_heads = min(cut("kv_heads", model.attention.num_kv_heads), model.attention.num_heads)
+    model.mlp.hidden_dim = cut("mlp", model.mlp.hidden_dim)
+    model.vocab_size = cut("vocab", model.vocab_size)
+    experts = model.experts
+    if experts.num_experts:
+        experts.hidden_dim = cut("mlp", experts.hidden_dim)
+        experts.shared_hidden_dim = cut("mlp", experts.shared_hidden_dim) if experts.shared_hidden_dim else 0
+        experts.num_experts = max(cut("experts", experts.num_experts), experts.experts_per_token)
+        experts.num_groups = experts.groups_per_token = 1
+    return model
+
+
+def _cut(rules: ShardingRules, logical: str, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in rules.axes_of(logical, "sharding"))
+
+
+class OneShare(NoConstraint):
+    """The mesh as one device of it sees it, where tokens of `copies` devices are gathered for each one's experts."""
+
+    def __init__(self, copies: int):
+        self.copies = copies
+
+    def per_device(self, function: Any, axes: Any, *args: Any) -> jax.Array:
+        if self.copies == 1:
+            return function({}, *args)
+        many = lambda x, names: jnp.concatenate([x] * self.copies) if names and names[0] == "batch" else x
+        rows = args[0].shape[0]
+        return function({}, *(many(x, names) for x, names in zip(args, axes, strict=True)))[:rows]
+
+
+def gathered_copies(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Devices whose tokens each of them is shown for its experts: without a capacity all along `experts`."""
+    experts, rules = config.model.experts, config.sharding
+    if not experts.num_experts or experts.dispatch is not Dispatch.dropless:
+        return 1
+    rows = rules.axes_of("batch", "sharding")
+    return math.prod(sizes[axis] for axis in rules.axes_of("experts", "sharding") if axis in rows)
+
+
+def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) -> Shapes:
+    """Of `share_of` the run, on one device."""
+    sizes = sizes_of(mesh)
+    cut = lambda logical, size: -(-size // _cut(config.sharding, logical, sizes))
+    one = abstract_mesh(MeshConfig(), 1)
+    share = None if teacher is None else model_share(teacher, cut)
+    return shapes_of(share_of(config, sizes), one, share, OneShare(gathered_copies(config, sizes)))
+
+
+def bytes_on_device(tree: Any) -> float:
+    """Of a tree of shapes with shardings, on one device; what stands in it twice is counted once."""
+    seen, total = set(), 0.0
+    for leaf in jax.tree.leaves(tree):
+        if id(leaf) in seen:
+            continue
+        seen.add(id(leaf))
+        shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf.sharding, NamedSharding) else leaf.shape
+        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype.itemsize
+        total += math.prod(shape) * size
+    return total

@@ -1,0 +1,251 @@
+"""`meshwright plan`: whether a run fits, how fast it is and what it costs, on devices that need not be there."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.schema import Format, PlanConfig, RunConfig
+from launch.assemble import say
+from launch.origins import adopt
+from launch.planning.compiled import Compiled, compile_step
+from launch.planning.estimate import Plan, estimate
+from launch.planning.picture import draw_plan
+from launch.planning.search import Choice, Free, compute_optimal, search
+from launch.planning.shapes import with_vocabulary
+from launch.run_folder import run_folder, write_whole
+from trainer.hardware import HARDWARE, Target, parse_target
+
+CONVENTION = "6 x weights of products + 3 x attention over half of the row (models/cost.py); peak is dense bf16"
+TOP = 3  # of a search, compiled with compile=true and shown in any case
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """Prints the plan, and writes it with a picture to `task.output`."""
+    task = config.task
+    assert isinstance(task, PlanConfig)
+    if unknown := set(task.prices) - set(HARDWARE):
+        raise ValueError(f"task.prices.{min(unknown)}: no such hardware; known: {', '.join(HARDWARE)}")
+    target = parse_target(task.target, config.devices or jax.device_count())
+    config = with_vocabulary(adopt(config, overrides, run_folder(config), say))
+    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    free = Free(
+        mesh=not any(key.partition(".")[0] == "mesh" for key in named),
+        remat=task.search and "model.remat" not in named,
+        turns=task.search and "task.num_microbatches" not in named,
+        batch="data.batch_size" not in named,
+    )
+    choices = _chosen(config, target, free, task)
+    best = choices[0]
+    compiled = [compile_step(choice.config, target) for choice in choices[: TOP if task.search else 1] if task.compile]
+    if compiled and task.search:
+        order = sorted(range(len(compiled)), key=lambda i: compiled[i].peak_bytes > choices[i].plan.capacity)
+        best, compiled = choices[order[0]], [compiled[i] for i in order]
+    title = _title(best, overrides)
+    found = describe(best, task, compiled[0] if compiled else None)
+    folder = Path(task.output or Path(config.runs) / "plans")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title)
+    if task.search:
+        found["others"] = [_line(choice) for choice in choices[1:10]]
+    write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    draw_plan(best.plan, folder / f"{name}.png", title)
+    if config.format is Format.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(title, best, found, choices[1:TOP] if task.search else [])
+        print(f"written: {folder / name}.json and .png")
+    return 0 if best.plan.fits else 1
+
+
+def _chosen(config: RunConfig, target: Target, free: Free, task: PlanConfig) -> list[Choice]:
+    if not (free.mesh or free.batch or task.search):
+        return [Choice(config, estimate(config, target))]
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("meshes", total=None)
+        return search(config, target, free, lambda done, of: bar.update(shown, completed=done, total=of))
+
+
+def _title(choice: Choice, overrides: list[str]) -> str:
+    given = {key: value for key, _, value in (o.partition("=") for o in overrides)}
+    phase = given.get("phase", "pretrain")
+    model = given.get("model") or given.get("experiment") or given.get("init_from") or "model"
+    return f"{model} {phase} on {choice.plan.target.name}"
+
+
+def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dict[str, Any]:
+    """All that is known, as plain values: bytes, seconds, dollars."""
+    plan, hardware = choice.plan, choice.plan.target.hardware
+    tokens = task.tokens or float(task.num_steps * plan.tokens_per_step)
+    seconds = tokens / plan.tokens_per_second
+    hours = seconds / 3600 * plan.target.num_devices
+    price = task.prices.get(hardware.name, hardware.price)
+    flops = tokens * plan.flops_per_token
+    optimum = compute_optimal(flops)
+    found: dict[str, Any] = {
+        "target": plan.target.name,
+        "devices": plan.target.num_devices,
+        "mesh": plan.mesh,
+        "batch_size": plan.batch_size,
+        "seq_len": choice.config.data.seq_len,
+        "num_microbatches": plan.num_microbatches,
+        "remat": plan.remat,
+        "tokens_per_step": plan.tokens_per_step,
+        "parameters": plan.parameters,
+        "active_parameters": plan.active_parameters,
+        "trainable_parameters": plan.trainable_parameters,
+        "flops_per_token": plan.flops_per_token,
+        "flops_convention": CONVENTION,
+        "memory": plan.memory._asdict() | {"total": plan.memory.total, "capacity": plan.capacity},
+        "fits": plan.fits,
+        "traffic": [t._asdict() for t in plan.traffic],
+        "seconds": {
+            "products": plan.compute_seconds,
+            "device": plan.device_seconds,
+            "network": plan.network_seconds,
+            "network_waited_for": plan.exposed_seconds,
+            "step": plan.step_seconds,
+        },
+        "tokens_per_second": plan.tokens_per_second,
+        "tokens_per_second_per_device": plan.tokens_per_second / plan.target.num_devices,
+        "mfu": plan.mfu,
+        "budget": {
+            "tokens": tokens,
+            "flops": flops,
+            "days": seconds / 86400,
+            "device_hours": hours,
+            "dollars": hours * price,
+            "dollars_per_device_hour": price,
+            "kilowatt_hours": hours * hardware.watts / 1000,
+        },
+        "compute_optimal": {
+            **optimum._asdict(),
+            "law": "Hoffmann et al. 2022 (2203.15556), approach 3, refitted by Besiroglu et al. 2024 (2404.10102)",
+        },
+        "overrides": [
+            *(f"mesh.{axis}={size}" for axis, size in plan.mesh.items()),
+            f"data.batch_size={plan.batch_size}",
+            f"task.num_microbatches={plan.num_microbatches}",
+            f"model.remat={plan.remat}",
+        ],
+    }
+    if compiled is not None:
+        found["compiled"] = {
+            "seconds": compiled.seconds,
+            "argument_bytes": compiled.argument_bytes,
+            "temporary_bytes": compiled.temporary_bytes,
+            "peak_bytes": compiled.peak_bytes,
+            "fits": compiled.peak_bytes <= plan.capacity,
+            "collectives": [c._asdict() for c in compiled.collectives],
+        }
+    return found
+
+
+def _line(choice: Choice) -> dict[str, Any]:
+    plan = choice.plan
+    return {
+        "mesh": plan.mesh,
+        "batch_size": plan.batch_size,
+        "num_microbatches": plan.num_microbatches,
+        "remat": plan.remat,
+        "memory": plan.memory.total,
+        "fits": plan.fits,
+        "mfu": plan.mfu,
+        "tokens_per_second": plan.tokens_per_second,
+    }
+
+
+def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choice]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    plan, console = choice.plan, Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    gb = lambda size: f"{size / 1e9:,.2f} GB"
+    console.print(f"[bold]{title}[/bold]")
+    parts = ", ".join(f"{name} {_short(n)}" for name, n in plan.parameters.items() if n and name != "total")
+    console.print(f"parameters  {plan.parameters['total']:,} ({parts})")
+    if plan.active_parameters != plan.parameters["total"]:
+        console.print(f"            {plan.active_parameters:,} of them active for a token")
+    if plan.trainable_parameters != plan.parameters["total"]:
+        console.print(f"            {plan.trainable_parameters:,} trainable")
+    console.print(f"FLOPs       {plan.flops_per_token:.4g} a token: {CONVENTION}")
+    console.print(f"mesh        {_mesh(plan)}; remat {plan.remat}; {plan.num_microbatches} microbatches")
+    row = found["seq_len"]
+    console.print(f"batch       {plan.batch_size:,} rows of {row:,}: {plan.tokens_per_step:,} tokens a step")
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("memory of a device")
+    table.add_column(justify="right")
+    table.add_column()
+    for name, size in plan.memory._asdict().items():
+        table.add_row(name, gb(size), f"{size / plan.capacity:.1%}")
+    spare = plan.capacity - plan.memory.total
+    said = f"fits, {gb(spare)} to spare" if plan.fits else f"DOES NOT FIT, by {gb(-spare)}"
+    table.add_row("total", gb(plan.memory.total), f"of {gb(plan.capacity)}: {said}")
+    if compiled := found.get("compiled"):
+        off = plan.memory.total / compiled["peak_bytes"] - 1
+        fits = "fits" if compiled["fits"] else "DOES NOT FIT"
+        table.add_row("XLA", gb(compiled["peak_bytes"]), f"{fits}; the estimate is {off:+.1%}")
+    console.print(table)
+    if plan.traffic:
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for name in ("network, each step", "", "collectives", "sent by a device", "seconds", ""):
+            table.add_column(name, justify="right" if name in ("collectives", "seconds") else "left")
+        for t in plan.traffic:
+            beside = "beside computation" if t.hidden else "waited for"
+            table.add_row(f"{t.axis}: {t.kind}", t.what, f"{t.count:,}", gb(t.bytes), f"{t.seconds:.3f}", beside)
+        console.print(table)
+    if compiled:
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for name in ("compiled collectives", "count", "results", "started early"):
+            table.add_column(name, justify="left" if name.startswith("compiled") else "right")
+        for c in compiled["collectives"]:
+            table.add_row(f"{c['axes']}: {c['kind']}", f"{c['count']:,}", gb(c["bytes"]), f"{c['hidden']:,}")
+        console.print(table)
+        console.print(f"compiled in {compiled['seconds']:.1f} s")
+    s = found["seconds"]
+    console.print(
+        f"step        {s['step']:.4g} s = device {s['device']:.4g} (products {s['products']:.4g}) + network waited for "
+        f"{s['network_waited_for']:.4g} (of {s['network']:.4g})"
+    )
+    console.print(
+        f"speed       {plan.tokens_per_second:,.0f} tokens/s, {found['tokens_per_second_per_device']:,.0f} a device, "
+        f"MFU {plan.mfu:.1%}"
+    )
+    b = found["budget"]
+    console.print(
+        f"budget      {_short(b['tokens'])} tokens: {b['days']:,.2f} days, {b['device_hours']:,.0f} device-hours, "
+        f"${b['dollars']:,.0f} at ${b['dollars_per_device_hour']:g} an hour, {b['kilowatt_hours']:,.0f} kWh"
+    )
+    o = found["compute_optimal"]
+    console.print(
+        f"            its {b['flops']:.3g} FLOPs would go furthest with {_short(o['parameters'])} parameters on "
+        f"{_short(o['tokens'])} tokens ({o['law']})"
+    )
+    for other in others:
+        p = other.plan
+        console.print(
+            f"next best   {_mesh(p)}; remat {p.remat}; batch {p.batch_size}, {p.num_microbatches} microbatches: "
+            f"{gb(p.memory.total)}, MFU {p.mfu:.1%}"
+        )
+    if not plan.fits:
+        console.print("try         task.search=true, model.remat=full, a smaller data.batch_size, or more devices")
+    console.print(f"to run      {' '.join(found['overrides'])}", soft_wrap=True)
+
+
+def _mesh(plan: Plan) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

@@ -26,7 +26,8 @@ BUFFERED = frozenset(
     }
 )  # fmt: skip
 REDUCING = ("reduce", "arg")  # they make a buffer, and take in the elementwise steps before them
-VIEWS = frozenset({"reshape", "squeeze", "expand_dims", "copy", "stop_gradient", "optimization_barrier"})
+# They change no number, or only the order in which a product reads them.
+VIEWS = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient", "optimization_barrier"})
 LOOPS = ("scan", "while", "cond")
 COSTLY = frozenset(
     {"exp", "exp2", "log", "log1p", "tanh", "logistic", "erf", "sin", "cos", "pow", "rsqrt", "sqrt", "gather"}
@@ -309,7 +310,9 @@ def _inside(step: Step, program: Program, rules: Rules) -> Work:
         if rules.dense_groups:
             groups = b[0] if len(b) == 3 else out[0]
             found.flops *= groups / rules.rows_of_groups
-            apart = Value((groups, *a), program.values[step.reads[0]].dtype)
-            found.peak, found.held = apart.bytes, [Held(apart, apart.bytes, False)]
+            apart = [Value((groups, *a), program.values[step.reads[0]].dtype)]
+            apart += [Value((groups, *out), np.dtype("float32"))] if len(out) == 2 else []
+            found.held = [Held(value, value.bytes, False) for value in apart]
+            found.peak = sum(held.bytes for held in found.held)
         return found
     return Work()

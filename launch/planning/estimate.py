@@ -146,7 +146,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
         active_parameters=num_active_params(model),
         trainable_parameters=trainable,
         flops_per_token=flops_per_token(model, config.data.seq_len, None if adaptation is None else trainable),
-        memory=_memory(whole, local, found),
+        memory=_memory(whole, local, found, hardware.platform),
         traffic=_traffic(config, target, whole, sizes),
         compute_seconds=found.flops / (hardware.flops * MATMUL[hardware.platform]),
         device_seconds=found.seconds,
@@ -194,7 +194,24 @@ def _shares(whole: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], f
     return {(mine.shape, mine.dtype): kept(all_of_it) / math.prod(mine.shape) for mine, all_of_it in pairs}
 
 
-def _memory(whole: Shapes, local: Shapes, found: Work) -> Memory:
+def _allow(kinds: dict[str, float], whole: Shapes, local: Shapes, platform: str) -> None:
+    """What XLA's backends hold beside, as seen in the table of docs/plan.md.
+
+    CPU: the gradients of embedding and head, whole, until the update. GPU: gradients of parameters that are cut, laid
+    out once more for the update, with the largest of them whole.
+    """
+    params = jax.tree.leaves(local.core.abstract.params)
+    kept = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(whole.core.abstract.params)]
+    cut = any(math.prod(shape) < math.prod(leaf.shape) for shape, leaf in zip(kept, params, strict=True))
+    largest = max((leaf.size * 4.0 for leaf in params if local.core.model.vocab_size in leaf.shape), default=0.0)
+    if platform == "cpu":
+        kinds["gradients"] += 2 * largest
+    if platform == "cuda" and cut:
+        twice = 2 * 4.0 * sum(map(math.prod, kept)) + largest
+        kinds["gradients"] += max(0.0, twice - sum(kinds.values()))
+
+
+def _memory(whole: Shapes, local: Shapes, found: Work, platform: str) -> Memory:
     parameters = {leaf.shape for leaf in jax.tree.leaves(local.core.abstract.params)}
     vocabulary = local.core.model.vocab_size
     kinds = dict.fromkeys(("gradients", "activations", "logits", "temporary"), 0.0)
@@ -208,6 +225,7 @@ def _memory(whole: Shapes, local: Shapes, found: Work) -> Memory:
 
     for held in found.held:
         kinds[kind(held)] += held.bytes
+    _allow(kinds, whole, local, platform)
     state = whole.core.abstract
     return Memory(
         parameters=bytes_on_device(state.params),

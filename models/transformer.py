@@ -247,10 +247,12 @@ class Ends(nnx.Module):
             x_BLD = x_BLD + self.position_embedding[...][positions_BL].astype(dtype)
         return dropout(x_BLD, config.dropout, rng)
 
-    def output(self, x_BLD: jax.Array) -> Output:
+    def output(self, x_BLD: jax.Array, constrain: Constrain) -> Output:
         if self.score is not None:
             return Output(self.final_norm(x_BLD), as_array(self.score[...]), None)
         head_DV = transposed(self.embedding[...]) if self.head is None else as_array(self.head[...])
+        # Gathered here, once: the loss reads it for each piece of a row anew.
+        head_DV = constrain(head_DV, ("embed", "vocab"))
         return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
 
 
@@ -395,7 +397,7 @@ def forward(
     if further:
         further_KBLD, more = _run_further(params[FURTHER], x_BLD, tokens_BL, ends, context, layer_rng)
         terms = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), terms, more)
-    return ends.output(x_BLD)._replace(
+    return ends.output(x_BLD, constrain)._replace(
         auxiliary=jax.tree.map(lambda leaf: leaf.mean(0), terms), further_KBLD=further_KBLD, inside=inside
     )
 
@@ -452,7 +454,7 @@ def forward_cached(
             block = nnx.merge(graph, nnx.State(params["layers"][index]))
             x_BLD, cached, *_ = block(x_BLD, context, layer, cache[index], None)
             filled.append(cached)
-    return ends.output(x_BLD), tuple(filled)
+    return ends.output(x_BLD, constrain), tuple(filled)
 
 
 def logits(output: Output) -> jax.Array:

@@ -38,6 +38,7 @@ from trainer.mesh import (
     ShardingRules,
     batch_sharding,
     check_batch,
+    check_length,
     make_constrain,
     make_mesh,
     param_shardings,
@@ -228,7 +229,7 @@ class Core:
     adaptation: Adaptation | None  # None: the model's own parameters train
     rows: np.ndarray  # of the global batch, that this process feeds
     batch_size: int
-    sharding: NamedSharding  # of batches
+    sharding: NamedSharding  # of token fields [B, L]
 
     def place(self, batch: TokenBatch) -> TokenBatch:
         """This process's rows as part of the global batch."""
@@ -263,6 +264,7 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
     model = model_config(config, tokenizer)
     mesh = make_mesh(config.mesh)
     check_batch(config.data.batch_size, task.num_microbatches, mesh, config.sharding)
+    check_length(config.data.seq_len, mesh, config.sharding)
     if model.position.name == "learned" and config.data.seq_len > model.max_seq_len:
         raise ValueError(
             f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "

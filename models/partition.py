@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 
 LOGICAL_AXES = (
-    "batch", "length", "embed", "heads", "kv_heads", "head_dim", "latent", "mlp", "vocab", "experts", "router",
+    "batch", "length", "positions", "embed", "heads", "kv_heads", "head_dim", "latent", "mlp", "vocab", "experts", "router",
     "layers", "outputs",
 )  # fmt: skip
 

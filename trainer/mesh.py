@@ -193,8 +193,8 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, _trimmed(rows, [a for a in length if a not in rows]))
 
 
-def _trimmed(*axes: Sequence[str] | None) -> PartitionSpec:
-    entries = [tuple(each) if each else None for each in axes]
+def _trimmed(*axes: str | Sequence[str] | None) -> PartitionSpec:
+    entries = [_names(each) if each else None for each in axes]
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
@@ -259,7 +259,7 @@ def check_length(seq_len: int, mesh: Mesh, rules: ShardingRules) -> None:
     )
 
 
-def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+def _names(entry: str | Sequence[str]) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 

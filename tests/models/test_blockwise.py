@@ -153,7 +153,8 @@ def test_only_pairs_of_blocks_in_which_nothing_is_seen_are_passed_over():
             mask = visible(positions, positions, segments, segments, window, shown)
             seen = np.asarray(mask).reshape(B, 9, 5, 9, 5).any((0, 2, 4))
             assert (np.asarray(found) | ~seen).all()
-            assert not np.asarray(found).all()
+            if shown is None or window == 3:  # else the row of one document sees all of itself
+                assert not np.asarray(found).all()
             one = [x[:, 1:2] for x in blocks]  # the row of one document: exact
             found = may_see(Queries(None, *one), Keys(None, None, *one, None), jnp.asarray(window))
             mask = visible(*(x[1:2] for x in (positions, positions, segments, segments)), window)

@@ -27,7 +27,7 @@ from data.table import Table
 from data.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
-from models.config import Mask, ModelConfig
+from models.config import Dispatch, Mask, ModelConfig
 from models.lora import AdapterConfig
 from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
@@ -230,10 +230,11 @@ class Core:
     rows: np.ndarray  # of the global batch, that this process feeds
     batch_size: int
     sharding: NamedSharding  # of token fields [B, L]
+    balanced: bool  # rows that are cut lie in `trainer.mesh.row_order`
 
     def place(self, batch: TokenBatch) -> TokenBatch:
         """This process's rows as part of the global batch."""
-        return place_batch(batch, self.sharding, self.batch_size)
+        return place_batch(batch, self.sharding, self.batch_size, balanced=self.balanced)
 
     @property
     def own(self) -> Params:
@@ -332,7 +333,18 @@ def build_core(config: RunConfig, tokenizer: Tokenizer | None) -> Core:
         rows=process_rows(sharding, config.data.batch_size),
         batch_size=config.data.batch_size,
         sharding=sharding,
+        balanced=_any_order(config, model),
     )
+
+
+def _any_order(config: RunConfig, model: ModelConfig) -> bool:
+    """Whether nothing depends on the order in which the tokens of a row lie: no neighbours, no first come first served,
+    and no random numbers, which belong to places.
+    """
+    a, objective = model.attention, config.objective
+    capacity = model.experts.num_experts > 0 and model.experts.dispatch is Dispatch.capacity
+    random = model.dropout or a.dropout or objective.neftune_alpha
+    return objective.by_token and a.mask is not Mask.prefix and not capacity and not random
 
 
 def _joined(adaptation: Adaptation, frozen: Mapping[str, Any], params: Params) -> Params:

@@ -89,7 +89,9 @@ def row_attention(
         if whole and not along:
             mask = visible(positions_BL, keys.positions, segments_BL, keys.segments, window, keys.shown)
             return checkpoint_name(attention(q_BLNH, keys.keys, keys.values, mask, **options), "attention")
-        size = keys.keys.shape[1] if whole else block or BLOCK
+        # Balanced rows (trainer.mesh.row_order) have two stretches in each piece, which are seen or not apart.
+        stretch = max(q_BLNH.shape[1] // 2, 1) if cut.get("length") else keys.keys.shape[1]
+        size = stretch if whole else min(block or BLOCK, stretch)
         at = positions_BL, segments_BL
         return blockwise_attention(q_BLNH, keys, *at, window=window, block=size, along=along, **options)
 
@@ -135,7 +137,7 @@ def blockwise_attention(
     arrays = (keys.keys.swapaxes(1, 2), keys.values.swapaxes(1, 2), *keys[2:])
     blocks = Keys(*_in_blocks(arrays, (2, 2, 1, 1, 1), (0, 0, 0, NOBODYS, False), block))
     sinks_KG = None if sinks_N is None else sinks_N.astype(F32).reshape(K, N // K)
-    o_IBKGUW = _flash(Options(soft_cap, along), queries, blocks, sinks_KG, jnp.asarray(window))
+    o_IBKGUW: Any = _flash(Options(soft_cap, along), queries, blocks, sinks_KG, jnp.asarray(window))
     o_BKGLW = jnp.moveaxis(o_IBKGUW, 0, 3).reshape(B, N, -1, o_IBKGUW.shape[-1])
     return o_BKGLW[:, :, :L].swapaxes(1, 2)
 
@@ -214,11 +216,11 @@ def _flash_backward(options: Options, saved, do_IBKGUW):
         """dq with what one piece of keys adds to it, and (dk, dv) of this piece by the queries of this device."""
 
         def of_queries(gradient, block):
-            *of_i, dq_BKGUH, seen_J = block
+            *given, dq_BKGUH, seen_J = block
 
             def of_keys(dq_BKGUH, block):
                 keys_j, gradient_j, seen = block
-                add = lambda dq, gradient: _add_gradients(options, dq, gradient, *of_i, keys_j, window)
+                add = lambda dq, gradient: _add_gradients(options, dq, gradient, given, keys_j, window)
                 return jax.lax.cond(seen, add, lambda *same: same, dq_BKGUH, gradient_j)
 
             dq_BKGUH, gradient = jax.lax.scan(of_keys, dq_BKGUH, (keys, gradient, seen_J))
@@ -267,7 +269,7 @@ def may_see(queries: Queries, keys: Keys, window: jax.Array) -> jax.Array:
 
 
 def _scores(options: Options, queries: Queries, keys: Keys, window):
-    """(scores, what the soft cap's slope is, mask) of one block of each, [B, K, G, U, T] f32, the last [B, 1, 1, U, T]"""
+    """(scores, slope of the soft cap, mask) of a block of each: [B, K, G, U, T] f32, the mask [B, 1, 1, U, T]."""
     s_BKGUT = contract("BKGUH,BKTH->BKGUT", queries.queries, keys.keys, F32)
     slope_BKGUT = None
     if options.soft_cap is not None:
@@ -289,10 +291,9 @@ def _merge(options: Options, running: Running, queries: Queries, keys: Keys, win
     return Running(max_BKGU, running.sum * keep_BKGU + p_BKGUT.sum(-1), output_BKGUW)
 
 
-def _add_gradients(
-    options: Options, dq_BKGUH, gradient, queries: Queries, do_BKGUW, logsumexp_BKGU, delta_BKGU, keys: Keys, window
-):
-    """(dq, (dk, dv)), f32, with what one block of each adds to them."""
+def _add_gradients(options: Options, dq_BKGUH, gradient, given, keys: Keys, window):
+    """(dq, (dk, dv)), f32, with what one block of each adds to them. `given`: of the block of queries."""
+    queries, do_BKGUW, logsumexp_BKGU, delta_BKGU = given
     dk_BKTH, dv_BKTW = gradient
     s_BKGUT, slope_BKGUT, mask_B11UT = _scores(options, queries, keys, window)
     p_BKGUT = jnp.where(mask_B11UT, jnp.exp(s_BKGUT - logsumexp_BKGU[..., None]), 0.0)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from data.batch import ColumnBatch, TokenBatch, tokens_of
+from data.batch import ColumnBatch, TokenBatch
 from models.partition import Constrain, no_constraint
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -203,14 +203,30 @@ def _trimmed(*axes: str | Sequence[str] | None) -> PartitionSpec:
 def field_shardings(batch: Batch, sharding: NamedSharding) -> Batch:
     """The `NamedSharding` of each field of a batch, from that of token fields [B, L].
 
-    Token fields may have dims between rows and tokens (pairs: [B, 2, L]); columns have rows only.
+    Token fields may have dims between rows and tokens (pairs: [B, 2, L]), and stay whole where L does not divide;
+    columns have rows only.
     """
     rows, length = (*sharding.spec, None, None)[:2]
+    pieces = _axis_size(sharding.mesh, _names(length or ()))
     of = lambda *axes: NamedSharding(sharding.mesh, _trimmed(*axes))
-    tokens = [of(rows, *[None] * (field.ndim - 2), length) for field in tokens_of(batch)]
+    of_tokens = lambda shape: of(rows, *[None] * (len(shape) - 2), None if shape[-1] % pieces else length)
+    tokens = TokenBatch(*(of_tokens(field.shape) for field in batch[:5]))
     if not isinstance(batch, ColumnBatch):
-        return TokenBatch(*tokens)
-    return ColumnBatch(*tokens, jax.tree.map(lambda _: of(rows), batch.columns))
+        return tokens
+    return ColumnBatch(*tokens, columns=jax.tree.map(lambda _: of(rows), batch.columns))
+
+
+def row_order(length: int, pieces: int) -> np.ndarray:
+    """[L] i64: in which order the tokens of a row lie where each of so many devices shall have as much to do.
+
+    A causal token's work grows with what is before it. Of a row in 2 C stretches device i gets i and 2 C - 1 - i (as
+    Brandon et al. 2023 [2311.09431] balance by stripes, and Llama 3 [2407.21783], section 3.3.2, so). As it is where
+    the length does not cut so.
+    """
+    if pieces == 1 or length % (2 * pieces):
+        return np.arange(length)
+    stretches = np.arange(length).reshape(2 * pieces, -1)
+    return np.stack([stretches[:pieces], stretches[: pieces - 1 : -1]], axis=1).reshape(-1)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -254,8 +270,8 @@ def check_length(seq_len: int, mesh: Mesh, rules: ShardingRules) -> None:
     possible = _divisors(math.gcd(seq_len, mesh.size))
     sizes = sorted(sorted(possible, key=lambda d: abs(d - pieces))[:2])
     raise ValueError(
-        f"data.seq_len={seq_len}: {key}={pieces} cuts each row in {pieces} equal pieces, and does not divide it; nearest "
-        f"valid: {', '.join(lengths)}; or {key}={' or '.join(map(str, sizes))}"
+        f"data.seq_len={seq_len}: {key}={pieces} cuts each row in {pieces} equal pieces, and does not divide it; "
+        f"nearest valid: {', '.join(lengths)}; or {key}={' or '.join(map(str, sizes))}"
     )
 
 
@@ -318,11 +334,17 @@ def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     return np.flatnonzero(rows)
 
 
-def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int) -> Batch:
+def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int, *, balanced: bool = False) -> Batch:
     """Global arrays [batch_size, ...] from this process's rows, whole and in the order of `process_rows`.
 
-    `sharding`: of token fields, see `batch_sharding`.
+    `sharding`: of token fields, see `batch_sharding`. `balanced`: all token fields in `row_order`, for losses to which
+    the order is nothing.
     """
+    if balanced and sharding.spec[1:]:
+        order = row_order(batch.tokens.shape[-1], _axis_size(sharding.mesh, _names(sharding.spec[1])))
+        batch = batch._replace(
+            **{name: field[..., order] for name, field in zip(TokenBatch._fields, batch[:5], strict=True)}
+        )
     shardings = field_shardings(batch, sharding)
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)

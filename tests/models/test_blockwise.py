@@ -1,7 +1,6 @@
 """Attention block by block is attention: values and gradients, whatever the mask, the block and the mesh."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp

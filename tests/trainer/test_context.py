@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data.batch import TokenBatch
+from models.blockwise import Keys, Queries, may_see
 from models.config import (
     Across,
     AttentionConfig,
@@ -31,6 +32,7 @@ from trainer.mesh import (
     make_mesh,
     param_shardings,
     place_batch,
+    row_order,
 )
 from trainer.objective import REFERENCE
 from trainer.objectives.multi_token import MultiTokenConfig
@@ -86,7 +88,9 @@ def batch(sides: int | None = None) -> TokenBatch:
     return TokenBatch(*(x.reshape(ROWS, sides, L) if sides else x for x in fields))
 
 
-def losses_and_gradients(model: str, objective: str, mesh_config: MeshConfig | None, across=Across.ring, block=None):
+def losses_and_gradients(
+    model: str, objective: str, mesh_config: MeshConfig | None, across=Across.ring, block=None, balanced=False
+):
     config = MODELS[model]
     config = replace(config, attention=replace(config.attention, context=across, block=block))
     if objective == "reward":
@@ -105,7 +109,7 @@ def losses_and_gradients(model: str, objective: str, mesh_config: MeshConfig | N
         return loss.total / loss.weight, metrics
 
     given = batch(2 if objective in ("pairs", "reward") else None)
-    given = place_batch(given, batch_sharding(mesh, rules), ROWS)
+    given = place_batch(given, batch_sharding(mesh, rules), ROWS, balanced=balanced)
     (loss, metrics), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params, frozen, given)
     return {"loss": loss, **{name: mean.value() for name, mean in metrics.items()}}, jax.device_get(grads)
 
@@ -118,17 +122,15 @@ def alone(model: str, objective: str):
 @pytest.mark.parametrize(
     ("model", "objective", "mesh", "how"),
     [
-        ("dense", "next token", CONTEXT[2], {}),
+        ("dense", "next token", CONTEXT[2], {"balanced": True}),
         ("dense", "next token", CONTEXT[8], {}),
-        ("dense", "next token", CONTEXT[4], {"across": Across.all_gather}),
-        ("dense", "next token", CONTEXT[4], {"block": 5}),
+        ("dense", "next token", CONTEXT[4], {"across": Across.all_gather, "balanced": True}),
+        ("dense", "next token", CONTEXT[4], {"block": 3, "balanced": True}),
         ("dense", "next token", MeshConfig(1, fsdp=2, context=2, tensor=2), {}),
         ("dense", "next token", MeshConfig(1, fsdp=2, context=2, tensor=2), {"across": Across.all_gather, "block": 5}),
-        ("dense", "next token", MeshConfig(1, fsdp=4, context=2), {}),
-        ("dense", "next token", MeshConfig(1), {"block": 5}),  # what is no piece of a row is cut in blocks as well
-        ("learned positions", "next token", MeshConfig(1, fsdp=2, context=4), {}),
-        ("experts", "next token", CONTEXT[4], {}),
-        ("experts", "next token", MeshConfig(1, expert=4, context=2), {}),
+        ("dense", "next token", None, {"block": 5}),  # whole rows are cut in blocks as well
+        ("learned positions", "next token", MeshConfig(1, fsdp=2, context=4), {"balanced": True}),
+        ("experts", "next token", CONTEXT[4], {"balanced": True}),
         ("experts", "next token", MeshConfig(1, expert=2, context=2, tensor=2), {"across": Across.all_gather}),
         ("capacity", "next token", MeshConfig(1, expert=2, context=4), {}),
         ("latent", "further tokens", MeshConfig(2, context=2, tensor=2), {}),
@@ -137,8 +139,6 @@ def alone(model: str, objective: str):
     ],
 )
 def test_losses_and_gradients_are_those_of_one_device(model, objective, mesh, how):
-    if mesh == MeshConfig(1):
-        mesh = None
     metrics, grads = losses_and_gradients(model, objective, mesh, **how)
     want_metrics, want = alone(model, objective)
     for name in want_metrics:
@@ -168,3 +168,25 @@ def test_no_device_holds_the_hidden_states_of_whole_rows():
     assert " collective-permute(" in text or "collective-permute-start(" in text
     for of_whole_rows in (f"f32[2,{long},{D}]", f"f32[2,{long},{V}]"):
         assert of_whole_rows not in text
+
+
+def test_devices_with_balanced_rows_have_as_much_to_do():
+    pieces, long = 4, 64
+    order, blocks = row_order(long, pieces), 2 * pieces  # a block is a stretch
+    positions = lambda at: jnp.asarray(at, jnp.int32).reshape(blocks, 1, -1)
+
+    def work(at):
+        """Pairs of blocks that are looked at, of each device, in each turn of the ring."""
+        found = np.asarray(
+            may_see(
+                Queries(None, positions(at), jnp.ones_like(positions(at))),
+                Keys(None, None, positions(at), jnp.ones_like(positions(at)), None),
+                jnp.asarray(long),
+            )
+        ).reshape(pieces, 2, pieces, 2)
+        return [
+            [found[device, :, (device - turn) % pieces].sum() for device in range(pieces)] for turn in range(pieces)
+        ]
+
+    assert work(order) == [[3] * pieces] + [[2] * pieces] * (pieces - 1)
+    assert max(np.sum(work(np.arange(long)), axis=0)) > 1.5 * max(np.sum(work(order), axis=0))

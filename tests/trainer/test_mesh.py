@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from omegaconf import OmegaConf
 
-from data.batch import ColumnBatch
+from data.batch import ColumnBatch, TokenBatch
 from tests.trainer import toy
 from trainer.mesh import (
     MeshConfig,
@@ -18,6 +18,7 @@ from trainer.mesh import (
     param_shardings,
     place_batch,
     process_rows,
+    row_order,
 )
 
 RULES = ShardingRules()
@@ -174,6 +175,24 @@ def test_tokens_of_a_row_are_dealt_out_and_columns_are_not(monkeypatch: pytest.M
         assert placed.columns["reference"].sharding.spec == PartitionSpec(("data",))
 
 
+def test_balanced_rows_give_each_device_an_early_and_a_late_stretch() -> None:
+    np.testing.assert_array_equal(row_order(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
+    np.testing.assert_array_equal(row_order(12, 4), np.arange(12))  # three tokens a piece have no halves
+    np.testing.assert_array_equal(row_order(8, 1), np.arange(8))
+    sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
+    batch = pairs_with_columns(8)
+    placed = place_batch(batch, sharding, 8, balanced=True)
+    for ours, theirs in zip(placed[:5], batch[:5], strict=True):
+        np.testing.assert_array_equal(ours, theirs[..., row_order(toy.L, 4)])
+    np.testing.assert_array_equal(placed.columns["reference"], batch.columns["reference"])
+
+
+def test_batches_of_a_length_that_does_not_cut_are_placed_whole() -> None:
+    sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
+    batch = TokenBatch(*(field[:, :6] for field in toy.batch(8)))
+    assert place_batch(batch, sharding, 8).tokens.sharding.spec == PartitionSpec(("data",))
+
+
 def test_a_process_that_holds_pieces_of_rows_feeds_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     # The second of four imaginary processes of two devices each: the second halves of the first rows.
     mesh = make_mesh(IN_PIECES)
@@ -189,8 +208,8 @@ def test_rows_that_do_not_cut_are_refused_with_lengths_and_meshes_that_do() -> N
     check_length(64, mesh, RULES)
     check_length(63, make_mesh(MeshConfig()), RULES)
     message = (
-        r"data\.seq_len=66: mesh\.context=4 cuts each row in 4 equal pieces, and does not divide it; nearest valid: 64, "
-        r"68; or mesh\.context=1 or 2"
+        r"data\.seq_len=66: mesh\.context=4 cuts each row in 4 equal pieces, and does not divide it; "
+        r"nearest valid: 64, 68; or mesh\.context=1 or 2"
     )
     with pytest.raises(ValueError, match=message):
         check_length(66, mesh, RULES)

@@ -94,6 +94,6 @@ def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Arra
 
 
 def _num_chunks(length: int, chunk: int) -> int:
-    """Chunks of at most `chunk` tokens: up to twice as many as are needed, if so many are of one size without padding."""
+    """Of at most `chunk` tokens each. Up to twice as many as it takes, where these need no padding."""
     least = -(-length // chunk)
     return next((n for n in range(least, 2 * least + 1) if length % n == 0), least)

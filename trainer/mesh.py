@@ -219,9 +219,9 @@ def field_shardings(batch: Batch, sharding: NamedSharding) -> Batch:
 def row_order(length: int, pieces: int) -> np.ndarray:
     """[L] i64: in which order the tokens of a row lie where each of so many devices shall have as much to do.
 
-    A causal token's work grows with what is before it. Of a row in 2 C stretches device i gets i and 2 C - 1 - i (as
-    Brandon et al. 2023 [2311.09431] balance by stripes, and Llama 3 [2407.21783], section 3.3.2, so). As it is where
-    the length does not cut so.
+    A causal token's work grows with what is before it. Of a row in 2 C stretches device i gets i and 2 C - 1 - i, as
+    in Llama 3 [2407.21783], section 3.3.2; Brandon et al. 2023 [2311.09431] balance by single tokens. A length that
+    does not cut in 2 C stays in its own order.
     """
     if pieces == 1 or length % (2 * pieces):
         return np.arange(length)
@@ -254,7 +254,8 @@ def check_length(seq_len: int, mesh: Mesh, rules: ShardingRules) -> None:
 
     Raises: ValueError with the nearest valid values.
     """
-    axes = [axis for axis in rules.axes_of("length", "sharding") if mesh.shape[axis] > 1]
+    rows = rules.axes_of("batch", "sharding")  # what cuts these leaves their length whole
+    axes = [axis for axis in rules.axes_of("length", "sharding") if mesh.shape[axis] > 1 and axis not in rows]
     for name in ("heads", "kv_heads", "mlp", "experts"):
         for axis in rules.axes_of(name, "sharding"):
             if axis in axes:

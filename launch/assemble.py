@@ -27,7 +27,7 @@ from data.table import Table
 from data.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
 from launch.run_folder import RunFolder, write_whole
-from models.config import Mask, ModelConfig
+from models.config import Dispatch, Mask, ModelConfig
 from models.lora import AdapterConfig
 from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
@@ -38,6 +38,7 @@ from trainer.mesh import (
     ShardingRules,
     batch_sharding,
     check_batch,
+    check_length,
     make_constrain,
     make_mesh,
     param_shardings,
@@ -227,7 +228,8 @@ class Core:
     init_state: Callable[..., TrainState]  # of `frozen` models, where adapters train; or around given `params`
     adaptation: Adaptation | None  # None: the model's own parameters train
     batch_size: int
-    sharding: NamedSharding  # of batches
+    sharding: NamedSharding  # of token fields [B, L]
+    balanced: bool  # rows that are cut lie in `trainer.mesh.row_order`
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -236,7 +238,7 @@ class Core:
 
     def place(self, batch: TokenBatch) -> TokenBatch:
         """This process's rows as part of the global batch."""
-        return place_batch(batch, self.sharding, self.batch_size)
+        return place_batch(batch, self.sharding, self.batch_size, balanced=self.balanced)
 
     @property
     def own(self) -> Params:
@@ -275,6 +277,7 @@ def build_core(
     model = model_config(config, tokenizer)
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     check_batch(config.data.batch_size, task.num_microbatches, mesh, config.sharding)
+    check_length(config.data.seq_len, mesh, config.sharding)
     if model.position.name == "learned" and config.data.seq_len > model.max_seq_len:
         raise ValueError(
             f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "
@@ -341,7 +344,18 @@ def build_core(
         adaptation=adaptation,
         batch_size=config.data.batch_size,
         sharding=sharding,
+        balanced=_any_order(config, model),
     )
+
+
+def _any_order(config: RunConfig, model: ModelConfig) -> bool:
+    """Whether nothing depends on the order in which the tokens of a row lie: no neighbours, no first come first served,
+    and no random numbers, which belong to places.
+    """
+    a, objective = model.attention, config.objective
+    capacity = model.experts.num_experts > 0 and model.experts.dispatch is Dispatch.capacity
+    random = model.dropout or a.dropout or objective.neftune_alpha
+    return objective.by_token and a.mask is not Mask.prefix and not capacity and not random
 
 
 def _joined(adaptation: Adaptation, frozen: Mapping[str, Any], params: Params) -> Params:

@@ -17,7 +17,9 @@ from configs.schema import RunConfig, from_saved, to_plain
 # Keys that may not change while a run goes on: they decide the shapes of what was saved, or what its numbers mean.
 SHAPE_KEYS = ("model", "adapter", "tokenizer", "objective.kind", "optimizer.kind")
 # Keys inside them that only say how to compute, not what.
-FREE_KEYS = ("model.remat", "model.dtype", "tokenizer.train_bytes")
+FREE_KEYS = (
+    "model.remat", "model.dtype", "model.attention.block", "model.attention.context", "tokenizer.train_bytes",
+)  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy", "wandb")
 
 

@@ -140,7 +140,7 @@ def open_writer(config: RunConfig, overrides: list[str]) -> SavedRun:
 def _fitting(config: RunConfig) -> RunConfig:
     """Evaluation and writing take no gradient: they need no microbatches, and rows enough for the mesh they get."""
     assert isinstance(config.task, TrainConfig)
-    shards = jax.device_count() // max(config.mesh.tensor, 1)
+    shards = jax.device_count() // (max(config.mesh.tensor, 1) * max(config.mesh.context, 1))
     size = -(-config.data.batch_size // shards) * shards
     return dataclasses.replace(
         config,

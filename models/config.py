@@ -61,6 +61,13 @@ class Mask(enum.Enum):
 OTHER_MASKS = (Mask.prefix, Mask.bidirectional)
 
 
+class Across(enum.Enum):
+    """How queries come to keys on other devices, where `mesh.context` cuts rows."""
+
+    ring = "ring"  # keys travel around, a piece at a time: Liu et al. 2023 [2310.01889]
+    all_gather = "all_gather"  # all keys of a row come to each device: Llama 3 (2024, section 3.3.2)
+
+
 class RouterScore(enum.Enum):
     softmax = "softmax"  # over all experts. Over the chosen ones (GPT-OSS) is the same, renormalised
     sigmoid = "sigmoid"  # of each expert by itself: DeepSeek-V3
@@ -137,6 +144,9 @@ class AttentionConfig:
     scale: float | None = None  # of scores; null: head_dim ** -0.5
     sinks: bool = False  # a learned logit for each head in its softmax, which takes weight from all keys: GPT-OSS
     dropout: float = 0.0  # of attention weights
+    # Keys and queries whose scores exist at once; 0: those of a whole row. null: 0 up to 2048 tokens, else 1024
+    block: int | None = None
+    context: Across = Across.ring  # with mesh.context above 1
 
 
 @dataclass
@@ -239,6 +249,8 @@ class ModelConfig:
                 raise ValueError(f"model.{key}={rate}: must be at least 0 and below 1")
         if self.further_tokens < 0:
             raise ValueError(f"model.further_tokens={self.further_tokens}: must not be negative; 0: no modules")
+        if a.block is not None and a.block < 0:
+            raise ValueError(f"model.attention.block={a.block}: must not be negative; 0: whole rows; null: by length")
         for key in ("num_layers", "embed_dim", "max_seq_len"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)}: must be at least 1")

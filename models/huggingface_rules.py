@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from models.config import Balance, ModelConfig, QKNorm
 
 LETTERS = {
-    "embed": "D", "heads": "N", "kv_heads": "K", "head_dim": "H", "mlp": "F", "vocab": "V", "length": "P",
+    "embed": "D", "heads": "N", "kv_heads": "K", "head_dim": "H", "mlp": "F", "vocab": "V", "positions": "P",
     "latent": "A", "experts": "E", "router": "R", "outputs": "O",
 }  # fmt: skip
 

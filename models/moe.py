@@ -153,7 +153,8 @@ class Experts(nnx.Module):
         terms = auxiliary(routing, bias_E, real_BL, capacity, config)
         chosen_BLk = jnp.where(real_BL[..., None], routing.chosen_BLk, config.num_experts)
         arrays, axes = self._weights()
-        rows = ("batch", None, None)
+        # With a capacity, who finds room depends on the whole row.
+        rows = ("batch", "length" if capacity is None else None, None)
         y_BLD = constrain.per_device(
             partial(_compute, capacity=capacity, num_experts=config.num_experts, mlp=self.config.mlp),
             (rows, rows, rows, *axes),

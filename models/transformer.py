@@ -18,6 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import UNLIMITED, attention, cached_attention, visible, weights_of_heads
+from models.blockwise import Keys, row_attention
 from models.cache import Cache, write_cache
 from models.config import ModelConfig, NormPlacement, Position, QKNorm, Remat
 from models.context import Context, PerLayer, make_context, per_layer, shown_tokens
@@ -137,17 +138,22 @@ class Attention(nnx.Module):
         scale = (a.head_dim**-0.5 if a.scale is None else a.scale) * score_temperature(self.config.rope)
         options = {"scale": scale, "soft_cap": a.soft_cap, "sinks_N": None if self.sinks is None else self.sinks[...]}
         weights_BNLS = None
-        if cached is None:
-            positions, segments = context.positions, context.segments
+        positions, segments = context.positions, context.segments
+        if cached is not None:
+            cached = write_cache(cached, k_BLKH, v_BLKH, positions, context.first_row)
+            rows = cached, positions, context.first_row
+            out = cached_attention(q_BLNH, *rows, window=layer.window, shown=context.shown, **options)
+        elif context.shows_attention or (a.dropout and rng is not None):  # they need the weights of whole rows
             mask = visible(positions, positions, segments, segments, layer.window, context.shown)
             out = attention(q_BLNH, k_BLKH, v_BLKH, mask, dropout_rate=a.dropout, rng=rng, **options)
+            out = checkpoint_name(out, "attention")
             if context.shows_attention:
                 weights_BNLS = weights_of_heads(q_BLNH, k_BLKH, mask, **options)
         else:
-            cached = write_cache(cached, k_BLKH, v_BLKH, context.positions, context.first_row)
-            rows = cached, context.positions, context.first_row
-            out = cached_attention(q_BLNH, *rows, window=layer.window, shown=context.shown, **options)
-        return self.out(checkpoint_name(out, "attention")), cached, weights_BNLS
+            rows = Keys(k_BLKH, v_BLKH, positions, segments, context.shown)
+            how = {"block": a.block, "across": a.context, "window": layer.window}
+            out = row_attention(context.constrain, q_BLNH, rows, **how, **options)
+        return self.out(out), cached, weights_BNLS
 
 
 class LatentAttention(Attention):
@@ -227,7 +233,7 @@ class Ends(nnx.Module):
         self.config = config
         self.embedding = param(rngs, (V, D), ("vocab", "embed"), std, config)
         learned = config.position is Position.learned
-        table = (config.max_seq_len, D), ("length", "embed")
+        table = (config.max_seq_len, D), ("positions", "embed")
         self.position_embedding = param(rngs, *table, std, config) if learned else None
         self.final_norm = Normalize(rngs, config, (D,), ("embed",))
         logits = not (config.tied_embeddings or config.outputs)

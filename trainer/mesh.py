@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from data.batch import TokenBatch
+from data.batch import ColumnBatch, TokenBatch
 from models.partition import Constrain, no_constraint
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_DIMS = ("layers", "experts")  # dims over which a stacked parameter is many parameters
 
 LogicalAxes = tuple[str | None, ...]
+Batch = TokenBatch | ColumnBatch
 
 
 @dataclass
@@ -32,6 +33,7 @@ class MeshConfig:
     fsdp: int = 1  # rows of the batch, too, and the parameters cut in as many pieces
     tensor: int = 1  # heads, mlp and vocabulary cut in as many pieces
     expert: int = 1  # rows of the batch, too, and the experts dealt out in as many parts
+    context: int = 1  # each row cut in as many pieces of its length
 
 
 @dataclass
@@ -41,7 +43,8 @@ class ShardingRules:
     """
 
     batch: list[str] = field(default_factory=lambda: ["data", "fsdp", "expert"])  # rows of the batch
-    length: list[str] = field(default_factory=list)  # tokens of a row
+    length: list[str] = field(default_factory=lambda: ["context"])  # tokens of a row
+    positions: list[str] = field(default_factory=list)  # of a learned table; any row looks up any of them
     embed: list[str] = field(default_factory=lambda: ["fsdp"])  # of parameters; activations keep it whole
     heads: list[str] = field(default_factory=lambda: ["tensor"])  # query heads
     kv_heads: list[str] = field(default_factory=lambda: ["tensor"])  # key and value heads
@@ -193,9 +196,48 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> NamedSharding:
-    """Rows (dim 0) over the axes of `batch`; fits arrays of any rank."""
-    axes = tuple(a for a in rules.axes_of("batch", "sharding") if mesh.shape[a] > 1)
-    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
+    """Of token fields [B, L]: rows over the axes of `batch`, their tokens over those of `length`.
+
+    Without the latter it fits arrays of any rank; `field_shardings` tells of any batch.
+    """
+    rows, length = ([a for a in rules.axes_of(name, "sharding") if mesh.shape[a] > 1] for name in ("batch", "length"))
+    return NamedSharding(mesh, _trimmed(rows, [a for a in length if a not in rows]))
+
+
+def _trimmed(*axes: str | Sequence[str] | None) -> PartitionSpec:
+    entries = [_names(each) if each else None for each in axes]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def field_shardings(batch: Batch, sharding: NamedSharding) -> Batch:
+    """The `NamedSharding` of each field of a batch, from that of token fields [B, L].
+
+    Token fields may have dims between rows and tokens (pairs: [B, 2, L]), and stay whole where L does not divide;
+    columns have rows only.
+    """
+    rows, length = (*sharding.spec, None, None)[:2]
+    pieces = _axis_size(sharding.mesh, _names(length or ()))
+    of = lambda *axes: NamedSharding(sharding.mesh, _trimmed(*axes))
+    of_tokens = lambda shape: of(rows, *[None] * (len(shape) - 2), None if shape[-1] % pieces else length)
+    tokens = TokenBatch(*(of_tokens(field.shape) for field in batch[:5]))
+    if not isinstance(batch, ColumnBatch):
+        return tokens
+    return ColumnBatch(*tokens, columns=jax.tree.map(lambda _: of(rows), batch.columns))
+
+
+def row_order(length: int, pieces: int) -> np.ndarray:
+    """[L] i64: in which order the tokens of a row lie where each of so many devices shall have as much to do.
+
+    A causal token's work grows with what is before it. Of a row in 2 C stretches device i gets i and 2 C - 1 - i, as
+    in Llama 3 [2407.21783], section 3.3.2; Brandon et al. 2023 [2311.09431] balance by single tokens. A length that
+    does not cut in 2 C stays in its own order.
+    """
+    if pieces == 1 or length % (2 * pieces):
+        return np.arange(length)
+    stretches = np.arange(length).reshape(2 * pieces, -1)
+    return np.stack([stretches[:pieces], stretches[: pieces - 1 : -1]], axis=1).reshape(-1)
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -218,7 +260,34 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh | AbstractMes
     )
 
 
-def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+def check_length(seq_len: int, mesh: Mesh, rules: ShardingRules) -> None:
+    """Each row must cut into equal pieces, along axes that cut nothing else of a layer.
+
+    Raises: ValueError with the nearest valid values.
+    """
+    rows = rules.axes_of("batch", "sharding")  # what cuts these leaves their length whole
+    axes = [axis for axis in rules.axes_of("length", "sharding") if mesh.shape[axis] > 1 and axis not in rows]
+    for name in ("heads", "kv_heads", "mlp", "experts"):
+        for axis in rules.axes_of(name, "sharding"):
+            if axis in axes:
+                raise ValueError(
+                    f"sharding.length={rules.length}: mesh axis {axis!r} cuts {name} already, and a device would hold "
+                    "some tokens of some of them; use [context]"
+                )
+    pieces = _axis_size(mesh, axes)
+    if seq_len % pieces == 0:
+        return
+    key = "*".join(f"mesh.{axis}" for axis in axes)
+    lengths = [str(v) for v in (seq_len // pieces * pieces, (seq_len // pieces + 1) * pieces) if v > 0]
+    possible = _divisors(math.gcd(seq_len, mesh.size))
+    sizes = sorted(sorted(possible, key=lambda d: abs(d - pieces))[:2])
+    raise ValueError(
+        f"data.seq_len={seq_len}: {key}={pieces} cuts each row in {pieces} equal pieces, and does not divide it; "
+        f"nearest valid: {', '.join(lengths)}; or {key}={' or '.join(map(str, sizes))}"
+    )
+
+
+def _names(entry: str | Sequence[str]) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -265,31 +334,42 @@ class MeshConstrain:
 
 
 def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Sorted global indices [R] i64 of the rows that this process's devices hold, each once.
+    """Sorted global indices [R] i64 of the rows of which this process's devices hold anything, each once.
 
-    Where `tensor` crosses processes, several of them hold the same rows.
+    Where `tensor` or `context` crosses processes, several of them hold the same rows, or pieces of them.
     """
     rows = np.zeros(batch_size, bool)
-    for index in sharding.addressable_devices_indices_map((batch_size,)).values():
+    of_rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    for index in of_rows.addressable_devices_indices_map((batch_size,)).values():
         assert index is not None
         rows[index[0]] = True
     return np.flatnonzero(rows)
 
 
-def place_batch(batch: TokenBatch, sharding: NamedSharding, batch_size: int) -> TokenBatch:
-    """Global arrays [batch_size, ...] from this process's rows, in the order of `process_rows`."""
+def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int, *, balanced: bool = False) -> Batch:
+    """Global arrays [batch_size, ...] from this process's rows, whole and in the order of `process_rows`.
+
+    `sharding`: of token fields, see `batch_sharding`. `balanced`: all token fields in `row_order`, for losses to which
+    the order is nothing.
+    """
+    if balanced and sharding.spec[1:]:
+        order = row_order(batch.tokens.shape[-1], _axis_size(sharding.mesh, _names(sharding.spec[1])))
+        batch = batch._replace(
+            **{name: field[..., order] for name, field in zip(TokenBatch._fields, batch[:5], strict=True)}
+        )
+    shardings = field_shardings(batch, sharding)
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
+        return jax.device_put(batch, shardings)
     rows = process_rows(sharding, batch_size)
 
-    def place(local: np.ndarray) -> jax.Array:
+    def place(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
         assert len(local) == len(rows), f"{len(local)} rows given, {len(rows)} to place"
 
         def block(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             first = int(np.searchsorted(rows, start))  # a device's rows are consecutive among ours
-            return local[first : first + stop - start]
+            return local[(slice(first, first + stop - start), *index[1:])]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, block)
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(place, batch, shardings)

@@ -103,6 +103,11 @@ class ObjectiveConfig:
         return True
 
     @property
+    def by_token(self) -> bool:
+        """Whether each token is learnt by itself, so that the order in which those of a row lie is nothing to it."""
+        return False
+
+    @property
     def reads_margins(self) -> bool:
         """Whether pairs must say by how much the chosen answer is better."""
         return False

@@ -33,7 +33,7 @@ def role_of(path: str, axes: LogicalAxes) -> Role:
         return Role.head
     if "vocab" in names:
         return Role.head if any("head" in part for part in parts) else Role.embedding
-    return Role.embedding if "length" in names else Role.matrix
+    return Role.embedding if "positions" in names else Role.matrix
 
 
 def param_roles(param_axes: Any) -> Any:

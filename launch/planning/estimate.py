@@ -133,6 +133,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
     found = _walked(config, hardware, whole, local, jaxpr, sizes)
     model = whole.core.model
     tokens = math.prod(whole.batch.tokens.shape)
+    around = _elsewhere(config, model, sizes, tokens) / target.num_devices / hardware.flops
     adaptation = whole.core.adaptation
     trainable = sum(leaf.size for leaf in jax.tree.leaves(whole.core.abstract.params))
     return Plan(
@@ -148,10 +149,17 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
         flops_per_token=flops_per_token(model, config.data.seq_len, None if adaptation is None else trainable),
         memory=_memory(whole, local, found, hardware.platform),
         traffic=_traffic(config, target, whole, sizes),
-        compute_seconds=found.flops / (hardware.flops * MATMUL[hardware.platform]),
-        device_seconds=found.seconds,
+        compute_seconds=(found.flops / hardware.flops + around) / MATMUL[hardware.platform],
+        device_seconds=found.seconds + around / MATMUL[hardware.platform],
         work=found,
     )
+
+
+def _elsewhere(config: RunConfig, model: ModelConfig, sizes: Mapping[str, int], tokens: int) -> float:
+    """FLOPs of attention to keys that come around from other devices: a share of a row alone has none of them."""
+    length = config.data.seq_len
+    own = length // _product(sizes, config.sharding.length)
+    return tokens * (flops_per_token(model, length) - flops_per_token(model, own))
 
 
 def _walked(
@@ -273,15 +281,23 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
             add(axis, "all-gather", "parameters", 2 * per_layer, gathered * item / 4 / layers, hidden=True)
             add(axis, "all-gather", "frozen parameters", per_layer, base / layers, hidden=True)
             add(axis, "reduce-scatter", "gradients", per_layer, cut / layers, hidden=True)
-        if axis in config.sharding.batch:  # each copy has other rows
+        if axis in (*config.sharding.batch, *config.sharding.length):  # each copy has other tokens
             shared = _size_not_cut_by(trained, axis, sizes)
             add(axis, "all-reduce", "gradients", 1, shared, hidden=True)
-    rows = config.data.batch_size / _product(sizes, config.sharding.batch) / turns
-    sides = math.prod(whole.batch.tokens.shape) / config.data.batch_size / config.data.seq_len
-    activation = rows * sides * config.data.seq_len * model.embed_dim * item
+    tokens = math.prod(whole.batch.tokens.shape) / _product(sizes, config.sharding.batch) / turns
+    activation = tokens * model.embed_dim * item
+    along_rows = _product(sizes, config.sharding.length)
+    row_activation, activation = activation, activation / along_rows
     passes = 2 if model.remat is Remat.none else 3  # forward, backward, and forward again
     for axis in config.sharding.heads:
         add(axis, "all-reduce", "activations", turns * layers * 2 * passes, activation, hidden=False)
+    a = model.attention
+    for axis in config.sharding.length:
+        # Keys and values go around the ring; in the backward pass their gradients with them, in f32.
+        wide = row_activation / model.embed_dim * a.num_kv_heads * (a.head_dim + (a.value_dim or a.head_dim))
+        wide /= _product(sizes, config.sharding.kv_heads)
+        add(axis, "collective-permute", "keys and values", turns * layers * (passes - 1), wide, hidden=True)
+        add(axis, "collective-permute", "and their gradients", turns * layers, wide * (1 + 4 / item), hidden=True)
     experts = model.experts
     if experts.num_experts:
         with_experts = layers - experts.num_dense_layers

@@ -18,7 +18,7 @@ from models.config import Dispatch, ModelConfig
 from models.partition import Constrain, NoConstraint
 from models.transformer import abstract_params, make_apply, param_axes
 from trainer.adapters import BASE
-from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, param_shardings, with_shardings
+from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, field_shardings, param_shardings, with_shardings
 from trainer.objective import REFERENCE, TEACHER, FrozenModel, column_spec
 
 AnyMesh = Mesh | AbstractMesh
@@ -76,8 +76,7 @@ def shapes_of(
         spec = column_spec(spec, core.objective.column_spec(config.data.seq_len))  # type: ignore[attr-defined]
         if isinstance(asked, FrozenModel):
             frozen[TEACHER] = FrozenModel({}, asked.apply, asked.vocab_size)
-    lie = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=core.sharding)
-    return Shapes(core, frozen, jax.tree.map(lie, spec))
+    return Shapes(core, frozen, with_shardings(spec, field_shardings(spec, core.sharding)))
 
 
 def teacher_of(config: RunConfig) -> ModelConfig | None:
@@ -93,7 +92,7 @@ def sizes_of(mesh: AnyMesh) -> dict[str, int]:
 
 
 def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
-    """What one device computes, as a run by itself: its rows, heads, hidden units, experts and part of the vocabulary.
+    """What one device computes, as a run by itself: its rows or part of them, heads, hidden units, experts and vocabulary.
 
     The width of the model and the layers are whole: they are cut for keeping (`fsdp`) and gathered for computing.
     """
@@ -101,6 +100,7 @@ def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
     config = copy.deepcopy(config)
     config.model = model_share(config.model, cut)
     config.data.batch_size = cut("batch", config.data.batch_size)
+    config.data.seq_len = cut("length", config.data.seq_len)
     config.mesh = MeshConfig(**{axis: 1 for axis in sizes})
     return config
 

@@ -185,6 +185,8 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
     table.add_column(justify="right")
     table.add_column()
     for name, size in plan.memory._asdict().items():
+        if size < 5e6:
+            continue
         table.add_row(name, gb(size), f"{size / plan.capacity:.1%}")
     spare = plan.capacity - plan.memory.total
     said = f"fits, {gb(spare)} to spare" if plan.fits else f"DOES NOT FIT, by {gb(-spare)}"

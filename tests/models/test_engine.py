@@ -112,7 +112,7 @@ def test_logprobs_are_those_of_training_and_top_ones_those_of_the_full_forward()
         assert [int(row[t] >= np.sort(row)[-5]) for t, _ in top] == [1] * 4
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("llama", (2, 4, 1)), ("gemma", (2, 2, 2))])
+@pytest.mark.parametrize(("name", "sizes"), [("llama", (2, 4, 1)), ("gemma", (2, 2, 2)), ("llama", (2, 1, 2, 1, 2))])
 def test_on_a_mesh_the_same_is_written(name, sizes):
     attention = dataclasses.replace(FAMILIES[name].attention, num_heads=4, num_kv_heads=4)
     config = dataclasses.replace(FAMILIES[name], attention=attention, vocab_size=40)

@@ -5,17 +5,20 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from omegaconf import OmegaConf
 
+from data.batch import ColumnBatch, TokenBatch
 from tests.trainer import toy
 from trainer.mesh import (
     MeshConfig,
     ShardingRules,
     batch_sharding,
     check_batch,
+    check_length,
     make_constrain,
     make_mesh,
     param_shardings,
     place_batch,
     process_rows,
+    row_order,
 )
 
 RULES = ShardingRules()
@@ -29,8 +32,8 @@ def specs(config: MeshConfig, rules: ShardingRules = RULES) -> dict:
 
 def test_one_axis_takes_the_remaining_devices() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
-    assert mesh.axis_types == (AxisType.Auto,) * 4
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert mesh.axis_types == (AxisType.Auto,) * 5
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,83 @@ def test_rows_are_placed_by_block_where_there_are_several_processes(monkeypatch:
     sharding = batch_sharding(make_mesh(MeshConfig(2, 2, 2)), RULES)
     placed = place_batch(toy.batch(8), sharding, 8)
     np.testing.assert_array_equal(placed.tokens, toy.batch(8).tokens)
+
+
+IN_PIECES = MeshConfig(2, context=4)
+
+
+def pairs_with_columns(rows: int) -> ColumnBatch:
+    sides = [toy.batch(rows, seed) for seed in (0, 1)]
+    fields = [np.stack(both, axis=1) for both in zip(*sides, strict=True)]
+    return ColumnBatch(*fields, {"reference": np.arange(2 * rows, dtype=np.float32).reshape(rows, 2)})
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("make", [toy.batch, pairs_with_columns])
+def test_tokens_of_a_row_are_dealt_out_and_columns_are_not(monkeypatch: pytest.MonkeyPatch, make, processes) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
+    batch = make(8)
+    placed = place_batch(batch, sharding, 8)
+    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+    middle = (None,) * (batch.tokens.ndim - 2)
+    for field in placed[:5]:
+        assert field.sharding.spec == PartitionSpec(("data",), *middle, ("context",))
+    if isinstance(batch, ColumnBatch):
+        assert placed.columns["reference"].sharding.spec == PartitionSpec(("data",))
+
+
+def test_balanced_rows_give_each_device_an_early_and_a_late_stretch() -> None:
+    np.testing.assert_array_equal(row_order(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
+    np.testing.assert_array_equal(row_order(12, 4), np.arange(12))  # three tokens a piece have no halves
+    np.testing.assert_array_equal(row_order(8, 1), np.arange(8))
+    sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
+    batch = pairs_with_columns(8)
+    placed = place_batch(batch, sharding, 8, balanced=True)
+    for ours, theirs in zip(placed[:5], batch[:5], strict=True):
+        np.testing.assert_array_equal(ours, theirs[..., row_order(toy.L, 4)])
+    np.testing.assert_array_equal(placed.columns["reference"], batch.columns["reference"])
+
+
+def test_batches_of_a_length_that_does_not_cut_are_placed_whole() -> None:
+    sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
+    batch = TokenBatch(*(field[:, :6] for field in toy.batch(8)))
+    assert place_batch(batch, sharding, 8).tokens.sharding.spec == PartitionSpec(("data",))
+
+
+def test_a_process_that_holds_pieces_of_rows_feeds_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second of four imaginary processes of two devices each: the second halves of the first rows.
+    mesh = make_mesh(IN_PIECES)
+    sharding = batch_sharding(mesh, RULES)
+    whole = jax.NamedSharding(mesh, PartitionSpec(("data",))).devices_indices_map((4,))
+    ours = {device: whole[device] for device in mesh.devices.flat[2:4]}
+    monkeypatch.setattr(type(sharding), "addressable_devices_indices_map", lambda self, shape: ours)
+    np.testing.assert_array_equal(process_rows(sharding, 4), [0, 1])
+
+
+def test_rows_that_do_not_cut_are_refused_with_lengths_and_meshes_that_do() -> None:
+    mesh = make_mesh(IN_PIECES)
+    check_length(64, mesh, RULES)
+    check_length(63, make_mesh(MeshConfig()), RULES)
+    message = (
+        r"data\.seq_len=66: mesh\.context=4 cuts each row in 4 equal pieces, and does not divide it; "
+        r"nearest valid: 64, 68; or mesh\.context=1 or 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_length(66, mesh, RULES)
+
+
+def test_an_axis_that_cuts_layers_may_not_cut_rows() -> None:
+    rules = ShardingRules(length=["tensor"])
+    check_length(64, make_mesh(MeshConfig()), rules)
+    with pytest.raises(ValueError, match=r"sharding\.length=\['tensor'\]: mesh axis 'tensor' cuts heads already"):
+        check_length(64, make_mesh(MeshConfig(4, tensor=2)), rules)
+
+
+def test_a_table_of_positions_stays_whole() -> None:
+    shapes, axes = {"table": jax.ShapeDtypeStruct((9, 8), jnp.float32)}, {"table": ("positions", "embed")}
+    found = param_shardings(axes, shapes, make_mesh(MeshConfig(1, fsdp=2, context=4)), RULES)
+    assert found["table"].spec == PartitionSpec(None, ("fsdp",))
 
 
 @pytest.mark.parametrize("cls", [MeshConfig, ShardingRules])

@@ -200,7 +200,7 @@ def test_roles_come_from_axes_and_names() -> None:
             "norm_scale": Role.vector,
         },
     }
-    assert param_roles({"position_embedding": ("length", "embed")}) == {"position_embedding": Role.embedding}
+    assert param_roles({"position_embedding": ("positions", "embed")}) == {"position_embedding": Role.embedding}
 
 
 def test_heads_and_their_width_are_one_side_of_a_matrix() -> None:

@@ -65,17 +65,20 @@ def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> Toke
 def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Array, chunk: int) -> Any:
     """What `compute(hidden_BCD, targets_BC)` gives for C = `chunk` tokens of each row at a time, joined to [B, L, ...].
 
-    `hidden_BLD` may be several arrays. Each chunk is computed anew in the backward pass.
+    `hidden_BLD` may be several arrays. Each chunk is computed anew in the backward pass. Chunk m of M takes the tokens
+    m, M + m, 2M + m, ...: where the mesh cuts rows, a device's tokens are consecutive, so that each chunk lies on all
+    devices, and no token moves between them.
     """
     length = targets_BL.shape[1]
     if chunk >= length:
         return compute(hidden_BLD, targets_BL)
-    num_chunks = -(-length // chunk)
+    num_chunks = _num_chunks(length, chunk)
+    chunk = -(-length // num_chunks)
 
     def split(x: jax.Array) -> jax.Array:
-        """[B, L, ...] to [L / C, B, C, ...], with zeros at the end of the last chunk."""
+        """[B, L, ...] to [M, B, C, ...], with zeros at the ends of the last chunks where C M is more than L."""
         x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
-        return x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk, num_chunks, *x.shape[2:]), 2, 0)
 
     def body(_: None, part: Any) -> tuple[None, Any]:
         return None, compute(*part)
@@ -86,6 +89,12 @@ def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Arra
     _, parts = jax.lax.scan(body, None, jax.tree.map(split, (hidden_BLD, targets_BL)))
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(x.shape[1], num_chunks * chunk, *x.shape[3:])[:, :length]
+        return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], num_chunks * chunk, *x.shape[3:])[:, :length]
 
     return jax.tree.map(join, parts)
+
+
+def _num_chunks(length: int, chunk: int) -> int:
+    """Of at most `chunk` tokens each. Up to twice as many as it takes, where these need no padding."""
+    least = -(-length // chunk)
+    return next((n for n in range(least, 2 * least + 1) if length % n == 0), least)

@@ -27,6 +27,10 @@ class MaskedConfig(ObjectiveConfig):
     kind: str = "masked"
     loss_chunk: int = 128  # tokens of each row whose logits exist at once; the length or more: all
 
+    @property
+    def by_token(self) -> bool:
+        return True
+
     def build(self, token_bytes: np.ndarray | None) -> "Masked":
         """Raises: ValueError naming the key of a value that cannot be."""
         if self.loss_chunk < 1:

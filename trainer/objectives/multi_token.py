@@ -25,6 +25,10 @@ class MultiTokenConfig(NextTokenConfig):
     kind: str = "multi_token"
     weight: float = 0.3  # of the mean over further tokens: DeepSeek-V3, 0.3 at first and 0.1 at last
 
+    @property
+    def by_token(self) -> bool:
+        return False  # modules read their neighbours
+
     def build(self, token_bytes: np.ndarray | None) -> "MultiToken":
         """Raises: ValueError naming the key of a value that cannot be."""
         if self.weight < 0:

@@ -25,6 +25,10 @@ class NextTokenConfig(ObjectiveConfig):
     dft: bool = False  # weigh each token by its own probability: dynamic fine-tuning (arXiv 2508.05629)
     loss_chunk: int = 128  # tokens of each row whose logits exist at once; the length or more: all
 
+    @property
+    def by_token(self) -> bool:
+        return True
+
     def build(self, token_bytes: np.ndarray | None) -> "NextToken":
         """Raises: ValueError naming the key of a value that cannot be."""
         if self.loss_chunk < 1:

@@ -120,7 +120,7 @@ class PlanConfig(TrainConfig):
     compile: bool = False  # compile the step for the target, too, and say what XLA says
     search: bool = False  # look for the mesh, the remat and the microbatches, too
     tokens: float | None = None  # to train on, for days and dollars; null: num_steps of them
-    prices: dict[str, float] = field(default_factory=dict)  # dollars an hour of one device, by kind
+    price: float | None = None  # dollars an hour of one device; null: that of trainer/hardware.py
     output: str | None = None  # the folder for plan and picture; null: RUNS/plans
 
 

@@ -22,12 +22,12 @@ BUFFERED = frozenset(
     {
         "dot_general", "ragged_dot_general", "ragged_dot", "scan", "while", "cond", "sort", "top_k", "scatter",
         "scatter-add", "cumsum", "cummax", "cumlogsumexp", "conv_general_dilated", "dynamic_update_slice", "eigh",
-        "qr", "svd", "cholesky", "triangular_solve", "random_bits", "threefry2x32",
+        "copy", "qr", "svd", "cholesky", "triangular_solve", "random_bits", "threefry2x32",
     }
 )  # fmt: skip
 REDUCING = ("reduce", "arg")  # they make a buffer, and take in the elementwise steps before them
 # They change no number, or only the order in which a product reads them.
-VIEWS = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient", "optimization_barrier"})
+VIEWS = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "stop_gradient", "optimization_barrier"})
 LOOPS = ("scan", "while", "cond")
 COSTLY = frozenset(
     {"exp", "exp2", "log", "log1p", "tanh", "logistic", "erf", "sin", "cos", "pow", "rsqrt", "sqrt", "gather"}
@@ -53,7 +53,7 @@ class Rules:
 
     kept: Callable[[Value], float] = lambda value: value.bytes  # bytes of a value as it is kept on one device
     seconds: Callable[[float, float], float] = lambda flops, moved: 0.0  # that a step of so much takes
-    dense_groups: bool = False  # a grouped product is made as one with every group's matrix
+    dense_groups: float = 0.0  # a grouped product is made with every group's matrix, of so many times its groups
     rows_of_groups: float = 1.0  # of the rows of a grouped product, the share that falls on any group
     copies_donated: bool = False  # results take the place of arguments only in the end
 
@@ -247,7 +247,7 @@ def _walk(
             size = rules.kept(values[i])
             if step.name in BUFFERED and i not in stacked and not _is_outer(step):
                 whole += max(values[i].bytes - size, 0.0)  # until it is cut, as gradients are
-            replaced = next((j for j in dying if held[j].bytes >= size > 0), None)
+            replaced = next((j for j in dying if held[j].bytes == size > 0), None)
             if replaced is not None:  # elementwise results take the place of what dies with them
                 dying.remove(replaced)
                 del held[replaced]
@@ -308,10 +308,10 @@ def _inside(step: Step, program: Program, rules: Rules) -> Work:
         # Rows meet one group each: [S, K] x [E, K, N] > [S, N], or [S, K] x [S, N] > [E, K, N].
         found = Work(flops=2.0 * a[0] * a[1] * out[-1] * rules.rows_of_groups)
         if rules.dense_groups:
-            groups = b[0] if len(b) == 3 else out[0]
+            groups = max(1, round(rules.dense_groups * (b[0] if len(b) == 3 else out[0])))
             found.flops *= groups / rules.rows_of_groups
-            apart = [Value((groups, *a), program.values[step.reads[0]].dtype)]
-            apart += [Value((groups, *out), np.dtype("float32"))] if len(out) == 2 else []
+            apart = [] if groups == 1 else [Value((groups, *a), program.values[step.reads[0]].dtype)]
+            apart += [Value((groups, *out), np.dtype("float32"))] if len(out) == 2 and apart else []
             found.held = [Held(value, value.bytes, False) for value in apart]
             found.peak = sum(held.bytes for held in found.held)
         return found

@@ -1,10 +1,9 @@
 """Accelerators as a plan sees them: how fast they compute, remember and speak to each other, and what they cost.
 
 Figures are those of the vendors' data sheets, dense bf16, for what JAX calls one device. Prices are list prices on
-demand of large clouds, rounded, and only a beginning: `task.prices.NAME=DOLLARS` sets one's own.
+demand of large clouds, rounded, and only a beginning: `task.price=DOLLARS` sets one's own.
 """
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -121,4 +120,5 @@ def topology_shape(hardware: Hardware, count: int) -> tuple[int, ...]:
         raise ValueError(
             f"target: {count} devices of {hardware.name} make no slice; give a product of 2s, or a multiple of 64"
         )
-    return min(shapes, key=lambda shape: (max(shape) / min(shape), sum(math.log(s) for s in shape)))
+    best = min(shapes, key=lambda shape: max(shape) / min(shape))
+    return tuple(sorted(best, key=lambda side: (side == 1, side)))  # 2x2x1, but 4x4x8

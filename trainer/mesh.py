@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.batch import ColumnBatch, TokenBatch
@@ -78,7 +79,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    kinds = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=kinds)
+    except NotImplementedError:  # an axis that is no product of sides of the TPUs' torus: its neighbours are apart
+        laid_out = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+        return Mesh(laid_out, AXES, axis_types=kinds)
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:

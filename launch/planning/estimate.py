@@ -172,7 +172,7 @@ def _walked(
     rules = Rules(
         kept=lambda value: value.bytes * shares.get((value.shape, value.dtype), 1.0),
         seconds=lambda flops, moved: max(flops / speed, moved / bandwidth),
-        dense_groups=hardware.platform != "tpu",
+        dense_groups=0.0 if hardware.platform == "tpu" else _groups(config, sizes),
         copies_donated=hardware.platform == "cpu",
         rows_of_groups=1 / copies,
     )
@@ -193,6 +193,14 @@ def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None) -> tuple[
             _last.clear()
         _last[key] = local, local.core.train_step.trace(*local.arguments).jaxpr  # type: ignore[attr-defined]
     return _last[key]
+
+
+def _groups(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Experts of a device, of those that its share was given so that a token can choose."""
+    experts = config.model.experts.num_experts
+    return (
+        experts / _product(sizes, config.sharding.experts) / max(share_of(config, sizes).model.experts.num_experts, 1)
+    )
 
 
 def _shares(whole: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], float]:

@@ -92,7 +92,7 @@ def sizes_of(mesh: AnyMesh) -> dict[str, int]:
 
 
 def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
-    """What one device computes, as a run by itself: its rows or part of them, heads, hidden units, experts and vocabulary.
+    """What one device computes, as a run by itself: its tokens, heads, hidden units, experts, part of the vocabulary.
 
     The width of the model and the layers are whole: they are cut for keeping (`fsdp`) and gathered for computing.
     """
@@ -125,10 +125,16 @@ def _cut(rules: ShardingRules, logical: str, sizes: Mapping[str, int]) -> int:
 
 
 class OneShare(NoConstraint):
-    """The mesh as one device of it sees it, where tokens of `copies` devices are gathered for each one's experts."""
+    """The mesh as one device of it sees it."""
 
-    def __init__(self, copies: int):
-        self.copies = copies
+    def __init__(self, copies: int, gathers: bool):
+        """`copies`: devices whose tokens are gathered for each one's experts. `gathers`: whether parameters are."""
+        self.copies, self.gathers = copies, gathers
+
+    def __call__(self, x: jax.Array, axes: Any) -> jax.Array:
+        if not self.gathers or "vocab" not in axes or "batch" in axes:
+            return x
+        return jax.lax.copy_p.bind(x[None])[0]  # embedding and head, whole: a buffer unlike the parameter's own
 
     def per_device(self, function: Any, axes: Any, *args: Any) -> jax.Array:
         if self.copies == 1:
@@ -153,7 +159,12 @@ def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) 
     cut = lambda logical, size: -(-size // _cut(config.sharding, logical, sizes))
     one = abstract_mesh(MeshConfig(), 1)
     share = None if teacher is None else model_share(teacher, cut)
-    return shapes_of(share_of(config, sizes), one, share, OneShare(gathered_copies(config, sizes)))
+    return shapes_of(
+        share_of(config, sizes),
+        one,
+        share,
+        OneShare(gathered_copies(config, sizes), _cut(config.sharding, "embed", sizes) > 1),
+    )
 
 
 def bytes_on_device(tree: Any) -> float:

@@ -17,7 +17,7 @@ from launch.planning.picture import draw_plan
 from launch.planning.search import Choice, Free, compute_optimal, search
 from launch.planning.shapes import with_vocabulary
 from launch.run_folder import run_folder, write_whole
-from trainer.hardware import HARDWARE, Target, parse_target
+from trainer.hardware import Target, parse_target
 
 CONVENTION = "6 x weights of products + 3 x attention over half of the row (models/cost.py); peak is dense bf16"
 TOP = 3  # of a search, compiled with compile=true and shown in any case
@@ -27,8 +27,6 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     """Prints the plan, and writes it with a picture to `task.output`."""
     task = config.task
     assert isinstance(task, PlanConfig)
-    if unknown := set(task.prices) - set(HARDWARE):
-        raise ValueError(f"task.prices.{min(unknown)}: no such hardware; known: {', '.join(HARDWARE)}")
     target = parse_target(task.target, config.devices or jax.device_count())
     config = with_vocabulary(adopt(config, overrides, run_folder(config), say))
     named = {override.lstrip("+~").partition("=")[0] for override in overrides}
@@ -86,7 +84,7 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
     tokens = task.tokens or float(task.num_steps * plan.tokens_per_step)
     seconds = tokens / plan.tokens_per_second
     hours = seconds / 3600 * plan.target.num_devices
-    price = task.prices.get(hardware.name, hardware.price)
+    price = hardware.price if task.price is None else task.price
     flops = tokens * plan.flops_per_token
     optimum = compute_optimal(flops)
     found: dict[str, Any] = {

@@ -1,0 +1,168 @@
+"""The table of docs/plan.md: memory as `meshwright plan` estimates it beside what XLA allocates for the same step.
+
+    python benchmarks/plan.py [--only cpu|h100|v5e|v5p|v6e] [--write docs/plan.md]
+    python benchmarks/plan.py --published
+
+Each case is one command, `meshwright plan ... compile=true`, in a process of its own. Targets whose plugin is not
+installed are left out, and said. TPU programs take minutes to compile.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CASES = """
+cpu-1 model=gpt2 data.batch_size=4 data.seq_len=256
+cpu-8 model=gpt2 mesh.fsdp=8 data.batch_size=16 data.seq_len=512 model.remat=full
+cpu-8 model=llama3_2_1b mesh.fsdp=4 mesh.tensor=2 data.batch_size=8 data.seq_len=512 model.remat=full
+cpu-8 model=qwen3_0_6b mesh.fsdp=4 mesh.tensor=2 data.batch_size=8 data.seq_len=1024 model.remat=dots
+cpu-8 model=olmoe_1b_7b mesh.expert=4 mesh.fsdp=2 data.batch_size=8 data.seq_len=512 model.remat=full
+cpu-8 model=gemma3_1b mesh.data=2 mesh.fsdp=4 data.batch_size=8 data.seq_len=1024 model.remat=full
+cpu-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8 data.seq_len=1024 model.remat=full
+cpu-8 model=mixtral_8x7b mesh.expert=8 data.batch_size=8 data.seq_len=1024 model.remat=full
+h100-1 model=gpt2 data.batch_size=8 data.seq_len=512
+h100-8 model=llama3_2_1b mesh.fsdp=8 data.batch_size=16 data.seq_len=1024
+h100-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8 data.seq_len=2048 model.remat=full
+h100-64 model=llama3_8b mesh.fsdp=32 mesh.tensor=2 data.batch_size=64 data.seq_len=2048 model.remat=dots
+h100-8 model=olmoe_1b_7b mesh.fsdp=8 data.batch_size=8 data.seq_len=1024 model.remat=full
+h100-32 model=mixtral_8x7b mesh.expert=8 mesh.fsdp=4 data.batch_size=32 data.seq_len=2048 model.remat=full
+h100-64 model=llama3_70b mesh.fsdp=16 mesh.tensor=4 data.batch_size=32 data.seq_len=2048 model.remat=full
+h100-8 model=qwen3_4b mesh.data=2 mesh.fsdp=4 data.batch_size=8 data.seq_len=2048 model.remat=qkv
+v5e-1 model=gpt2 data.batch_size=8 data.seq_len=512 model.remat=full
+v5e-8 model=llama3_2_1b mesh.fsdp=8 data.batch_size=16 data.seq_len=1024 model.remat=full
+v5p-32 model=llama3_8b mesh.fsdp=16 data.batch_size=16 data.seq_len=2048 model.remat=full
+v6e-16 model=olmoe_1b_7b mesh.fsdp=4 mesh.expert=4 data.batch_size=16 data.seq_len=2048 model.remat=full
+v5e-16 model=smollm2_1_7b mesh.data=2 mesh.fsdp=8 data.batch_size=32 data.seq_len=1024 model.remat=dots
+v5p-128 model=llama3_8b mesh.fsdp=16 mesh.tensor=4 data.batch_size=64 data.seq_len=2048 model.remat=full
+v5p-128 model=mixtral_8x7b mesh.expert=8 mesh.fsdp=8 data.batch_size=64 data.seq_len=2048 model.remat=full
+v5p-1024 model=llama3_70b mesh.fsdp=64 mesh.tensor=8 data.batch_size=128 data.seq_len=4096 model.remat=full
+"""
+# Published by others for their own programs: target, MFU, tokens a second of a device, source; run. See the page.
+PUBLISHED = """
+h100-8 0.36 6667 torchtitan; model=llama3_8b mesh.fsdp=8 data.batch_size=8 data.seq_len=8192 model.remat=full
+h100-8 0.475 9850 OLMo-core; model=olmo2_7b mesh.fsdp=8 data.batch_size=16 data.seq_len=4096 model.remat=full
+v6e-256 0.4546 7207 MaxText; model=llama3_8b mesh.fsdp=256 data.batch_size=768 data.seq_len=8192 model.remat=full
+v6e-256 0.5033 960 MaxText; model=llama3_70b mesh.fsdp=256 data.batch_size=512 data.seq_len=8192 model.remat=full
+v5p-1024 0.654 692 MaxText; model=llama3_70b mesh.fsdp=512 data.batch_size=2048 data.seq_len=4096 model.remat=full
+v5p-512 0.5256 2909 MaxText; model=mixtral_8x7b mesh.fsdp=256 data.batch_size=2048 data.seq_len=4096 model.remat=full
+v6e-256 0.3523 3899 MaxText; model=mixtral_8x7b mesh.fsdp=256 data.batch_size=2048 data.seq_len=4096 model.remat=full
+"""
+AOT = {  # libtpu asks for these, on machines without a TPU, in vain
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="targets that begin so")
+    parser.add_argument("--results", default="", help="a JSON-lines file to go on with")
+    parser.add_argument("--write", default="", help="the page whose table is replaced")
+    parser.add_argument("--published", action="store_true", help="the other table: speed beside published runs")
+    options = parser.parse_args()
+    if options.published:
+        print(published())
+        return
+    kept = Path(options.results) if options.results else Path(tempfile.mkdtemp()) / "results.jsonl"
+    done = {row["case"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    for case in CASES.strip().splitlines():
+        if case in done or not case.startswith(options.only):
+            continue
+        row = measured(case)
+        if row is not None:
+            done[case] = row
+            with open(kept, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    rows = [done[case] for case in CASES.strip().splitlines() if case in done]
+    text = table(rows)
+    print(text)
+    if options.write:
+        page = Path(options.write)
+        head, _, rest = page.read_text().partition("<!-- table -->")
+        page.write_text(f"{head}<!-- table -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+
+
+def planned(case: str, *more: str) -> dict | None:
+    target, *overrides = case.split()
+    kind, _, count = target.partition("-")
+    mesh = [] if "mesh.data" in case else ["mesh.data=1"]
+    where = [f"devices={count}", "target=cpu"] if kind == "cpu" else [f"target={target}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "launch.run", "plan", *overrides, *mesh, *where, *more]
+        command += ["format=json", f"task.output={folder}"]
+        ended = subprocess.run(command, env=os.environ | AOT, capture_output=True, text=True)
+    if not ended.stdout.startswith("{"):
+        last = ended.stderr.strip().splitlines()[-1:]
+        print(f"left out: {case}: {' '.join(last)}", file=sys.stderr)
+        return None
+    return json.loads(ended.stdout)
+
+
+def published() -> str:
+    lines = [
+        "| target | run | published | MFU | predicted | error | tokens/s a device | predicted |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for line in PUBLISHED.strip().splitlines():
+        facts, _, run = line.partition("; ")
+        target, mfu, speed, who = facts.split()
+        plan = planned(f"{target} {run}")
+        if plan is None:
+            continue
+        error, own = plan["mfu"] / float(mfu) - 1, plan["tokens_per_second_per_device"]
+        cells = [target, short(run) + ("" if plan["fits"] else ", does not fit"), who, f"{float(mfu):.1%}"]
+        cells += [f"{plan['mfu']:.1%}", f"{error:+.0%}", f"{int(speed):,}", f"{own:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def short(run: str) -> str:
+    for word in ("model=", "data.", "mesh.", "model."):
+        run = run.replace(word, "")
+    return run
+
+
+def measured(case: str) -> dict | None:
+    plan = planned(case, "compile=true")
+    if plan is None:
+        return None
+    row = {
+        "case": case,
+        "estimate": plan["memory"]["total"],
+        "arguments": plan["compiled"]["argument_bytes"],
+        "xla": plan["compiled"]["peak_bytes"],
+        "seconds": plan["compiled"]["seconds"],
+    }
+    print(f"{row['estimate'] / row['xla'] - 1:+.1%} {case}", file=sys.stderr, flush=True)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| target | run | XLA, GB | of it arguments | estimate, GB | error | compiled in |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    errors = []
+    for row in rows:
+        target, _, run = row["case"].partition(" ")
+        errors.append(abs(row["estimate"] / row["xla"] - 1))
+        run = short(run)
+        gb = [f"{row[key] / 1e9:.2f}" for key in ("xla", "arguments", "estimate")]
+        error = f"{row['estimate'] / row['xla'] - 1:+.1%}"
+        lines.append(f"| {target} | {run} | {' | '.join(gb)} | {error} | {row['seconds']:.0f} s |")
+    within = sum(error <= 0.1 for error in errors)
+    middle = sorted(errors)[len(errors) // 2] if errors else 0.0
+    lines += ["", f"{within} of {len(rows)} within 10 %; the median error is {middle:.1%}."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="targets that begin so")
     parser.add_argument("--results", default="", help="a JSON-lines file to go on with")
     parser.add_argument("--write", default="", help="the page whose table is replaced")
+    parser.add_argument("--again", action="store_true", help="estimate anew what --results holds; nothing is compiled")
     parser.add_argument("--published", action="store_true", help="the other table: speed beside published runs")
     options = parser.parse_args()
     if options.published:
@@ -82,6 +83,8 @@ def main() -> None:
             with open(kept, "a") as file:
                 file.write(json.dumps(row) + "\n")
     rows = [done[case] for case in CASES.strip().splitlines() if case in done]
+    if options.again:
+        rows = [row | {"estimate": (planned(row["case"]) or {})["memory"]["total"]} for row in rows]
     text = table(rows)
     print(text)
     if options.write:

@@ -5,7 +5,9 @@ demand of large clouds, rounded, and only a beginning: `task.price=DOLLARS` sets
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import jax
 
 from trainer.metrics import published_peak
 
@@ -32,11 +34,6 @@ class Hardware:
     def flops(self) -> float:
         """Dense bf16 FLOP/s."""
         return published_peak(self.kind) or CPU_FLOPS
-
-    @property
-    def tile(self) -> int:
-        """Below this width a product no longer fills the units of multiplication."""
-        return 128 if self.platform == "tpu" else 64
 
 
 CPU_FLOPS = 2e11  # of a few cores, where nothing was measured
@@ -104,6 +101,21 @@ def parse_target(text: str, devices: int | None = None) -> Target:
             f"target={text}: a slice of {name} has at most {hardware.node} devices; give several, as 2*{name}-..."
         )
     return Target(hardware, count * slices, slices)
+
+
+def present() -> Target:
+    """The devices of this job. Raises: ValueError where nothing is known of their kind."""
+    device = jax.devices()[0]
+    kind = device.device_kind.lower()
+    known = [h for h in HARDWARE.values() if h.kind.lower() in kind] or [h for h in HARDWARE.values() if h.name in kind]
+    if not known:
+        raise ValueError(f"mesh=auto: nothing is known of {device.device_kind}; give mesh.fsdp and its like yourself")
+    hardware = max(known, key=lambda h: len(h.kind))
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        hardware = replace(hardware, memory=float(limit))
+    slices = {getattr(d, "slice_index", 0) for d in jax.devices()}
+    return Target(hardware, jax.device_count(), len(slices))
 
 
 def topology_shape(hardware: Hardware, count: int) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ class MeshConfig:
     tensor: int = 1  # heads, mlp and vocabulary cut in as many pieces
     expert: int = 1  # rows of the batch, too, and the experts dealt out in as many parts
     context: int = 1  # each row cut in as many pieces of its length
+    auto: bool = False  # training chooses all of these by a plan for the devices that are there
 
 
 @dataclass

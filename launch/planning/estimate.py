@@ -6,7 +6,7 @@ The training step itself is traced, as one device would run it (`shapes.local_sh
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +84,6 @@ class Plan:
     compute_seconds: float  # products alone, on the units of multiplication
     device_seconds: float  # with what waits for memory: of each step of the program the slower of both
     work: Work
-    compiled: dict[str, Any] = field(default_factory=dict)
 
     @property
     def capacity(self) -> float:

@@ -4,13 +4,14 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from configs.schema import RunConfig, TrainConfig
 from launch.planning.estimate import Plan, estimate
 from launch.planning.shapes import teacher_of
 from models.config import ModelConfig, Remat
-from trainer.hardware import Target
+from trainer.hardware import Target, present
 from trainer.mesh import AXES, MeshConfig
 
 REMATS = (Remat.none, Remat.dots, Remat.full)  # the less is computed again, the faster
@@ -131,6 +132,23 @@ def changed(config: RunConfig, mesh: MeshConfig, batch: int, turns: int, remat: 
     config.mesh, config.data.batch_size, config.task.num_microbatches = mesh, batch, turns
     config.model.remat = remat
     return config
+
+
+def settled(config: RunConfig, model: ModelConfig, say: Callable[[str], None]) -> RunConfig:
+    """The config with the mesh that `mesh=auto` stands for, for `model` on the devices of this job.
+
+    Raises: ValueError where none goes together with model and batch.
+    """
+    if not config.mesh.auto:
+        return config
+    best = search(replace(config, model=model), present(), Free())[0]
+    shape = " ".join(f"mesh.{axis}={size}" for axis, size in best.plan.mesh.items() if size > 1) or "one device"
+    about = f"about {best.plan.memory.total / 1e9:.2f} GB a device"
+    say(
+        f"mesh=auto: {shape}; {about}"
+        + ("" if best.plan.fits else f", of {best.plan.capacity / 1e9:.2f} GB: it may not fit")
+    )
+    return replace(config, mesh=best.config.mesh)
 
 
 # What to train for a budget

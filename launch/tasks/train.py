@@ -23,10 +23,12 @@ from launch.assemble import (
     build_source,
     is_chief,
     load_corpora,
+    model_config,
     say,
 )
 from launch.beginning import Frozen, Start, begin, check_resume, find_base, find_frozen, recall_tokenizer
 from launch.origins import adopt, adopt_tokenizer
+from launch.planning.search import settled
 from launch.run_folder import RunFolder, environment, run_folder, write_whole
 from launch.writing import append_samples, unmasking_of, write
 from models.config import Mask
@@ -60,6 +62,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         with ledger.phase("data_preparation"):
             corpora = load_corpora(config, folder, say)
         with ledger.phase("start"):
+            config = settled(config, model_config(config, corpora.tokenizer), say)
             core = build_core(config, corpora.tokenizer)
             base = find_base(config, core, checkpointer)
             frozen = find_frozen(config, core, checkpointer, corpora, base)

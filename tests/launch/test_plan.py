@@ -12,11 +12,11 @@ from configs.schema import register, to_typed
 from launch.planning.compiled import collectives, compile_step
 from launch.planning.estimate import estimate
 from launch.planning.picture import draw_plan
-from launch.planning.search import Free, candidates, compute_optimal, search
+from launch.planning.search import Free, candidates, compute_optimal, search, settled
 from launch.planning.shapes import bytes_on_device, shapes_of, with_vocabulary
 from launch.run import run
 from trainer.hardware import HARDWARE, Target, parse_target, topology_shape
-from trainer.mesh import abstract_mesh
+from trainer.mesh import AXES, abstract_mesh
 
 SMALL = ["model=tiny", "model.vocab_size=512", "data.seq_len=64", "data.batch_size=8", "source=[]"]
 
@@ -142,6 +142,15 @@ def test_every_mesh_of_a_search_has_all_devices_and_cuts_evenly():
     for mesh in found:
         assert mesh.data * mesh.fsdp * mesh.tensor * mesh.expert == 48
         assert config.model.attention.num_kv_heads % mesh.tensor == 0
+
+
+def test_a_mesh_is_chosen_for_the_devices_that_are_there():
+    config, lines = config_of("mesh=auto"), []
+    chosen = settled(config, config.model, lines.append)
+    assert math.prod(getattr(chosen.mesh, axis) for axis in AXES) == jax.device_count()
+    assert not chosen.mesh.auto and lines[0].startswith("mesh=auto: ")
+    plain = config_of()
+    assert settled(plain, plain.model, lines.append) is plain
 
 
 def test_chinchilla_would_have_been_trained_so():

@@ -253,11 +253,11 @@ class Ends(nnx.Module):
             x_BLD = x_BLD + self.position_embedding[...][positions_BL].astype(dtype)
         return dropout(x_BLD, config.dropout, rng)
 
-    def output(self, x_BLD: jax.Array, constrain: Constrain) -> Output:
+    def output(self, x_BLD: jax.Array, constrain: Constrain = no_constraint) -> Output:
         if self.score is not None:
             return Output(self.final_norm(x_BLD), as_array(self.score[...]), None)
         head_DV = transposed(self.embedding[...]) if self.head is None else as_array(self.head[...])
-        # Gathered here, once: the loss reads it for each piece of a row anew.
+        # Gathered here, once: the loss reads it for each piece of a row anew. Decoding reads it once a token, unpinned.
         head_DV = constrain(head_DV, ("embed", "vocab"))
         return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
 
@@ -460,7 +460,7 @@ def forward_cached(
             block = nnx.merge(graph, nnx.State(params["layers"][index]))
             x_BLD, cached, *_ = block(x_BLD, context, layer, cache[index], None)
             filled.append(cached)
-    return ends.output(x_BLD, constrain), tuple(filled)
+    return ends.output(x_BLD), tuple(filled)
 
 
 def logits(output: Output) -> jax.Array:

@@ -4,8 +4,10 @@ Figures are those of the vendors' data sheets, dense bf16, for what JAX calls on
 demand of large clouds, rounded, and only a beginning: `task.price=DOLLARS` sets one's own.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
 
 import jax
 
@@ -19,7 +21,7 @@ class Hardware:
     """One kind of device and what lies between several of them."""
 
     name: str
-    kind: str  # as JAX calls it
+    kind: str  # a part of what JAX calls it; the longest that fits wins
     memory: float  # bytes that programs may use
     memory_bandwidth: float  # bytes a second
     inside: float  # bytes a second of one device, sent to those of its node or slice, all links together
@@ -47,9 +49,9 @@ HARDWARE = {
         Hardware("b200", "B200", 180 * GB, 8.0e12, 900 * GB, 50 * GB, 8, 1600, 11.0, "cuda"),
         Hardware("l4", "L4", 24 * GB, 3.0e11, 32 * GB, 12 * GB, 8, 120, 0.7, "cuda"),
         Hardware("v4", "TPU v4", 32 * GB, 1.2e12, 270 * GB, 6 * GB, 4096, 350, 3.2, "tpu"),
-        Hardware("v5e", "TPU v5e", 16 * GB, 8.1e11, 180 * GB, 6 * GB, 256, 250, 1.2, "tpu"),
-        Hardware("v5p", "TPU v5p", 95 * GB, 2.77e12, 540 * GB, 6 * GB, 8960, 550, 4.2, "tpu"),
-        Hardware("v6e", "TPU v6e", 32 * GB, 1.64e12, 360 * GB, 12 * GB, 256, 400, 2.7, "tpu"),
+        Hardware("v5e", "TPU v5 lite", 16 * GB, 8.1e11, 180 * GB, 6 * GB, 256, 250, 1.2, "tpu"),
+        Hardware("v5p", "TPU v5", 95 * GB, 2.77e12, 540 * GB, 6 * GB, 8960, 550, 4.2, "tpu"),
+        Hardware("v6e", "TPU v6 lite", 32 * GB, 1.64e12, 360 * GB, 12 * GB, 256, 400, 2.7, "tpu"),
         Hardware("tpu7x", "TPU7x", 96 * GB, 3.7e12, 600 * GB, 12 * GB, 9216, 600, 6.0, "tpu", 2),
         Hardware("cpu", "cpu", 16 * GB, 4e10, 1e10, 1e9, 1024, 100, 0.1, "cpu"),
     )
@@ -103,14 +105,18 @@ def parse_target(text: str, devices: int | None = None) -> Target:
     return Target(hardware, count * slices, slices)
 
 
+def of_kind(device_kind: str) -> Hardware:
+    """What JAX calls so. Raises: ValueError where nothing is known of it."""
+    known = [h for h in HARDWARE.values() if h.kind.lower() in device_kind.lower()]
+    if not known:
+        raise ValueError(f"mesh=auto: nothing is known of {device_kind}; give mesh.fsdp and its like yourself")
+    return max(known, key=lambda h: len(h.kind))
+
+
 def present() -> Target:
     """The devices of this job. Raises: ValueError where nothing is known of their kind."""
     device = jax.devices()[0]
-    kind = device.device_kind.lower()
-    known = [h for h in HARDWARE.values() if h.kind.lower() in kind] or [h for h in HARDWARE.values() if h.name in kind]
-    if not known:
-        raise ValueError(f"mesh=auto: nothing is known of {device.device_kind}; give mesh.fsdp and its like yourself")
-    hardware = max(known, key=lambda h: len(h.kind))
+    hardware = of_kind(device.device_kind)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         hardware = replace(hardware, memory=float(limit))
@@ -125,9 +131,7 @@ def topology_shape(hardware: Hardware, count: int) -> tuple[int, ...]:
     chips = count // hardware.devices_per_chip
     dims = 3 if hardware.name in ("v4", "v5p", "tpu7x") else 2
     sides = [s for s in range(1, chips + 1) if chips % s == 0 and (s in (1, 2) or s % 4 == 0)]
-    shapes = [tuple(sorted((a, b))) for a in sides for b in sides if a * b == chips] if dims == 2 else [
-        tuple(sorted((a, b, c))) for a in sides for b in sides for c in sides if a * b * c == chips
-    ]  # fmt: skip
+    shapes = [shape for shape in combinations_with_replacement(sides, dims) if math.prod(shape) == chips]
     if not shapes:
         raise ValueError(
             f"target: {count} devices of {hardware.name} make no slice; give a product of 2s, or a multiple of 64"

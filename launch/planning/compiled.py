@@ -105,6 +105,9 @@ def _missing(target: Target, packages: str, extra: str) -> str:
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 _OP = re.compile(rf"= (\(?.*?\)?) ({'|'.join(_KINDS)})(-start)?\(")
+_CALLS = re.compile(
+    r"\b(body|calls|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _ARRAY = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 
 
@@ -124,9 +127,9 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
                 moved[key] += times * _result_bytes(found.group(1), started=found.group(3) is not None)
                 hidden[key] += times if found.group(3) else 0
             turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-            for called in re.findall(r"(?:body|calls|to_apply|branch_computations=\{[^}]*)=?%?([\w.\-]+)", line):
-                if called in bodies and called != name:
-                    visit(called, times * (int(turns.group(1)) if turns and f"body=%{called}" in line else 1))
+            for key, called in _CALLS.findall(line):
+                for each in re.findall(r"[\w.\-]+", called):
+                    visit(each, times * int(turns.group(1)) if turns and key == "body" else times)
 
     visit(entry, 1)
     return [Collective(*key, count[key], moved[key], hidden[key]) for key in sorted(count)]

@@ -12,7 +12,7 @@ from launch.planning.estimate import Plan, estimate
 from launch.planning.shapes import teacher_of
 from models.config import ModelConfig, Remat
 from trainer.hardware import Target, present
-from trainer.mesh import AXES, MeshConfig
+from trainer.mesh import AXES, MeshConfig, mesh_sizes
 
 REMATS = (Remat.none, Remat.dots, Remat.full)  # the less is computed again, the faster
 LOOKED_INTO = 3  # meshes of which every setting is tried: those that begin best
@@ -33,7 +33,7 @@ class Free(NamedTuple):
     """What a search may change."""
 
     mesh: bool = True
-    remat: bool = True
+    remat: bool = False
     turns: bool = False  # the microbatches that a batch is cut in
     batch: bool = False  # the batch size
 
@@ -45,7 +45,8 @@ def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda do
     Raises: ValueError where no mesh goes together with model and batch, with the last reason.
     """
     teacher, refused = teacher_of(config), ValueError("no mesh")
-    meshes = list(candidates(config, target)) if free.mesh else [config.mesh]
+    given = dict(zip(AXES, mesh_sizes(config.mesh, target.num_devices), strict=True)) if not free.mesh else {}
+    meshes = list(candidates(config, target)) if free.mesh else [MeshConfig(**given)]
     begun: list[Choice] = []  # each mesh as small as it goes
     for done, mesh in enumerate(meshes):
         tell(done, len(meshes) + LOOKED_INTO)

@@ -38,23 +38,25 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     )
     choices = _chosen(config, target, free, task)
     best = choices[0]
-    compiled = [compile_step(choice.config, target) for choice in choices[: TOP if task.search else 1] if task.compile]
-    if compiled and task.search:
-        order = sorted(range(len(compiled)), key=lambda i: compiled[i].peak_bytes > choices[i].plan.capacity)
-        best, compiled = choices[order[0]], [compiled[i] for i in order]
+    told = None
+    if task.compile:
+        tried = [(choice, compile_step(choice.config, target)) for choice in choices[: TOP if task.search else 1]]
+        fitting = [pair for pair in tried if pair[1].peak_bytes <= pair[0].plan.capacity]
+        best, told = (fitting or tried)[0]
+    others = [choice for choice in choices if choice is not best] if task.search else []
     title = _title(best, overrides)
-    found = describe(best, task, compiled[0] if compiled else None)
+    found = describe(best, task, told)
     folder = Path(task.output or Path(config.runs) / "plans")
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title)
     if task.search:
-        found["others"] = [_line(choice) for choice in choices[1:10]]
+        found["others"] = [_line(choice) for choice in others[:9]]
     write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
     draw_plan(best.plan, folder / f"{name}.png", title)
     if config.format is Format.json:
         print(json.dumps(found, indent=1))
     else:
-        _print(title, best, found, choices[1:TOP] if task.search else [])
+        _print(title, best, found, others[: TOP - 1])
         print(f"written: {folder / name}.json and .png")
     return 0 if best.plan.fits else 1
 

@@ -15,8 +15,9 @@ from launch.planning.picture import draw_plan
 from launch.planning.search import Free, candidates, compute_optimal, search, settled
 from launch.planning.shapes import bytes_on_device, shapes_of, with_vocabulary
 from launch.run import run
-from trainer.hardware import HARDWARE, Target, parse_target, topology_shape
+from trainer.hardware import HARDWARE, Target, of_kind, parse_target, topology_shape
 from trainer.mesh import AXES, abstract_mesh
+from trainer.metrics import published_peak
 
 SMALL = ["model=tiny", "model.vocab_size=512", "data.seq_len=64", "data.batch_size=8", "source=[]"]
 
@@ -54,6 +55,24 @@ def test_targets_are_named_as_their_makers_do(text, kind, count, slices):
 def test_targets_that_cannot_be_are_refused(text, said):
     with pytest.raises(ValueError, match=said):
         parse_target(text)
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("cpu", "cpu"),
+    ],
+)
+def test_devices_are_known_by_what_jax_calls_them(called, name):
+    assert of_kind(called) is HARDWARE[name]
+    assert name == "cpu" or published_peak(called) == HARDWARE[name].flops
 
 
 @pytest.mark.parametrize(
@@ -114,11 +133,25 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %b = bf16[16,2]{1,0} all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   %c = f32[8]{0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
   %d = f32[4]{0} collective-permute(%p), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %e = f32[8]{0} while(%p), condition=%more, body=%turn, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%turn (q: f32[8]) -> f32[8] {
+  %f = f32[8]{0} conditional(%q), branch_computations={%one, %other}
+}
+
+%one (q: f32[8]) -> f32[8] {
+  %g = f32[8]{0} all-to-all(%q), replica_groups={{0,4},{1,5},{2,6},{3,7}}
+}
+
+%other (q: f32[8]) -> f32[8] {
+  %h = f32[8]{0} add(%q, %q)
 }
 """
     found = collectives(text, sizes)
     assert [(c.axes, c.kind, c.count, c.bytes) for c in found] == [
         ("data", "all-gather", 1, 64),
+        ("data", "all-to-all", 5, 160),
         ("data+tensor", "all-reduce", 1, 32),
         ("tensor", "all-reduce", 1, 32),
         ("tensor", "collective-permute", 1, 16),
@@ -135,6 +168,12 @@ def test_a_search_finds_what_fits_and_says_the_smallest_where_nothing_does():
     assert not search(worse, Target(HARDWARE["l4"], 8), Free())[0].plan.fits
 
 
+def test_an_axis_that_is_left_open_takes_what_remains():
+    config = config_of("mesh.data=-1", "mesh.fsdp=4")
+    found = search(config, cpus(8), Free(mesh=False, batch=True))
+    assert {(c.plan.mesh["data"], c.plan.mesh["fsdp"]) for c in found} == {(2, 4)}
+
+
 def test_every_mesh_of_a_search_has_all_devices_and_cuts_evenly():
     target, config = Target(HARDWARE["h100"], 48), config_of("model=tiny_moe")
     found = list(candidates(config, target))
@@ -149,6 +188,7 @@ def test_a_mesh_is_chosen_for_the_devices_that_are_there():
     chosen = settled(config, config.model, lines.append)
     assert math.prod(getattr(chosen.mesh, axis) for axis in AXES) == jax.device_count()
     assert not chosen.mesh.auto and lines[0].startswith("mesh=auto: ")
+    assert chosen.model == config.model and chosen.data == config.data
     plain = config_of()
     assert settled(plain, plain.model, lines.append) is plain
 

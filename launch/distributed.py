@@ -124,6 +124,11 @@ def _port(job: str) -> int:
     return FIRST_PORT + int(re.sub(r"\D", "", job) or 0) % (LAST_PORT - FIRST_PORT + 1)
 
 
+# By default XLA's CPU backend starts collectives that do not depend on one another in whichever order its threads come
+# to them, another one on each fake device: two devices can then wait for each other for ever.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: `a[03-05,9],b` gives `a03`."""
     match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodelist)
@@ -150,6 +155,10 @@ def start(devices: int | None) -> None:
             raise ValueError(f"devices={devices}: JAX_NUM_CPU_DEVICES={own} says otherwise; unset one of the two")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", share)
+    several = devices or found or "JAX_NUM_CPU_DEVICES" in os.environ
+    flags = os.environ.get("XLA_FLAGS", "")
+    if several and jax.config.values["jax_platforms"] == "cpu" and IN_ORDER not in flags:
+        os.environ["XLA_FLAGS"] = f"{IN_ORDER} {flags}".rstrip()
     if not jax.config.values["jax_compilation_cache_dir"]:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "meshwright", "compiled"))

@@ -4,7 +4,10 @@ import json
 import os
 import tempfile
 
+from launch.distributed import IN_ORDER
+
 # These must stand before jax starts.
+os.environ["XLA_FLAGS"] = f"{IN_ORDER} {os.environ.get('XLA_FLAGS', '')}".rstrip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "meshwright-test-cache"))

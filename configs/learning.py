@@ -31,6 +31,7 @@ def settle_learning(data: DataConfig, objective: ObjectiveConfig, model: ModelCo
             f"data.records={data.records.name}: objective={objective.kind} needs data.records={fitting}{hint}"
         )
     data.margins, data.negatives = objective.reads_margins, objective.num_negatives
+    data.pairs_per_row = objective.per_row
     model.outputs = objective.outputs(len(data.classes))
 
 

@@ -192,6 +192,23 @@ class BestFitPlan(ListedPlan):
         super().__init__(rows())
 
 
+class PairPlan(ListedPlan):
+    """Pairs of texts whole, as many side by side as fit: each takes what the longer of its texts does. A row's pieces
+    are the first texts of its pairs, `most` of them.
+    """
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, *, sides: int, most: int):
+        sizes = lengths.reshape(-1, sides).max(1)
+
+        def rows() -> Iterator[list[Piece]]:
+            for first in range(0, len(sizes), WINDOW):
+                window = range(first, min(first + WINDOW, len(sizes)))
+                cuts = [(Piece(sides * i, 0, int(lengths[sides * i])), int(sizes[i])) for i in window]
+                yield from _best_fit(cuts, seq_len, most)
+
+        super().__init__(rows())
+
+
 def _cuts(document: int, length: int, seq_len: int, growth: Growth | None) -> Iterator[tuple[Piece, int]]:
     if growth is None:
         for start in range(0, int(length), seq_len):
@@ -230,7 +247,8 @@ def _concat(order: np.ndarray, lengths: np.ndarray, seq_len: int, growth: Growth
         yield row
 
 
-def _best_fit(cuts: list[tuple[Piece, int]], seq_len: int) -> list[list[Piece]]:
+def _best_fit(cuts: list[tuple[Piece, int]], seq_len: int, most: int | None = None) -> list[list[Piece]]:
+    """`most`: pieces of a row."""
     cuts.sort(key=lambda cut: -cut[1])  # stable: equal lengths keep the shuffled order
     rows: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
@@ -243,7 +261,7 @@ def _best_fit(cuts: list[tuple[Piece, int]], seq_len: int) -> list[list[Piece]]:
             left, row = room.pop(at)
             rows[row].append(piece)
             left -= size
-        if left:
+        if left and len(rows[row]) != most:
             bisect.insort(room, (left, row))
     return rows
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from data.batch import DTYPES, ColumnBatch, TokenBatch, columns_of, tokens_of
 from data.examples import LossOn, Overlong, Records, Rules
-from data.packing import Corpus, Draws, Growth, Packing, Piece, Shown, build_row, make_plan
+from data.packing import Corpus, Draws, Growth, Packing, PairPlan, Piece, Shown, build_row, make_plan
 from data.sources import SourceConfig
 from data.table import Table
 from data.transforms import Transform, TransformConfig
@@ -36,7 +36,8 @@ class DataConfig:
     loss_on: LossOn = LossOn.assistant  # of conversations
     overlong: Overlong = Overlong.whole_turns  # conversations of more than seq_len tokens
     classes: list[str] = field(default_factory=list)  # of labelled records, in the order of their numbers
-    margins: bool = False  # of pairs; the objective sets it, and the next key
+    margins: bool = False  # of pairs; the objective sets it, and the next two keys
+    pairs_per_row: int = 1  # at most
     negatives: int = 0  # of matches
     max_bad_share: float = 0.1  # of records that no example can be made of; with more, the run does not begin
     shuffle: bool = True  # rows, anew in each epoch
@@ -84,22 +85,29 @@ class PackedRows:
 
 
 class PairRows:
-    """The rows of one corpus of texts that stand together: fields [S, L], each text padded to a row.
+    """The rows of one corpus of texts that stand together: fields [S, L], the texts of a group one to each side.
 
-    Of pairs 0 is chosen and 1 rejected.
+    Of pairs 0 is chosen and 1 rejected. A row holds `per_row` groups at most: as segment n + 1 of every side the n-th.
     """
 
-    def __init__(self, corpus: Corpus, *, seq_len: int, sides: int = 2, valued: bool = False):
-        self.corpus, self.seq_len, self.sides, self.valued = corpus, seq_len, sides, valued
+    def __init__(self, corpus: Corpus, *, seq_len: int, sides: int = 2, per_row: int = 1, valued: bool = False):
+        self.corpus, self.seq_len, self.sides, self.per_row, self.valued = corpus, seq_len, sides, per_row, valued
+        self.plan = None if per_row == 1 else PairPlan(corpus.lengths, seq_len, sides=sides, most=per_row)
 
     def __len__(self) -> int:
-        return len(self.corpus.lengths) // self.sides
+        return len(self.corpus.lengths) // self.sides if self.plan is None else self.plan.num_rows
 
     def __getitem__(self, row: int) -> TokenBatch | ColumnBatch:
-        sides = range(self.sides * int(row), self.sides * (int(row) + 1))
-        whole = [[Piece(side, 0, int(self.corpus.lengths[side]))] for side in sides]
-        made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in whole])
-        return ColumnBatch(*made, {"margin": self.corpus.values(sides)[0]}) if self.valued else made
+        planned = None if self.plan is None else self.plan.pieces(int(row))
+        firsts = [self.sides * int(row)] if planned is None else [piece.document for piece in planned]
+        whole = lambda text: Piece(text, 0, int(self.corpus.lengths[text]))
+        sides = [[whole(first + side) for first in firsts] for side in range(self.sides)]
+        made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in sides])
+        if not self.valued:
+            return made
+        margins = np.zeros(self.per_row, np.float32)
+        margins[: len(firsts)] = self.corpus.values(firsts)
+        return ColumnBatch(*made, {"margin": margins})
 
     def drawn(self, row: int, index: int) -> TokenBatch | ColumnBatch:
         """The row: nothing is drawn for it."""
@@ -153,7 +161,8 @@ def make_rows(
         return JudgedRows(corpus, seq_len=config.seq_len)
     rules = config.rules()
     if rules is not None and rules.together > 1:
-        return PairRows(corpus, seq_len=config.seq_len, sides=rules.together, valued=rules.margins)
+        how = {"sides": rules.together, "per_row": config.pairs_per_row, "valued": rules.margins}
+        return PairRows(corpus, seq_len=config.seq_len, **how)
     how = {"seq_len": config.seq_len, "packing": config.packing, "transform": transform}
     return PackedRows(corpus, **how, seed=source_seed(seed, name))
 
@@ -193,7 +202,9 @@ class Mixture:
             part = (part.shuffle() if config.shuffle else part).repeat(None)
             parts.append(part.map(_Tagged(index)))
         self._index = grain.MapDataset.mix(parts, [self.weights[n] for n in self.names]) if len(parts) > 1 else parts[0]
-        transformed = {} if transform is None else {"transform": asdict(config.transform)}
+        further = {} if transform is None else {"transform": asdict(config.transform)}
+        if config.pairs_per_row > 1:
+            further["pairs_per_row"] = config.pairs_per_row
         self.fingerprint = _sha(
             {
                 "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
@@ -203,7 +214,7 @@ class Mixture:
                 "packing": config.packing.name,
                 "shuffle": config.shuffle,
             }
-            | transformed
+            | further
         )
 
     def locate(self, index: int) -> tuple[str, int]:

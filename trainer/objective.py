@@ -113,6 +113,11 @@ class ObjectiveConfig:
         return False
 
     @property
+    def per_row(self) -> int:
+        """Of pairs: how many one row may hold; 1: each is padded to a row of its own."""
+        return 1
+
+    @property
     def num_negatives(self) -> int:
         """Of matches: how many texts each record has beside the two that belong together."""
         return 0

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,8 +121,37 @@ def test_margins_reach_the_batch_and_pairs_without_one_are_counted(tmp_path):
     manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=config.rules())
     assert sum(e["count"] for e in manifest.bad[str(tmp_path / "a.jsonl")].values()) == 3
     made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a")
-    assert isinstance(made, PairRows) and [float(made[i].columns["margin"]) for i in (0, 5)] == [0.0, 1.25]
+    assert isinstance(made, PairRows) and [made[i].columns["margin"].tolist() for i in (0, 5)] == [[0.0], [1.25]]
     assert batch_hash(made[0]) != batch_hash(made[0]._replace(columns={"margin": made[0].columns["margin"] + 1}))
+
+
+def test_pairs_share_rows_as_far_as_they_fit(tmp_path):
+    rows = [
+        {"prompt": "?", "chosen": "a" * n, "rejected": "b" * m, "margin": n}
+        for n, m in zip(range(1, 9), range(8, 0, -1), strict=True)
+    ]
+    config = DataConfig(seq_len=32, records=Records.pairs, margins=True)
+    tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    manifest = prepare_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", rules=config.rules())
+    corpus = TokenCorpus(manifest, "train")
+    alone = make_rows(corpus, config, 0, "a")
+    packed = make_rows(corpus, replace(config, pairs_per_row=3), 0, "a")
+    assert len(alone) == 8 and len(packed) < 5
+
+    def texts(rows) -> list[tuple]:
+        """Of every pair: margin, and tokens, targets and mask of either side."""
+        found = []
+        for row in (rows[i] for i in range(len(rows))):
+            count = row.segment_ids.max()
+            assert row.segment_ids.shape == (2, 32) and count <= 3 and (row.columns["margin"][count:] == 0).all()
+            for pair in range(count):
+                sides = [row.segment_ids[side] == pair + 1 for side in range(2)]
+                assert all((row.positions[s][at] == np.arange(at.sum())).all() for s, at in enumerate(sides))
+                of = [tuple(field[s][at].tolist()) for field in row[:3] for s, at in enumerate(sides)]
+                found.append((float(row.columns["margin"][pair]), *of))
+        return sorted(found)
+
+    assert texts(packed) == texts(alone)
 
 
 def test_malformed_records_are_named_and_the_rest_is_read(tmp_path):

@@ -10,7 +10,7 @@ from data.batch import ColumnBatch, TokenBatch, flat_rows
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, make_apply
 from tests.trainer.test_preference import batch as pairs_of
-from tests.trainer.test_preference import longer
+from tests.trainer.test_preference import in_rows, longer
 from trainer.evaluate import classes_told, report_classes
 from trainer.objectives.classification import ClassificationConfig, class_report
 from trainer.objectives.contrastive import ContrastiveConfig
@@ -94,6 +94,26 @@ def test_padding_and_rows_of_nothing_change_no_reward_loss():
     np.testing.assert_allclose(total(made)(params), total(padded)(params), rtol=1e-5)
     one, two = jax.grad(total(made))(params), jax.grad(total(padded))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
+
+
+def test_packed_pairs_are_rewarded_as_padded_ones():
+    apply, params = model(1)
+    made, rows = pairs(), [[3, 1], [0, 2]]
+    margins = np.array([0.5, 0.1, 0.9, 0.0], np.float32)
+    padded = ColumnBatch(*made, {"margin": margins[:, None]})
+    packed = ColumnBatch(*in_rows(made, rows), {"margin": margins[rows]})
+
+    def told(batch: ColumnBatch, per_row: int):
+        objective = RewardConfig(margins=True, pairs_per_row=per_row).build(None)
+        rows, _, length = batch.tokens.shape
+        assert jax.tree.map(np.shape, batch) == jax.tree.map(lambda x: x.shape, objective.batch_spec(rows, length))
+        loss = lambda params: objective.loss(apply, params, {}, batch, None)
+        grads = jax.grad(lambda params: loss(params)[0].total)(params)
+        total, metrics = loss(params)
+        return {"loss": total.value(), **{name: mean.value() for name, mean in metrics.items()}}, grads
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    jax.tree.map(close, told(packed, 2), told(padded, 1))
 
 
 def test_a_new_reward_model_says_nothing_yet():

@@ -3,7 +3,7 @@
 A loss sees four summed log-probabilities for each pair, of the chosen and of the rejected answer under the policy and
 under the reference, and the lengths of the answers. Numbers in brackets are arXiv's.
 
-Shape letters: B pairs, S sides (0 chosen, 1 rejected), L length.
+Shape letters: B rows, S sides (0 chosen, 1 rejected), L length, P pairs.
 """
 
 import enum
@@ -24,6 +24,8 @@ from models.transformer import Apply
 from trainer.moving import moving_reference
 from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
 from trainer.objectives.logprobs import TokenLogprobs, token_logprobs
+from trainer.objectives.pairs import check_pairs_per_row, of_rows, of_tokens, summed
+from trainer.objectives.readout import running
 
 
 class Loss(enum.Enum):
@@ -78,11 +80,16 @@ class PreferenceConfig(ObjectiveConfig):
     )
     reference_share: float = 0.6  # of the policy in it then
     cache_reference: bool = False  # ask the reference once about each pair, before training, and keep it on disk
+    pairs_per_row: int = 1  # at most; 1: each is padded to a row of its own
     loss_chunk: int = 128  # tokens of each row whose logits exist at once
 
     @property
     def records(self) -> tuple[Records, ...]:
         return (Records.pairs,)
+
+    @property
+    def per_row(self) -> int:
+        return self.pairs_per_row
 
     @property
     def needs_reference(self) -> bool:
@@ -148,15 +155,21 @@ class PreferenceConfig(ObjectiveConfig):
             raise ValueError(f"objective.nll_weight={self.nll_weight}: must not be negative; 0 turns it off")
         if self.loss_chunk < 1:
             raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1")
+        check_pairs_per_row(self.pairs_per_row)
         return Preference(self)
 
 
 class Pairs(NamedTuple):
-    """[B, S] f32: summed log-probabilities of answers, and how many tokens they have."""
+    """[P, S] f32: summed log-probabilities of answers, and how many tokens they have."""
 
     policy: jax.Array
     reference: jax.Array  # 0 where a loss has none
     lengths: jax.Array
+
+    @property
+    def real(self) -> jax.Array:
+        """[P] bool: which are there at all; a row may hold fewer than it could."""
+        return jnp.all(self.lengths > 0, axis=-1)
 
     @property
     def ratios(self) -> jax.Array:
@@ -167,8 +180,8 @@ class Pairs(NamedTuple):
         return Pairs(self.policy / lengths, self.reference / lengths, lengths)
 
 
-def margin(values_BS: jax.Array) -> jax.Array:
-    return values_BS[:, 0] - values_BS[:, 1]
+def margin(values_PS: jax.Array) -> jax.Array:
+    return values_PS[:, 0] - values_PS[:, 1]
 
 
 def scored(pairs: Pairs, kind: FDivergence) -> Pairs:
@@ -180,8 +193,8 @@ def scored(pairs: Pairs, kind: FDivergence) -> Pairs:
     return pairs._replace(policy=score(pairs.ratios), reference=jnp.zeros_like(pairs.reference))
 
 
-def smoothed(z_B: jax.Array, smoothing: float) -> jax.Array:
-    return -(1 - smoothing) * log_sigmoid(z_B) - smoothing * log_sigmoid(-z_B)
+def smoothed(z_P: jax.Array, smoothing: float) -> jax.Array:
+    return -(1 - smoothing) * log_sigmoid(z_P) - smoothing * log_sigmoid(-z_P)
 
 
 def _sigmoid(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
@@ -189,8 +202,8 @@ def _sigmoid(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
 
 
 def _robust(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    z_B, e = c.beta * margin(pairs.ratios), c.label_smoothing
-    return (-(1 - e) * log_sigmoid(z_B) + e * log_sigmoid(-z_B)) / (1 - 2 * e)
+    z_P, e = c.beta * margin(pairs.ratios), c.label_smoothing
+    return (-(1 - e) * log_sigmoid(z_P) + e * log_sigmoid(-z_P)) / (1 - 2 * e)
 
 
 def _hinge(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
@@ -206,37 +219,50 @@ def _sigmoid_norm(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
 
 
 def _exo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    z_B, e = c.beta * margin(pairs.ratios), c.label_smoothing
-    return sigmoid(z_B) * (log_sigmoid(z_B) - np.log1p(-e)) + sigmoid(-z_B) * (log_sigmoid(-z_B) - np.log(e))
+    z_P, e = c.beta * margin(pairs.ratios), c.label_smoothing
+    return sigmoid(z_P) * (log_sigmoid(z_P) - np.log1p(-e)) + sigmoid(-z_P) * (log_sigmoid(-z_P) - np.log(e))
 
 
 def _nca(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    chosen_B, rejected_B = (c.beta * pairs.ratios).T
-    return -log_sigmoid(chosen_B) - 0.5 * log_sigmoid(-chosen_B) - 0.5 * log_sigmoid(-rejected_B)
+    chosen_P, rejected_P = (c.beta * pairs.ratios).T
+    return -log_sigmoid(chosen_P) - 0.5 * log_sigmoid(-chosen_P) - 0.5 * log_sigmoid(-rejected_P)
 
 
 def _bco(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    chosen_B, rejected_B = (c.beta * pairs.ratios).T
-    return -log_sigmoid(chosen_B) - log_sigmoid(-rejected_B)
+    chosen_P, rejected_P = (c.beta * pairs.ratios).T
+    return -log_sigmoid(chosen_P) - log_sigmoid(-rejected_P)
 
 
 def _sppo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    chosen_B, rejected_B = pairs.ratios.T
-    return jnp.square(chosen_B - 0.5 / c.beta) + jnp.square(rejected_B + 0.5 / c.beta)
+    chosen_P, rejected_P = pairs.ratios.T
+    return jnp.square(chosen_P - 0.5 / c.beta) + jnp.square(rejected_P + 0.5 / c.beta)
+
+
+def _ranked(values_P: jax.Array, real_P: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values in ascending order, and whose they were; those that are not there come last, all alike."""
+    values_P = jnp.where(real_P, values_P, jnp.finfo(values_P.dtype).max)
+    order_P = jnp.argsort(values_P)
+    return values_P[order_P], order_P
+
+
+def _apart(upper_P: jax.Array, lower_P: jax.Array, real_P: jax.Array) -> jax.Array:
+    """How far values of one rank are apart, at the place of the upper one."""
+    (upper_P, order_P), (lower_P, _) = _ranked(upper_P, real_P), _ranked(lower_P, real_P)
+    return jnp.zeros_like(upper_P).at[order_P].set(upper_P - lower_P)
 
 
 def _aot(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    apart_B = jnp.sort(margin(pairs.policy)) - jnp.sort(margin(pairs.reference))
-    return smoothed(c.beta * apart_B, c.label_smoothing)
+    return smoothed(c.beta * _apart(margin(pairs.policy), margin(pairs.reference), pairs.real), c.label_smoothing)
 
 
 def _aot_unpaired(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    return smoothed(c.beta * margin(jnp.sort(pairs.ratios, axis=0)), c.label_smoothing)
+    chosen_P, rejected_P = pairs.ratios.T
+    return smoothed(c.beta * _apart(chosen_P, rejected_P, pairs.real), c.label_smoothing)
 
 
 def _apo_zero(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    chosen_B, rejected_B = (c.beta * pairs.ratios).T
-    return 1 - sigmoid(chosen_B) + sigmoid(rejected_B)
+    chosen_P, rejected_P = (c.beta * pairs.ratios).T
+    return 1 - sigmoid(chosen_P) + sigmoid(rejected_P)
 
 
 def _apo_down(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
@@ -244,9 +270,9 @@ def _apo_down(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
 
 
 def _discopop(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    z_B = c.beta * margin(pairs.ratios)
-    modulation_B = sigmoid(z_B / c.tau)
-    return -(1 - modulation_B) * log_sigmoid(z_B) + modulation_B * jnp.exp(-z_B)
+    z_P = c.beta * margin(pairs.ratios)
+    modulation_P = sigmoid(z_P / c.tau)
+    return -(1 - modulation_P) * log_sigmoid(z_P) + modulation_P * jnp.exp(-z_P)
 
 
 def _simpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
@@ -258,8 +284,8 @@ def _cpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
 
 
 def _orpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    mean_BS = jnp.minimum(pairs.per_token().policy, -1e-7)  # a probability of 1 has no odds
-    return -c.beta * log_sigmoid(margin(mean_BS) - margin(log1mexp(mean_BS)))
+    mean_PS = jnp.minimum(pairs.per_token().policy, -1e-7)  # a probability of 1 has no odds
+    return -c.beta * log_sigmoid(margin(mean_PS) - margin(log1mexp(mean_PS)))
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
@@ -289,21 +315,11 @@ LOSSES: dict[Loss, Callable[[Pairs, PreferenceConfig], jax.Array]] = {
 }
 
 
-def nearness(policy: TokenLogprobs, mask_BSL: jax.Array) -> jax.Array:
-    """[B]: of both answers, how likely they are beside what the policy says itself [2406.11827, equation 2]."""
-    apart_BSL = jnp.where(mask_BSL > 0, policy.logprob - policy.collision, 0.0)
-    mean_BS = apart_BSL.sum(-1) / jnp.maximum(mask_BSL.sum(-1), 1)
-    return jax.lax.stop_gradient(jnp.exp(mean_BS.sum(-1)))
-
-
-def _of_pairs(values: jax.Array) -> jax.Array:
-    """[B S] to [B]."""
-    return values.reshape(-1, 2).mean(-1)
-
-
 @dataclass(frozen=True)
 class Preference:
-    """An `Objective` over batches [B, 2, L]. The reference is a frozen model of the policy's own architecture.
+    """An `Objective` over batches [B, 2, L], each row of which holds `pairs_per_row` pairs at most.
+
+    The reference is a frozen model of the policy's own architecture.
 
     Metrics, means over pairs: `reward_margin`, `reward_accuracy` (strictly larger), `reward_chosen` and
     `reward_rejected` (beta times the log-ratio to the reference), `logprob_chosen` and `logprob_rejected` (summed),
@@ -322,45 +338,48 @@ class Preference:
     ) -> tuple[Mean, dict[str, Mean]]:
         c, kept, batch = self.config, columns_of(batch), tokens_of(batch)
         policy, terms = self._forward(apply, params, batch, rng)
-        mask_BSL = batch.loss_mask.astype(jnp.float32)
-        policy_BS = self._total(policy, mask_BSL)
-        reference_BS = jnp.zeros_like(policy_BS)
+        policy_PS = self._total(policy, batch)
+        reference_PS = jnp.zeros_like(policy_PS)
         if c.has_reference:
             found = kept if REFERENCE in kept else self.columns(apply, frozen, batch)
-            reference_BS = jax.lax.stop_gradient(found[REFERENCE])
-        pairs = Pairs(policy_BS, reference_BS, mask_BSL.sum(-1))
-        real_B = jnp.all(pairs.lengths > 0, axis=-1).astype(jnp.float32)
-        mean = lambda values_B: Mean.of(values_B, real_B)
-        loss_B = LOSSES[c.loss](scored(pairs, c.f_divergence), c)
+            reference_PS = jax.lax.stop_gradient(found[REFERENCE]).reshape(-1, 2)
+        pairs = Pairs(policy_PS, reference_PS, self._summed(batch.loss_mask, batch))
+        mean = lambda values_P: Mean.of(values_P, pairs.real)
+        loss_P = LOSSES[c.loss](scored(pairs, c.f_divergence), c)
         if c.wpo:
-            loss_B = loss_B * nearness(policy, mask_BSL)
+            loss_P = loss_P * self._nearness(policy, batch)
         if c.nll_weight:
-            loss_B = loss_B + c.nll_weight * self._nll(policy, batch)
-        reward_BS = c.beta * (pairs.per_token().policy if c.loss is Loss.simpo else pairs.ratios)
-        metrics = {"reward_margin": margin(reward_BS), "reward_accuracy": (margin(reward_BS) > 0).astype(jnp.float32)}
+            loss_P = loss_P + c.nll_weight * self._nll(policy, batch)
+        reward_PS = c.beta * (pairs.per_token().policy if c.loss is Loss.simpo else pairs.ratios)
+        metrics = {"reward_margin": margin(reward_PS), "reward_accuracy": (margin(reward_PS) > 0).astype(jnp.float32)}
         for side, name in enumerate(("chosen", "rejected")):
-            of_side = {"reward": reward_BS, "logprob": policy_BS, "length": pairs.lengths}
-            metrics |= {f"{key}_{name}": values_BS[:, side] for key, values_BS in of_side.items()}
+            of_side = {"reward": reward_PS, "logprob": policy_PS, "length": pairs.lengths}
+            metrics |= {f"{key}_{name}": values_PS[:, side] for key, values_PS in of_side.items()}
         if terms is not None:  # of the router: once a pair, not once a side
-            loss_B = loss_B + _of_pairs(terms.loss_B)
-            metrics |= {name: _of_pairs(values) for name, values in terms.metrics.items()}
-        return mean(loss_B), {key: mean(values_B) for key, values_B in metrics.items()}
+            loss_P = loss_P + of_rows(terms.loss_B, c.pairs_per_row)
+            metrics |= {name: of_rows(values, c.pairs_per_row) for name, values in terms.metrics.items()}
+        return mean(loss_P), {key: mean(values_P) for key, values_P in metrics.items()}
 
     def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        """[B, S] f32: the summed log-probabilities under the reference."""
-        found, _ = self._forward(apply, frozen[REFERENCE], tokens_of(batch), None)
-        return {REFERENCE: self._total(found, batch.loss_mask.astype(jnp.float32))}
+        """[B, N, S] f32: the summed log-probabilities of each pair under the reference."""
+        batch = tokens_of(batch)
+        found, _ = self._forward(apply, frozen[REFERENCE], batch, None)
+        return {REFERENCE: self._total(found, batch).reshape(-1, self.config.pairs_per_row, 2)}
 
     def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-        return {REFERENCE: ((2,), np.float32)}
+        return {REFERENCE: ((self.config.pairs_per_row, 2), np.float32)}
 
     def column_settings(self) -> dict[str, Any]:
-        return {"length_weight": self.config.length_weight}
+        return {"length_weight": self.config.length_weight, "pairs_per_row": self.config.pairs_per_row}
 
-    def _total(self, found: TokenLogprobs, mask_BSL: jax.Array) -> jax.Array:
-        """[B, S]: over the tokens of the answers."""
-        counted_BSL = mask_BSL * self._weights(mask_BSL)
-        return jnp.sum(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), axis=-1)
+    def _summed(self, values_BSL: jax.Array, batch: TokenBatch) -> jax.Array:
+        """[P, S]: over the tokens of each answer."""
+        return summed(values_BSL.astype(jnp.float32), batch.segment_ids, self.config.pairs_per_row)
+
+    def _total(self, found: TokenLogprobs, batch: TokenBatch) -> jax.Array:
+        """[P, S]: the log-probability of each answer."""
+        counted_BSL = batch.loss_mask.astype(jnp.float32) * self._weights(batch)
+        return self._summed(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), batch)
 
     def _forward(
         self, apply: Apply, params: Params, batch: TokenBatch, rng: jax.Array | None
@@ -372,22 +391,32 @@ class Preference:
         found = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk)
         return jax.tree.map(lambda x: x.reshape(shape), found), output.auxiliary
 
-    def _nll(self, policy: TokenLogprobs, batch: TokenBatch) -> jax.Array:
-        """[B]: of the chosen, per token, so that pairs add up whatever microbatch they fall in."""
-        mask_BL = batch.loss_mask[:, 0].astype(jnp.float32)
-        if self.config.nll_on_prompt:
-            inside_BL = (batch.segment_ids[:, 0] > 0).astype(jnp.float32)
-            mask_BL = jnp.pad(inside_BL[:, 1:], ((0, 0), (0, 1)))  # the last token has no target
-        nll_BL = jnp.where(mask_BL > 0, -policy.logprob[:, 0], 0.0)
-        return nll_BL.sum(-1) / jnp.maximum(mask_BL.sum(-1), 1)
+    def _nearness(self, policy: TokenLogprobs, batch: TokenBatch) -> jax.Array:
+        """[P]: of both answers, how likely they are beside what the policy says itself [2406.11827, equation 2]."""
+        apart_BSL = jnp.where(batch.loss_mask > 0, policy.logprob - policy.collision, 0.0)
+        mean_PS = self._summed(apart_BSL, batch) / jnp.maximum(self._summed(batch.loss_mask, batch), 1)
+        return jax.lax.stop_gradient(jnp.exp(mean_PS.sum(-1)))
 
-    def _weights(self, mask_BSL: jax.Array) -> jax.Array:
-        """Of tokens: those beyond the length of the shorter answer may count less."""
+    def _nll(self, policy: TokenLogprobs, batch: TokenBatch) -> jax.Array:
+        """[P]: of the chosen, per token, so that pairs add up whatever microbatch they fall in."""
+        mask_BSL = batch.loss_mask
+        if self.config.nll_on_prompt:
+            segments_BSL = jnp.pad(batch.segment_ids, ((0, 0), (0, 0), (0, 1)))
+            same_BSL = segments_BSL[..., 1:] == segments_BSL[..., :-1]  # the last token of a text has no target
+            mask_BSL = same_BSL & (batch.segment_ids > 0)
+        nll_PS = self._summed(jnp.where(mask_BSL > 0, -policy.logprob, 0.0), batch)
+        return nll_PS[:, 0] / jnp.maximum(self._summed(mask_BSL, batch)[:, 0], 1)
+
+    def _weights(self, batch: TokenBatch) -> jax.Array:
+        """[B, S, L]: of tokens; those beyond the length of the shorter answer may count less."""
+        mask_BSL = batch.loss_mask.astype(jnp.float32)
         if self.config.length_weight == 1:
             return jnp.ones_like(mask_BSL)
-        place_BSL = jnp.cumsum(mask_BSL, axis=-1)
-        shorter_B11 = mask_BSL.sum(-1).min(-1)[:, None, None]
-        return jnp.where(place_BSL <= shorter_B11, 1.0, self.config.length_weight)
+        flat = flat_rows(batch)
+        place_BSL = running(flat.loss_mask[..., None], flat.positions).reshape(mask_BSL.shape)
+        shorter_P = self._summed(mask_BSL, batch).min(-1)
+        shorter_BSL = of_tokens(shorter_P, batch.segment_ids, self.config.pairs_per_row)
+        return jnp.where(place_BSL <= shorter_BSL, 1.0, self.config.length_weight)
 
     def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
         spec = token_spec(batch_size, 2, seq_len)

@@ -2,7 +2,7 @@
 
 Numbers in brackets are arXiv's.
 
-Shape letters: B pairs, S sides (0 chosen, 1 rejected), L length.
+Shape letters: B rows, S sides (0 chosen, 1 rejected), L length, P pairs.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ from data.batch import ColumnBatch, TokenBatch, columns_of, flat_rows
 from data.examples import Records
 from models.transformer import Apply
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
-from trainer.objectives.readout import Pooling, at_end, scores
+from trainer.objectives.pairs import check_pairs_per_row, of_rows, summed
+from trainer.objectives.readout import Pooling, at_end, at_ends, scores
 
 
 @dataclass
@@ -27,6 +28,7 @@ class RewardConfig(ObjectiveConfig):
     kind: str = "reward"
     centering: float = 0.01  # times the square of a pair's summed rewards, which keeps them near 0 [2312.09244]
     margins: bool = False  # records say in "margin" how much better the chosen answer is [2307.09288, section 3.2.2]
+    pairs_per_row: int = 1  # at most; 1: each is padded to a row of its own
 
     @property
     def of_tokens(self) -> bool:
@@ -35,6 +37,10 @@ class RewardConfig(ObjectiveConfig):
     @property
     def records(self) -> tuple[Records, ...]:
         return (Records.pairs,)
+
+    @property
+    def per_row(self) -> int:
+        return self.pairs_per_row
 
     @property
     def reads_margins(self) -> bool:
@@ -47,12 +53,13 @@ class RewardConfig(ObjectiveConfig):
         """Raises: ValueError naming the key of a value that cannot be."""
         if self.centering < 0:
             raise ValueError(f"objective.centering={self.centering}: must not be negative; 0 turns it off")
+        check_pairs_per_row(self.pairs_per_row)
         return Reward(self)
 
 
-def bradley_terry(reward_BS: jax.Array, margin_B: jax.Array) -> jax.Array:
-    """[B]: the negative logarithm of the probability that the chosen answer is preferred, by `margin_B` at least."""
-    return -jax.nn.log_sigmoid(reward_BS[:, 0] - reward_BS[:, 1] - margin_B)
+def bradley_terry(reward_PS: jax.Array, margin_P: jax.Array) -> jax.Array:
+    """[P]: the negative logarithm of the probability that the chosen answer is preferred, by `margin_P` at least."""
+    return -jax.nn.log_sigmoid(reward_PS[:, 0] - reward_PS[:, 1] - margin_P)
 
 
 @dataclass(frozen=True)
@@ -74,33 +81,33 @@ class Reward:
         batch: TokenBatch | ColumnBatch,
         rng: jax.Array | None,
     ) -> tuple[Mean, dict[str, Mean]]:
-        flat = flat_rows(batch)
+        flat, per_row = flat_rows(batch), self.config.pairs_per_row
         output = apply(params, flat.tokens, positions_BL=flat.positions, segment_ids_BL=flat.segment_ids, rng=rng)
-        reward_BS = at_end(scores(output, flat, Pooling.last), flat.segment_ids).reshape(-1, 2)
-        length_BS = (batch.segment_ids > 0).sum(-1)
-        real_B = jnp.all(length_BS > 0, axis=-1)
-        margin_B = columns_of(batch).get("margin", jnp.zeros_like(reward_BS[:, 0]))
-        loss_B = bradley_terry(reward_BS, margin_B) + self.config.centering * jnp.square(reward_BS.sum(-1))
-        right_B = (reward_BS[:, 0] > reward_BS[:, 1]).astype(jnp.float32)
+        ends_RN = at_ends(scores(output, flat, Pooling.last), flat.segment_ids, per_row)[..., 0]
+        reward_PS = ends_RN.reshape(-1, 2, per_row).swapaxes(1, 2).reshape(-1, 2)
+        length_PS = summed(jnp.ones_like(batch.segment_ids), batch.segment_ids, per_row)
+        real_P = jnp.all(length_PS > 0, axis=-1)
+        margin_P = columns_of(batch).get("margin", jnp.zeros_like(reward_PS[:, 0])).reshape(-1)
+        loss_P = bradley_terry(reward_PS, margin_P) + self.config.centering * jnp.square(reward_PS.sum(-1))
+        right_P = (reward_PS[:, 0] > reward_PS[:, 1]).astype(jnp.float32)
 
-        mean = lambda values_B, counted_B=real_B: Mean.of(values_B, counted_B)
+        mean = lambda values_P, counted_P=real_P: Mean.of(values_P, counted_P)
         metrics = {
-            "reward_margin": mean(reward_BS[:, 0] - reward_BS[:, 1]),
-            "reward_accuracy": mean(right_B),
-            "reward_chosen": mean(reward_BS[:, 0]),
-            "reward_rejected": mean(reward_BS[:, 1]),
-            "reward_accuracy_longer": mean(right_B, real_B & (length_BS[:, 0] > length_BS[:, 1])),
-            "reward_accuracy_shorter": mean(right_B, real_B & (length_BS[:, 0] < length_BS[:, 1])),
+            "reward_margin": mean(reward_PS[:, 0] - reward_PS[:, 1]),
+            "reward_accuracy": mean(right_P),
+            "reward_chosen": mean(reward_PS[:, 0]),
+            "reward_rejected": mean(reward_PS[:, 1]),
+            "reward_accuracy_longer": mean(right_P, real_P & (length_PS[:, 0] > length_PS[:, 1])),
+            "reward_accuracy_shorter": mean(right_P, real_P & (length_PS[:, 0] < length_PS[:, 1])),
         }
         if output.auxiliary is not None:  # of the router: once a pair, not once a side
-            of_pairs = lambda values: values.reshape(-1, 2).mean(-1)
-            loss_B = loss_B + of_pairs(output.auxiliary.loss_B)
-            metrics |= {name: mean(of_pairs(values)) for name, values in output.auxiliary.metrics.items()}
-        return mean(loss_B), metrics
+            loss_P = loss_P + of_rows(output.auxiliary.loss_B, per_row)
+            metrics |= {name: mean(of_rows(values, per_row)) for name, values in output.auxiliary.metrics.items()}
+        return mean(loss_P), metrics
 
     def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch | ColumnBatch:
         spec = token_spec(batch_size, 2, seq_len)
-        margin = jax.ShapeDtypeStruct((batch_size,), np.float32)
+        margin = jax.ShapeDtypeStruct((batch_size, self.config.pairs_per_row), np.float32)
         return ColumnBatch(*spec, {"margin": margin}) if self.config.margins else spec
 
     def read(self, apply: Apply, params: Params, batch: TokenBatch) -> jax.Array:

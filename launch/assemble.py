@@ -309,12 +309,7 @@ def build_core(
     objective = config.objective.build(_token_bytes(model, tokenizer))
     if model.attention.mask is Mask.prefix:
         objective = Prefixed(objective)
-    told_step = None
-    if isinstance(objective, Classification):
-        told, whole = objective.told, replicated(mesh)  # every process gets all of it
-        join = (lambda frozen, params: params) if adaptation is None else partial(_joined, adaptation)
-        tell = lambda params, frozen, batch: told(apply, join(frozen, params), batch)
-        told_step = jax.jit(tell, out_shardings=(whole, whole))
+    told_step = _told_step(objective, apply, adaptation, mesh) if isinstance(objective, Classification) else None
     if adaptation is not None:
         objective = Adapted(objective, adaptation.join)
     step = make_train_step(objective, apply, optimizer, num_microbatches=task.num_microbatches, schedule=schedule)
@@ -346,6 +341,15 @@ def build_core(
         sharding=sharding,
         balanced=_any_order(config, model),
     )
+
+
+def _told_step(
+    objective: Classification, apply: Apply, adaptation: Adaptation | None, mesh: Mesh | AbstractMesh
+) -> Any:
+    """What a classifier says of a batch, all of it to every process."""
+    join = (lambda frozen, params: params) if adaptation is None else partial(_joined, adaptation)
+    tell = lambda params, frozen, batch: objective.told(apply, join(frozen, params), batch)
+    return jax.jit(tell, out_shardings=(replicated(mesh), replicated(mesh)))
 
 
 def _any_order(config: RunConfig, model: ModelConfig) -> bool:

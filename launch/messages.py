@@ -45,6 +45,11 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     return text.splitlines()[0]
 
 
+def named_keys(overrides: list[str]) -> set[str]:
+    """The keys that a command line sets."""
+    return {override.lstrip("+~").partition("=")[0] for override in overrides}
+
+
 def _given(key: str, overrides: list[str]) -> str | None:
     for override in reversed(overrides):  # the last one counts
         name, _, value = override.partition("=")

@@ -24,6 +24,7 @@ from data.tokenizer import SentencePieceConfig, TokenizerConfig, TokenizerJsonCo
 from data.tokenizer_contract import TEMPLATE, Tokenizer, fingerprint
 from data.tokenizer_gguf import read_tokenizer
 from launch.assemble import MADE_OF, Core, is_chief, wait_for_all
+from launch.messages import named_keys
 from launch.run_folder import RunFolder
 from models.config import ModelConfig
 from models.gguf_files import File
@@ -368,7 +369,7 @@ def adopt(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) 
     if config.init_from is None:
         return config
     overrides = with_experiment(overrides)
-    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    named = named_keys(overrides)
     if folder.config.exists():
         before = folder.saved_config()
         model, tokenizer, adapter = before.model, before.tokenizer, before.adapter
@@ -414,7 +415,7 @@ def _keys(content: dict[str, Any], path: str = "") -> list[str]:
 def with_changes(model: ModelConfig, config: RunConfig, overrides: list[str]) -> ModelConfig:
     """`model` with the single keys, such as `model.remat`, that the command line names."""
     model = copy.deepcopy(model)
-    for key in sorted(override.lstrip("+~").partition("=")[0] for override in overrides):
+    for key in sorted(named_keys(overrides)):
         if key.startswith("model."):
             _set(model, key.removeprefix("model."), config.model)
     return model
@@ -445,7 +446,7 @@ def adopt_tokenizer(config: RunConfig, overrides: list[str], folder: RunFolder, 
 
     `tokenizer.chat_template` and `tokenizer.add_bos` of the command change it on the way.
     """
-    named = {override.lstrip("+~").partition("=")[0] for override in with_experiment(overrides)}
+    named = named_keys(with_experiment(overrides))
     if config.init_from is None or _chooses_tokenizer(named) or folder.has_checkpoints():
         return
     if is_chief():

@@ -10,6 +10,7 @@ from configs.schema import RunConfig, TrainConfig
 from data.tokenizer import from_files
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import Core, build_core, say
+from launch.messages import named_keys
 from launch.origins import load_reference, load_teacher, recorded_base
 from launch.run_folder import RunFolder, run_folder
 from models.config import Dtype
@@ -89,7 +90,7 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
     """
     folder = run_folder(config)
     saved = folder.saved_config()
-    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    named = named_keys(overrides)
     changed = {key.partition(".")[0] for key in named}
     for key in changed & {"model", "adapter", "optimizer", "tokenizer", "objective", "schedule"}:
         raise ValueError(f"{key}: is fixed by the run {folder.name!r}; leave it out")

@@ -3,8 +3,11 @@
 A query sees a key when both lie in the same document, the key is not later or is one that all may see, and it is
 within the window. Positions restart with each document, so inside a document their order is the order of tokens.
 
-Shape letters: B batch, L length, S key length, N query heads, K kv heads, G queries of a kv head (N = K G), H head dim.
+Shape letters: B batch, L length, S key length, N query heads, K kv heads, G queries of a kv head (N = K G), H head dim,
+T keys of a block, W width of values.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from models.layers import contract, dropout
 
 UNLIMITED = 2**30  # a window that hides nothing
 HIDDEN = -1e30  # finite: a row that sees nothing stays free of NaN
+F32 = jnp.dtype("float32")
 
 
 def visible(q_positions, k_positions, q_segments, k_segments, window, shown_BS=None) -> jax.Array:
@@ -85,6 +89,36 @@ def weights_of_heads(q_BLNH: jax.Array, k_BSKH: jax.Array, mask_BLS: jax.Array, 
     return p_BKGLS.reshape(p_BKGLS.shape[0], -1, *p_BKGLS.shape[-2:])
 
 
+class Softmax(NamedTuple):
+    """A softmax over the keys that a query has met so far, block by block, f32 (Milakov & Gimelshein 2018)."""
+
+    max: jax.Array  # [..., L]
+    sum: jax.Array  # [..., L]: of exp(score - max)
+    output: jax.Array  # [..., L, W]: the sum of values, weighed by exp(score - max)
+
+    @classmethod
+    def begin(cls, shape: tuple[int, ...], width: int, sinks_KG: jax.Array | None) -> "Softmax":
+        """Of queries [..., K, G, L]. With sinks as if a key had been there that has no value."""
+        output = jnp.zeros((*shape, width))
+        if sinks_KG is None:
+            return cls(jnp.full(shape, HIDDEN), jnp.zeros(shape), output)
+        return cls(jnp.broadcast_to(sinks_KG.astype(F32)[..., None], shape), jnp.ones(shape), output)
+
+    def met(self, s_BKGLT: jax.Array, v_BKTW: jax.Array) -> "Softmax":
+        """With one more block of keys: their scores, `HIDDEN` where one is not seen, and values."""
+        max_BKGL = jnp.maximum(self.max, s_BKGLT.max(-1))
+        p_BKGLT = jnp.exp(s_BKGLT - max_BKGL[..., None])
+        keep_BKGL = jnp.exp(self.max - max_BKGL)
+        o_BKGLW = contract("BKGLT,BKTW->BKGLW", p_BKGLT.astype(v_BKTW.dtype), v_BKTW, F32)
+        output_BKGLW = self.output * keep_BKGL[..., None] + o_BKGLW
+        return Softmax(max_BKGL, self.sum * keep_BKGL + p_BKGLT.sum(-1), output_BKGLW)
+
+    @property
+    def total(self) -> jax.Array:
+        """[..., L]: the sum, which nothing must be divided by 0 with."""
+        return jnp.maximum(self.sum, 1e-30)
+
+
 def cached_attention(
     q_BLNH: jax.Array,
     cache: LayerCache,
@@ -99,10 +133,10 @@ def cached_attention(
 ) -> jax.Array:
     """Attention to the cached tokens of rows `first_row` onwards: [B, L, N, width of values] in q's dtype.
 
-    Reads the cache block by block as far as the furthest row needs, with a running softmax (Milakov & Gimelshein
-    2018). A block that holds nothing for a row changes no bit of its result, so that a row gets the same whatever
-    its neighbours are. Rows whose first position lies beyond the cache are idle, and get zeros or noise. Of the keys
-    the first `shown` are seen by earlier ones, too; the last of them must be among `positions_BL`.
+    Reads the cache block by block as far as the furthest row needs. A block that holds nothing for a row changes no bit
+    of its result, so that a row gets the same whatever its neighbours are. Rows whose first position lies beyond the
+    cache are idle, and get zeros or noise. Of the keys the first `shown` are seen by earlier ones, too; the last of
+    them must be among `positions_BL`.
     """
     B, L, N, H = q_BLNH.shape
     K, S = cache.keys.shape[1:3]
@@ -110,12 +144,10 @@ def cached_attention(
     busy_B1 = positions_BL[:, :1] < S
     last = jnp.max(jnp.where(busy_B1, positions_BL, 0))
     first = jnp.min(jnp.where(busy_B1, positions_BL, S)) - window + 1
-    f32 = jnp.dtype("float32")
 
-    def body(i, state):
-        m_BKGL, sum_BKGL, o_BKGLH = state
+    def body(i, running):
         block = lambda x: jax.lax.dynamic_slice(x, (first_row, 0, i * BLOCK, 0), (B, K, BLOCK, x.shape[-1]))
-        s_BKGLT = contract("BKGLH,BKTH->BKGLT", q_BKGLH, block(cache.keys), f32)
+        s_BKGLT = contract("BKGLH,BKTH->BKGLT", q_BKGLH, block(cache.keys), F32)
         if soft_cap is not None:
             s_BKGLT = soft_cap * jnp.tanh(s_BKGLT / soft_cap)
         distance_BLT = positions_BL[:, :, None] - (i * BLOCK + jnp.arange(BLOCK))[None, None]
@@ -123,22 +155,11 @@ def cached_attention(
         if shown is not None:
             early_T = i * BLOCK + jnp.arange(BLOCK) < shown
             mask_BLT |= early_T[None, None] & (jnp.abs(distance_BLT) < window)
-        s_BKGLT = jnp.where(mask_BLT[:, None, None], s_BKGLT, HIDDEN)
-        new_m_BKGL = jnp.maximum(m_BKGL, s_BKGLT.max(-1))
-        p_BKGLT = jnp.exp(s_BKGLT - new_m_BKGL[..., None])
-        keep_BKGL = jnp.exp(m_BKGL - new_m_BKGL)
-        dtype = cache.values.dtype
-        o = contract("BKGLT,BKTH->BKGLH", p_BKGLT.astype(dtype), block(cache.values), f32)
-        return new_m_BKGL, sum_BKGL * keep_BKGL + p_BKGLT.sum(-1), o_BKGLH * keep_BKGL[..., None] + o
+        return running.met(jnp.where(mask_BLT[:, None, None], s_BKGLT, HIDDEN), block(cache.values))
 
-    shape = (B, K, N // K, L)
-    if sinks_N is None:
-        m_BKGL, sum_BKGL = jnp.full(shape, HIDDEN), jnp.zeros(shape)
-    else:  # as if a key had been there that has no value
-        m_BKGL = jnp.broadcast_to(sinks_N.astype(f32).reshape(1, K, N // K, 1), shape)
-        sum_BKGL = jnp.ones(shape)
-    start = (m_BKGL, sum_BKGL, jnp.zeros((*shape, cache.values.shape[-1])))
+    sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
+    start = Softmax.begin((B, K, N // K, L), cache.values.shape[-1], sinks_KG)
     blocks = jnp.maximum(first, 0) // BLOCK, jnp.minimum(last, S - 1) // BLOCK + 1
-    _, sum_BKGL, o_BKGLH = jax.lax.fori_loop(*blocks, body, start)
-    o_BKGLH = o_BKGLH / jnp.maximum(sum_BKGL, 1e-30)[..., None]
-    return o_BKGLH.reshape(B, N, L, -1).swapaxes(1, 2).astype(q_BLNH.dtype)
+    running = jax.lax.fori_loop(*blocks, body, start)
+    o_BKGLW = running.output / running.total[..., None]
+    return o_BKGLW.reshape(B, N, L, -1).swapaxes(1, 2).astype(q_BLNH.dtype)

@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from models.attention import HIDDEN, attention, visible
+from models.attention import F32, HIDDEN, Softmax, attention, visible
 from models.config import Across
 from models.layers import contract
 from models.partition import Constrain, Cut
 
 WHOLE = 2048  # tokens of a row up to which its scores are made at once where nothing else is asked for
 BLOCK = 1024  # else: large enough for products that keep a device busy
-F32 = jnp.dtype("float32")
 NOBODYS = -1  # segment of what fills up the last block of keys; no token has it
 
 
@@ -44,14 +43,6 @@ class Queries(NamedTuple):
     queries: jax.Array  # [I, B, K, G, U, H], scaled
     positions: jax.Array  # [I, B, U]
     segments: jax.Array  # [I, B, U]
-
-
-class Running(NamedTuple):
-    """A softmax so far, f32."""
-
-    max: jax.Array  # [..., U]
-    sum: jax.Array  # [..., U]: of exp(score - max)
-    output: jax.Array  # [..., U, W]: the sum of values, weighed by exp(score - max)
 
 
 class Options(NamedTuple):
@@ -165,14 +156,9 @@ def _flash(options: Options, queries: Queries, keys: Keys, sinks_KG: jax.Array |
 
 def _flash_forward(options: Options, queries: Queries, keys: Keys, sinks_KG, window):
     q_IBKGUH = queries.queries
-    shape = q_IBKGUH.shape[:-1]
-    if sinks_KG is None:
-        start = Running(jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros((*shape, keys.values.shape[-1])))
-    else:  # as if a key had been there that has no value
-        first = jnp.broadcast_to(sinks_KG[None, None, :, :, None], shape)
-        start = Running(first, jnp.ones(shape), jnp.zeros((*shape, keys.values.shape[-1])))
+    start = Softmax.begin(q_IBKGUH.shape[:-1], keys.values.shape[-1], sinks_KG)
 
-    def meet(running: Running, keys: Keys) -> Running:
+    def meet(running: Softmax, keys: Keys) -> Softmax:
         """All queries of this device, and one piece of keys."""
 
         def of_queries(_, block):
@@ -194,10 +180,9 @@ def _flash_forward(options: Options, queries: Queries, keys: Keys, sinks_KG, win
 
     (running, last), _ = _repeat(turn, (start, keys), _ring_size(options.along) - 1)
     running = meet(running, last)
-    sum_IBKGU = jnp.maximum(running.sum, 1e-30)
     # Named, so that a layer that is computed anew may keep both and need no attention for the second time.
-    o_IBKGUW = checkpoint_name((running.output / sum_IBKGU[..., None]).astype(q_IBKGUH.dtype), "attention")
-    logsumexp_IBKGU = checkpoint_name(running.max + jnp.log(sum_IBKGU), "attention")
+    o_IBKGUW = checkpoint_name((running.output / running.total[..., None]).astype(q_IBKGUH.dtype), "attention")
+    logsumexp_IBKGU = checkpoint_name(running.max + jnp.log(running.total), "attention")
     return o_IBKGUW, (queries, keys, sinks_KG, window, o_IBKGUW, logsumexp_IBKGU)
 
 
@@ -279,16 +264,10 @@ def _scores(options: Options, queries: Queries, keys: Keys, window):
     return s_BKGUT, slope_BKGUT, mask_BUT[:, None, None]
 
 
-def _merge(options: Options, running: Running, queries: Queries, keys: Keys, window) -> Running:
+def _merge(options: Options, running: Softmax, queries: Queries, keys: Keys, window) -> Softmax:
     """The softmax of one block of queries with one more block of keys."""
     s_BKGUT, _, mask_B11UT = _scores(options, queries, keys, window)
-    s_BKGUT = jnp.where(mask_B11UT, s_BKGUT, HIDDEN)
-    max_BKGU = jnp.maximum(running.max, s_BKGUT.max(-1))
-    p_BKGUT = jnp.exp(s_BKGUT - max_BKGU[..., None])
-    keep_BKGU = jnp.exp(running.max - max_BKGU)
-    o_BKGUW = contract("BKGUT,BKTW->BKGUW", p_BKGUT.astype(keys.values.dtype), keys.values, F32)
-    output_BKGUW = running.output * keep_BKGU[..., None] + o_BKGUW
-    return Running(max_BKGU, running.sum * keep_BKGU + p_BKGUT.sum(-1), output_BKGUW)
+    return running.met(jnp.where(mask_B11UT, s_BKGUT, HIDDEN), keys.values)
 
 
 def _add_gradients(options: Options, dq_BKGUH, gradient, given, keys: Keys, window):

@@ -9,7 +9,7 @@ An estimate: `docs/plan.md` shows it beside what XLA allocates.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,9 +161,8 @@ def _called(eqn: Any) -> Jaxpr | None:
 class _Flow:
     """Which values of a program are buffers, and what a value that is none is made of."""
 
-    def __init__(self, program: Program, sliced: set[int], written: set[int]):
+    def __init__(self, program: Program, sliced: Set[int], written: Set[int]):
         """`sliced`: inputs that are cut out of a stack. `written`: outputs that go straight into their place."""
-        self.program = program
         self.maker = {i: step for step in program.steps for i in step.makes}
         readers: dict[int, list[Step]] = {}
         for step in program.steps:
@@ -217,9 +216,9 @@ def _walk(
     program: Program,
     rules: Rules,
     *,
-    sliced: set[int] = frozenset(),  # type: ignore[assignment]
-    written: set[int] = frozenset(),  # type: ignore[assignment]
-    in_place: set[int] = frozenset(),  # type: ignore[assignment]
+    sliced: Set[int] = frozenset(),
+    written: Set[int] = frozenset(),
+    in_place: Set[int] = frozenset(),
 ) -> Work:
     """`in_place`: outputs that take the place of inputs."""
     flow, total = _Flow(program, sliced, written), Work()
@@ -242,10 +241,11 @@ def _walk(
         sources = of(step.reads)
         dying = [i for i in sources if last[i] == t and i in held] if not _is_product(step) else []
         stacked = step.makes[step.params["num_carry"] :] if step.name == "scan" else []
+        as_outside = step.name not in BUFFERED or _is_outer(step)
         whole = 0.0
         for i in made:
             size = rules.kept(values[i])
-            if step.name in BUFFERED and i not in stacked and not _is_outer(step):
+            if i not in stacked and not as_outside:
                 whole += max(values[i].bytes - size, 0.0)  # until it is cut, as gradients are
             replaced = next((j for j in dying if held[j].bytes == size > 0), None)
             if replaced is not None:  # elementwise results take the place of what dies with them

@@ -156,6 +156,12 @@ def _spec(
             axes = []
         used.update(axes)
         entries.append(tuple(axes) or None)
+    return partition(*entries)
+
+
+def partition(*axes: str | Sequence[str] | None) -> PartitionSpec:
+    """Which mesh axes cut each dim, in the one spelling: without the dims at the end that nothing cuts."""
+    entries = [_names(each) if each else None for each in axes]
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
@@ -207,15 +213,14 @@ def batch_sharding(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> NamedShar
 
     Without the latter it fits arrays of any rank; `field_shardings` tells of any batch.
     """
-    rows, length = ([a for a in rules.axes_of(name, "sharding") if mesh.shape[a] > 1] for name in ("batch", "length"))
-    return NamedSharding(mesh, _trimmed(rows, [a for a in length if a not in rows]))
+    rows = [axis for axis in rules.axes_of("batch", "sharding") if mesh.shape[axis] > 1]
+    return NamedSharding(mesh, partition(rows, _length_axes(mesh, rules)))
 
 
-def _trimmed(*axes: str | Sequence[str] | None) -> PartitionSpec:
-    entries = [_names(each) if each else None for each in axes]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return PartitionSpec(*entries)
+def _length_axes(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> list[str]:
+    """What cuts tokens of a row: an axis that cuts rows leaves them whole."""
+    rows = rules.axes_of("batch", "sharding")
+    return [axis for axis in rules.axes_of("length", "sharding") if mesh.shape[axis] > 1 and axis not in rows]
 
 
 def field_shardings(batch: Batch, sharding: NamedSharding) -> Batch:
@@ -226,7 +231,7 @@ def field_shardings(batch: Batch, sharding: NamedSharding) -> Batch:
     """
     rows, length = (*sharding.spec, None, None)[:2]
     pieces = _axis_size(sharding.mesh, _names(length or ()))
-    of = lambda *axes: NamedSharding(sharding.mesh, _trimmed(*axes))
+    of = lambda *axes: NamedSharding(sharding.mesh, partition(*axes))
     of_tokens = lambda shape: of(rows, *[None] * (len(shape) - 2), None if shape[-1] % pieces else length)
     tokens = TokenBatch(*(of_tokens(field.shape) for field in batch[:5]))
     if not isinstance(batch, ColumnBatch):
@@ -272,8 +277,7 @@ def check_length(seq_len: int, mesh: Mesh, rules: ShardingRules) -> None:
 
     Raises: ValueError with the nearest valid values.
     """
-    rows = rules.axes_of("batch", "sharding")  # what cuts these leaves their length whole
-    axes = [axis for axis in rules.axes_of("length", "sharding") if mesh.shape[axis] > 1 and axis not in rows]
+    axes = _length_axes(mesh, rules)
     for name in ("heads", "kv_heads", "mlp", "experts"):
         for axis in rules.axes_of(name, "sharding"):
             if axis in axes:

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from trainer.mesh import replicated, with_shardings
+from trainer.mesh import partition, replicated, with_shardings
 
 Params = Any  # a nested dict of arrays
 
@@ -92,8 +92,6 @@ def _opt_state_shardings(opt_state: Any, params: Params, param_shardings: Any, w
             return whole
         spec = (*param_sharding.spec, *[None] * len(shape))
         kept = [axes if d == s else None for d, s, axes in zip(dims, shape, spec, strict=False)]
-        while kept and kept[-1] is None:
-            kept.pop()
-        return NamedSharding(whole.mesh, PartitionSpec(*kept))
+        return NamedSharding(whole.mesh, partition(*kept))
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)

@@ -18,9 +18,9 @@ from launch.planning.shapes import (
     bytes_on_device,
     gathered_copies,
     local_shapes,
+    product,
     shapes_of,
     share_of,
-    sizes_of,
     teacher_of,
 )
 from models.config import Dispatch, ModelConfig, Remat
@@ -125,7 +125,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
     hardware, task = target.hardware, config.task
     assert isinstance(task, TrainConfig)
     mesh = abstract_mesh(config.mesh, target.num_devices)
-    sizes = sizes_of(mesh)
+    sizes = dict(mesh.shape)
     teacher = teacher or teacher_of(config)
     whole = shapes_of(config, mesh, teacher)
     local, jaxpr = _traced(config, mesh, teacher)
@@ -157,7 +157,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
 def _elsewhere(config: RunConfig, model: ModelConfig, sizes: Mapping[str, int], tokens: int) -> float:
     """FLOPs of attention to keys that come around from other devices: a share of a row alone has none of them."""
     length = config.data.seq_len
-    own = length // _product(sizes, config.sharding.length)
+    own = length // product(sizes, config.sharding.length)
     return tokens * (flops_per_token(model, length) - flops_per_token(model, own))
 
 
@@ -184,7 +184,7 @@ _last: dict[str, tuple[Shapes, Any]] = {}
 
 def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None) -> tuple[Shapes, Any]:
     """One device's share and the jaxpr of its step. Meshes that differ only in who keeps what have them in common."""
-    sizes = sizes_of(mesh)
+    sizes = dict(mesh.shape)
     key = repr((share_of(config, sizes), teacher, gathered_copies(config, sizes)))
     if key not in _last:
         local = local_shapes(config, mesh, teacher)
@@ -197,9 +197,7 @@ def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None) -> tuple[
 def _groups(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Experts of a device, of those that its share was given so that a token can choose."""
     experts = config.model.experts.num_experts
-    return (
-        experts / _product(sizes, config.sharding.experts) / max(share_of(config, sizes).model.experts.num_experts, 1)
-    )
+    return experts / product(sizes, config.sharding.experts) / max(share_of(config, sizes).model.experts.num_experts, 1)
 
 
 def _shares(whole: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], float]:
@@ -291,18 +289,17 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
         if axis in (*config.sharding.batch, *config.sharding.length):  # each copy has other tokens
             shared = _size_not_cut_by(trained, axis, sizes)
             add(axis, "all-reduce", "gradients", 1, shared, hidden=True)
-    tokens = math.prod(whole.batch.tokens.shape) / _product(sizes, config.sharding.batch) / turns
-    activation = tokens * model.embed_dim * item
-    along_rows = _product(sizes, config.sharding.length)
-    row_activation, activation = activation, activation / along_rows
+    tokens = math.prod(whole.batch.tokens.shape) / product(sizes, config.sharding.batch) / turns
+    row = tokens * model.embed_dim * item
+    activation = row / product(sizes, config.sharding.length)
     passes = 2 if model.remat is Remat.none else 3  # forward, backward, and forward again
     for axis in config.sharding.heads:
         add(axis, "all-reduce", "activations", turns * layers * 2 * passes, activation, hidden=False)
     a = model.attention
     for axis in config.sharding.length:
         # Keys and values go around the ring; in the backward pass their gradients with them, in f32.
-        wide = row_activation / model.embed_dim * a.num_kv_heads * (a.head_dim + (a.value_dim or a.head_dim))
-        wide /= _product(sizes, config.sharding.kv_heads)
+        wide = row / model.embed_dim * a.num_kv_heads * (a.head_dim + (a.value_dim or a.head_dim))
+        wide /= product(sizes, config.sharding.kv_heads)
         add(axis, "collective-permute", "keys and values", turns * layers * (passes - 1), wide, hidden=True)
         add(axis, "collective-permute", "and their gradients", turns * layers, wide * (1 + 4 / item), hidden=True)
     experts = model.experts
@@ -317,10 +314,6 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
                 sent = activation * experts.experts_per_token * experts.capacity_factor
                 add(axis, "all-to-all", "tokens", 2 * turns * with_experts * passes, sent, hidden=False)
     return found
-
-
-def _product(sizes: Mapping[str, int], axes: list[str]) -> int:
-    return math.prod(sizes[axis] for axis in axes)
 
 
 def _axes_of(leaf: Any) -> set[str]:

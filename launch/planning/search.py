@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from configs.schema import RunConfig, TrainConfig
 from launch.planning.estimate import Plan, estimate
-from launch.planning.shapes import teacher_of
+from launch.planning.shapes import product, teacher_of
 from models.config import ModelConfig, Remat
 from trainer.hardware import Target, present
 from trainer.mesh import AXES, MeshConfig, mesh_sizes
@@ -91,7 +91,7 @@ def candidates(config: RunConfig, target: Target) -> Iterator[MeshConfig]:
 
 def _sharing(config: RunConfig, mesh: MeshConfig) -> int:
     """Devices that have rows of their own."""
-    return math.prod(getattr(mesh, axis) for axis in config.sharding.batch)
+    return product(vars(mesh), config.sharding.batch)
 
 
 def _smallest(config: RunConfig, target: Target, mesh: MeshConfig, free: Free, teacher: ModelConfig | None) -> Choice:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -44,14 +44,13 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
     """
     if config.model.vocab_size:
         return config
-    config = copy.deepcopy(config)
     if not isinstance(config.tokenizer, SentencePieceConfig):
         raise ValueError(
             f"model.vocab_size=0: the vocabulary of tokenizer={config.tokenizer.kind} is not known before it is made; "
             "set model.vocab_size"
         )
-    config.model.vocab_size = config.tokenizer.vocab_size
-    return config
+    model = dataclasses.replace(config.model, vocab_size=config.tokenizer.vocab_size)
+    return dataclasses.replace(config, model=model)
 
 
 def shapes_of(
@@ -87,25 +86,23 @@ def teacher_of(config: RunConfig) -> ModelConfig | None:
     return find_origin(name, config.runs, lambda text: None, key="objective.teacher").model
 
 
-def sizes_of(mesh: AnyMesh) -> dict[str, int]:
-    return dict(mesh.shape)
-
-
 def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
     """What one device computes, as a run by itself: its tokens, heads, hidden units, experts, part of the vocabulary.
 
     The width of the model and the layers are whole: they are cut for keeping (`fsdp`) and gathered for computing.
     """
-    cut = lambda logical, size: -(-size // _cut(config.sharding, logical, sizes))
-    config = copy.deepcopy(config)
-    config.model = model_share(config.model, cut)
-    config.data.batch_size = cut("batch", config.data.batch_size)
-    config.data.seq_len = cut("length", config.data.seq_len)
-    config.mesh = MeshConfig(**{axis: 1 for axis in sizes})
-    return config
+    cut = lambda logical, size: _share(config.sharding, logical, sizes, size)
+    batch_size, seq_len = cut("batch", config.data.batch_size), cut("length", config.data.seq_len)
+    return dataclasses.replace(
+        config,
+        model=model_share(config.model, config.sharding, sizes),
+        data=dataclasses.replace(config.data, batch_size=batch_size, seq_len=seq_len),
+        mesh=MeshConfig(**{axis: 1 for axis in sizes}),
+    )
 
 
-def model_share(model: ModelConfig, cut: Any) -> ModelConfig:
+def model_share(model: ModelConfig, rules: ShardingRules, sizes: Mapping[str, int]) -> ModelConfig:
+    cut = lambda logical, size: _share(rules, logical, sizes, size)
     model = copy.deepcopy(model)
     model.attention.num_heads = cut("heads", model.attention.num_heads)
     model.attention.num_kv_heads = min(cut("kv_heads", model.attention.num_kv_heads), model.attention.num_heads)
@@ -120,8 +117,14 @@ def model_share(model: ModelConfig, cut: Any) -> ModelConfig:
     return model
 
 
-def _cut(rules: ShardingRules, logical: str, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[axis] for axis in rules.axes_of(logical, "sharding"))
+def _share(rules: ShardingRules, logical: str, sizes: Mapping[str, int], size: int) -> int:
+    """Of a dim, on the device that has most of it."""
+    return -(-size // product(sizes, rules.axes_of(logical, "sharding")))
+
+
+def product(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
+    """Devices along these mesh axes together."""
+    return math.prod(sizes[axis] for axis in axes)
 
 
 class OneShare(NoConstraint):
@@ -150,21 +153,15 @@ def gathered_copies(config: RunConfig, sizes: Mapping[str, int]) -> int:
     if not experts.num_experts or experts.dispatch is not Dispatch.dropless:
         return 1
     rows = rules.axes_of("batch", "sharding")
-    return math.prod(sizes[axis] for axis in rules.axes_of("experts", "sharding") if axis in rows)
+    return product(sizes, [axis for axis in rules.axes_of("experts", "sharding") if axis in rows])
 
 
 def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) -> Shapes:
     """Of `share_of` the run, on one device."""
-    sizes = sizes_of(mesh)
-    cut = lambda logical, size: -(-size // _cut(config.sharding, logical, sizes))
-    one = abstract_mesh(MeshConfig(), 1)
-    share = None if teacher is None else model_share(teacher, cut)
-    return shapes_of(
-        share_of(config, sizes),
-        one,
-        share,
-        OneShare(gathered_copies(config, sizes), _cut(config.sharding, "embed", sizes) > 1),
-    )
+    sizes, rules = dict(mesh.shape), config.sharding
+    share = None if teacher is None else model_share(teacher, rules, sizes)
+    alone = OneShare(gathered_copies(config, sizes), gathers=product(sizes, rules.embed) > 1)
+    return shapes_of(share_of(config, sizes), abstract_mesh(MeshConfig(), 1), share, alone)
 
 
 def bytes_on_device(tree: Any) -> float:

@@ -10,6 +10,7 @@ import jax
 
 from configs.schema import Format, PlanConfig, RunConfig
 from launch.assemble import say
+from launch.messages import named_keys
 from launch.origins import adopt
 from launch.planning.compiled import Compiled, compile_step
 from launch.planning.estimate import Plan, estimate
@@ -29,7 +30,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     assert isinstance(task, PlanConfig)
     target = parse_target(task.target, config.devices or jax.device_count())
     config = with_vocabulary(adopt(config, overrides, run_folder(config), say))
-    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    named = named_keys(overrides)
     free = Free(
         mesh=not any(key.partition(".")[0] == "mesh" for key in named),
         remat=task.search and "model.remat" not in named,

@@ -1,6 +1,7 @@
 """A plan by the compiler: the training step compiled for devices that are not there, and what XLA says of it."""
 
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -57,6 +58,23 @@ def compile_step(config: RunConfig, target: Target) -> Compiled:
     # Only libtpu's peak counts all of these at the fullest moment; elsewhere temporaries are one allocation.
     peak = memory.peak_memory_in_bytes if target.hardware.platform == "tpu" else arguments + temporary + fresh
     return Compiled(seconds, arguments, temporary, peak, collectives(program.as_text(), dict(shapes.core.mesh.shape)))
+
+
+# On machines without a TPU libtpu asks for what it finds in these; and two of them may be at work.
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+def take_no_device() -> None:
+    """Compilers of devices that are not there look for none. Before any other use of JAX."""
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in WITHOUT_TPU.items():
+        os.environ.setdefault(name, value)
 
 
 def target_devices(target: Target) -> Sequence[Any]:

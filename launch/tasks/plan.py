@@ -12,7 +12,7 @@ from configs.schema import Format, PlanConfig, RunConfig
 from launch.assemble import say
 from launch.messages import named_keys
 from launch.origins import adopt
-from launch.planning.compiled import Compiled, compile_step
+from launch.planning.compiled import Compiled, compile_step, take_no_device
 from launch.planning.estimate import Plan, estimate
 from launch.planning.picture import draw_plan
 from launch.planning.search import Choice, Free, compute_optimal, search
@@ -28,6 +28,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     """Prints the plan, and writes it with a picture to `task.output`."""
     task = config.task
     assert isinstance(task, PlanConfig)
+    take_no_device()
     target = parse_target(task.target, config.devices or jax.device_count())
     config = with_vocabulary(adopt(config, overrides, run_folder(config), say))
     named = named_keys(overrides)

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import jax
 
 LOGICAL_AXES = (
-    "batch", "length", "positions", "embed", "heads", "kv_heads", "head_dim", "latent", "mlp", "vocab", "experts",
-    "router", "layers", "outputs",
+    "batch", "length", "residual", "positions", "embed", "heads", "kv_heads", "head_dim", "latent", "mlp", "vocab",
+    "experts", "router", "layers", "outputs",
 )  # fmt: skip
 
 Axes = tuple[str | None, ...]  # None: kept whole

@@ -57,6 +57,10 @@ class Output(NamedTuple):
     inside: Inside | None = None  # of the layers that were asked for
 
 
+TOKENS = "batch", "length", "embed"  # of what a layer's products read
+RESIDUAL = "batch", "residual", "embed"  # of what goes from layer to layer
+
+
 class Apply(Protocol):
     """A model as the training core sees it. `rng` None: no dropout.
 
@@ -212,17 +216,20 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD, context: Context, layer: PerLayer, cached, rng):
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-        rate = self.config.dropout
         norm = lambda module, x: x if module is None else module(x)
-        y_BLD, cached, weights_BNLS = self.attention(norm(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
-        x_BLD = x_BLD + dropout(norm(self.attention_post_norm, y_BLD), rate, rngs[1])
-        h_BLD, terms = norm(self.mlp_norm, x_BLD), None
+        # Between products that are cut by heads or hidden width, rows lie in pieces: norms and sums are not repeated,
+        # and what is kept for the backward pass is a piece (Korthikanti et al. 2022 [2205.05198], section 4.2.2).
+        read = lambda module, x: context.constrain(norm(module, x), TOKENS)
+        made = lambda module, y, rng: dropout(norm(module, context.constrain(y, RESIDUAL)), self.config.dropout, rng)
+        y_BLD, cached, weights_BNLS = self.attention(read(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
+        x_BLD = x_BLD + made(self.attention_post_norm, y_BLD, rngs[1])
+        h_BLD, terms = read(self.mlp_norm, x_BLD), None
         if isinstance(self.mlp, Experts):
             y_BLD, terms = self.mlp(h_BLD, context.segments > 0, context.constrain)
         else:
             y_BLD = self.mlp(h_BLD, context.constrain)
-        x_BLD = x_BLD + dropout(norm(self.mlp_post_norm, y_BLD), rate, rngs[2])
-        return context.constrain(x_BLD, ("batch", "length", "embed")), cached, terms, weights_BNLS
+        x_BLD = x_BLD + made(self.mlp_post_norm, y_BLD, rngs[2])
+        return context.constrain(x_BLD, RESIDUAL), cached, terms, weights_BNLS
 
 
 class Ends(nnx.Module):
@@ -369,7 +376,7 @@ def forward(
     ends = _ends(params, config)
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
     x_BLD = noisy(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), segment_ids_BL, neftune_alpha, embed_rng)
-    x_BLD = constrain(x_BLD, ("batch", "length", "embed"))
+    x_BLD = constrain(x_BLD, RESIDUAL)
     shown_BL = shown_tokens(config, segment_ids_BL, prefix_BL)
     context = make_context(config, positions_BL, segment_ids_BL, shown_BL, 0, tokens_BL.shape[1], constrain)
     context = context._replace(shows_attention=asked is not None and asked.attention)
@@ -399,7 +406,7 @@ def forward(
     carried, terms, further_KBLD = (x_BLD, inside), None, None
     for stack in stacks(config):  # that of the experts is the last
         carried, terms = run(carried, stack)
-    x_BLD, inside = carried
+    x_BLD, inside = constrain(carried[0], TOKENS), carried[1]
     if further:
         further_KBLD, more = _run_further(params[FURTHER], x_BLD, tokens_BL, ends, context, layer_rng)
         terms = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), terms, more)
@@ -449,7 +456,7 @@ def forward_cached(
     prompt that sees all of itself, and is read in one piece.
     """
     ends = _ends(params, config)
-    x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), ("batch", "length", "embed"))
+    x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), RESIDUAL)
     room = cache[0].keys.shape[2]
     context = make_context(config, positions_BL, jnp.ones_like(tokens_BL), shown, first_row, room, constrain)
     of_all, filled = per_layer(config), []
@@ -460,7 +467,7 @@ def forward_cached(
             block = nnx.merge(graph, nnx.State(params["layers"][index]))
             x_BLD, cached, *_ = block(x_BLD, context, layer, cache[index], None)
             filled.append(cached)
-    return ends.output(x_BLD), tuple(filled)
+    return ends.output(constrain(x_BLD, TOKENS)), tuple(filled)
 
 
 def logits(output: Output) -> jax.Array:

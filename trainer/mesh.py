@@ -46,6 +46,7 @@ class ShardingRules:
 
     batch: list[str] = field(default_factory=lambda: ["data", "fsdp", "expert"])  # rows of the batch
     length: list[str] = field(default_factory=lambda: ["context"])  # tokens of a row
+    residual: list[str] = field(default_factory=lambda: ["context"])  # tokens of a row, between what `tensor` cuts
     positions: list[str] = field(default_factory=list)  # of a learned table; any row looks up any of them
     embed: list[str] = field(default_factory=lambda: ["fsdp"])  # of parameters; activations keep it whole
     heads: list[str] = field(default_factory=lambda: ["tensor"])  # query heads

@@ -294,6 +294,7 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
     activation = row / product(sizes, config.sharding.length)
     passes = 2 if model.remat is Remat.none else 3  # forward, backward, and forward again
     for axis in config.sharding.heads:
+        # With rows in pieces between layers reduced and scattered, then gathered: as many bytes.
         add(axis, "all-reduce", "activations", turns * layers * 2 * passes, activation, hidden=False)
     a = model.attention
     for axis in config.sharding.length:

@@ -16,7 +16,7 @@ from launch.assemble import Core, build_core
 from launch.origins import find_origin
 from models.config import Dispatch, ModelConfig
 from models.partition import Constrain, NoConstraint
-from models.transformer import abstract_params, make_apply, param_axes
+from models.transformer import RESIDUAL, TOKENS, abstract_params, make_apply, param_axes
 from trainer.adapters import BASE
 from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, field_shardings, param_shardings, with_shardings
 from trainer.objective import REFERENCE, TEACHER, FrozenModel, column_spec
@@ -130,11 +130,18 @@ def product(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
 class OneShare(NoConstraint):
     """The mesh as one device of it sees it."""
 
-    def __init__(self, copies: int, gathers: bool):
-        """`copies`: devices whose tokens are gathered for each one's experts. `gathers`: whether parameters are."""
-        self.copies, self.gathers = copies, gathers
+    def __init__(self, copies: int, *, gathers: bool, length: int, pieces: int):
+        """`copies`: devices whose tokens are gathered for each one's experts. `gathers`: whether parameters are.
+        `length`: tokens of a row, which lies between layers in so many pieces.
+        """
+        self.copies, self.gathers, self.length = copies, gathers, length
+        self.pieces = 1 if length % pieces else pieces  # as the trainer keeps whole what does not divide
 
     def __call__(self, x: jax.Array, axes: Any) -> jax.Array:
+        if axes == RESIDUAL and x.shape[1] == self.length:
+            return x[:, : self.length // self.pieces]
+        if axes == TOKENS and x.shape[1] != self.length:
+            return jnp.concatenate([x] * self.pieces, axis=1)
         if not self.gathers or "vocab" not in axes or "batch" in axes:
             return x
         return jax.lax.copy_p.bind(x[None])[0]  # embedding and head, whole: a buffer unlike the parameter's own
@@ -160,8 +167,15 @@ def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) 
     """Of `share_of` the run, on one device."""
     sizes, rules = dict(mesh.shape), config.sharding
     share = None if teacher is None else model_share(teacher, rules, sizes)
-    alone = OneShare(gathered_copies(config, sizes), gathers=product(sizes, rules.embed) > 1)
-    return shapes_of(share_of(config, sizes), abstract_mesh(MeshConfig(), 1), share, alone)
+    local = share_of(config, sizes)
+    pieces = product(sizes, [axis for axis in rules.residual if axis not in rules.length])
+    alone = OneShare(
+        gathered_copies(config, sizes),
+        gathers=product(sizes, rules.embed) > 1,
+        length=local.data.seq_len,
+        pieces=pieces,
+    )
+    return shapes_of(local, abstract_mesh(MeshConfig(), 1), share, alone)
 
 
 def bytes_on_device(tree: Any) -> float:

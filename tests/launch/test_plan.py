@@ -107,6 +107,15 @@ def test_activations_that_are_not_kept_are_not_counted():
     assert peaks[1] < 0.7 * peaks[0]
 
 
+def test_rows_in_pieces_between_layers_are_kept_in_pieces():
+    mesh = ["mesh.data=1", "mesh.tensor=4", "model.remat=full", "data.seq_len=256"]
+    kept = [
+        estimate(config_of(*mesh, f"sharding.residual=[{axes}]"), cpus(4)).memory.activations
+        for axes in ("context", "context,tensor")
+    ]
+    assert kept[1] == pytest.approx(kept[0] / 4, rel=0.05)
+
+
 def test_more_devices_for_keeping_take_less_of_each():
     totals = [
         estimate(config_of("mesh.data=1", f"mesh.fsdp={n}"), cpus(n)).memory for n in (1, 2, 4)

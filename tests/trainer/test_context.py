@@ -89,13 +89,20 @@ def batch(sides: int | None = None) -> TokenBatch:
 
 
 def losses_and_gradients(
-    model: str, objective: str, mesh_config: MeshConfig | None, across=Across.ring, block=None, balanced=False
+    model: str,
+    objective: str,
+    mesh_config: MeshConfig | None,
+    across=Across.ring,
+    block=None,
+    balanced=False,
+    residual=("context",),
 ):
     config = MODELS[model]
     config = replace(config, attention=replace(config.attention, context=across, block=block))
     if objective == "reward":
         config = replace(config, outputs=1)
-    mesh, rules = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1]), ShardingRules()
+    mesh = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1])
+    rules = ShardingRules(residual=list(residual))
     shardings = param_shardings(param_axes(config), abstract_params(config), mesh, rules)
     init = jax.jit(partial(init_params, config))
     place = lambda seed: jax.device_put(init(jax.random.key(seed)), shardings)
@@ -134,6 +141,10 @@ def alone(model: str, objective: str):
         ("experts", "next token", MeshConfig(1, expert=2, context=2, tensor=2), {"across": Across.all_gather}),
         ("capacity", "next token", MeshConfig(1, expert=2, context=4), {}),
         ("latent", "further tokens", MeshConfig(2, context=2, tensor=2), {}),
+        ("dense", "next token", MeshConfig(2, fsdp=2, tensor=2), {"residual": ("context", "tensor")}),
+        ("dense", "next token", MeshConfig(2, context=2, tensor=2), {"residual": ("context", "tensor")}),
+        ("experts", "next token", MeshConfig(1, fsdp=2, expert=2, tensor=2), {"residual": ("tensor",)}),
+        ("latent", "further tokens", MeshConfig(2, context=2, tensor=2), {"residual": ("context", "tensor")}),
         ("dense", "pairs", MeshConfig(1, fsdp=2, context=4), {}),
         ("dense", "reward", MeshConfig(2, context=4), {}),
     ],

@@ -201,6 +201,25 @@ def _axes_of_groups(line: str, groups: Mapping[frozenset[frozenset[int]], str]) 
         ids = np.arange(math.prod(shape)).reshape(shape)
         if dealt.group(4):
             ids = ids.transpose([int(n) for n in dealt.group(4).split(",")])
-        rows = ids.reshape(int(dealt.group(1)), int(dealt.group(2)))
-        return groups.get(frozenset(frozenset(row.tolist()) for row in rows), "?")
+        return _named(ids.reshape(int(dealt.group(1)), int(dealt.group(2))), groups)
+    if meant := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
+        return _named(_rows_of_mesh(meant.group(1), meant.group(2)), groups)
     return "?"
+
+
+def _named(rows: np.ndarray, groups: Mapping[frozenset[frozenset[int]], str]) -> str:
+    return groups.get(frozenset(frozenset(row.tolist()) for row in rows), "?")
+
+
+def _rows_of_mesh(axes: str, along: str) -> np.ndarray:
+    """[groups, devices] of `'a'=4,'b'=2` along `'b'`, or along `'a':(2)2`: of a in 2 x 2 the second part."""
+    parts = {name: tuple(map(int, part)) for name, *part in re.findall(r"'([^']+)':\((\d+)\)(\d+)", along)}
+    shape: list[int] = []
+    chosen = []
+    for name, size in re.findall(r"'([^']+)'=(\d+)", axes):
+        before, own = parts.get(name, (1, int(size)))
+        if f"'{name}'" in along:
+            chosen.append(len(shape) + 1)
+        shape += [before, own, int(size) // before // own]
+    ids = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), chosen, range(-len(chosen), 0))
+    return ids.reshape(-1, math.prod(shape[i] for i in chosen))

@@ -141,6 +141,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %a = f32[8]{0} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %b = bf16[16,2]{1,0} all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   %c = f32[8]{0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
+  %i = f32[8]{0} all-reduce(%p), replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_2'}, to_apply=%add
+  %j = f32[8]{0} all-reduce(%p), replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, to_apply=%add
   %d = f32[4]{0} collective-permute(%p), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   %e = f32[8]{0} while(%p), condition=%more, body=%turn, backend_config={"known_trip_count":{"n":"5"}}
 }
@@ -160,9 +162,10 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     found = collectives(text, sizes)
     assert [(c.axes, c.kind, c.count, c.bytes) for c in found] == [
         ("data", "all-gather", 1, 64),
+        ("data", "all-reduce", 1, 32),
         ("data", "all-to-all", 5, 160),
         ("data+tensor", "all-reduce", 1, 32),
-        ("tensor", "all-reduce", 1, 32),
+        ("tensor", "all-reduce", 2, 64),
         ("tensor", "collective-permute", 1, 16),
     ]
 

@@ -124,9 +124,21 @@ def _port(job: str) -> int:
     return FIRST_PORT + int(re.sub(r"\D", "", job) or 0) % (LAST_PORT - FIRST_PORT + 1)
 
 
-# By default XLA's CPU backend starts collectives that do not depend on one another in whichever order its threads come
-# to them, another one on each fake device: two devices can then wait for each other for ever.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+THREADS = 8  # for each fake device
+
+
+def let_fake_devices_wait(count: int) -> None:
+    """Settings for `count` fake devices of this process, before JAX starts.
+
+    A collective of XLA's CPU backend holds its thread until all its devices have come. By default those that do not
+    depend on one another begin in whichever order, another one on each device, on as many threads as there are devices:
+    then devices wait for each other for ever.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if IN_ORDER not in flags:
+        os.environ["XLA_FLAGS"] = f"{IN_ORDER} {flags}".rstrip()
+    os.environ.setdefault("PJRT_NPROC", str(max(THREADS * count, os.cpu_count() or 1)))
 
 
 def first_host(nodelist: str) -> str:
@@ -156,9 +168,8 @@ def start(devices: int | None) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", share)
     several = devices or found or "JAX_NUM_CPU_DEVICES" in os.environ
-    flags = os.environ.get("XLA_FLAGS", "")
-    if several and jax.config.values["jax_platforms"] == "cpu" and IN_ORDER not in flags:
-        os.environ["XLA_FLAGS"] = f"{IN_ORDER} {flags}".rstrip()
+    if several and jax.config.values["jax_platforms"] == "cpu":
+        let_fake_devices_wait(max(jax.config.values["jax_num_cpu_devices"], 1))
     if not jax.config.values["jax_compilation_cache_dir"]:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "meshwright", "compiled"))

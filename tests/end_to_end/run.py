@@ -24,7 +24,8 @@ TINY = [
 
 def environment(**extra: str) -> dict[str, str]:
     # The fake devices of conftest are for tests in its own process; here `devices=` says how many there are.
-    kept = {key: value for key, value in os.environ.items() if key not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    settled = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "PJRT_NPROC")
+    kept = {key: value for key, value in os.environ.items() if key not in settled}
     return kept | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "120"} | extra
 
 

@@ -1,8 +1,10 @@
 """What each cluster announces, as its processes would see it."""
 
+import os
+
 import pytest
 
-from launch.distributed import ProcessSettings, first_host, settings
+from launch.distributed import IN_ORDER, ProcessSettings, first_host, let_fake_devices_wait, settings
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -85,3 +87,15 @@ def test_tpu_pods_and_indexed_jobs_are_left_to_jax():
         "Kubernetes"
     )
     assert settings({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None
+
+
+def test_fake_devices_get_threads_and_what_was_set_before_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    for _ in range(2):
+        let_fake_devices_wait(100)
+    assert os.environ["XLA_FLAGS"] == f"{IN_ORDER} --xla_cpu_enable_fast_math=false"
+    assert os.environ["PJRT_NPROC"] == "800"
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    let_fake_devices_wait(100)
+    assert os.environ["PJRT_NPROC"] == "3"

@@ -7,6 +7,10 @@ from tests.end_to_end.run import TINY, meshwright
 MISTAKES = {
     "a misspelt key": (["optimizer.lerning_rate=1"], "did you mean 'optimizer.learning_rate'"),
     "a key in the wrong place": (["learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
+    "a key of another option": (
+        ["experiment=hello", "tokenizer=bytes"],
+        "tokenizer.vocab_size: the experiment sets it",
+    ),
     "a misspelt group option": (["model=tinny"], "model=tinny: there is no such model; did you mean 'tiny'"),
     "a misspelt option in a list": (["source=[txt]"], "source=txt: there is no such source; did you mean 'text'?"),
     "a word for a number": (["data.batch_size=many"], "data.batch_size=many: must be a whole number"),

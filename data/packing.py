@@ -9,6 +9,7 @@ Shape letters: L length of a row, C choices of a transform.
 
 import bisect
 import enum
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -182,14 +183,8 @@ class BestFitPlan(ListedPlan):
     """Each document goes where it leaves the least room, the longest first, among those of a window."""
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: Growth | None = None):
-        order = shuffled(seed, len(lengths))
-
-        def rows() -> Iterator[list[Piece]]:
-            for first in range(0, len(order), WINDOW):
-                window = [cut for d in order[first : first + WINDOW] for cut in _cuts(d, lengths[d], seq_len, growth)]
-                yield from _best_fit(window, seq_len)
-
-        super().__init__(rows())
+        cuts = (_cuts(d, lengths[d], seq_len, growth) for d in shuffled(seed, len(lengths)))
+        super().__init__(_in_windows(cuts, seq_len))
 
 
 class PairPlan(ListedPlan):
@@ -198,15 +193,9 @@ class PairPlan(ListedPlan):
     """
 
     def __init__(self, lengths: np.ndarray, seq_len: int, *, sides: int, most: int):
-        sizes = lengths.reshape(-1, sides).max(1)
-
-        def rows() -> Iterator[list[Piece]]:
-            for first in range(0, len(sizes), WINDOW):
-                window = range(first, min(first + WINDOW, len(sizes)))
-                cuts = [(Piece(sides * i, 0, int(lengths[sides * i])), int(sizes[i])) for i in window]
-                yield from _best_fit(cuts, seq_len, most)
-
-        super().__init__(rows())
+        sizes = lengths.reshape(-1, sides).max(1).tolist()
+        whole = lambda text: Piece(text, 0, int(lengths[text]))
+        super().__init__(_in_windows(([(whole(sides * i), size)] for i, size in enumerate(sizes)), seq_len, most))
 
 
 def _cuts(document: int, length: int, seq_len: int, growth: Growth | None) -> Iterator[tuple[Piece, int]]:
@@ -245,6 +234,15 @@ def _concat(order: np.ndarray, lengths: np.ndarray, seq_len: int, growth: Growth
             start, room = cut[0].stop, room - cut[1]
     if row:
         yield row
+
+
+def _in_windows(
+    documents: Iterable[Iterable[tuple[Piece, int]]], seq_len: int, most: int | None = None
+) -> Iterator[list[Piece]]:
+    """Rows of the pieces of each document, of so many documents at a time."""
+    documents = iter(documents)
+    while window := list(itertools.islice(documents, WINDOW)):
+        yield from _best_fit(list(itertools.chain.from_iterable(window)), seq_len, most)
 
 
 def _best_fit(cuts: list[tuple[Piece, int]], seq_len: int, most: int | None = None) -> list[list[Piece]]:

@@ -98,8 +98,8 @@ class PairRows:
         return len(self.corpus.lengths) // self.sides if self.plan is None else self.plan.num_rows
 
     def __getitem__(self, row: int) -> TokenBatch | ColumnBatch:
-        planned = None if self.plan is None else self.plan.pieces(int(row))
-        firsts = [self.sides * int(row)] if planned is None else [piece.document for piece in planned]
+        row = int(row)
+        firsts = [self.sides * row] if self.plan is None else [piece.document for piece in self.plan.pieces(row)]
         whole = lambda text: Piece(text, 0, int(self.corpus.lengths[text]))
         sides = [[whole(first + side) for first in firsts] for side in range(self.sides)]
         made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in sides])

@@ -73,7 +73,8 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     known = _known_keys(overrides)
     if key in known:  # an experiment's, of a group for which the command line chose another
         group = key.partition(".")[0]
-        chosen = next((o for o in overrides if o.partition("=")[0] == group), group)
+        value = _given(group, overrides)
+        chosen = group if value is None else f"{group}={value}"
         return f"{key}: the experiment sets it, and {chosen} has no such key; give {group} as the experiment has it"
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if not near:  # the right word in the wrong place

@@ -13,6 +13,7 @@ from flax import nnx
 
 from models.config import ModelConfig
 from models.layers import Normalize, Projection
+from models.partition import RESIDUAL, TOKENS
 
 FURTHER = "further"  # their name in the tree of parameters, stacked on a leading `layers` dim
 
@@ -30,7 +31,7 @@ class Further(nnx.Module):
     def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, context, layer, rng):
         """(what the next module reads, what the head reads, terms of the block's experts)."""
         both_BLE = jnp.concatenate([self.hidden_norm(x_BLD), self.embedding_norm(embedded_BLD)], axis=-1)
-        x_BLD = context.constrain(self.projection(both_BLE), ("batch", "residual", "embed"))
+        x_BLD = context.constrain(self.projection(both_BLE), RESIDUAL)
         x_BLD, _, terms, _ = self.block(x_BLD, context, layer, None, rng)  # type: ignore[operator]
-        x_BLD = context.constrain(x_BLD, ("batch", "length", "embed"))
+        x_BLD = context.constrain(x_BLD, TOKENS)
         return x_BLD, self.final_norm(x_BLD), terms

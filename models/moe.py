@@ -20,7 +20,7 @@ from flax import nnx
 
 from models.config import Balance, Dispatch, ExpertsConfig, MLPConfig, ModelConfig, RouterScore
 from models.layers import MLP, Projection, activate, as_array, contract, param
-from models.partition import Constrain, Cut
+from models.partition import TOKENS, Constrain, Cut
 
 # The optimizer reads the sign of a balancing bias's gradient only (trainer/roles.py). Small, so that it counts for
 # nothing in the norm of all gradients.
@@ -163,7 +163,7 @@ class Experts(nnx.Module):
             routing.weights_BLk,
             *arrays,
         )
-        y_BLD = constrain(y_BLD, ("batch", "length", "embed"))
+        y_BLD = constrain(y_BLD, TOKENS)
         return (y_BLD if self.shared is None else y_BLD + self.shared(x_BLD, constrain)), terms
 
     def _logits(self, x_BLD: jax.Array) -> jax.Array:

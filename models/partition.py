@@ -11,6 +11,8 @@ LOGICAL_AXES = (
 )  # fmt: skip
 
 Axes = tuple[str | None, ...]  # None: kept whole
+TOKENS: Axes = ("batch", "length", "embed")  # of what a layer's products read
+RESIDUAL: Axes = ("batch", "residual", "embed")  # of what goes from layer to layer
 Cut = Mapping[str, tuple[str, ...]]  # the mesh axes that cut the dims of a name; a name that none cuts is not in it
 
 

@@ -38,7 +38,7 @@ from models.layers import (
     transposed,
 )
 from models.moe import Auxiliary, Experts
-from models.partition import Constrain, no_constraint
+from models.partition import RESIDUAL, TOKENS, Constrain, no_constraint
 
 Params = Any  # a nested dict of arrays
 
@@ -55,10 +55,6 @@ class Output(NamedTuple):
     auxiliary: Auxiliary | None = None  # of a mixture of experts
     further_KBLD: jax.Array | None = None  # of the modules for further tokens, where they were asked for
     inside: Inside | None = None  # of the layers that were asked for
-
-
-TOKENS = "batch", "length", "embed"  # of what a layer's products read
-RESIDUAL = "batch", "residual", "embed"  # of what goes from layer to layer
 
 
 class Apply(Protocol):

@@ -148,7 +148,7 @@ def _spec(
     """The partition of one tensor. An indivisible dim is refused if `strict`, else kept whole."""
     assert len(logical) == len(shape), f"{where}: axes {logical} for shape {shape}"
     used: set[str] = set()
-    entries: list[tuple[str, ...] | None] = []
+    entries: list[list[str]] = []
     for dim, (name, size) in enumerate(zip(logical, shape, strict=True)):
         axes = [a for a in rules.axes_of(name, where) if a not in used and mesh.shape[a] > 1]
         if axes and size % _axis_size(mesh, axes):
@@ -156,7 +156,7 @@ def _spec(
                 raise ValueError(_indivisible(axes, mesh, where, dim, str(name), size))
             axes = []
         used.update(axes)
-        entries.append(tuple(axes) or None)
+        entries.append(axes)
     return partition(*entries)
 
 

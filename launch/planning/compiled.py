@@ -66,7 +66,6 @@ WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
 
@@ -145,9 +144,9 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
                 moved[key] += times * _result_bytes(found.group(1), started=found.group(3) is not None)
                 hidden[key] += times if found.group(3) else 0
             turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-            for key, called in _CALLS.findall(line):
+            for role, called in _CALLS.findall(line):
                 for each in re.findall(r"[\w.\-]+", called):
-                    visit(each, times * int(turns.group(1)) if turns and key == "body" else times)
+                    visit(each, times * int(turns.group(1)) if turns and role == "body" else times)
 
     visit(entry, 1)
     return [Collective(*key, count[key], moved[key], hidden[key]) for key in sorted(count)]

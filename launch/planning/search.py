@@ -45,8 +45,10 @@ def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda do
     Raises: ValueError where no mesh goes together with model and batch, with the last reason.
     """
     teacher, refused = teacher_of(config), ValueError("no mesh")
-    given = dict(zip(AXES, mesh_sizes(config.mesh, target.num_devices), strict=True)) if not free.mesh else {}
-    meshes = list(candidates(config, target)) if free.mesh else [MeshConfig(**given)]
+    if free.mesh:
+        meshes = list(candidates(config, target))
+    else:
+        meshes = [MeshConfig(**dict(zip(AXES, mesh_sizes(config.mesh, target.num_devices), strict=True)))]
     begun: list[Choice] = []  # each mesh as small as it goes
     for done, mesh in enumerate(meshes):
         tell(done, len(meshes) + LOOKED_INTO)

@@ -15,8 +15,8 @@ from data.tokenizer import SentencePieceConfig
 from launch.assemble import Core, build_core
 from launch.origins import find_origin
 from models.config import Dispatch, ModelConfig
-from models.partition import Constrain, NoConstraint
-from models.transformer import RESIDUAL, TOKENS, abstract_params, make_apply, param_axes
+from models.partition import RESIDUAL, TOKENS, Constrain, NoConstraint
+from models.transformer import abstract_params, make_apply, param_axes
 from trainer.adapters import BASE
 from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, field_shardings, param_shardings, with_shardings
 from trainer.objective import REFERENCE, TEACHER, FrozenModel, column_spec

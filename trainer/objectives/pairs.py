@@ -21,8 +21,12 @@ def _of_pairs(segment_ids_BSL: jax.Array, pairs_per_row: int) -> jax.Array:
 def summed(values_BSL: jax.Array, segment_ids_BSL: jax.Array, pairs_per_row: int) -> jax.Array:
     """[P, S]: over the tokens of each text; 0 where a row holds fewer pairs."""
     mine_BSLN = _of_pairs(segment_ids_BSL, pairs_per_row)
-    sums_BSN = jnp.sum(jnp.where(mine_BSLN, values_BSL[..., None], 0), axis=2)
-    return sums_BSN.swapaxes(1, 2).reshape(-1, 2)
+    return of_texts(jnp.sum(jnp.where(mine_BSLN, values_BSL[..., None], 0), axis=2))
+
+
+def of_texts(values_BSN: jax.Array) -> jax.Array:
+    """[P, S]: what is known of each text of a row, by pairs."""
+    return values_BSN.swapaxes(1, 2).reshape(-1, 2)
 
 
 def of_tokens(values_P: jax.Array, segment_ids_BSL: jax.Array, pairs_per_row: int) -> jax.Array:

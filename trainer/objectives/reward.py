@@ -17,7 +17,7 @@ from data.batch import ColumnBatch, TokenBatch, columns_of, flat_rows
 from data.examples import Records
 from models.transformer import Apply
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
-from trainer.objectives.pairs import check_pairs_per_row, of_rows, summed
+from trainer.objectives.pairs import check_pairs_per_row, of_rows, of_texts, summed
 from trainer.objectives.readout import Pooling, at_end, at_ends, scores
 
 
@@ -84,7 +84,7 @@ class Reward:
         flat, per_row = flat_rows(batch), self.config.pairs_per_row
         output = apply(params, flat.tokens, positions_BL=flat.positions, segment_ids_BL=flat.segment_ids, rng=rng)
         ends_RN = at_ends(scores(output, flat, Pooling.last), flat.segment_ids, per_row)[..., 0]
-        reward_PS = ends_RN.reshape(-1, 2, per_row).swapaxes(1, 2).reshape(-1, 2)
+        reward_PS = of_texts(ends_RN.reshape(-1, 2, per_row))
         length_PS = summed(jnp.ones_like(batch.segment_ids), batch.segment_ids, per_row)
         real_P = jnp.all(length_PS > 0, axis=-1)
         margin_P = columns_of(batch).get("margin", jnp.zeros_like(reward_PS[:, 0])).reshape(-1)

@@ -45,6 +45,7 @@ from trainer.mesh import (
     place_batch,
     process_rows,
     replicated,
+    with_pipeline,
     with_shardings,
 )
 from trainer.objective import Objective, Params
@@ -278,6 +279,7 @@ def build_core(
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     check_batch(config.data.batch_size, task.num_microbatches, mesh, config.sharding)
     check_length(config.data.seq_len, mesh, config.sharding)
+    model = with_pipeline(model, config.data.batch_size // task.num_microbatches, mesh, config.sharding)
     if model.position.name == "learned" and config.data.seq_len > model.max_seq_len:
         raise ValueError(
             f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "

@@ -184,6 +184,14 @@ class ExpertsConfig:
 
 
 @dataclass
+class PipelineConfig:
+    """With mesh.stage above 1."""
+
+    microbatches: int = 0  # in which rows go through the stages, a multiple of mesh.stage. 0: up to 4 for each stage
+    rounds: int = 1  # groups of layers of each stage; more wait less, and send more
+
+
+@dataclass
 class ModelConfig:
     """A decoder-only transformer."""
 
@@ -212,6 +220,7 @@ class ModelConfig:
     dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
     param_dtype: Dtype = Dtype.float32
     remat: Remat = Remat.none
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def refuse_masks(self, *masks: Mask, why: str) -> None:
         """Raises: ValueError where `attention.mask` is one of them."""

@@ -1,6 +1,7 @@
 """Names of dims. Which mesh axes they lie on is not known here."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +20,9 @@ Cut = Mapping[str, tuple[str, ...]]  # the mesh axes that cut the dims of a name
 class Constrain(Protocol):
     """The mesh as a model sees it; the trainer knows how."""
 
+    stages: int  # parts of the layers, each on other devices
+    shown_stages: int  # of these, in the arrays that the program sees: all, but in a plan's share of one device
+
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         """`x`, an activation whose dims have these names, pinned to the mesh."""
         ...
@@ -33,15 +37,35 @@ class Constrain(Protocol):
         """
         ...
 
+    def along_stages(self, x: jax.Array) -> jax.Array:
+        """`x` [stages, ...], each part pinned to its stage; its other dims stay as they lie."""
+        ...
+
+    def each_stage(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(constrain, *args)` of each stage: leaves of `args` and of the result have a leading dim of stages.
+
+        `constrain` is the mesh of one of them.
+        """
+        ...
+
 
 class NoConstraint:
     """A single device."""
+
+    stages = 1
+    shown_stages = 1
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         return x
 
     def per_device(self, function: Callable[..., jax.Array], axes: Any, *args: Any) -> jax.Array:
         return function({}, *args)
+
+    def along_stages(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def each_stage(self, function: Callable[..., Any], *args: Any) -> Any:
+        return jax.vmap(partial(function, self))(*args)
 
 
 no_constraint = NoConstraint()

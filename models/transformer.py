@@ -9,6 +9,8 @@ Shape letters: B batch, L length, S key length, D model, N query heads, K kv hea
 V vocab.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -39,6 +41,7 @@ from models.layers import (
 )
 from models.moe import Auxiliary, Experts
 from models.partition import RESIDUAL, TOKENS, Constrain, no_constraint
+from models.pipeline import Schedule, run_in_stages, schedule_of
 
 Params = Any  # a nested dict of arrays
 
@@ -373,47 +376,88 @@ def forward(
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
     x_BLD = noisy(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), segment_ids_BL, neftune_alpha, embed_rng)
     x_BLD = constrain(x_BLD, RESIDUAL)
-    shown_BL = shown_tokens(config, segment_ids_BL, prefix_BL)
-    context = make_context(config, positions_BL, segment_ids_BL, shown_BL, 0, tokens_BL.shape[1], constrain)
-    context = context._replace(shows_attention=asked is not None and asked.attention)
-    inside = nothing_shown(asked, x_BLD, config.attention.num_heads)
-
-    def run(carried, stack: Stack):
-        graph = nnx.split(_abstract_block(config, stack))[0]
-
-        def layer(x_BLD, scanned):
-            weights, layer, index = scanned
-            key = None if layer_rng is None else jax.random.fold_in(layer_rng, index)
-            x_BLD, _, *rest = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
-            return x_BLD, *rest
-
-        layer = _remat(layer, config.remat)
-
-        def body(carried, scanned):
-            x_BLD, terms, weights_BNLS = layer(carried[0], scanned)
-            # Not inside what is computed anew: buffers that are only written to need no copy for each layer.
-            return (x_BLD, show(asked, carried[1], scanned[-1], x_BLD, weights_BNLS)), terms
-
-        beside = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf[stack.start : stack.stop]), (per_layer(config), np.arange(config.num_layers))
-        )
-        return jax.lax.scan(body, carried, (params[stack.name], *beside))
-
-    carried, terms, further_KBLD = (x_BLD, inside), None, None
+    rows = Rows(positions_BL, segment_ids_BL, shown_tokens(config, segment_ids_BL, prefix_BL))
+    inside, terms = nothing_shown(asked, x_BLD, config.attention.num_heads), None
     for stack in stacks(config):  # that of the experts is the last
-        carried, terms = run(carried, stack)
-    x_BLD, inside = constrain(carried[0], TOKENS), carried[1]
+        scanned = params[stack.name], *_beside(config, stack)
+        schedule = schedule_of(config.pipeline, constrain, len(x_BLD), stack.stop - stack.start)
+        run = _run_layers if schedule is None or stack.name != "layers" else partial(_run_in_stages, schedule)
+        x_BLD, inside, terms = run(config, stack, asked, constrain, scanned, x_BLD, inside, rows, layer_rng)
+    x_BLD, further_KBLD, num_layers = constrain(x_BLD, TOKENS), None, stack.stop - stack.start
     if further:
+        context = _context(config, rows, asked, constrain)
         further_KBLD, more = _run_further(params[FURTHER], x_BLD, tokens_BL, ends, context, layer_rng)
-        terms = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), terms, more)
+        terms, num_layers = jax.tree.map(jnp.add, terms, more), num_layers + config.further_tokens
     return ends.output(x_BLD, constrain)._replace(
-        auxiliary=jax.tree.map(lambda leaf: leaf.mean(0), terms), further_KBLD=further_KBLD, inside=inside
+        auxiliary=jax.tree.map(lambda leaf: leaf / num_layers, terms), further_KBLD=further_KBLD, inside=inside
     )
 
 
+class Rows(NamedTuple):
+    """What layers read of their rows beside the activations."""
+
+    positions_BL: jax.Array
+    segment_ids_BL: jax.Array
+    shown_BL: jax.Array | None
+
+
+def _context(config: ModelConfig, rows: Rows, asked: Asked | None, constrain: Constrain) -> Context:
+    context = make_context(config, *rows, 0, rows.positions_BL.shape[1], constrain)
+    return context._replace(shows_attention=asked is not None and asked.attention)
+
+
+def _beside(config: ModelConfig, stack: Stack) -> tuple[PerLayer, jax.Array]:
+    """What a scan over the layers of a stack reads beside their weights, the number of each layer among it."""
+    of_all = per_layer(config), np.arange(config.num_layers)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[stack.start : stack.stop]), of_all)
+
+
+def _run_layers(config, stack: Stack, asked, constrain: Constrain, scanned, x_BLD, inside, rows: Rows, rng):
+    """(activations, what was asked for, sums of the experts' terms) after consecutive layers of a stack."""
+    graph = nnx.split(_abstract_block(config, stack))[0]
+    context = _context(config, rows, asked, constrain)
+
+    def layer(x_BLD, scanned):
+        weights, layer, index = scanned
+        key = None if rng is None else jax.random.fold_in(rng, index)
+        x_BLD, _, *rest = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
+        return x_BLD, *rest
+
+    layer = _remat(layer, config.remat)
+
+    def body(carried, scanned):
+        x_BLD, terms, weights_BNLS = layer(carried[0], scanned)
+        # Not inside what is computed anew: buffers that are only written to need no copy for each layer.
+        return (x_BLD, show(asked, carried[1], scanned[-1], x_BLD, weights_BNLS)), terms
+
+    (x_BLD, inside), terms = jax.lax.scan(body, (x_BLD, inside), scanned)
+    return x_BLD, inside, jax.tree.map(lambda leaf: leaf.sum(0), terms)
+
+
+def _run_in_stages(schedule: Schedule, config, stack, asked, constrain, scanned, x_BLD, inside, rows: Rows, rng):
+    """`_run_layers` where layers lie on stages. Random numbers differ from those of a run without stages."""
+    again = lambda stage: stage
+    if schedule.rounds > 1:  # not layer by layer: the weights of a round, cut out in each turn, would be kept from each
+        again, config = partial(_remat, remat=config.remat), replace(config, remat=Remat.none)
+    run = partial(_run_layers, config, stack, asked)
+    rows_first = lambda inside: jax.tree.map(lambda buffer: buffer.swapaxes(0, 1), inside)  # of [P, B, ...], and back
+
+    def layers(constrain, scanned, moving, rows, microbatch):
+        x_BLD, inside, sums = moving
+        key = None if rng is None else jax.random.fold_in(rng, microbatch)
+        x_BLD, inside, terms = run(constrain, scanned, x_BLD, rows_first(inside), rows, key)
+        return x_BLD, rows_first(inside), jax.tree.map(jnp.add, sums, terms)
+
+    terms = jax.eval_shape(partial(run, no_constraint), scanned, x_BLD, inside, rows, rng)[-1]  # None without experts
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), terms)
+    moving = x_BLD, rows_first(inside), sums
+    x_BLD, inside, sums = run_in_stages(schedule, constrain, layers, again, scanned, moving, rows)
+    return x_BLD, rows_first(inside), sums
+
+
 def _run_further(weights: Params, x_BLD, tokens_BL, ends: Ends, context: Context, rng: jax.Array | None):
-    """(hidden states for the head [K, B, L, D], terms of the experts). Of the last places of a row and of each document
-    they read what is not theirs; nothing may be learnt there.
+    """(hidden states for the head [K, B, L, D], sums of the experts' terms). Of the last places of a row and of each
+    document they read what is not theirs; nothing may be learnt there.
     """
     config = ends.config
     stack = all_stacks(config)[-1]
@@ -431,7 +475,9 @@ def _run_further(weights: Params, x_BLD, tokens_BL, ends: Ends, context: Context
         return (x_BLD, tokens_BL, positions_BL), (hidden_BLD, terms)
 
     start = x_BLD, tokens_BL, context.positions
-    return jax.lax.scan(_remat(body, config.remat), start, (weights, jnp.arange(stack.start, stack.stop)))[1]
+    scanned = weights, jnp.arange(stack.start, stack.stop)
+    hidden_KBLD, terms = jax.lax.scan(_remat(body, config.remat), start, scanned)[1]
+    return hidden_KBLD, jax.tree.map(lambda leaf: leaf.sum(0), terms)
 
 
 def forward_cached(

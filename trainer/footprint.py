@@ -260,10 +260,21 @@ def _walk(
             total.peak, total.held = size, now
         total.add(inside, step.params["length"] if step.name == "scan" else 1)
         if step.name not in LOOPS:
-            moved = sum(rules.kept(values[i]) for i in sources) + sum(rules.kept(values[i]) for i in made)
+            part = _touched(step)
+            touched = [*sources, *made] if part is None else 2 * part
+            moved = sum(rules.kept(values[i]) for i in touched)
             total.add(Work(moved=moved, seconds=rules.seconds(inside.flops, moved)))
         held = {i: h for i, h in held.items() if last.get(i, -1) > t and i not in owned}
     return total
+
+
+def _touched(step: Step) -> list[int] | None:
+    """Of a large array that is cut out of or written into: what says how much of it is read and written."""
+    if step.name in ("gather", "dynamic_slice"):
+        return step.makes
+    if step.name.startswith("scatter"):
+        return step.reads[2:3]
+    return step.reads[1:2] if step.name == "dynamic_update_slice" else None
 
 
 def _is_outer(step: Step) -> bool:

@@ -8,7 +8,8 @@ mesh's, a *dim* the tensor's.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.batch import ColumnBatch, TokenBatch
+from models.config import ModelConfig
 from models.partition import Constrain, no_constraint
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")  # neighbours along the last are closest
 BATCH_DIMS = ("layers", "experts")  # dims over which a stacked parameter is many parameters
 
 LogicalAxes = tuple[str | None, ...]
@@ -35,6 +37,7 @@ class MeshConfig:
     tensor: int = 1  # heads, mlp and vocabulary cut in as many pieces
     expert: int = 1  # rows of the batch, too, and the experts dealt out in as many parts
     context: int = 1  # each row cut in as many pieces of its length
+    stage: int = 1  # layers dealt out in as many parts, through which microbatches go; see model.pipeline
     auto: bool = False  # training chooses all of these by a plan for the devices that are there
 
 
@@ -44,7 +47,7 @@ class ShardingRules:
     dim wins.
     """
 
-    batch: list[str] = field(default_factory=lambda: ["data", "fsdp", "expert"])  # rows of the batch
+    batch: list[str] = field(default_factory=lambda: ["data", "fsdp", "expert", "stage"])  # rows of the batch
     length: list[str] = field(default_factory=lambda: ["context"])  # tokens of a row
     residual: list[str] = field(default_factory=lambda: ["context"])  # tokens of a row, between what `tensor` cuts
     positions: list[str] = field(default_factory=list)  # of a learned table; any row looks up any of them
@@ -58,7 +61,7 @@ class ShardingRules:
     outputs: list[str] = field(default_factory=list)  # of a model that gives scores in place of logits
     experts: list[str] = field(default_factory=lambda: ["expert"])  # the dim along which experts are stacked
     router: list[str] = field(default_factory=list)  # scores of experts, one for each
-    layers: list[str] = field(default_factory=list)  # the dim along which layers are stacked
+    layers: list[str] = field(default_factory=lambda: ["stage"])  # the dim along which layers are stacked
 
     def axes_of(self, logical: str | None, where: str) -> tuple[str, ...]:
         """The mesh axes of a logical axis. Raises: ValueError where there is no such rule or mesh axis."""
@@ -144,15 +147,16 @@ def _spec(
     rules: ShardingRules,
     where: str,
     strict: bool,
+    without: Sequence[str] = (),
 ) -> PartitionSpec:
     """The partition of one tensor. An indivisible dim is refused if `strict`, else kept whole."""
     assert len(logical) == len(shape), f"{where}: axes {logical} for shape {shape}"
-    used: set[str] = set()
+    used = set(without)
     entries: list[list[str]] = []
     for dim, (name, size) in enumerate(zip(logical, shape, strict=True)):
         axes = [a for a in rules.axes_of(name, where) if a not in used and mesh.shape[a] > 1]
         if axes and size % _axis_size(mesh, axes):
-            if strict:
+            if strict and name != "layers":  # `with_pipeline` checks those that train; a few before or after stay whole
                 raise ValueError(_indivisible(axes, mesh, where, dim, str(name), size))
             axes = []
         used.update(axes)
@@ -273,6 +277,46 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh | AbstractMes
     )
 
 
+MICROBATCHES = 4  # for each stage, where the rows allow: then at most a fifth of the time is waited
+
+
+def with_pipeline(model: ModelConfig, rows: int, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> ModelConfig:
+    """`model` with as many microbatches in its pipeline as there will be. `rows`: of one forward pass.
+
+    Raises: ValueError where layers or rows do not divide, with the nearest valid values.
+    """
+    axes = [axis for axis in rules.axes_of("layers", "sharding") if mesh.shape[axis] > 1]
+    stages, pipeline = _axis_size(mesh, axes), model.pipeline
+    if stages == 1:
+        return model
+    if pipeline.rounds < 1 or pipeline.microbatches < 0:
+        raise ValueError(
+            f"model.pipeline: rounds={pipeline.rounds} must be at least 1, microbatches={pipeline.microbatches} at "
+            "least 0"
+        )
+    key, layers = (
+        "*".join(f"mesh.{axis}" for axis in axes),
+        model.num_layers - (model.experts.num_dense_layers if model.experts.num_experts else 0),
+    )
+    if layers % (stages * pipeline.rounds):
+        sizes = ", ".join(str(d) for d in _divisors(math.gcd(layers // math.gcd(layers, pipeline.rounds), mesh.size)))
+        raise ValueError(
+            f"{key}={stages}: does not deal out {layers} layers in model.pipeline.rounds={pipeline.rounds} rounds of "
+            f"equal parts; valid {key} with {mesh.size} devices: {sizes}; or another number of rounds"
+        )
+    others = [axis for axis in rules.axes_of("batch", "sharding") if axis not in axes]
+    share = rows // _axis_size(mesh, others)
+    valid = [m for m in range(stages, share + 1, stages) if share % m == 0]
+    found = pipeline.microbatches or max((m for m in valid if m <= MICROBATCHES * stages), default=0)
+    if found not in valid:
+        numbers = ", ".join(map(str, valid)) or "none; give more rows"
+        raise ValueError(
+            f"model.pipeline.microbatches={found}: must be a multiple of {key}={stages} that divides the {share} rows "
+            f"of one of {_axis_size(mesh, others)} copies; valid: {numbers}"
+        )
+    return replace(model, pipeline=replace(pipeline, microbatches=found))
+
+
 def check_length(seq_len: int, mesh: Mesh, rules: ShardingRules) -> None:
     """Each row must cut into equal pieces, along axes that cut nothing else of a layer.
 
@@ -315,13 +359,16 @@ def make_constrain(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Constrain
 class MeshConstrain:
     """`Constrain` over a mesh."""
 
-    def __init__(self, mesh: Mesh | AbstractMesh, rules: ShardingRules):
-        self.mesh, self.rules = mesh, rules
+    def __init__(self, mesh: Mesh | AbstractMesh, rules: ShardingRules, *, without: Sequence[str] = ()):
+        """`without`: mesh axes that cut nothing here."""
+        self.mesh, self.rules, self.without = mesh, rules, without
+        self._stage_axes = [axis for axis in rules.axes_of("layers", "sharding") if mesh.shape[axis] > 1]
+        self.stages = self.shown_stages = _axis_size(mesh, self._stage_axes)
 
     def _spec(self, x: jax.Array, logical: LogicalAxes) -> PartitionSpec:
         # `fsdp` cuts rows of activations and `embed` of parameters; an activation's own width is never cut.
         logical = tuple(None if name == "embed" else name for name in logical)
-        return _spec(logical, x.shape, self.mesh, self.rules, "activation", strict=False)
+        return _spec(logical, x.shape, self.mesh, self.rules, "activation", strict=False, without=self.without)
 
     def __call__(self, x: jax.Array, logical: LogicalAxes) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(x, logical)))
@@ -343,6 +390,17 @@ class MeshConstrain:
             check_vma=False,
         )
         return run(*args)
+
+    def along_stages(self, x: jax.Array) -> jax.Array:
+        """See `models.partition.Constrain`."""
+        spec = PartitionSpec(_names(self._stage_axes), *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def each_stage(self, function: Callable[..., Any], *args: Any) -> Any:
+        """See `models.partition.Constrain`."""
+        one = MeshConstrain(self.mesh, self.rules, without=self._stage_axes)
+        run = jax.vmap(partial(function, one), spmd_axis_name=_names(self._stage_axes))
+        return jax.tree.map(self.along_stages, run(*args))
 
 
 def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

@@ -122,6 +122,7 @@ def _missing(target: Target, packages: str, extra: str) -> str:
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 _OP = re.compile(rf"= (\(?.*?\)?) ({'|'.join(_KINDS)})(-start)?\(")
+_ALONE = re.compile(r"replica_groups=\{(?:\{\d+\},?)+\}")  # nobody speaks to another
 _CALLS = re.compile(
     r"\b(body|calls|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
@@ -138,7 +139,7 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
 
     def visit(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
-            if found := _OP.search(line):
+            if (found := _OP.search(line)) and not _ALONE.search(line):
                 key = _axes_of_groups(line, groups), found.group(2)
                 count[key] += times
                 moved[key] += times * _result_bytes(found.group(1), started=found.group(3) is not None)
@@ -196,14 +197,21 @@ def _axes_of_groups(line: str, groups: Mapping[frozenset[frozenset[int]], str]) 
         rows = [frozenset(map(int, row.split(","))) for row in re.findall(r"\{([\d,]+)\}", listed.group(1))]
         return groups.get(frozenset(rows), "?")
     if dealt := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape = [int(n) for n in dealt.group(3).split(",")]
-        ids = np.arange(math.prod(shape)).reshape(shape)
-        if dealt.group(4):
-            ids = ids.transpose([int(n) for n in dealt.group(4).split(",")])
+        ids = _iota(dealt.group(3), dealt.group(4))
         return _named(ids.reshape(int(dealt.group(1)), int(dealt.group(2))), groups)
-    if meant := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
-        return _named(_rows_of_mesh(meant.group(1), meant.group(2)), groups)
+    if meant := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? ?\{([^}]*)\}", line
+    ):
+        rows = _rows_of_mesh(meant.group(1), meant.group(4))
+        return _named(_iota(meant.group(2), meant.group(3)).reshape(-1)[rows] if meant.group(2) else rows, groups)
     return "?"
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Numbers of devices, as in `[4,2]T(1,0)`: counted in that shape, then transposed."""
+    sizes = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _named(rows: np.ndarray, groups: Mapping[frozenset[frozenset[int]], str]) -> str:

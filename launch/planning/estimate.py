@@ -6,7 +6,7 @@ The training step itself is traced, as one device would run it (`shapes.local_sh
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from models.config import Dispatch, ModelConfig, Remat
 from models.cost import flops_per_token, num_active_params, num_params
 from trainer.footprint import Held, Rules, Work, work
 from trainer.hardware import Hardware, Target
-from trainer.mesh import AXES, abstract_mesh
+from trainer.mesh import AXES, abstract_mesh, with_pipeline
 
 # What remains of the data sheets' figures in programs that are large and well shaped.
 MATMUL = {"tpu": 0.85, "cuda": 0.72, "cpu": 0.85}
@@ -126,6 +126,8 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
     assert isinstance(task, TrainConfig)
     mesh = abstract_mesh(config.mesh, target.num_devices)
     sizes = dict(mesh.shape)
+    rows = config.data.batch_size // task.num_microbatches
+    config = replace(config, model=with_pipeline(config.model, rows, mesh, config.sharding))
     teacher = teacher or teacher_of(config)
     whole = shapes_of(config, mesh, teacher)
     local, jaxpr = _traced(config, mesh, teacher)
@@ -202,9 +204,24 @@ def _groups(config: RunConfig, sizes: Mapping[str, int]) -> float:
 
 def _shares(whole: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], float]:
     """For what looks like a parameter as one device computes with it: which part of that the device keeps."""
-    pairs = zip(jax.tree.leaves(local.core.abstract.params), jax.tree.leaves(whole.core.abstract.params), strict=True)
+    mine, all_of_it = local.core.abstract.params, whole.core.abstract.params
     kept = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))
-    return {(mine.shape, mine.dtype): kept(all_of_it) / math.prod(mine.shape) for mine, all_of_it in pairs}
+    shares = {}
+    for name, tree in mine.items():
+        rounds = whole.core.model.pipeline.rounds if name == "layers" and whole.core.constrain.stages > 1 else 0
+        for leaf, its_whole in zip(jax.tree.leaves(tree), jax.tree.leaves(all_of_it[name]), strict=True):
+            for shape in _forms(leaf.shape, rounds):
+                shares[shape, leaf.dtype] = kept(its_whole) / math.prod(leaf.shape)
+    return shares
+
+
+def _forms(shape: tuple[int, ...], rounds: int) -> list[tuple[int, ...]]:
+    """The shapes that a stack of layers takes on its way through stages; `rounds` 0: it takes no such way."""
+    if not rounds:
+        return [shape]
+    layers, rest = shape[0] // rounds, shape[1:]
+    leading = (shape[0],), (rounds, 1, layers), (1, rounds, layers), (rounds, layers), (1, layers), (layers,)
+    return [(*dims, *rest) for dims in leading]
 
 
 def _allow(kinds: dict[str, float], whole: Shapes, local: Shapes, platform: str) -> None:
@@ -263,9 +280,14 @@ def bandwidth(target: Target, sizes: Mapping[str, int], axis: str) -> float:
 def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[str, int]) -> list[Traffic]:
     model, task, found = whole.core.model, config.task, []
     assert isinstance(task, TrainConfig)
-    turns = task.num_microbatches
     item = 4 if model.dtype.name == "float32" else 2
-    layers = model.num_layers
+    stages, pipeline = product(sizes, config.sharding.layers), model.pipeline
+    steps = turns = task.num_microbatches
+    layers, own_layers, at_once, rounds = model.num_layers, model.num_layers / stages, 1.0, 1
+    if stages > 1:  # each turn runs a round's layers on a microbatch; the few layers before the stages are left out
+        rounds, at_once = pipeline.rounds, stages / pipeline.microbatches
+        layers = (layers - model.experts.num_dense_layers) // (stages * rounds)
+        turns *= pipeline.microbatches * rounds + stages - 1
 
     def add(axis: str, kind: str, what: str, count: float, size: float, *, hidden: bool) -> None:
         """`size`: bytes of what each collective gathers, or reduces, whole."""
@@ -283,19 +305,31 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
         base = _size_cut_by(read, axis, sizes)
         if axis in config.sharding.embed:  # kept in pieces, computed with whole
             per_layer = turns * layers
-            add(axis, "all-gather", "parameters", 2 * per_layer, gathered * item / 4 / layers, hidden=True)
-            add(axis, "all-gather", "frozen parameters", per_layer, base / layers, hidden=True)
-            add(axis, "reduce-scatter", "gradients", per_layer, cut / layers, hidden=True)
+            add(axis, "all-gather", "parameters", 2 * per_layer, gathered * item / 4 / own_layers, hidden=True)
+            add(axis, "all-gather", "frozen parameters", per_layer, base / own_layers, hidden=True)
+            add(axis, "reduce-scatter", "gradients", per_layer, cut / own_layers, hidden=True)
         if axis in (*config.sharding.batch, *config.sharding.length):  # each copy has other tokens
-            shared = _size_not_cut_by(trained, axis, sizes)
-            add(axis, "all-reduce", "gradients", 1, shared, hidden=True)
-    tokens = math.prod(whole.batch.tokens.shape) / product(sizes, config.sharding.batch) / turns
+            of_layers = _size_not_cut_by(trained.get("layers"), axis, sizes)
+            ends = _size_not_cut_by(trained, axis, sizes) - of_layers
+            # XLA reduces them in each turn of a loop, not once after it.
+            add(axis, "all-reduce", "gradients of layers", turns, of_layers / rounds, hidden=True)
+            add(axis, "all-reduce", "gradients of the ends", steps, ends, hidden=True)
+    tokens = at_once * math.prod(whole.batch.tokens.shape) / product(sizes, config.sharding.batch) / steps
     row = tokens * model.embed_dim * item
     activation = row / product(sizes, config.sharding.length)
     passes = 2 if model.remat is Remat.none else 3  # forward, backward, and forward again
     for axis in config.sharding.heads:
         # With rows in pieces between layers reduced and scattered, then gathered: as many bytes.
         add(axis, "all-reduce", "activations", turns * layers * 2 * passes, activation, hidden=False)
+    for axis in config.sharding.layers:
+        n = sizes[axis]
+        moved = activation * n / max(n - 1, 1)  # each sends all that it has, to the next stage and back
+        add(axis, "collective-permute", "activations", 2 * turns, moved, hidden=False)
+        add(axis, "all-gather", "activations", 4 * steps, activation / at_once * n, hidden=False)
+        if rounds > 1:  # from where layers are kept to who runs them, and gradients back
+            add(
+                axis, "all-to-all", "weights and gradients", 2 * steps, bytes_on_device(trained["layers"]), hidden=False
+            )
     a = model.attention
     for axis in config.sharding.length:
         # Keys and values go around the ring; in the backward pass their gradients with them, in f32.
@@ -305,7 +339,7 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
         add(axis, "collective-permute", "and their gradients", turns * layers, wide * (1 + 4 / item), hidden=True)
     experts = model.experts
     if experts.num_experts:
-        with_experts = layers - experts.num_dense_layers
+        with_experts = layers if stages > 1 else layers - experts.num_dense_layers
         for axis in config.sharding.experts:
             if experts.dispatch is Dispatch.dropless:
                 count, size = turns * with_experts * passes, activation * sizes[axis]

@@ -89,7 +89,8 @@ def teacher_of(config: RunConfig) -> ModelConfig | None:
 def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
     """What one device computes, as a run by itself: its tokens, heads, hidden units, experts, part of the vocabulary.
 
-    The width of the model and the layers are whole: they are cut for keeping (`fsdp`) and gathered for computing.
+    The width of the model is whole: it is cut for keeping (`fsdp`) and gathered for computing. Of its layers it is one
+    stage's.
     """
     cut = lambda logical, size: _share(config.sharding, logical, sizes, size)
     batch_size, seq_len = cut("batch", config.data.batch_size), cut("length", config.data.seq_len)
@@ -109,6 +110,8 @@ def model_share(model: ModelConfig, rules: ShardingRules, sizes: Mapping[str, in
     model.mlp.hidden_dim = cut("mlp", model.mlp.hidden_dim)
     model.vocab_size = cut("vocab", model.vocab_size)
     experts = model.experts
+    first = experts.num_dense_layers if experts.num_experts else 0
+    model.num_layers = first + cut("layers", model.num_layers - first)
     if experts.num_experts:
         experts.hidden_dim = cut("mlp", experts.hidden_dim)
         experts.shared_hidden_dim = cut("mlp", experts.shared_hidden_dim) if experts.shared_hidden_dim else 0
@@ -130,11 +133,11 @@ def product(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
 class OneShare(NoConstraint):
     """The mesh as one device of it sees it."""
 
-    def __init__(self, copies: int, *, gathers: bool, length: int, pieces: int):
+    def __init__(self, copies: int, *, gathers: bool, length: int, pieces: int, stages: int):
         """`copies`: devices whose tokens are gathered for each one's experts. `gathers`: whether parameters are.
-        `length`: tokens of a row, which lies between layers in so many pieces.
+        `length`: tokens of a row, which lies between layers in so many pieces. `stages`: in which the layers lie.
         """
-        self.copies, self.gathers, self.length = copies, gathers, length
+        self.copies, self.gathers, self.length, self.stages = copies, gathers, length, stages
         self.pieces = 1 if length % pieces else pieces  # as the trainer keeps whole what does not divide
 
     def __call__(self, x: jax.Array, axes: Any) -> jax.Array:
@@ -174,6 +177,7 @@ def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) 
         gathers=product(sizes, rules.embed) > 1,
         length=local.data.seq_len,
         pieces=pieces,
+        stages=product(sizes, rules.layers),
     )
     return shapes_of(local, abstract_mesh(MeshConfig(), 1), share, alone)
 

@@ -90,6 +90,7 @@ def test_slices_are_as_cubic_as_can_be(kind, count, shape):
         ["mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"],
         ["mesh.data=2", "mesh.context=4"],
         ["model=tiny_moe", "mesh.data=1", "mesh.expert=4", "mesh.fsdp=2"],
+        ["model.num_layers=4", "mesh.data=1", "mesh.fsdp=4", "mesh.stage=2", "model.pipeline.rounds=2"],
     ],
 )
 def test_arguments_are_those_of_xla_to_the_byte(overrides):
@@ -116,6 +117,23 @@ def test_rows_in_pieces_between_layers_are_kept_in_pieces():
     assert kept[1] == pytest.approx(kept[0] / 4, rel=0.05)
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_plan_counts_what_stages_keep_send_and_wait_for(rounds):
+    options = ["model.num_layers=8", "model.remat=full", "mesh.data=1", "data.batch_size=32"]
+    one = estimate(config_of(*options), cpus(1))
+    plan = estimate(config_of(*options, "mesh.stage=4", f"model.pipeline.rounds={rounds}"), cpus(4))
+    layers = sum(n for part, n in one.parameters.items() if part in ("attention", "mlp"))
+    ends = one.parameters["total"] - layers
+    assert plan.memory.parameters == pytest.approx(4 * (layers / 4 + ends), rel=0.01)
+    sent = {(t.axis, t.kind): t.count for t in plan.traffic}
+    turns = 16 * rounds + 3  # four microbatches for each stage
+    assert sent["stage", "collective-permute"] == 2 * turns
+    assert (("stage", "all-to-all") in sent) == (rounds > 1)
+    waiting = 3 / turns
+    products = one.compute_seconds / 4 / (1 - waiting)  # of the layers; the ends have no turns to wait for
+    assert 0.75 * products < plan.compute_seconds < 1.07 * products  # whole stages are computed anew, to their ends
+
+
 def test_more_devices_for_keeping_take_less_of_each():
     totals = [
         estimate(config_of("mesh.data=1", f"mesh.fsdp={n}"), cpus(n)).memory for n in (1, 2, 4)
@@ -133,7 +151,7 @@ def test_collectives_are_found_with_axis_and_turns():
 
 
 def test_groups_of_devices_are_told_apart_in_every_notation():
-    sizes = {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 4}
+    sizes = {"stage": 1, "data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 4}
     text = """
 HloModule m
 
@@ -143,6 +161,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %c = f32[8]{0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
   %i = f32[8]{0} all-reduce(%p), replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_2'}, to_apply=%add
   %j = f32[8]{0} all-reduce(%p), replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, to_apply=%add
+  %k = f32[8]{0} all-reduce(%p), replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}
+  %l = f32[8]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   %d = f32[4]{0} collective-permute(%p), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   %e = f32[8]{0} while(%p), condition=%more, body=%turn, backend_config={"known_trip_count":{"n":"5"}}
 }
@@ -165,7 +185,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         ("data", "all-reduce", 1, 32),
         ("data", "all-to-all", 5, 160),
         ("data+tensor", "all-reduce", 1, 32),
-        ("tensor", "all-reduce", 2, 64),
+        ("tensor", "all-reduce", 3, 96),
         ("tensor", "collective-permute", 1, 16),
     ]
 

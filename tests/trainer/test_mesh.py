@@ -32,8 +32,8 @@ def specs(config: MeshConfig, rules: ShardingRules = RULES) -> dict:
 
 def test_one_axis_takes_the_remaining_devices() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
-    assert mesh.axis_types == (AxisType.Auto,) * 5
+    assert dict(mesh.shape) == {"stage": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert mesh.axis_types == (AxisType.Auto,) * 6
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_one_axis_takes_the_remaining_devices() -> None:
     [
         (
             MeshConfig(3, 1, 1),
-            r"mesh\.data=3: .*8 devices; nearest valid: mesh\.data=4 mesh\.fsdp=1 mesh\.expert",
+            r"mesh\.data=3: .*8 devices; nearest valid: mesh\.stage=1 mesh\.data=4 mesh\.fsdp=1 mesh\.expert",
         ),
         (MeshConfig(-1, 3, 1), r"mesh\.fsdp=3: .* must divide the 8 devices; nearest valid: .*mesh\.fsdp=4"),
         (MeshConfig(2, 1, 1), r"mesh\.data=2: .* = 2 must equal the 8 devices; nearest valid: "),
@@ -88,7 +88,9 @@ def test_an_indivisible_vector_stays_whole() -> None:
 
 
 def test_unknown_axes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"sharding\.embed=\['fdsp'\]: 'fdsp' is no mesh axis; valid: data, fsdp"):
+    with pytest.raises(
+        ValueError, match=r"sharding\.embed=\['fdsp'\]: 'fdsp' is no mesh axis; valid: stage, data, fsdp"
+    ):
         specs(MeshConfig(), ShardingRules(embed=["fdsp"]))
     with pytest.raises(ValueError, match="w: no rule for logical axis 'colour'"):
         shapes = {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}

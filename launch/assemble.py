@@ -316,9 +316,10 @@ def build_core(
         objective = Adapted(objective, adaptation.join)
     step = make_train_step(objective, apply, optimizer, num_microbatches=task.num_microbatches, schedule=schedule)
     sharding = batch_sharding(mesh, config.sharding)
-    abstract = abstract_state(init, optimizer, *reads, param_shardings=shardings)
+    lying = {"param_shardings": shardings, "offload": config.optimizer.offload}
+    abstract = abstract_state(init, optimizer, *reads, **lying)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)  # else the partitioner chooses one
-    fresh = partial(init_sharded_state, param_shardings=shardings)
+    fresh = partial(init_sharded_state, **lying)
 
     def init_state(frozen: Mapping[str, Any] | None = None, params: Params | None = None) -> TrainState:
         key = jax.random.key(config.seed)

@@ -26,7 +26,7 @@ from data.tokenizer_gguf import read_tokenizer
 from launch.assemble import MADE_OF, Core, is_chief, wait_for_all
 from launch.messages import named_keys
 from launch.run_folder import RunFolder
-from models.config import ModelConfig
+from models.config import HOW, ModelConfig
 from models.gguf_files import File
 from models.huggingface import family_of, read_model
 from models.huggingface_files import BESIDE, Checkpoint, Folder, load_params
@@ -159,8 +159,8 @@ def load_teacher(
 
 def model_digest(model: ModelConfig) -> str:
     """Of how a model uses its weights."""
-    told = {key: value for key, value in to_plain(model).items() if key != "remat"}
-    told["attention"] = {key: v for key, v in told["attention"].items() if key not in ("block", "context")}
+    told = {key: value for key, value in to_plain(model).items() if key not in HOW}
+    told["attention"] = {key: v for key, v in told["attention"].items() if f"attention.{key}" not in HOW}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

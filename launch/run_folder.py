@@ -13,13 +13,12 @@ from typing import Any
 import yaml
 
 from configs.schema import RunConfig, from_saved, to_plain
+from models.config import HOW
 
 # Keys that may not change while a run goes on: they decide the shapes of what was saved, or what its numbers mean.
 SHAPE_KEYS = ("model", "adapter", "tokenizer", "objective.kind", "optimizer.kind")
 # Keys inside them that only say how to compute, not what.
-FREE_KEYS = (
-    "model.remat", "model.dtype", "model.attention.block", "model.attention.context", "tokenizer.train_bytes",
-)  # fmt: skip
+FREE_KEYS = (*(f"model.{key}" for key in HOW), "model.dtype", "tokenizer.train_bytes")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy", "wandb")
 
 
@@ -157,7 +156,7 @@ def refuse_drift(saved: RunConfig, config: RunConfig, name: str) -> None:
         )
     for key in SHAPE_KEYS:
         for path, old, new in _differences(_at(before, key), _at(now, key), key):
-            if path in FREE_KEYS:
+            if any(path == key or path.startswith(f"{key}.") for key in FREE_KEYS):
                 continue
             raise ValueError(
                 f"{path}={new}: the run {name!r} was started with {path}={old}, and its checkpoints depend on it; "

@@ -97,6 +97,14 @@ class Remat(enum.Enum):
     attention = "attention"  # keep the attention's result
 
 
+class Offload(enum.Enum):
+    """Of what is kept for the backward pass: what waits for it in the memory of the host."""
+
+    border = "border"  # what goes from layer to layer
+    qkv = "qkv"  # with model.remat=qkv
+    attention = "attention"  # the attention's result, with model.remat=qkv or attention
+
+
 @dataclass
 class RopeConfig:
     theta: float = 10_000.0
@@ -183,6 +191,10 @@ class ExpertsConfig:
     capacity_factor: float = 1.25  # capacity: an expert's room in a row, in even shares of the row's tokens
 
 
+# Of a model's fields those that say how to compute, not what: a run may go on with others.
+HOW = ("remat", "offload", "pipeline", "attention.block", "attention.context")
+
+
 @dataclass
 class PipelineConfig:
     """With mesh.stage above 1."""
@@ -220,6 +232,9 @@ class ModelConfig:
     dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
     param_dtype: Dtype = Dtype.float32
     remat: Remat = Remat.none
+    offload: list[Offload] = field(
+        default_factory=list
+    )  # kept activations in the host's memory; remat full and its like
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def refuse_masks(self, *masks: Mask, why: str) -> None:
@@ -260,6 +275,14 @@ class ModelConfig:
             raise ValueError(f"model.further_tokens={self.further_tokens}: must not be negative; 0: no modules")
         if a.block is not None and a.block < 0:
             raise ValueError(f"model.attention.block={a.block}: must not be negative; 0: whole rows; null: by length")
+        kept = {Remat.full: [], Remat.qkv: ["qkv", "attention"], Remat.attention: ["attention"]}.get(self.remat)
+        for name in self.offload:
+            if kept is None or name.name not in ("border", *kept):
+                valid = "nothing" if kept is None else ", ".join(["border", *kept])
+                raise ValueError(
+                    f"model.offload: model.remat={self.remat.name} keeps no {name.name} that could lie elsewhere; "
+                    f"valid: {valid}; border goes with remat=full, qkv, attention"
+                )
         for key in ("num_layers", "embed_dim", "max_seq_len"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)}: must be at least 1")

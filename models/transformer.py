@@ -419,11 +419,12 @@ def _run_layers(config, stack: Stack, asked, constrain: Constrain, scanned, x_BL
 
     def layer(x_BLD, scanned):
         weights, layer, index = scanned
+        x_BLD = checkpoint_name(x_BLD, "border")
         key = None if rng is None else jax.random.fold_in(rng, index)
         x_BLD, _, *rest = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
         return x_BLD, *rest
 
-    layer = _remat(layer, config.remat)
+    layer = _remat(layer, config)
 
     def body(carried, scanned):
         x_BLD, terms, weights_BNLS = layer(carried[0], scanned)
@@ -438,7 +439,7 @@ def _run_in_stages(schedule: Schedule, config, stack, asked, constrain, scanned,
     """`_run_layers` where layers lie on stages. Random numbers differ from those of a run without stages."""
     again = lambda stage: stage
     if schedule.rounds > 1:  # not layer by layer: the weights of a round, cut out in each turn, would be kept from each
-        again, config = partial(_remat, remat=config.remat), replace(config, remat=Remat.none)
+        again, config = partial(_remat, config=config), replace(config, remat=Remat.none)
     run = partial(_run_layers, config, stack, asked)
     rows_first = lambda inside: jax.tree.map(lambda buffer: buffer.swapaxes(0, 1), inside)  # of [P, B, ...], and back
 
@@ -476,7 +477,7 @@ def _run_further(weights: Params, x_BLD, tokens_BL, ends: Ends, context: Context
 
     start = x_BLD, tokens_BL, context.positions
     scanned = weights, jnp.arange(stack.start, stack.stop)
-    hidden_KBLD, terms = jax.lax.scan(_remat(body, config.remat), start, scanned)[1]
+    hidden_KBLD, terms = jax.lax.scan(_remat(body, config), start, scanned)[1]
     return hidden_KBLD, jax.tree.map(lambda leaf: leaf.sum(0), terms)
 
 
@@ -521,15 +522,19 @@ def logits(output: Output) -> jax.Array:
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)
 
 
-def _remat(body, remat: Remat):
-    """The named menu: what a layer keeps for its backward pass."""
-    if remat is Remat.none:
+def _remat(body, config: ModelConfig):
+    """The named menu: what a layer keeps for its backward pass, and where."""
+    if config.remat is Remat.none:
         return body
-    policies = jax.checkpoint_policies
-    policy = {
-        Remat.full: policies.nothing_saveable,
-        Remat.dots: policies.dots_with_no_batch_dims_saveable,
-        Remat.qkv: policies.save_only_these_names("qkv", "attention"),
-        Remat.attention: policies.save_only_these_names("attention"),
-    }[remat]
+    if config.remat is Remat.dots:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    else:
+        kept = {Remat.full: (), Remat.qkv: ("qkv", "attention"), Remat.attention: ("attention",)}[config.remat]
+        away = [name.name for name in config.offload]
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[name for name in kept if name not in away],
+            names_which_can_be_offloaded=away,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     return jax.checkpoint(body, policy=policy, prevent_cse=False)

@@ -40,9 +40,15 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: Any
+    away: bool = False  # in the memory of the host
 
     @property
     def bytes(self) -> float:
+        """On the device."""
+        return 0.0 if self.away else self.whole
+
+    @property
+    def whole(self) -> float:
         extended = jax.dtypes.issubdtype(self.dtype, jax.dtypes.extended)
         return math.prod(self.shape) * (8 if extended else np.dtype(self.dtype).itemsize)
 
@@ -75,11 +81,13 @@ class Work:
     held: list[Held] = field(default_factory=list)  # then
     flops: float = 0.0  # of products: two for each multiplication
     moved: float = 0.0  # bytes that are read and written
+    sent_away: float = 0.0  # bytes that go to the memory of the host
     seconds: float = 0.0
 
     def add(self, other: "Work", times: float = 1) -> None:
         self.flops += times * other.flops
         self.moved += times * other.moved
+        self.sent_away += times * other.sent_away
         self.seconds += times * other.seconds
 
 
@@ -126,7 +134,8 @@ def _written_out(jaxpr: Jaxpr) -> Program:
     program = Program([], [], [], [])
 
     def new(aval: Any) -> int:
-        program.values.append(Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", np.dtype("int32"))))
+        away = getattr(aval, "memory_space", None) == jax.memory.Space.Host
+        program.values.append(Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", np.dtype("int32")), away))
         return len(program.values) - 1
 
     def write(jaxpr: Jaxpr, env: dict[Any, int]) -> list[int]:
@@ -234,6 +243,8 @@ def _walk(
     held = {i: Held(values[i], values[i].bytes, False) for i in sliced & flow.buffers}
 
     for t, step in enumerate(program.steps):
+        if step.name == "device_put":
+            total.sent_away += sum(values[i].whole for i in step.makes if values[i].away)
         made = [i for i in step.makes if i in flow.buffers]
         if not made:
             continue

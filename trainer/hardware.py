@@ -1,7 +1,8 @@
 """Accelerators as a plan sees them: how fast they compute, remember and speak to each other, and what they cost.
 
 Figures are those of the vendors' data sheets, dense bf16, for what JAX calls one device. Prices are list prices on
-demand of large clouds, rounded, and only a beginning: `task.price=DOLLARS` sets one's own.
+demand of large clouds, rounded, and only a beginning: `task.price=DOLLARS` sets one's own. Between a device and the
+memory of its host: PCI Express of its generation, one way; makers of TPUs say nothing of it, and 16 GB/s are taken.
 """
 
 import math
@@ -30,6 +31,7 @@ class Hardware:
     watts: float  # of a device with its share of the host, under load
     price: float  # dollars an hour of one device
     platform: str  # cuda, tpu, cpu
+    host: float = 16 * GB  # bytes a second between a device and the memory of its host
     devices_per_chip: int = 1  # of a name that counts chips
 
     @property
@@ -43,17 +45,17 @@ CPU_FLOPS = 2e11  # of a few cores, where nothing was measured
 HARDWARE = {
     h.name: h
     for h in (
-        Hardware("a100", "A100", 80 * GB, 2.0e12, 300 * GB, 25 * GB, 8, 700, 3.0, "cuda"),
-        Hardware("h100", "H100", 80 * GB, 3.35e12, 450 * GB, 50 * GB, 8, 1100, 6.0, "cuda"),
-        Hardware("h200", "H200", 141 * GB, 4.8e12, 450 * GB, 50 * GB, 8, 1100, 7.0, "cuda"),
-        Hardware("b200", "B200", 180 * GB, 8.0e12, 900 * GB, 50 * GB, 8, 1600, 11.0, "cuda"),
-        Hardware("l4", "L4", 24 * GB, 3.0e11, 32 * GB, 12 * GB, 8, 120, 0.7, "cuda"),
+        Hardware("a100", "A100", 80 * GB, 2.0e12, 300 * GB, 25 * GB, 8, 700, 3.0, "cuda", 32 * GB),
+        Hardware("h100", "H100", 80 * GB, 3.35e12, 450 * GB, 50 * GB, 8, 1100, 6.0, "cuda", 64 * GB),
+        Hardware("h200", "H200", 141 * GB, 4.8e12, 450 * GB, 50 * GB, 8, 1100, 7.0, "cuda", 64 * GB),
+        Hardware("b200", "B200", 180 * GB, 8.0e12, 900 * GB, 50 * GB, 8, 1600, 11.0, "cuda", 64 * GB),
+        Hardware("l4", "L4", 24 * GB, 3.0e11, 32 * GB, 12 * GB, 8, 120, 0.7, "cuda", 32 * GB),
         Hardware("v4", "TPU v4", 32 * GB, 1.2e12, 270 * GB, 6 * GB, 4096, 350, 3.2, "tpu"),
         Hardware("v5e", "TPU v5 lite", 16 * GB, 8.1e11, 180 * GB, 6 * GB, 256, 250, 1.2, "tpu"),
         Hardware("v5p", "TPU v5", 95 * GB, 2.77e12, 540 * GB, 6 * GB, 8960, 550, 4.2, "tpu"),
         Hardware("v6e", "TPU v6 lite", 32 * GB, 1.64e12, 360 * GB, 12 * GB, 256, 400, 2.7, "tpu"),
-        Hardware("tpu7x", "TPU7x", 96 * GB, 3.7e12, 600 * GB, 12 * GB, 9216, 600, 6.0, "tpu", 2),
-        Hardware("cpu", "cpu", 16 * GB, 4e10, 1e10, 1e9, 1024, 100, 0.1, "cpu"),
+        Hardware("tpu7x", "TPU7x", 96 * GB, 3.7e12, 600 * GB, 12 * GB, 9216, 600, 6.0, "tpu", devices_per_chip=2),
+        Hardware("cpu", "cpu", 16 * GB, 4e10, 1e10, 1e9, 1024, 100, 0.1, "cpu", 10 * GB),
     )
 }
 ALIASES = {"v5litepod": "v5e", "v6": "v6e", "v5lite": "v5e", "v7x": "tpu7x"}

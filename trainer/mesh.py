@@ -78,18 +78,35 @@ class ShardingRules:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices` (default: every device of every process), `tensor` neighbours closest.
+    """A mesh over all `devices` (default: every device of every process), neighbours along `tensor` closest.
 
+    Slices or nodes, between which the network is slow, are told apart along the first axes: with `data=2 fsdp=8` on two
+    of eight, parameters are gathered inside of each, and only gradients go between.
     Raises: ValueError naming the key where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     kinds = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        outer = across_slices(sizes, slices)
+        inner = [size // slow for size, slow in zip(sizes, outer, strict=True)]
+        split = {"allow_split_physical_axes": True}
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, list(devices), **split), AXES, axis_types=kinds)
     try:
         return jax.make_mesh(sizes, AXES, devices=devices, axis_types=kinds)
     except NotImplementedError:  # an axis that is no product of sides of the TPUs' torus: its neighbours are apart
         laid_out = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
         return Mesh(laid_out, AXES, axis_types=kinds)
+
+
+def across_slices(sizes: Sequence[int], slices: int) -> list[int]:
+    """Of each of `AXES`, the part that lies between slices: of the first ones, until all slices are dealt out."""
+    outer = []
+    for size in sizes:
+        outer.append(math.gcd(size, slices))
+        slices //= outer[-1]
+    return outer
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:

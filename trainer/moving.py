@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.objective import REFERENCE, Params
+from trainer.offload import on_device
 
 
 class MovingState(NamedTuple):
@@ -43,4 +44,4 @@ def moving_reference(
 
 def moving_models(opt_state: Any) -> dict[str, Params]:
     """The models that move with the run, by the name under which a loss reads them."""
-    return {REFERENCE: opt_state.reference} if isinstance(opt_state, MovingState) else {}
+    return {REFERENCE: on_device(opt_state.reference)} if isinstance(opt_state, MovingState) else {}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.factored import scale_by_factored_rms
+from trainer.offload import on_device
 from trainer.roles import MatrixDims, Role, matrix_dims, param_roles
 from trainer.schedule import Schedule
 from trainer.soap import scale_by_soap
@@ -38,6 +39,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0  # global norm above which gradients are scaled down; null: off
     ema_decay: float | None = None  # keep an average of the parameters, used in evaluation; null: off
     role_learning_rates: dict[str, float] = field(default_factory=dict)  # by role; each 1 if not given
+    offload: bool = False  # what the optimizer keeps lies in the host's memory, and comes to the devices for the update
     balance_rate: float = 1e-3  # of model.experts.balance=bias: what a bias moves in a step; no schedule scales it
 
     def build(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
@@ -378,7 +380,7 @@ def eval_params(state: TrainState) -> Params:
     kinds = (AverageState, ScheduleFreeState)
     for found in jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, kinds)):
         if isinstance(found, AverageState):
-            return jax.tree.map(lambda a, p: a.astype(p.dtype), found.average, state.params)
+            return jax.tree.map(lambda a, p: a.astype(p.dtype), on_device(found.average), state.params)
         if isinstance(found, ScheduleFreeState):
-            return _average_of(found, state.params)
+            return _average_of(on_device(found), state.params)
     return state.params

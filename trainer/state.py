@@ -1,7 +1,7 @@
 """Everything that changes while a run goes on, and how it comes to lie on a mesh."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from trainer.mesh import partition, replicated, with_shardings
+from trainer.offload import in_host_memory
 
 Params = Any  # a nested dict of arrays
 
@@ -39,11 +40,17 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     *reads: Any,
     param_shardings: Any,
+    offload: bool = False,
 ) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s with shardings: what a plan compiles and a restore fills."""
+    """The state as `jax.ShapeDtypeStruct`s with shardings: what a plan compiles and a restore fills.
+
+    `offload`: what the optimizer keeps lies in the memory of the host.
+    """
     make = lambda key, *reads: make_state(init_params, optimizer, key, *reads)
     shapes = jax.eval_shape(make, jax.random.key(0), *reads)
     shardings = state_shardings(shapes, param_shardings)
+    if offload:
+        shardings = replace(shardings, opt_state=in_host_memory(shapes.opt_state, shardings.opt_state))
     return with_shardings(shapes, shardings)
 
 
@@ -53,9 +60,10 @@ def init_sharded_state(
     key: jax.Array,
     *reads: Any,
     param_shardings: Any,
+    offload: bool = False,
 ) -> TrainState:
     """A fresh state, each device computing its own pieces only; the same bits on every mesh."""
-    abstract = abstract_state(init_params, optimizer, *reads, param_shardings=param_shardings)
+    abstract = abstract_state(init_params, optimizer, *reads, param_shardings=param_shardings, offload=offload)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = lambda key, *reads: make_state(init_params, optimizer, key, *reads)
     return jax.jit(make, out_shardings=shardings)(key, *reads)

@@ -18,7 +18,7 @@ import numpy as np
 from configs.schema import RunConfig
 from launch.planning.shapes import shapes_of, teacher_of
 from trainer.hardware import Target, topology_shape
-from trainer.mesh import AXES, make_mesh
+from trainer.mesh import AXES, across_slices, make_mesh
 
 
 class Collective(NamedTuple):
@@ -44,7 +44,13 @@ class Compiled:
 
 def compile_step(config: RunConfig, target: Target) -> Compiled:
     """Raises: ValueError where the plugin for the target is not installed, or XLA refuses the program."""
-    shapes = shapes_of(config, make_mesh(config.mesh, target_devices(target)), teacher_of(config))
+    mesh = make_mesh(config.mesh, target_devices(target))
+    if config.optimizer.offload and target.hardware.platform == "cuda":  # it would be told what takes no offload
+        raise ValueError(
+            "optimizer.offload=true: XLA's compiler for GPUs that are not there knows no memory of a host; leave "
+            "compile=true out, or give a TPU"
+        )
+    shapes = shapes_of(config, mesh, teacher_of(config))
     begin = time.perf_counter()
     try:
         program = shapes.core.train_step.lower(*shapes.arguments).compile()  # type: ignore[attr-defined]
@@ -57,7 +63,9 @@ def compile_step(config: RunConfig, target: Target) -> Compiled:
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     # Only libtpu's peak counts all of these at the fullest moment; elsewhere temporaries are one allocation.
     peak = memory.peak_memory_in_bytes if target.hardware.platform == "tpu" else arguments + temporary + fresh
-    return Compiled(seconds, arguments, temporary, peak, collectives(program.as_text(), dict(shapes.core.mesh.shape)))
+    return Compiled(
+        seconds, arguments, temporary, peak, collectives(program.as_text(), _of_one_slice(dict(mesh.shape), target))
+    )
 
 
 # On machines without a TPU libtpu asks for what it finds in these; and two of them may be at work.
@@ -119,7 +127,7 @@ def _missing(target: Target, packages: str, extra: str) -> str:
 
 # Reading the program
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all", "send")
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 _OP = re.compile(rf"= (\(?.*?\)?) ({'|'.join(_KINDS)})(-start)?\(")
 _ALONE = re.compile(r"replica_groups=\{(?:\{\d+\},?)+\}")  # nobody speaks to another
@@ -140,7 +148,7 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     def visit(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
             if (found := _OP.search(line)) and not _ALONE.search(line):
-                key = _axes_of_groups(line, groups), found.group(2)
+                key = "slices" if found.group(2) == "send" else _axes_of_groups(line, groups), found.group(2)
                 count[key] += times
                 moved[key] += times * _result_bytes(found.group(1), started=found.group(3) is not None)
                 hidden[key] += times if found.group(3) else 0
@@ -151,6 +159,12 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
 
     visit(entry, 1)
     return [Collective(*key, count[key], moved[key], hidden[key]) for key in sorted(count)]
+
+
+def _of_one_slice(sizes: Mapping[str, int], target: Target) -> dict[str, int]:
+    """Each slice has a program of its own; what goes between slices is sent and received."""
+    outer = across_slices(list(sizes.values()), target.num_slices)
+    return {axis: size // slow for (axis, size), slow in zip(sizes.items(), outer, strict=True)}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

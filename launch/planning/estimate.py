@@ -28,6 +28,7 @@ from models.cost import flops_per_token, num_active_params, num_params
 from trainer.footprint import Held, Rules, Work, work
 from trainer.hardware import Hardware, Target
 from trainer.mesh import AXES, abstract_mesh, with_pipeline
+from trainer.offload import HOST
 
 # What remains of the data sheets' figures in programs that are large and well shaped.
 MATMUL = {"tpu": 0.85, "cuda": 0.72, "cpu": 0.85}
@@ -56,7 +57,7 @@ class Memory(NamedTuple):
 class Traffic(NamedTuple):
     """What one device sends in a step along one mesh axis."""
 
-    axis: str
+    axis: str  # or "host": its memory
     kind: str
     what: str
     count: int  # collectives
@@ -149,7 +150,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
         trainable_parameters=trainable,
         flops_per_token=flops_per_token(model, config.data.seq_len, None if adaptation is None else trainable),
         memory=_memory(whole, local, found, hardware.platform),
-        traffic=_traffic(config, target, whole, sizes),
+        traffic=[*_traffic(config, target, whole, sizes), *_to_host(whole, found, hardware)],
         compute_seconds=(found.flops / hardware.flops + around) / MATMUL[hardware.platform],
         device_seconds=found.seconds + around / MATMUL[hardware.platform],
         work=found,
@@ -349,6 +350,14 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
                 sent = activation * experts.experts_per_token * experts.capacity_factor
                 add(axis, "all-to-all", "tokens", 2 * turns * with_experts * passes, sent, hidden=False)
     return found
+
+
+def _to_host(whole: Shapes, found: Work, hardware: Hardware) -> list[Traffic]:
+    """Between a device and the memory of its host, there and back."""
+    kept = bytes_on_device(whole.core.abstract.opt_state, memory=HOST)
+    both = ("optimizer", 2 * kept, False), ("activations", 2 * found.sent_away, True)
+    speed = hardware.host * NETWORK
+    return [Traffic("host", "copy", what, 2, size, size / speed, hidden) for what, size, hidden in both if size]
 
 
 def _axes_of(leaf: Any) -> set[str]:

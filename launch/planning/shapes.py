@@ -182,11 +182,13 @@ def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) 
     return shapes_of(local, abstract_mesh(MeshConfig(), 1), share, alone)
 
 
-def bytes_on_device(tree: Any) -> float:
-    """Of a tree of shapes with shardings, on one device; what stands in it twice is counted once."""
+def bytes_on_device(tree: Any, *, memory: str = "device") -> float:
+    """Of a tree of shapes with shardings, on one device, or of its share in the memory of the host; what stands in it
+    twice is counted once.
+    """
     seen, total = set(), 0.0
     for leaf in jax.tree.leaves(tree):
-        if id(leaf) in seen:
+        if id(leaf) in seen or (leaf.sharding.memory_kind or "device") != memory:
             continue
         seen.add(id(leaf))
         shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf.sharding, NamedSharding) else leaf.shape

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from data.batch import ColumnBatch, TokenBatch
 from tests.trainer import toy
 from trainer.mesh import (
+    AXES,
     MeshConfig,
     ShardingRules,
     batch_sharding,
@@ -34,6 +35,32 @@ def test_one_axis_takes_the_remaining_devices() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
     assert dict(mesh.shape) == {"stage": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert mesh.axis_types == (AxisType.Auto,) * 6
+
+
+class OfSlice:
+    """A device of one of several slices."""
+
+    device_kind, platform = "fake", "cpu"
+
+    def __init__(self, id: int, slice_index: int):
+        self.id, self.slice_index = id, slice_index
+
+
+@pytest.mark.parametrize(
+    ("config", "slices", "between"),
+    [
+        (MeshConfig(data=2, fsdp=4), 2, {"data"}),
+        (MeshConfig(data=1, fsdp=8), 2, {"fsdp"}),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 4, {"data", "fsdp"}),
+        (MeshConfig(data=2, fsdp=2, stage=2), 2, {"stage"}),
+    ],
+)
+def test_slices_are_told_apart_along_the_first_axes(config, slices, between):
+    devices = [OfSlice(i, i % slices) for i in range(8)]  # however they are listed
+    mesh = make_mesh(config, devices)
+    of_slice = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    for dim, axis in enumerate(AXES):
+        assert (np.diff(of_slice, axis=dim) != 0).any() == (axis in between), axis
 
 
 @pytest.mark.parametrize(

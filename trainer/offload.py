@@ -23,11 +23,3 @@ def on_device(tree: Any) -> Any:
     """What of `tree` lies in the host's memory comes to the devices; in a compiled program or outside."""
     is_away = lambda x: jax.typeof(x).memory_space == jax.memory.Space.Host
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if is_away(x) else x, tree)
-
-
-def on_device_after(first: Any, tree: Any) -> tuple[Any, Any]:
-    """(`first`, `tree` on the devices), which comes no sooner than `first` is made: it would lie there all the time."""
-    if all(jax.typeof(x).memory_space != jax.memory.Space.Host for x in jax.tree.leaves(tree)):
-        return first, tree
-    first, tree = jax.lax.optimization_barrier((first, tree))
-    return first, on_device(tree)

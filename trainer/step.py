@@ -11,7 +11,7 @@ import optax
 from models.transformer import Apply
 from trainer.moving import moving_models
 from trainer.objective import Batch, Mean, Objective, Params
-from trainer.offload import on_device_after
+from trainer.offload import on_device
 from trainer.schedule import Schedule
 from trainer.state import TrainState
 
@@ -46,7 +46,8 @@ def make_train_step(
         weight = means["loss"].weight
         # One division by the weight of the whole batch: exact in tokens, however they fell on microbatches.
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9), grads)
-        grads, old_opt_state = on_device_after(grads, state.opt_state)
+        # Left to the compiler when: held back until the gradients are there, all of it came at once.
+        old_opt_state = on_device(state.opt_state)
         updates, opt_state = update(grads, old_opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         # Where nothing is to be learnt, moments must not decay and weights must not drift.

@@ -2,6 +2,8 @@
 
     python benchmarks/plan.py [--only cpu|h100|v5e|v5p|v6e] [--write docs/plan.md]
     python benchmarks/plan.py --published
+    python benchmarks/plan.py --sizes [--only h100] [--results FILE]
+    python benchmarks/plan.py --depth
 
 Each case is one command, `meshwright plan ... compile=true`, in a process of its own. Targets whose plugin is not
 installed are left out, and said. TPU programs take minutes to compile.
@@ -51,6 +53,29 @@ v5p-512 0.5256 2909 MaxText; model=mixtral_8x7b mesh.fsdp=256 data.batch_size=20
 v6e-256 0.3523 3899 MaxText; model=mixtral_8x7b mesh.fsdp=256 data.batch_size=2048 data.seq_len=4096 model.remat=full
 """
 
+# Llama 3 from a few devices to thousands: as many rows as there are pieces of the batch, twice that on TPUs.
+SIZES = """
+h100-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8
+h100-64 model=llama3_8b mesh.data=8 mesh.fsdp=8 data.batch_size=64
+h100-1024 model=llama3_8b mesh.data=128 mesh.fsdp=8 data.batch_size=1024
+h100-8 model=llama3_70b mesh.fsdp=8 data.batch_size=8
+h100-64 model=llama3_70b mesh.fsdp=8 mesh.tensor=8 data.batch_size=16
+h100-1024 model=llama3_70b mesh.data=16 mesh.fsdp=8 mesh.tensor=8 data.batch_size=256
+h100-64 model=llama3_405b mesh.fsdp=8 mesh.tensor=8 data.batch_size=16
+h100-1024 model=llama3_405b mesh.fsdp=128 mesh.tensor=8 data.batch_size=128
+h100-1024 model=llama3_405b mesh.stage=2 mesh.fsdp=64 mesh.tensor=8 data.batch_size=512
+v5p-128 model=llama3_8b mesh.fsdp=64 data.batch_size=64
+v5p-1024 model=llama3_8b mesh.data=8 mesh.fsdp=64 data.batch_size=512
+v5p-8192 model=llama3_8b mesh.data=64 mesh.fsdp=64 data.batch_size=4096
+v5p-128 model=llama3_70b mesh.fsdp=64 data.batch_size=64
+v5p-1024 model=llama3_70b mesh.fsdp=128 mesh.tensor=4 data.batch_size=256
+v5p-8192 model=llama3_70b mesh.data=8 mesh.fsdp=128 mesh.tensor=4 data.batch_size=2048
+v5p-128 model=llama3_405b mesh.fsdp=16 mesh.tensor=4 data.batch_size=16
+v5p-1024 model=llama3_405b mesh.fsdp=64 mesh.tensor=8 data.batch_size=128
+v5p-8192 model=llama3_405b mesh.data=4 mesh.fsdp=128 mesh.tensor=8 data.batch_size=1024
+"""
+DEPTHS = (8, 16, 32, 64, 128)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,20 +84,28 @@ def main() -> None:
     parser.add_argument("--write", default="", help="the page whose table is replaced")
     parser.add_argument("--again", action="store_true", help="estimate anew what --results holds; nothing is compiled")
     parser.add_argument("--published", action="store_true", help="the other table: speed beside published runs")
+    parser.add_argument("--sizes", action="store_true", help="the table of Llama 3 by size and number of devices")
+    parser.add_argument("--depth", action="store_true", help="the time to compile by number of layers")
     options = parser.parse_args()
     if options.published:
         print(published())
         return
+    if options.depth:
+        print(depth())
+        return
     kept = Path(options.results) if options.results else Path(tempfile.mkdtemp()) / "results.jsonl"
     done = {row["case"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
     for case in CASES.strip().splitlines():
-        if case in done or not case.startswith(options.only):
+        if case in done or options.sizes or not case.startswith(options.only):
             continue
         row = measured(case)
         if row is not None:
             done[case] = row
             with open(kept, "a") as file:
                 file.write(json.dumps(row) + "\n")
+    if options.sizes:
+        print(sizes(options.only, kept))
+        return
     rows = [done[case] for case in CASES.strip().splitlines() if case in done]
     if options.again:
         rows = [row | {"estimate": (planned(row["case"]) or {})["memory"]["total"]} for row in rows]
@@ -115,6 +148,49 @@ def published() -> str:
         cells = [target, short(run) + ("" if plan["fits"] else ", does not fit"), who, f"{float(mfu):.1%}"]
         cells += [f"{plan['mfu']:.1%}", f"{error:+.0%}", f"{int(speed):,}", f"{own:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sizes(only: str, kept: Path) -> str:
+    done = {row["case"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    lines = [
+        "| target | run | XLA, GB of a device | | predicted step | MFU | collectives: GB of results | compiled in |",
+        "|---|---|---:|---|---:|---:|---|---:|",
+    ]
+    for case in SIZES.strip().splitlines():
+        if not case.startswith(only):
+            continue
+        if case not in done:
+            plan = planned(case, "data.seq_len=4096", "model.remat=full", "compile=true")
+            if plan is None:
+                continue
+            wanted = ("compiled", "memory", "seconds", "mfu")
+            done[case] = {"case": case} | {key: plan[key] for key in wanted}
+            with open(kept, "a") as file:
+                file.write(json.dumps(done[case]) + "\n")
+        row = done[case]
+        target, _, run = case.partition(" ")
+        compiled, capacity = row["compiled"], row["memory"]["capacity"]
+        verdict = "fits" if compiled["fits"] else "does not fit"
+        moved = "; ".join(
+            f"{c['axes']} {c['kind']} {c['count']:,}: {c['bytes'] / 1e9:.1f}"
+            for c in compiled["collectives"] or ()
+            if c["bytes"] > 1e8
+        )
+        cells = [target, short(run), f"{compiled['peak_bytes'] / 1e9:.1f} of {capacity / 1e9:.1f}", verdict]
+        cells += [f"{row['seconds']['step']:.2f} s", f"{row['mfu']:.0%}", moved, f"{compiled['seconds']:.0f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def depth() -> str:
+    lines = ["| layers | traced and compiled in |", "|---:|---:|"]
+    for layers in DEPTHS:
+        run = "h100-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8 data.seq_len=4096 model.remat=full"
+        plan = planned(f"{run} model.num_layers={layers}", "compile=true")
+        if plan is not None:
+            lines.append(f"| {layers} | {plan['compiled']['seconds']:.1f} s |")
     return "\n".join(lines)
 
 

@@ -311,15 +311,13 @@ def with_pipeline(model: ModelConfig, rows: int, mesh: Mesh | AbstractMesh, rule
             f"model.pipeline: rounds={pipeline.rounds} must be at least 1, microbatches={pipeline.microbatches} at "
             "least 0"
         )
-    key, layers = (
-        "*".join(f"mesh.{axis}" for axis in axes),
-        model.num_layers - (model.experts.num_dense_layers if model.experts.num_experts else 0),
-    )
+    key = "*".join(f"mesh.{axis}" for axis in axes)
+    layers = model.num_layers - (model.experts.num_dense_layers if model.experts.num_experts else 0)
     if layers % (stages * pipeline.rounds):
-        sizes = ", ".join(str(d) for d in _divisors(math.gcd(layers // math.gcd(layers, pipeline.rounds), mesh.size)))
+        sizes = [str(d) for d in _divisors(mesh.size) if layers % (d * pipeline.rounds) == 0]
         raise ValueError(
             f"{key}={stages}: does not deal out {layers} layers in model.pipeline.rounds={pipeline.rounds} rounds of "
-            f"equal parts; valid {key} with {mesh.size} devices: {sizes}; or another number of rounds"
+            f"equal parts; valid {key} with {mesh.size} devices: {', '.join(sizes) or 'none'}; or other rounds"
         )
     others = [axis for axis in rules.axes_of("batch", "sharding") if axis not in axes]
     share = rows // _axis_size(mesh, others)

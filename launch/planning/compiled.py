@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from configs.schema import RunConfig
-from launch.planning.shapes import shapes_of, teacher_of
+from launch.planning.shapes import bytes_on_device, shapes_of, teacher_of
 from trainer.hardware import Target, topology_shape
 from trainer.mesh import AXES, across_slices, make_mesh
 
@@ -39,11 +39,11 @@ class Compiled:
     argument_bytes: float
     temporary_bytes: float
     peak_bytes: float  # of arguments, results and temporaries at once
-    collectives: list[Collective]
+    collectives: list[Collective] | None  # None: it does not fit, and there is no program
 
 
 def compile_step(config: RunConfig, target: Target) -> Compiled:
-    """Raises: ValueError where the plugin for the target is not installed, or XLA refuses the program."""
+    """Raises: ValueError where the plugin for the target is not installed."""
     mesh = make_mesh(config.mesh, target_devices(target))
     if config.optimizer.offload and target.hardware.platform == "cuda":  # it would be told what takes no offload
         raise ValueError(
@@ -55,9 +55,11 @@ def compile_step(config: RunConfig, target: Target) -> Compiled:
     try:
         program = shapes.core.train_step.lower(*shapes.arguments).compile()  # type: ignore[attr-defined]
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))  # libtpu compiles nothing that does not fit
+        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
             raise
-        raise ValueError(f"target={target.name}: does not fit, says XLA: {str(error).splitlines()[0]}") from error
+        peak = float(used.group(1)) * 1024 ** ("KMGT".index(used.group(2)) + 1)
+        return Compiled(time.perf_counter() - begin, bytes_on_device(shapes.arguments), 0.0, peak, None)
     seconds, memory = time.perf_counter() - begin, program.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -60,7 +60,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     else:
         _print(title, best, found, others[: TOP - 1])
         print(f"written: {folder / name}.json and .png")
-    return 0 if best.plan.fits else 1
+    return 0 if (best.plan.fits if told is None else found["compiled"]["fits"]) else 1
 
 
 def _chosen(config: RunConfig, target: Target, free: Free, task: PlanConfig) -> list[Choice]:
@@ -145,7 +145,7 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
             "temporary_bytes": compiled.temporary_bytes,
             "peak_bytes": compiled.peak_bytes,
             "fits": compiled.peak_bytes <= plan.capacity,
-            "collectives": [c._asdict() for c in compiled.collectives],
+            "collectives": None if compiled.collectives is None else [c._asdict() for c in compiled.collectives],
         }
     return found
 
@@ -210,7 +210,7 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
         table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
         for name in ("compiled collectives", "count", "results", "started early"):
             table.add_column(name, justify="left" if name.startswith("compiled") else "right")
-        for c in compiled["collectives"]:
+        for c in compiled["collectives"] or ():
             table.add_row(f"{c['axes']}: {c['kind']}", f"{c['count']:,}", gb(c["bytes"]), f"{c['hidden']:,}")
         console.print(table)
         console.print(f"compiled in {compiled['seconds']:.1f} s")

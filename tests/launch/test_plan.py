@@ -117,6 +117,22 @@ def test_rows_in_pieces_between_layers_are_kept_in_pieces():
     assert kept[1] == pytest.approx(kept[0] / 4, rel=0.05)
 
 
+def test_what_waits_on_the_host_takes_nothing_of_the_device_but_time():
+    options = ["mesh.data=1", "mesh.fsdp=4", "model.remat=full", "data.seq_len=256"]
+    here, away = (
+        estimate(config_of(*options, f"optimizer.offload={more}", f"model.offload=[{name}]"), cpus(4))
+        for more, name in (("false", ""), ("true", "border"))
+    )
+    copied = {t.what: t.bytes for t in away.traffic if t.axis == "host"}
+    assert not [t for t in here.traffic if t.axis == "host"]
+    moments = copied["optimizer"] / 2  # there and back
+    assert away.memory.optimizer == pytest.approx(here.memory.optimizer - moments) and away.memory.optimizer < 100
+    borders = 2 * 2 * 256 * 64 * 2  # two layers, two rows of a device, bfloat16
+    assert copied["activations"] == 2 * borders
+    assert away.memory.activations < here.memory.activations
+    assert away.step_seconds > here.step_seconds
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_plan_counts_what_stages_keep_send_and_wait_for(rounds):
     options = ["model.num_layers=8", "model.remat=full", "mesh.data=1", "data.batch_size=32"]

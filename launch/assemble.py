@@ -65,6 +65,15 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def gathered(values: list[float]) -> list[list[float]]:
+    """Those of every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return [values]
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.float32(values)).tolist()
+
+
 def is_chief() -> bool:
     """Process 0 alone writes files and speaks to the user."""
     return jax.process_index() == 0

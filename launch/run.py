@@ -102,14 +102,17 @@ def _complete_after_the_task() -> None:
 
 def _run_hydra(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us, we say it better
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
+    from launch.startup import startup
 
-    from configs.schema import register, to_typed
-    from launch import messages
+    with startup.phase("import"):  # the classes of configs stand beside the code that they configure
+        import hydra
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.errors import HydraException
+        from omegaconf import DictConfig
+        from omegaconf.errors import OmegaConfBaseException
+
+        from configs.schema import register, to_typed
+        from launch import messages
 
     register()
     is_override = lambda a: ("=" in a and not a.startswith("-")) or a.startswith("~")
@@ -173,11 +176,16 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
     """Starts the processes that the launcher asks for, or does the task in this one."""
     from launch import distributed
     from launch.local import launch_local
+    from launch.startup import startup
 
     if config.launcher.kind == "local" and config.launcher.num_processes > 1 and not distributed.announced():
         return launch_local(config, overrides)
-    distributed.start(config.devices)
-    from launch.tasks import convert, evaluate, generate, inspect, plan, predict, prepare, runs, serve, train
+    with startup.phase("import"):
+        import jax  # noqa: F401  # with what it costs
+    with startup.phase("join"):
+        distributed.start(config.devices)
+    with startup.phase("import"):
+        from launch.tasks import convert, evaluate, generate, inspect, plan, predict, prepare, runs, serve, train
 
     task = {
         "train": train.run,

@@ -21,15 +21,17 @@ from launch.assemble import (
     build_core,
     build_evaluation,
     build_source,
+    gathered,
     is_chief,
     load_corpora,
     model_config,
     say,
 )
 from launch.beginning import Frozen, Start, begin, check_resume, find_base, find_frozen, recall_tokenizer
-from launch.origins import adopt, adopt_tokenizer
+from launch.origins import adopt, adopt_tokenizer, model_digest
 from launch.planning.search import settled
 from launch.run_folder import RunFolder, environment, run_folder, write_whole
+from launch.startup import compile_watched, startup
 from launch.writing import append_samples, unmasking_of, write
 from models.config import Mask
 from models.cost import flops_per_token, num_params
@@ -60,9 +62,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         adopt_tokenizer(config, overrides, folder, say)
         recall_tokenizer(folder, checkpointer)
         ledger = Ledger(folder.path / "goodput.json" if is_chief() else None)
-        with ledger.phase("data_preparation"):
+        with ledger.phase("data_preparation"), startup.phase("data"):
             corpora = load_corpora(config, folder, say)
-        with ledger.phase("start"):
+        with ledger.phase("start"), startup.phase("state"):
             config = settled(config, model_config(config, corpora.tokenizer), say)
             core = build_core(config, corpora.tokenizer)
             base = find_base(config, core, checkpointer)
@@ -86,7 +88,7 @@ def tokens_per_step(config: RunConfig, core: Core) -> int:
 
 def describe(config: RunConfig, core: Core, line: str) -> None:
     """What is about to run, in three lines."""
-    shape = " x ".join(f"{axis} {size}" for axis, size in core.mesh.shape.items() if size > 1) or "one device"
+    shape = describe_mesh(core)
     tokens = tokens_per_step(config, core)
     parameters = num_params(core.model)["total"]
     kind = f"{jax.device_count()} {jax.devices()[0].platform} devices, {jax.process_count()} processes"
@@ -101,6 +103,10 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
         p = core.model.pipeline
         waiting = Schedule(core.constrain.stages, p.rounds, p.microbatches).waiting
         say(f"stages: {p.microbatches} microbatches in {p.rounds} rounds; each waits {waiting:.0%} of the time")
+
+
+def describe_mesh(core: Core) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in core.mesh.shape.items() if size > 1) or "one device"
 
 
 @dataclass
@@ -158,9 +164,15 @@ class Session:
 
     def fit(self, state: TrainState, every_hook: list[Hook], report: Callable) -> tuple[TrainState, str]:
         # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
-        with self.ledger.phase("compile"):
+        with self.ledger.phase("compile"), startup.phase("compile"):
             batch, frozen = self.core.place(self.first_rows()), self.frozen.models
-            compiled = self.core.train_step.lower(state, frozen, batch).compile()  # type: ignore[attr-defined]
+            lowered = self.core.train_step.lower(state, frozen, batch)  # type: ignore[attr-defined]
+            about = {
+                "model": model_digest(self.core.model),
+                "mesh": describe_mesh(self.core),
+                "rows": batch.tokens.shape,
+            }
+            compiled = compile_watched(lowered, about, remember=is_chief())
         try:
             with self.ledger.phase("step"):
                 return fit(
@@ -180,6 +192,9 @@ class Session:
 
     def report(self, metrics: TrainMetrics, trackers: Trackers, first_step: int) -> Callable:
         def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
+            if step == first_step + 1:
+                startup.first_step_done(sum(timing[part] for part in ("data_wait", "dispatch", "device_wait")))
+                say(startup.told(gathered(list(startup.seconds.values()))))
             self.ledger.move("step", "data_wait", timing["data_wait"])
             self.ledger.at_step(step)
             trackers.log(step, metrics(step, values, timing))

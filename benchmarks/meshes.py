@@ -93,8 +93,8 @@ def losses(model: str, mesh: str, steps: int, dtype: str, folder: Path) -> dict[
 PAGE = """# One run on every mesh
 
 `python benchmarks/meshes.py --write docs/meshes.md`: {steps} steps of the same model, packed documents and seed on 8
-fake CPU devices. The largest relative differences of losses and of norms of gradients from those of one device, in
-float32 and with activations in bfloat16 (whose rounding differs with the order of sums; weights stay in float32).
+fake CPU devices. The largest relative differences of losses and of norms of gradients from those of one device in the
+same dtype of activations (the rounding of bfloat16 differs with the order of sums; weights stay in float32).
 
 {table}
 """

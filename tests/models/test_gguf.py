@@ -171,13 +171,13 @@ def test_rows_that_are_no_whole_blocks_stay_float16(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama 3.1, tied", "phi3", "gpt2"])
 def test_slices_onto_a_mesh_equal_the_whole(tmp_path, name):
-    from trainer.mesh import ShardingRules, param_shardings
+    from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
 
     config = CASES[name]
     file, _ = write(tmp_path / "model.gguf", config, random_params(config), "q8_0")
     abstract = abstract_params(config)
     whole = load_params(file, config, abstract)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 2), ("data", "fsdp", "tensor"))
+    mesh = make_mesh(MeshConfig(1, fsdp=2, tensor=2), jax.devices()[:4])
     shardings = param_shardings(param_axes(config), abstract, mesh, ShardingRules())
     specs = jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), abstract, shardings)
     cut = load_params(file, config, specs)

@@ -71,10 +71,10 @@ startup = Startup()
 # The compilation cache
 
 
-def compile_watched(lowered: Any, about: Mapping[str, Any], *, remember: bool) -> Any:
-    """`lowered.compile()`, with what became of it in `startup.cache`. `about`: what a person would tell programs by.
+def compile_watched(lowered: Any, about: Mapping[str, Any], *, tell: bool) -> Any:
+    """`lowered.compile()`. `tell`: with what became of it in `startup.cache`, and noted for the next time.
 
-    `remember`: notes the program for the next time.
+    `about`: what a person would tell programs by.
     """
     import jax
 
@@ -88,8 +88,9 @@ def compile_watched(lowered: Any, about: Mapping[str, Any], *, remember: bool) -
     finally:
         jax.monitoring.unregister_event_listener(event)
         jax.monitoring.unregister_event_duration_listener(lasted)
-    folder = jax.config.values["jax_compilation_cache_dir"]
-    startup.cache = cache_told(counts, program_parts(lowered.as_text(), about), folder, remember=remember)
+    if tell:
+        folder = jax.config.values["jax_compilation_cache_dir"]
+        startup.cache = cache_told(counts, program_parts(lowered.as_text(), about), folder)
     return compiled
 
 
@@ -108,13 +109,16 @@ def program_parts(lowered_text: str, about: Mapping[str, Any]) -> dict[str, str]
     }
 
 
-def cache_told(counts: Mapping[str, float], parts: dict[str, str], folder: str | None, *, remember: bool) -> str:
-    """Whether the compilation cache in `folder` had a program, and what differs from the nearest one before it."""
+def cache_told(counts: Mapping[str, float], parts: dict[str, str], folder: str | None) -> str:
+    """Whether the compilation cache in `folder` had a program, and what differs from the nearest one before it.
+
+    The program is noted there.
+    """
     if not folder:
         return "compilation cache: off (JAX_COMPILATION_CACHE_DIR)"
     file = Path(folder) / PROGRAMS
     before = _read(file)
-    if remember and "://" not in folder:
+    if "://" not in folder:
         _write(file, [*(p for p in before if p != parts), parts][-KEPT:])
     if counts.get("cache_hits"):
         return f"compilation cache: hit, {max(0.0, counts.get('compile_time_saved_sec', 0.0)):.1f} s saved"

@@ -237,6 +237,11 @@ class ModelConfig:
     )  # kept activations in the host's memory; remat full and its like
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
+    @property
+    def layers_before_experts(self) -> int:
+        """The first layers that a mixture of experts keeps plain, in a stack of their own."""
+        return self.experts.num_dense_layers if self.experts.num_experts else 0
+
     def refuse_masks(self, *masks: Mask, why: str) -> None:
         """Raises: ValueError where `attention.mask` is one of them."""
         if self.attention.mask in masks:

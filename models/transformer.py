@@ -158,9 +158,8 @@ class Stack(NamedTuple):
 
 def stacks(config: ModelConfig) -> list[Stack]:
     """In the order of the layers; `layers` is always one of them."""
-    experts = config.experts
-    first = experts.num_dense_layers if experts.num_experts else 0
-    rest = Stack("layers", first, config.num_layers, not experts.num_experts)
+    first = config.layers_before_experts
+    rest = Stack("layers", first, config.num_layers, not config.experts.num_experts)
     return [Stack("dense_layers", 0, first, True), rest] if first else [rest]
 
 

@@ -7,7 +7,7 @@ mesh's, a *dim* the tensor's.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -98,6 +98,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     except NotImplementedError:  # an axis that is no product of sides of the TPUs' torus: its neighbours are apart
         laid_out = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
         return Mesh(laid_out, AXES, axis_types=kinds)
+
+
+def in_words(sizes: Mapping[str, int]) -> str:
+    """`fsdp 4 x tensor 2`, or `one device`."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
 def across_slices(sizes: Sequence[int], slices: int) -> list[int]:
@@ -312,7 +317,7 @@ def with_pipeline(model: ModelConfig, rows: int, mesh: Mesh | AbstractMesh, rule
             "least 0"
         )
     key = "*".join(f"mesh.{axis}" for axis in axes)
-    layers = model.num_layers - (model.experts.num_dense_layers if model.experts.num_experts else 0)
+    layers = model.num_layers - model.layers_before_experts
     if layers % (stages * pipeline.rounds):
         sizes = [str(d) for d in _divisors(mesh.size) if layers % (d * pipeline.rounds) == 0]
         raise ValueError(

@@ -287,7 +287,7 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
     layers, own_layers, at_once, rounds = model.num_layers, model.num_layers / stages, 1.0, 1
     if stages > 1:  # each turn runs a round's layers on a microbatch; the few layers before the stages are left out
         rounds, at_once = pipeline.rounds, stages / pipeline.microbatches
-        layers = (layers - model.experts.num_dense_layers) // (stages * rounds)
+        layers = (layers - model.layers_before_experts) // (stages * rounds)
         turns *= pipeline.microbatches * rounds + stages - 1
 
     def add(axis: str, kind: str, what: str, count: float, size: float, *, hidden: bool) -> None:
@@ -340,7 +340,7 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
         add(axis, "collective-permute", "and their gradients", turns * layers, wide * (1 + 4 / item), hidden=True)
     experts = model.experts
     if experts.num_experts:
-        with_experts = layers if stages > 1 else layers - experts.num_dense_layers
+        with_experts = layers if stages > 1 else layers - model.layers_before_experts
         for axis in config.sharding.experts:
             if experts.dispatch is Dispatch.dropless:
                 count, size = turns * with_experts * passes, activation * sizes[axis]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from launch.planning.estimate import Plan
+from trainer.mesh import in_words
 
 COLOURS = {
     "parameters": "#4c78a8", "optimizer": "#72b7b2", "frozen": "#9ecae9", "gradients": "#f58518",
@@ -98,8 +99,7 @@ def _mesh(axes, plan: Plan) -> None:  # type: ignore[no-untyped-def]
         axes.axhline(y - 0.5, color="white", linewidth=0.8)
     axes.set_xticks([])
     axes.set_yticks([])
-    words = " x ".join(f"{axis} {size}" for axis, size in used)
     more = f"; the first {shown * columns:,} of {n:,} are drawn" if shown < rows else ""
-    text = f"mesh: {words}. Between white lines: one group along {used[-1][0]}"
+    text = f"mesh: {in_words(dict(used))}. Between white lines: one group along {used[-1][0]}"
     text += f"; shades: places along {next_axis[0]}" if next_axis else ""
     axes.set_title(text + more, loc="left", fontsize=11)

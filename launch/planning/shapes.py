@@ -109,8 +109,7 @@ def model_share(model: ModelConfig, rules: ShardingRules, sizes: Mapping[str, in
     model.attention.num_kv_heads = min(cut("kv_heads", model.attention.num_kv_heads), model.attention.num_heads)
     model.mlp.hidden_dim = cut("mlp", model.mlp.hidden_dim)
     model.vocab_size = cut("vocab", model.vocab_size)
-    experts = model.experts
-    first = experts.num_dense_layers if experts.num_experts else 0
+    experts, first = model.experts, model.layers_before_experts
     model.num_layers = first + cut("layers", model.num_layers - first)
     if experts.num_experts:
         experts.hidden_dim = cut("mlp", experts.hidden_dim)

@@ -13,12 +13,13 @@ from launch.assemble import say
 from launch.messages import named_keys
 from launch.origins import adopt
 from launch.planning.compiled import Compiled, compile_step, take_no_device
-from launch.planning.estimate import Plan, estimate
+from launch.planning.estimate import estimate
 from launch.planning.picture import draw_plan
 from launch.planning.search import Choice, Free, compute_optimal, search
 from launch.planning.shapes import with_vocabulary
 from launch.run_folder import run_folder, write_whole
 from trainer.hardware import Target, parse_target
+from trainer.mesh import in_words
 
 CONVENTION = "6 x weights of products + 3 x attention over half of the row (models/cost.py); peak is dense bf16"
 TOP = 3  # of a search, compiled with compile=true and shown in any case
@@ -178,7 +179,7 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
     if plan.trainable_parameters != plan.parameters["total"]:
         console.print(f"            {plan.trainable_parameters:,} trainable")
     console.print(f"FLOPs       {plan.flops_per_token:.4g} a token: {CONVENTION}")
-    console.print(f"mesh        {_mesh(plan)}; remat {plan.remat}; {plan.num_microbatches} microbatches")
+    console.print(f"mesh        {in_words(plan.mesh)}; remat {plan.remat}; {plan.num_microbatches} microbatches")
     row = found["seq_len"]
     console.print(f"batch       {plan.batch_size:,} rows of {row:,}: {plan.tokens_per_step:,} tokens a step")
 
@@ -236,16 +237,12 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
     for other in others:
         p = other.plan
         console.print(
-            f"next best   {_mesh(p)}; remat {p.remat}; batch {p.batch_size}, {p.num_microbatches} microbatches: "
-            f"{gb(p.memory.total)}, MFU {p.mfu:.1%}"
+            f"next best   {in_words(p.mesh)}; remat {p.remat}; batch {p.batch_size}, {p.num_microbatches} microbatches"
+            f": {gb(p.memory.total)}, MFU {p.mfu:.1%}"
         )
     if not plan.fits:
         console.print("try         task.search=true, model.remat=full, a smaller data.batch_size, or more devices")
     console.print(f"to run      {' '.join(found['overrides'])}", soft_wrap=True)
-
-
-def _mesh(plan: Plan) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
 
 
 def _short(number: float) -> str:

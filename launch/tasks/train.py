@@ -41,6 +41,7 @@ from trainer import hooks
 from trainer.checkpoint import Checkpointer
 from trainer.goodput import Ledger
 from trainer.loop import DONE, Hook, fit
+from trainer.mesh import in_words
 from trainer.metrics import TrainMetrics, peak
 from trainer.moving import moving_models
 from trainer.objective import Params
@@ -88,7 +89,7 @@ def tokens_per_step(config: RunConfig, core: Core) -> int:
 
 def describe(config: RunConfig, core: Core, line: str) -> None:
     """What is about to run, in three lines."""
-    shape = describe_mesh(core)
+    shape = in_words(core.mesh.shape)
     tokens = tokens_per_step(config, core)
     parameters = num_params(core.model)["total"]
     kind = f"{jax.device_count()} {jax.devices()[0].platform} devices, {jax.process_count()} processes"
@@ -103,10 +104,6 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
         p = core.model.pipeline
         waiting = Schedule(core.constrain.stages, p.rounds, p.microbatches).waiting
         say(f"stages: {p.microbatches} microbatches in {p.rounds} rounds; each waits {waiting:.0%} of the time")
-
-
-def describe_mesh(core: Core) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in core.mesh.shape.items() if size > 1) or "one device"
 
 
 @dataclass
@@ -169,10 +166,10 @@ class Session:
             lowered = self.core.train_step.lower(state, frozen, batch)  # type: ignore[attr-defined]
             about = {
                 "model": model_digest(self.core.model),
-                "mesh": describe_mesh(self.core),
+                "mesh": in_words(self.core.mesh.shape),
                 "rows": batch.tokens.shape,
             }
-            compiled = compile_watched(lowered, about, remember=is_chief())
+            compiled = compile_watched(lowered, about, tell=is_chief())
         try:
             with self.ledger.phase("step"):
                 return fit(

@@ -61,9 +61,9 @@ def test_one_process_is_told_in_a_line_and_several_side_by_side():
 )
 def test_a_miss_says_what_differs_from_the_nearest_program(tmp_path, before, counts, said):
     (tmp_path / PROGRAMS).write_text(json.dumps(before))
-    assert said in cache_told(counts, PARTS, str(tmp_path), remember=True)
+    assert said in cache_told(counts, PARTS, str(tmp_path))
     assert json.loads((tmp_path / PROGRAMS).read_text())[-1] == PARTS
-    assert cache_told(counts, PARTS, None, remember=True).startswith("compilation cache: off")
+    assert cache_told(counts, PARTS, None).startswith("compilation cache: off")
 
 
 def test_a_program_is_found_the_second_time(tmp_path):
@@ -75,7 +75,7 @@ def test_a_program_is_found_the_second_time(tmp_path):
     def told(factor):
         jax.clear_caches()
         lowered = jax.jit(lambda x: jnp.sin(x) * factor).lower(jnp.ones(8))
-        compile_watched(lowered, {"model": "m"}, remember=True)
+        compile_watched(lowered, {"model": "m"}, tell=True)
         return startup.cache
 
     try:

@@ -33,9 +33,9 @@ class Schedule(NamedTuple):
         return self.rounds * self.microbatches + self.stages - 1
 
     @property
-    def waiting(self) -> float:
-        """The share of the time in which a stage has nothing to do."""
-        return (self.stages - 1) / self.turns
+    def in_words(self) -> str:
+        waiting = (self.stages - 1) / self.turns  # of the time a stage has nothing to do
+        return f"{self.microbatches} microbatches in {self.rounds} rounds; each waits {waiting:.0%} of the time"
 
     def at(self, turn: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array]:
         """(microbatch, round) of a stage. Before its first and after its last it repeats them, for nothing."""
@@ -43,6 +43,11 @@ class Schedule(NamedTuple):
         group, rest = jnp.divmod(done, self.stages * self.rounds)
         round_, place = jnp.divmod(rest, self.stages)
         return group * self.stages + place, round_
+
+
+def schedule_over(config: PipelineConfig, constrain: Constrain) -> Schedule | None:
+    """None where there is one stage."""
+    return None if constrain.stages == 1 else Schedule(constrain.stages, config.rounds, config.microbatches)
 
 
 def schedule_of(config: PipelineConfig, constrain: Constrain, num_rows: int, num_layers: int) -> Schedule | None:
@@ -56,7 +61,7 @@ def schedule_of(config: PipelineConfig, constrain: Constrain, num_rows: int, num
         return None
     if rows % config.microbatches or num_layers % (shown * config.rounds) or config.microbatches % constrain.stages:
         return None
-    return Schedule(constrain.stages, config.rounds, config.microbatches)
+    return schedule_over(config, constrain)
 
 
 def run_in_stages(

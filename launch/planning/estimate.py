@@ -25,6 +25,7 @@ from launch.planning.shapes import (
 )
 from models.config import Dispatch, ModelConfig, Remat
 from models.cost import flops_per_token, num_active_params, num_params
+from models.pipeline import Schedule, schedule_over
 from trainer.footprint import Held, Rules, Work, work
 from trainer.hardware import Hardware, Target
 from trainer.mesh import AXES, abstract_mesh, with_pipeline
@@ -75,6 +76,7 @@ class Plan:
     remat: str
     batch_size: int
     num_microbatches: int
+    schedule: Schedule | None  # of microbatches through stages, where there are any
     tokens_per_step: int
     parameters: dict[str, int]
     active_parameters: int
@@ -144,6 +146,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
         remat=model.remat.name,
         batch_size=config.data.batch_size,
         num_microbatches=task.num_microbatches,
+        schedule=schedule_over(model.pipeline, whole.core.constrain),
         tokens_per_step=tokens,
         parameters=num_params(model),
         active_parameters=num_active_params(model),

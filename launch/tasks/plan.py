@@ -99,6 +99,7 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
         "batch_size": plan.batch_size,
         "seq_len": choice.config.data.seq_len,
         "num_microbatches": plan.num_microbatches,
+        "pipeline": None if plan.schedule is None else plan.schedule._asdict(),
         "remat": plan.remat,
         "tokens_per_step": plan.tokens_per_step,
         "parameters": plan.parameters,
@@ -180,6 +181,8 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
         console.print(f"            {plan.trainable_parameters:,} trainable")
     console.print(f"FLOPs       {plan.flops_per_token:.4g} a token: {CONVENTION}")
     console.print(f"mesh        {in_words(plan.mesh)}; remat {plan.remat}; {plan.num_microbatches} microbatches")
+    if plan.schedule is not None:
+        console.print(f"stages      {plan.schedule.in_words}")
     row = found["seq_len"]
     console.print(f"batch       {plan.batch_size:,} rows of {row:,}: {plan.tokens_per_step:,} tokens a step")
 

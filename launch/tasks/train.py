@@ -35,7 +35,7 @@ from launch.startup import compile_watched, startup
 from launch.writing import append_samples, unmasking_of, write
 from models.config import Mask
 from models.cost import flops_per_token, num_params
-from models.pipeline import Schedule
+from models.pipeline import schedule_over
 from models.sampling import SamplingConfig
 from trainer import hooks
 from trainer.checkpoint import Checkpointer
@@ -100,10 +100,8 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
         share = f"{trained:,} trainable parameters, {trained / parameters:.2%} of the model"
         say(f"adapter: {a.method.name}, rank {a.rank}, scale {a.scale:g}{kept}: {share}")
     say(f"model: {parameters:,} parameters; {tokens:,} tokens a step; mesh: {shape} ({kind})")
-    if core.constrain.stages > 1:
-        p = core.model.pipeline
-        waiting = Schedule(core.constrain.stages, p.rounds, p.microbatches).waiting
-        say(f"stages: {p.microbatches} microbatches in {p.rounds} rounds; each waits {waiting:.0%} of the time")
+    if schedule := schedule_over(core.model.pipeline, core.constrain):
+        say(f"stages: {schedule.in_words}")
 
 
 @dataclass

@@ -79,7 +79,7 @@ def main() -> None:
 def losses(model: str, mesh: str, steps: int, dtype: str, folder: Path) -> dict[str, list[float]]:
     """Of each step."""
     run = re.sub("[^a-z0-9]+", "-", f"{model}-{dtype}-{mesh or 'one'}").strip("-")
-    axes = [given if "." in given else f"mesh.{given}" for given in mesh.split()]
+    axes = [key if "." in key else f"mesh.{key}" for key in mesh.split()]
     given = ["devices=8", *([] if "data=" in mesh else ["mesh.data=1"]), *axes] if mesh else ["devices=1"]
     command = [sys.executable, "-m", "launch.run", "train", f"model={model}", f"model.dtype={dtype}", *COMMON, *given]
     command += [f"run={run}", f"runs={folder}", f"task.num_steps={steps}"]

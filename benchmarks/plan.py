@@ -53,7 +53,7 @@ v5p-512 0.5256 2909 MaxText; model=mixtral_8x7b mesh.fsdp=256 data.batch_size=20
 v6e-256 0.3523 3899 MaxText; model=mixtral_8x7b mesh.fsdp=256 data.batch_size=2048 data.seq_len=4096 model.remat=full
 """
 
-# Llama 3 from a few devices to thousands: as many rows as there are pieces of the batch, twice that on TPUs.
+# Llama 3 from a few devices to thousands: a row or two of each piece of the batch, with stages eight.
 SIZES = """
 h100-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8
 h100-64 model=llama3_8b mesh.data=8 mesh.fsdp=8 data.batch_size=64
@@ -94,18 +94,17 @@ def main() -> None:
         print(depth())
         return
     kept = Path(options.results) if options.results else Path(tempfile.mkdtemp()) / "results.jsonl"
-    done = {row["case"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    if options.sizes:
+        print(sizes(options.only, kept))
+        return
+    done = results(kept)
     for case in CASES.strip().splitlines():
-        if case in done or options.sizes or not case.startswith(options.only):
+        if case in done or not case.startswith(options.only):
             continue
         row = measured(case)
         if row is not None:
             done[case] = row
-            with open(kept, "a") as file:
-                file.write(json.dumps(row) + "\n")
-    if options.sizes:
-        print(sizes(options.only, kept))
-        return
+            keep(kept, row)
     rows = [done[case] for case in CASES.strip().splitlines() if case in done]
     if options.again:
         rows = [row | {"estimate": (planned(row["case"]) or {})["memory"]["total"]} for row in rows]
@@ -115,6 +114,16 @@ def main() -> None:
         page = Path(options.write)
         head, _, rest = page.read_text().partition("<!-- table -->")
         page.write_text(f"{head}<!-- table -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+
+
+def results(kept: Path) -> dict[str, dict]:
+    """By case, of earlier commands with the same file."""
+    return {row["case"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+
+
+def keep(kept: Path, row: dict) -> None:
+    with open(kept, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def planned(case: str, *more: str) -> dict | None:
@@ -152,7 +161,7 @@ def published() -> str:
 
 
 def sizes(only: str, kept: Path) -> str:
-    done = {row["case"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    done = results(kept)
     lines = [
         "| target | run | XLA, GB of a device | | predicted step | MFU | collectives: GB of results | compiled in |",
         "|---|---|---:|---|---:|---:|---|---:|",
@@ -166,8 +175,7 @@ def sizes(only: str, kept: Path) -> str:
                 continue
             wanted = ("compiled", "memory", "seconds", "mfu")
             done[case] = {"case": case} | {key: plan[key] for key in wanted}
-            with open(kept, "a") as file:
-                file.write(json.dumps(done[case]) + "\n")
+            keep(kept, done[case])
         row = done[case]
         target, _, run = case.partition(" ")
         compiled, capacity = row["compiled"], row["memory"]["capacity"]

@@ -180,8 +180,6 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
 
     if config.launcher.kind == "local" and config.launcher.num_processes > 1 and not distributed.announced():
         return launch_local(config, overrides)
-    with startup.phase("import"):
-        import jax  # noqa: F401  # with what it costs
     with startup.phase("join"):
         distributed.start(config.devices)
     with startup.phase("import"):

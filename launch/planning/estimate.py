@@ -29,7 +29,6 @@ from models.pipeline import Schedule, schedule_over
 from trainer.footprint import Held, Rules, Work, work
 from trainer.hardware import Hardware, Target
 from trainer.mesh import AXES, abstract_mesh, with_pipeline
-from trainer.offload import HOST
 
 # What remains of the data sheets' figures in programs that are large and well shaped.
 MATMUL = {"tpu": 0.85, "cuda": 0.72, "cpu": 0.85}
@@ -331,9 +330,8 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
         add(axis, "collective-permute", "activations", 2 * turns, moved, hidden=False)
         add(axis, "all-gather", "activations", 4 * steps, activation / at_once * n, hidden=False)
         if rounds > 1:  # from where layers are kept to who runs them, and gradients back
-            add(
-                axis, "all-to-all", "weights and gradients", 2 * steps, bytes_on_device(trained["layers"]), hidden=False
-            )
+            moved = bytes_on_device(trained.get("layers"))
+            add(axis, "all-to-all", "weights and gradients", 2 * steps, moved, hidden=False)
     a = model.attention
     for axis in config.sharding.length:
         # Keys and values go around the ring; in the backward pass their gradients with them, in f32.
@@ -357,7 +355,7 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
 
 def _to_host(whole: Shapes, found: Work, hardware: Hardware) -> list[Traffic]:
     """Between a device and the memory of its host, there and back."""
-    kept = bytes_on_device(whole.core.abstract.opt_state, memory=HOST)
+    kept = bytes_on_device(whole.core.abstract.opt_state, on_host=True)
     both = ("optimizer", 2 * kept, False), ("activations", 2 * found.sent_away, True)
     speed = hardware.host * NETWORK
     return [Traffic("host", "copy", what, 2, size, size / speed, hidden) for what, size, hidden in both if size]

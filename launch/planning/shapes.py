@@ -20,6 +20,7 @@ from models.transformer import abstract_params, make_apply, param_axes
 from trainer.adapters import BASE
 from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, field_shardings, param_shardings, with_shardings
 from trainer.objective import REFERENCE, TEACHER, FrozenModel, column_spec
+from trainer.offload import HOST
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -181,13 +182,13 @@ def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) 
     return shapes_of(local, abstract_mesh(MeshConfig(), 1), share, alone)
 
 
-def bytes_on_device(tree: Any, *, memory: str = "device") -> float:
+def bytes_on_device(tree: Any, *, on_host: bool = False) -> float:
     """Of a tree of shapes with shardings, on one device, or of its share in the memory of the host; what stands in it
     twice is counted once.
     """
     seen, total = set(), 0.0
     for leaf in jax.tree.leaves(tree):
-        if id(leaf) in seen or (leaf.sharding.memory_kind or "device") != memory:
+        if id(leaf) in seen or (leaf.sharding.memory_kind == HOST) != on_host:
             continue
         seen.add(id(leaf))
         shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf.sharding, NamedSharding) else leaf.shape

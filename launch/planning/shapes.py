@@ -150,7 +150,7 @@ class OneShare(NoConstraint):
         return jax.lax.copy_p.bind(x[None])[0]  # embedding and head, whole: a buffer unlike the parameter's own
 
     def per_device(self, function: Any, axes: Any, *args: Any) -> jax.Array:
-        if self.copies == 1:
+        if self.copies == 1 or not any("experts" in names for names in axes if names):
             return function({}, *args)
         many = lambda x, names: jnp.concatenate([x] * self.copies) if names and names[0] == "batch" else x
         rows = args[0].shape[0]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import Balance, Dispatch, ExpertsConfig, MLPConfig, ModelConfig, RouterScore
+from models.grouped import grouped, rows_of_block
 from models.layers import MLP, Projection, activate, as_array, contract, param
 from models.partition import TOKENS, Constrain, Cut
 
@@ -156,7 +157,14 @@ class Experts(nnx.Module):
         # With a capacity, who finds room depends on the whole row.
         rows = ("batch", "length" if capacity is None else None, None)
         y_BLD = constrain.per_device(
-            partial(_compute, capacity=capacity, num_experts=config.num_experts, mlp=self.config.mlp),
+            partial(
+                _compute,
+                capacity=capacity,
+                num_experts=config.num_experts,
+                mlp=self.config.mlp,
+                parts=constrain.parts("experts"),
+                platform=constrain.platform,
+            ),
             (rows, rows, rows, *axes),
             x_BLD,
             chosen_BLk,
@@ -190,13 +198,14 @@ class Experts(nnx.Module):
 
 def _compute(
     cut: Cut, x_BLD, chosen_BLk, weights_BLk, gate, gate_bias, up, up_bias, down, down_bias, *,
-    capacity: int | None, num_experts: int, mlp: MLPConfig,
+    capacity: int | None, num_experts: int, mlp: MLPConfig, parts: int, platform: str,
 ) -> jax.Array:  # fmt: skip
     """The routed sum [B, L, D] of one device's rows, with the experts that this device holds.
 
     Where the experts' mesh axes cut the rows too, tokens travel: with a capacity each to the device of its expert and
     back (two all-to-alls); without one, all tokens of these devices to each of them (all-gather), where each computes
-    its experts' part of the sum (reduce-scatter), for how many go where is not known beforehand.
+    its experts' part of the sum (reduce-scatter), for how many go where is not known beforehand. `parts`: in which the
+    experts lie on the mesh.
     """
     mine, rows = cut.get("experts", ()), cut.get("batch", ())
     shared = tuple(axis for axis in mine if axis in rows)
@@ -208,11 +217,11 @@ def _compute(
         )
     here = num_experts if travel else up.shape[0]
     chosen_BLk = chosen_BLk - (jax.lax.axis_index(mine) * here if mine and not travel else 0)
-    if down_bias is not None and (parts := cut.get("mlp")):  # each part of the sum would add it
-        down_bias = jnp.where(jax.lax.axis_index(parts) == 0, down_bias, 0)
+    if down_bias is not None and (cutting := cut.get("mlp")):  # each part of the sum would add it
+        down_bias = jnp.where(jax.lax.axis_index(cutting) == 0, down_bias, 0)
     weights = (gate, gate_bias, up, up_bias, down, down_bias)
     if capacity is None:
-        y_BLD = _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp)
+        y_BLD = _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp, parts, platform)
     else:
         y_BLD = _with_capacity(
             x_BLD, chosen_BLk, weights_BLk, weights, mlp, capacity, here, travel_along=mine if travel else ()
@@ -223,7 +232,7 @@ def _compute(
     return (jax.lax.psum(y_BLD, parted) if parted else y_BLD).astype(x_BLD.dtype)
 
 
-def _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp: MLPConfig) -> jax.Array:
+def _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp: MLPConfig, parts: int, platform: str) -> jax.Array:
     """[B, L, D] f32: pairs sorted by expert, grouped products, sorted back (Gale et al. 2022).
 
     Choices outside [0, experts here) are another device's, or nobody's.
@@ -238,10 +247,11 @@ def _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp: MLPConfig) -> jax.Ar
     slots_1S = jnp.where(jnp.arange(nowhere)[None] < num_mine, order_1P, nowhere)
     back_1P = jnp.where(rank_1P < num_mine, rank_1P, nowhere)
     x_SD = _take(x_BLD.reshape(1, B * L, D), slots_1S, back_1P, k)[0]
+    block = rows_of_block(nowhere / (here * parts), platform)
     expert_S = jnp.minimum(jnp.take(chosen_1P[0], order_1P[0]), here - 1)
 
     def apply(x, kernel, bias):
-        y = grouped(x, kernel, sizes, x.dtype)
+        y = grouped(x, kernel, sizes, x.dtype, block)
         return y if bias is None else y + bias[expert_S].astype(y.dtype)
 
     hidden_SF = activate(mlp, None if gate is None else apply(x_SD, gate, gate_bias), apply(x_SD, up, up_bias))
@@ -326,36 +336,3 @@ _taken.defvjp(lambda x, there, back, copies: (_take(x, there, back, copies), (th
 
 def _rows(x_BND: jax.Array, at_BM: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(x_BND, at_BM)
-
-
-def grouped(x_SD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[S, F]: rows in groups of `sizes`, each times its own matrix, in x's dtype with f32 accumulation.
-
-    As in `models.layers.contract`, the gradient of f32 weights is never rounded. Rows past the last group are
-    unspecified.
-    """
-    return _grouped(x_SD, kernel_EDF, sizes_E, dtype)  # type: ignore[return-value]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x, kernel, sizes, dtype):
-    return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes, preferred_element_type=jnp.float32).astype(dtype)
-
-
-def _grouped_backward(dtype, saved, dy):
-    x, kernel, sizes = saved
-    dy = jax.lax.optimization_barrier(dy.astype(x.dtype))
-    f32, transposed = jnp.float32, kernel.astype(x.dtype).swapaxes(1, 2)
-    dx = jax.lax.ragged_dot(dy, transposed, sizes, preferred_element_type=f32)
-    by_group = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-    )
-    dkernel = jax.lax.ragged_dot_general(x, dy, sizes, by_group, preferred_element_type=f32)
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype), None
-
-
-def _grouped_forward(x, kernel, sizes, dtype):
-    return _grouped(x, kernel, sizes, dtype), (x, kernel, sizes)
-
-
-_grouped.defvjp(_grouped_forward, _grouped_backward)

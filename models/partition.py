@@ -22,6 +22,11 @@ class Constrain(Protocol):
 
     stages: int  # parts of the layers, each on other devices
     shown_stages: int  # of these, in the arrays that the program sees: all, but in a plan's share of one device
+    platform: str  # of the devices: cpu, gpu, tpu
+
+    def parts(self, name: str) -> int:
+        """In how many a dim of this name is cut."""
+        ...
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         """`x`, an activation whose dims have these names, pinned to the mesh."""
@@ -54,6 +59,13 @@ class NoConstraint:
 
     stages = 1
     shown_stages = 1
+
+    @property
+    def platform(self) -> str:
+        return jax.default_backend()
+
+    def parts(self, name: str) -> int:
+        return 1
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
         return x

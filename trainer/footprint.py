@@ -59,7 +59,7 @@ class Rules:
 
     kept: Callable[[Value], float] = lambda value: value.bytes  # bytes of a value as it is kept on one device
     seconds: Callable[[float, float], float] = lambda flops, moved: 0.0  # that a step of so much takes
-    dense_groups: float = 0.0  # a grouped product is made with every group's matrix, of so many times its groups
+    turns: float = 2.0  # of a loop that ends by itself: those of models/grouped.py, where groups are equal
     rows_of_groups: float = 1.0  # of the rows of a grouped product, the share that falls on any group
     copies_donated: bool = False  # results take the place of arguments only in the end
 
@@ -269,7 +269,7 @@ def _walk(
             now.append(Held(values[made[0]], whole, False))
         if (size := sum(h.bytes for h in now)) > total.peak:
             total.peak, total.held = size, now
-        total.add(inside, step.params["length"] if step.name == "scan" else 1)
+        total.add(inside, {"scan": step.params.get("length", 1), "while": rules.turns}.get(step.name, 1))
         if step.name not in LOOPS:
             part = _touched(step)
             touched = [*sources, *made] if part is None else 2 * part
@@ -315,7 +315,8 @@ def _inside(step: Step, program: Program, rules: Rules) -> Work:
         sliced = set(inner.inputs[offset + consts + carries :])
         return _walk(inner, rules, sliced=sliced, written=set(inner.outputs[carries:]) - set(inner.outputs[:carries]))
     if step.name == "while":
-        return _walk(_written_out(step.params["body_jaxpr"].jaxpr), rules)
+        body = _written_out(step.params["body_jaxpr"].jaxpr)
+        return _walk(body, rules, in_place=set(body.outputs))
     if step.name == "cond":
         branches = [_walk(_written_out(branch.jaxpr), rules) for branch in step.params["branches"]]
         return max(branches, key=lambda branch: branch.peak)
@@ -325,16 +326,8 @@ def _inside(step: Step, program: Program, rules: Rules) -> Work:
         out = program.values[step.makes[0]].shape
         return Work(flops=2.0 * math.prod(out) * math.prod(sizes[d] for d in contracted))
     if step.name.startswith("ragged_dot"):
-        a, b = (program.values[i].shape for i in step.reads[:2])
+        a = program.values[step.reads[0]].shape
         out = program.values[step.makes[0]].shape
         # Rows meet one group each: [S, K] x [E, K, N] > [S, N], or [S, K] x [S, N] > [E, K, N].
-        found = Work(flops=2.0 * a[0] * a[1] * out[-1] * rules.rows_of_groups)
-        if rules.dense_groups:
-            groups = max(1, round(rules.dense_groups * (b[0] if len(b) == 3 else out[0])))
-            found.flops *= groups / rules.rows_of_groups
-            apart = [] if groups == 1 else [Value((groups, *a), program.values[step.reads[0]].dtype)]
-            apart += [Value((groups, *out), np.dtype("float32"))] if len(out) == 2 and apart else []
-            found.held = [Held(value, value.bytes, False) for value in apart]
-            found.peak = sum(held.bytes for held in found.held)
-        return found
+        return Work(flops=2.0 * a[0] * a[1] * out[-1] * rules.rows_of_groups)
     return Work()

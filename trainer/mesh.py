@@ -384,6 +384,12 @@ class MeshConstrain:
         self.mesh, self.rules, self.without = mesh, rules, without
         self._stage_axes = [axis for axis in rules.axes_of("layers", "sharding") if mesh.shape[axis] > 1]
         self.stages = self.shown_stages = _axis_size(mesh, self._stage_axes)
+        self.platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+
+    def parts(self, name: str) -> int:
+        """See `models.partition.Constrain`."""
+        axes = self.rules.axes_of(name, "sharding")
+        return _axis_size(self.mesh, [axis for axis in axes if axis not in self.without])
 
     def _spec(self, x: jax.Array, logical: LogicalAxes) -> PartitionSpec:
         # `fsdp` cuts rows of activations and `embed` of parameters; an activation's own width is never cut.

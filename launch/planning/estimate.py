@@ -132,7 +132,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
     config = replace(config, model=with_pipeline(config.model, rows, mesh, config.sharding))
     teacher = teacher or teacher_of(config)
     whole = shapes_of(config, mesh, teacher)
-    local, jaxpr = _traced(config, mesh, teacher)
+    local, jaxpr = _traced(config, mesh, teacher, hardware.platform)
     found = _walked(config, hardware, whole, local, jaxpr, sizes)
     model = whole.core.model
     tokens = math.prod(whole.batch.tokens.shape)
@@ -176,7 +176,6 @@ def _walked(
     rules = Rules(
         kept=lambda value: value.bytes * shares.get((value.shape, value.dtype), 1.0),
         seconds=lambda flops, moved: max(flops / speed, moved / bandwidth),
-        dense_groups=0.0 if hardware.platform == "tpu" else _groups(config, sizes),
         copies_donated=hardware.platform == "cpu",
         rows_of_groups=1 / copies,
     )
@@ -187,22 +186,16 @@ def _walked(
 _last: dict[str, tuple[Shapes, Any]] = {}
 
 
-def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None) -> tuple[Shapes, Any]:
+def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None, platform: str) -> tuple[Shapes, Any]:
     """One device's share and the jaxpr of its step. Meshes that differ only in who keeps what have them in common."""
     sizes = dict(mesh.shape)
-    key = repr((share_of(config, sizes), teacher, gathered_copies(config, sizes)))
+    key = repr((share_of(config, sizes), teacher, gathered_copies(config, sizes), platform))
     if key not in _last:
-        local = local_shapes(config, mesh, teacher)
+        local = local_shapes(config, mesh, teacher, platform)
         if len(_last) > 64:
             _last.clear()
         _last[key] = local, local.core.train_step.trace(*local.arguments).jaxpr  # type: ignore[attr-defined]
     return _last[key]
-
-
-def _groups(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Experts of a device, of those that its share was given so that a token can choose."""
-    experts = config.model.experts.num_experts
-    return experts / product(sizes, config.sharding.experts) / max(share_of(config, sizes).model.experts.num_experts, 1)
 
 
 def _shares(whole: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], float]:

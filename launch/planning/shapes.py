@@ -133,12 +133,23 @@ def product(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
 class OneShare(NoConstraint):
     """The mesh as one device of it sees it."""
 
-    def __init__(self, copies: int, *, gathers: bool, length: int, pieces: int, stages: int):
-        """`copies`: devices whose tokens are gathered for each one's experts. `gathers`: whether parameters are.
-        `length`: tokens of a row, which lies between layers in so many pieces. `stages`: in which the layers lie.
+    def __init__(
+        self, copies: int, *, gathers: bool, length: int, pieces: int, stages: int, experts: int, platform: str
+    ):
+        """`copies`: devices whose tokens are gathered for each one's experts, which lie in so many parts. `gathers`:
+        whether parameters are. `length`: tokens of a row, which lies between layers in so many pieces. `stages`: in
+        which the layers lie.
         """
         self.copies, self.gathers, self.length, self.stages = copies, gathers, length, stages
+        self.experts, self._platform = experts, platform
         self.pieces = 1 if length % pieces else pieces  # as the trainer keeps whole what does not divide
+
+    @property
+    def platform(self) -> str:
+        return self._platform
+
+    def parts(self, name: str) -> int:
+        return self.experts if name == "experts" else 1
 
     def __call__(self, x: jax.Array, axes: Any) -> jax.Array:
         if axes == RESIDUAL and x.shape[1] == self.length:
@@ -166,8 +177,8 @@ def gathered_copies(config: RunConfig, sizes: Mapping[str, int]) -> int:
     return product(sizes, [axis for axis in rules.axes_of("experts", "sharding") if axis in rows])
 
 
-def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) -> Shapes:
-    """Of `share_of` the run, on one device."""
+def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None, platform: str) -> Shapes:
+    """Of `share_of` the run, on one device of this platform."""
     sizes, rules = dict(mesh.shape), config.sharding
     share = None if teacher is None else model_share(teacher, rules, sizes)
     local = share_of(config, sizes)
@@ -178,6 +189,8 @@ def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None) 
         length=local.data.seq_len,
         pieces=pieces,
         stages=product(sizes, rules.layers),
+        experts=product(sizes, rules.experts),
+        platform=platform,
     )
     return shapes_of(local, abstract_mesh(MeshConfig(), 1), share, alone)
 

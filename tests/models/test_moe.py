@@ -18,7 +18,7 @@ from models.config import (
     ModelConfig,
     RouterScore,
 )
-from models.moe import BIAS_GRADIENT, Experts, auxiliary, capacity_of, grouped, route
+from models.moe import BIAS_GRADIENT, Experts, auxiliary, capacity_of, route
 from models.partition import no_constraint
 from models.transformer import init_params, make_apply
 
@@ -177,18 +177,6 @@ def test_the_balancing_bias_has_the_load_error_for_its_gradient_and_changes_no_l
     load = np.bincount(chosen.reshape(-1), minlength=E) * E / (K * L)
     assert float(value) == 0
     np.testing.assert_allclose(gradient / BIAS_GRADIENT, load - 1, atol=1e-5)
-
-
-def test_gradients_of_f32_weights_are_not_rounded_in_bf16():
-    x = jax.random.normal(jax.random.key(0), (64, D)).astype(jnp.bfloat16)
-    kernel, sizes = jax.random.normal(jax.random.key(1), (4, D, 6)), jnp.array([20, 0, 30, 14])
-    gradient = jax.grad(lambda k: grouped(x, k, sizes, jnp.dtype("float32")).sum())(kernel)
-    assert gradient.dtype == jnp.float32
-    ends = np.cumsum(sizes)
-    for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
-        want = np.asarray(x[start:end], np.float64).sum(0)
-        np.testing.assert_allclose(gradient[e], np.broadcast_to(want[:, None], (D, 6)), rtol=1e-5, atol=1e-5)
-    assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
 
 
 def test_two_kinds_of_layers_take_two_scans_however_many_there_are():

@@ -1,4 +1,4 @@
-"""The mesh, the microbatches and the remat under which a run is fastest and fits, by arithmetic."""
+"""The mesh, the microbatches, the remat and the offload under which a run is fastest and fits, by arithmetic."""
 
 import copy
 import itertools
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from configs.schema import RunConfig, TrainConfig
 from launch.planning.estimate import Plan, estimate
 from launch.planning.shapes import product, teacher_of
-from models.config import ModelConfig, Remat
+from models.config import ModelConfig, Offload, Remat
 from trainer.hardware import Target, present
 from trainer.mesh import AXES, MeshConfig, mesh_sizes
 
@@ -33,14 +33,14 @@ class Free(NamedTuple):
     """What a search may change."""
 
     mesh: bool = True
-    remat: bool = False
+    remat: bool = False  # and what goes to the memory of the host
     turns: bool = False  # the microbatches that a batch is cut in
     batch: bool = False  # the batch size
 
 
 def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda done, of: None) -> list[Choice]:
     """The best meshes, each with the lightest remat and the fewest microbatches under which it fits, the fastest first;
-    where none fits, the smallest.
+    where none fits, with what can lie on the host there; and if none fits even so, the smallest.
 
     Raises: ValueError where no mesh goes together with model and batch, with the last reason.
     """
@@ -49,16 +49,23 @@ def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda do
         meshes = list(candidates(config, target))
     else:
         meshes = [MeshConfig(**dict(zip(AXES, mesh_sizes(config.mesh, target.num_devices), strict=True)))]
+    fitting: list[Choice] = []
     begun: list[Choice] = []  # each mesh as small as it goes
-    for done, mesh in enumerate(meshes):
-        tell(done, len(meshes) + LOOKED_INTO)
-        try:
-            begun.append(_smallest(config, target, mesh, free, teacher))
-        except ValueError as error:
-            refused = error
+    ways = [(config, free)]
+    if free.remat:
+        ways.append((offloading(config), free._replace(remat=False)))
+    for config, free in ways:
+        for done, mesh in enumerate(meshes):
+            tell(done, len(meshes) + LOOKED_INTO)
+            try:
+                begun.append(_smallest(config, target, mesh, free, teacher))
+            except ValueError as error:
+                refused = error
+        fitting = sorted((c for c in begun if c.plan.fits), key=lambda choice: -choice.plan.tokens_per_second)
+        if fitting:
+            break
     if not begun:
         raise refused
-    fitting = sorted((c for c in begun if c.plan.fits), key=lambda choice: -choice.plan.tokens_per_second)
     if not fitting:
         return sorted(begun, key=lambda choice: choice.plan.memory.total)
     found = fitting[LOOKED_INTO:]
@@ -70,24 +77,26 @@ def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda do
 
 
 def candidates(config: RunConfig, target: Target) -> Iterator[MeshConfig]:
-    """Meshes worth a look: `tensor` within the fast links, `expert` where there are experts, `fsdp` for all that is
-    left or for one slice or node of it, with copies in `data`.
+    """Meshes worth a look: `tensor` within the fast links, `expert` where there are experts, `stage` between nodes or
+    slices, `fsdp` for all that is left or for one node or slice of it, with copies in `data`.
     """
     model, n = config.model, target.num_devices
     fast = min(target.hardware.node, n // target.num_slices)
+    layers = model.num_layers - model.layers_before_experts
+    stages = [s for s in (1, 2, 4) if layers % s == 0 and n % s == 0 and (s == 1 or n // s >= fast)]
     most = math.gcd(model.attention.num_kv_heads, model.attention.num_heads)
     tensors = [t for t in (1, 2, 4, 8, 16) if n % t == 0 and t <= fast and most % t == 0]
     count = model.experts.num_experts or 1
     dividing = [e for e in (1, 2, 4, 8, 16, 32, 64) if count % e == 0 and n % e == 0]
     experts = [e for e in dividing if count // e <= 32] or dividing[-1:]
-    for tensor, expert in itertools.product(tensors, experts):
-        if n % (tensor * expert) or tensor * expert > n:
+    for stage, tensor, expert in itertools.product(stages, tensors, experts):
+        if n % (stage * tensor * expert):
             continue
-        rest = n // (tensor * expert)
+        rest = n // (stage * tensor * expert)
         inside = math.gcd(rest, max(1, fast // (tensor * expert)))
         for fsdp in sorted({rest, inside, 1}, reverse=True):
             yield MeshConfig(**{axis: 1 for axis in AXES} | {
-                "data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "expert": expert
+                "stage": stage, "data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "expert": expert
             })  # fmt: skip
 
 
@@ -127,6 +136,13 @@ def _settings(config: RunConfig, rows: int, free: Free) -> Iterator[tuple[int, R
     # A free batch is made smaller instead of being cut.
     turns = [n for n in MICROBATCHES if rows and rows % n == 0] if free.turns and not free.batch else []
     yield from ((n, remat) for n in turns or [config.task.num_microbatches] for remat in remats)
+
+
+def offloading(config: RunConfig) -> RunConfig:
+    """The config with full remat, the optimizer's state and the borders of layers in the memory of the host."""
+    config = copy.deepcopy(config)
+    config.optimizer.offload, config.model.offload, config.model.remat = True, [Offload.border], Remat.full
+    return config
 
 
 def changed(config: RunConfig, mesh: MeshConfig, batch: int, turns: int, remat: Remat) -> RunConfig:

@@ -85,7 +85,7 @@ def _title(choice: Choice, overrides: list[str]) -> str:
 
 def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dict[str, Any]:
     """All that is known, as plain values: bytes, seconds, dollars."""
-    plan, hardware = choice.plan, choice.plan.target.hardware
+    plan, config, hardware = choice.plan, choice.config, choice.plan.target.hardware
     tokens = task.tokens or float(task.num_steps * plan.tokens_per_step)
     seconds = tokens / plan.tokens_per_second
     hours = seconds / 3600 * plan.target.num_devices
@@ -97,7 +97,7 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
         "devices": plan.target.num_devices,
         "mesh": plan.mesh,
         "batch_size": plan.batch_size,
-        "seq_len": choice.config.data.seq_len,
+        "seq_len": config.data.seq_len,
         "num_microbatches": plan.num_microbatches,
         "pipeline": None if plan.schedule is None else plan.schedule._asdict(),
         "remat": plan.remat,
@@ -138,6 +138,8 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
             f"data.batch_size={plan.batch_size}",
             f"task.num_microbatches={plan.num_microbatches}",
             f"model.remat={plan.remat}",
+            *([f"model.offload=[{','.join(o.name for o in config.model.offload)}]"] if config.model.offload else []),
+            *(["optimizer.offload=true"] if config.optimizer.offload else []),
         ],
     }
     if compiled is not None:
@@ -245,7 +247,7 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
         )
     if not plan.fits:
         console.print("try         task.search=true, model.remat=full, a smaller data.batch_size, or more devices")
-    console.print(f"to run      {' '.join(found['overrides'])}", soft_wrap=True)
+    console.print(f"to run      {' '.join(found['overrides'])}", soft_wrap=True, markup=False)
 
 
 def _short(number: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,9 +11,9 @@ from hydra import compose, initialize_config_module
 
 from configs.schema import register, to_typed
 from launch.planning.compiled import collectives, compile_step
-from launch.planning.estimate import estimate
+from launch.planning.estimate import USABLE, estimate
 from launch.planning.picture import draw_plan
-from launch.planning.search import Free, candidates, compute_optimal, search, settled
+from launch.planning.search import Free, candidates, compute_optimal, offloading, search, settled
 from launch.planning.shapes import bytes_on_device, shapes_of, with_vocabulary
 from launch.run import run
 from trainer.hardware import HARDWARE, Target, of_kind, parse_target, topology_shape
@@ -207,13 +208,28 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_a_search_finds_what_fits_and_says_the_smallest_where_nothing_does():
-    target = Target(HARDWARE["h100"], 64)
+    target = Target(HARDWARE["h100"], 16)
     config = config_of("model=llama3_8b", "data.seq_len=2048")
     best = search(config, target, Free(mesh=True, remat=True, batch=True))[0]
     assert best.plan.fits
-    assert math.prod(best.plan.mesh.values()) == 64
+    assert math.prod(best.plan.mesh.values()) == 16
     worse = config_of("model=llama3_405b", "data.seq_len=8192", "data.batch_size=8")
     assert not search(worse, Target(HARDWARE["l4"], 8), Free())[0].plan.fits
+
+
+def test_a_search_keeps_on_the_host_what_fits_nowhere_else():
+    config = config_of("data.batch_size=1024", "model.num_layers=16")
+    alone = Target(HARDWARE["v5e"], 1)
+    room = replace(alone.hardware, memory=1.1 * estimate(offloading(config), alone).memory.total / USABLE)
+    best = search(config, Target(room, 1), Free(remat=True))[0]
+    assert best.plan.fits and best.config.optimizer.offload and best.config.model.offload
+    assert not search(config, Target(room, 1), Free())[0].plan.fits
+
+
+def test_stages_are_tried_between_nodes_only():
+    config = config_of("model=llama3_8b")
+    stages = lambda count: {mesh.stage for mesh in candidates(config, Target(HARDWARE["h100"], count))}
+    assert stages(8) == {1} and stages(32) == {1, 2, 4}
 
 
 def test_an_axis_that_is_left_open_takes_what_remains():
@@ -227,7 +243,7 @@ def test_every_mesh_of_a_search_has_all_devices_and_cuts_evenly():
     found = list(candidates(config, target))
     assert found
     for mesh in found:
-        assert mesh.data * mesh.fsdp * mesh.tensor * mesh.expert == 48
+        assert mesh.stage * mesh.data * mesh.fsdp * mesh.tensor * mesh.expert == 48
         assert config.model.attention.num_kv_heads % mesh.tensor == 0
 
 

@@ -25,6 +25,8 @@ cpu-8 model=olmoe_1b_7b mesh.expert=4 mesh.fsdp=2 data.batch_size=8 data.seq_len
 cpu-8 model=gemma3_1b mesh.data=2 mesh.fsdp=4 data.batch_size=8 data.seq_len=1024 model.remat=full
 cpu-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8 data.seq_len=1024 model.remat=full
 cpu-8 model=mixtral_8x7b mesh.expert=8 data.batch_size=8 data.seq_len=1024 model.remat=full
+cpu-8 model=qwen3_30b_a3b mesh.expert=8 data.batch_size=8 data.seq_len=1024 model.remat=full
+cpu-8 model=llama3_2_1b mesh.stage=4 mesh.data=2 data.batch_size=16 data.seq_len=512 model.remat=full
 h100-1 model=gpt2 data.batch_size=8 data.seq_len=512
 h100-8 model=llama3_2_1b mesh.fsdp=8 data.batch_size=16 data.seq_len=1024
 h100-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8 data.seq_len=2048 model.remat=full
@@ -33,8 +35,13 @@ h100-8 model=olmoe_1b_7b mesh.fsdp=8 data.batch_size=8 data.seq_len=1024 model.r
 h100-32 model=mixtral_8x7b mesh.expert=8 mesh.fsdp=4 data.batch_size=32 data.seq_len=2048 model.remat=full
 h100-64 model=llama3_70b mesh.fsdp=16 mesh.tensor=4 data.batch_size=32 data.seq_len=2048 model.remat=full
 h100-8 model=qwen3_4b mesh.data=2 mesh.fsdp=4 data.batch_size=8 data.seq_len=2048 model.remat=qkv
+h100-16 model=llama3_8b mesh.stage=4 mesh.fsdp=4 data.batch_size=64 data.seq_len=2048 model.remat=full
+h100-16 model=llama3_8b mesh.stage=4 mesh.data=2 mesh.tensor=2 data.batch_size=64 data.seq_len=2048 model.remat=full
+h100-32 model=mixtral_8x7b mesh.stage=4 mesh.expert=4 mesh.fsdp=2 data.batch_size=64 data.seq_len=2048 model.remat=full
+h100-8 model=llama3_2_1b mesh.context=4 mesh.fsdp=2 data.batch_size=4 data.seq_len=16384 model.remat=full
 v5e-1 model=gpt2 data.batch_size=8 data.seq_len=512 model.remat=full
 v5e-8 model=llama3_2_1b mesh.fsdp=8 data.batch_size=16 data.seq_len=1024 model.remat=full
+2*v5e-16 model=llama3_2_1b mesh.data=2 mesh.fsdp=16 data.batch_size=64 data.seq_len=2048 model.remat=full
 v5p-32 model=llama3_8b mesh.fsdp=16 data.batch_size=16 data.seq_len=2048 model.remat=full
 v6e-16 model=olmoe_1b_7b mesh.fsdp=4 mesh.expert=4 data.batch_size=16 data.seq_len=2048 model.remat=full
 v5e-16 model=smollm2_1_7b mesh.data=2 mesh.fsdp=8 data.batch_size=32 data.seq_len=1024 model.remat=dots

@@ -74,6 +74,7 @@ from trainer.schedule import (
     ScheduleConfig,
     WsdConfig,
 )
+from trainer.spikes import SpikeConfig
 from trainer.tracker import TensorboardConfig, TrackerConfig, WandbConfig
 
 
@@ -245,6 +246,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sharding: ShardingRules = field(default_factory=ShardingRules)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     trackers: dict[str, TrackerConfig] = field(default_factory=dict)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
@@ -444,6 +446,7 @@ def validate(config: RunConfig) -> None:
     if config.init_width.active and config.init_from is None:
         raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
+    config.spikes.validate()
     task = config.task
     if isinstance(task, TrainConfig):
         for field_name in ("num_steps", "num_microbatches", "log_every"):

@@ -52,7 +52,7 @@ from trainer.objective import Objective, Params
 from trainer.objectives.classification import Classification
 from trainer.objectives.prefix import Prefixed
 from trainer.state import TrainState, abstract_state, init_sharded_state
-from trainer.step import EvalStep, TrainStep, make_eval_step, make_train_step
+from trainer.step import EvalStep, make_eval_step, make_train_step
 
 Say = Callable[[str], None]
 
@@ -231,7 +231,7 @@ class Core:
     constrain: Constrain
     apply: Apply
     objective: Objective
-    train_step: TrainStep  # jitted, the state donated
+    train_step: Any  # jitted, the state donated: see `trainer.step.make_train_step`
     eval_step: EvalStep
     told_step: Callable[..., Any] | None  # of classes: `Classification.told` of (params, frozen, batch)
     abstract: TrainState  # shapes and shardings

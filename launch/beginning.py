@@ -11,6 +11,7 @@ from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer, first_difference
 from launch.assemble import Core, Corpora, is_chief, say, wait_for_all
+from launch.incidents import next_row
 from launch.origins import (
     Base,
     Origin,
@@ -202,6 +203,8 @@ def begin(
         state = checkpointer.restore(step, core.abstract).state
     if "data" not in reset:
         source.set_state(checkpointer.read_json(step, "source"))
+        left_out = next_row(RunFolder(checkpointer.folder.parent), step)
+        source.next_index = source.next_index if left_out is None else left_out
     remembered = checkpointer.read_json(step, "extra")
     if "step" in reset:
         # Later steps would stand in the way of those to come; they stay beside them under another name.

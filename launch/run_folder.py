@@ -60,6 +60,10 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def incidents(self) -> Path:
+        return self.path / "incidents"
+
     def has_checkpoints(self) -> bool:
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 

@@ -33,6 +33,10 @@ class Startup:
         finally:
             self.seconds[name] += time.perf_counter() - begin - (sum(self.seconds.values()) - inner)
 
+    def again(self) -> None:
+        """What follows is another start in the same process."""
+        self._began, self.seconds, self.cache = time.perf_counter(), dict.fromkeys(PHASES, 0.0), ""
+
     def first_step_done(self, seconds: float) -> None:
         self.seconds["first step"] = seconds
         self.seconds["config"] = max(0.0, time.perf_counter() - self._began - sum(self.seconds.values()))

@@ -232,6 +232,12 @@ class Checkpointer:
         known = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         return min(known, key=lambda step: (known[step], step)) if known else None
 
+    def before(self, step: int) -> int | None:
+        """The newest committed step before this one, unchecked, as process 0 finds it."""
+        self.wait()
+        found = _by_process_0(lambda: max((s for s in self.steps() if s < step), default=-1))
+        return None if found < 0 else found
+
     def latest_whole(self) -> int | None:
         """The newest step whose files are all as they were written; None where nothing was ever saved.
 

@@ -16,7 +16,7 @@ from trainer.schedule import Schedule
 from trainer.state import TrainState
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]  # its limits given
 EvalStep = Callable[[Params, Mapping[str, Any], Batch], dict[str, Mean]]
 
 
@@ -27,11 +27,13 @@ def make_train_step(
     *,
     num_microbatches: int = 1,
     schedule: Schedule | None = None,
-) -> TrainStep:
-    """`train_step(state, frozen, batch) -> (state, metrics)`, to be jitted once with `state` donated.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`train_step(state, frozen, batch, limits) -> (state, metrics)`, to be jitted once with `state` donated.
 
+    `limits` [2] f32, of loss and gradient norm: an update above them, or with one that is not finite, is dropped.
     Metrics are f32 scalars: the objective's own as means, and `loss`, `tokens` (the loss's total weight),
-    `grad_norm` (before clipping), `param_norm` (before the update) and, with a schedule, `learning_rate`.
+    `grad_norm` (before clipping), `param_norm` (before the update), `dropped` (1 where the update was) and, with a
+    schedule, `learning_rate`.
     """
     update = optax.with_extra_args_support(optimizer).update
 
@@ -39,7 +41,9 @@ def make_train_step(
         loss, metrics = objective.loss(apply, params, frozen, batch, rng)
         return loss.total, _f32({"loss": loss, **metrics})
 
-    def train_step(state: TrainState, frozen: Mapping[str, Any], batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, frozen: Mapping[str, Any], batch: Batch, limits: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         frozen = {**frozen, **moving_models(state.opt_state)}
         grads, means = _accumulate(loss_sum, state.params, frozen, batch, rng, num_microbatches)
@@ -50,17 +54,21 @@ def make_train_step(
         old_opt_state = on_device(state.opt_state)
         updates, opt_state = update(grads, old_opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
-        # Where nothing is to be learnt, moments must not decay and weights must not drift.
+        watched = jnp.stack([means["loss"].value(), optax.global_norm(grads)])
+        sound = jnp.isfinite(watched) & (watched <= (jnp.inf if limits is None else limits))
+        dropped = (weight > 0) & ~sound.all()
+        # Where nothing is to be learnt either, moments must not decay and weights must not drift.
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(weight > 0, new, old),
+            lambda new, old: jnp.where((weight > 0) & ~dropped, new, old),
             (params, opt_state),
             (state.params, old_opt_state),
         )
         metrics = {name: mean.value() for name, mean in means.items()}
         metrics |= {
             "tokens": weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": watched[1],
             "param_norm": optax.global_norm(state.params),
+            "dropped": dropped.astype(jnp.float32),
         }
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)

@@ -18,9 +18,18 @@ from models.config import Dispatch, ModelConfig
 from models.partition import RESIDUAL, TOKENS, Constrain, NoConstraint
 from models.transformer import abstract_params, make_apply, param_axes
 from trainer.adapters import BASE
-from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, field_shardings, param_shardings, with_shardings
+from trainer.mesh import (
+    MeshConfig,
+    ShardingRules,
+    abstract_mesh,
+    field_shardings,
+    param_shardings,
+    replicated,
+    with_shardings,
+)
 from trainer.objective import REFERENCE, TEACHER, FrozenModel, column_spec
 from trainer.offload import HOST
+from trainer.spikes import NO_LIMITS
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -34,8 +43,9 @@ class Shapes:
     batch: Any
 
     @property
-    def arguments(self) -> tuple[Any, Any, Any]:
-        return self.core.abstract, self.frozen, self.batch
+    def arguments(self) -> tuple[Any, Any, Any, Any]:
+        limits = jax.ShapeDtypeStruct(NO_LIMITS.shape, NO_LIMITS.dtype, sharding=replicated(self.core.mesh))
+        return self.core.abstract, self.frozen, self.batch, limits
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:

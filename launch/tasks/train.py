@@ -14,7 +14,7 @@ from configs.schema import RunConfig, TrainConfig, to_plain
 from data.chat import chat_ids, text_after_turn
 from data.examples import Records
 from data.pipeline import OfflineSource
-from launch import exit_codes
+from launch import exit_codes, incidents
 from launch.assemble import (
     Core,
     Corpora,
@@ -26,6 +26,7 @@ from launch.assemble import (
     load_corpora,
     model_config,
     say,
+    wait_for_all,
 )
 from launch.beginning import Frozen, Start, begin, check_resume, find_base, find_frozen, recall_tokenizer
 from launch.origins import adopt, adopt_tokenizer, model_digest
@@ -47,12 +48,22 @@ from trainer.moving import moving_models
 from trainer.objective import Params
 from trainer.optimizer import eval_params
 from trainer.plot import draw_loss
+from trainer.spikes import NO_LIMITS, Rollback, SpikeWatch, Spoiled
 from trainer.state import TrainState
 from trainer.tracker import Trackers, build_trackers
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
     """Trains until `task.num_steps`, or until there is a reason to end sooner. Returns the exit code."""
+    code = _start(config, overrides)
+    while code is None:  # the run went back, and begins again at its checkpoint
+        startup.again()
+        code = _start(config, overrides)
+    return code
+
+
+def _start(config: RunConfig, overrides: list[str]) -> int | None:
+    """One start of a run, to its end; None where it is to be started again."""
     task = config.task
     assert isinstance(task, TrainConfig)
     folder = run_folder(config)
@@ -122,7 +133,8 @@ class Session:
         assert isinstance(self.config.task, TrainConfig)
         return self.config.task
 
-    def train(self, start: Start) -> int:
+    def train(self, start: Start) -> int | None:
+        """Returns: the exit code, or None where the run went back."""
         state, first_step = start.state, int(start.state.step)
         self.ledger.resume(first_step)
         adapters = None if self.core.adaptation is None else self.core.adaptation.num_trainable
@@ -141,27 +153,64 @@ class Session:
             log_every=self.task.log_every,
             say=say,
         )
-        code = 1
+        code: int | None = 1
         try:
             trackers.log_config(to_plain(self.config))
-            every_hook, stopper, saver = self.hooks(metrics, trackers, start.remembered)
+            watch = SpikeWatch(self.config.spikes, say=say, before=self.checkpointer.before)
+            every_hook, stopper, saver = self.hooks(metrics, watch, trackers, start.remembered)
             if "step" in start.forgotten:
                 saver.save(first_step, state, self.source)  # those before it are set aside: a kill must find one
             with stopper:
-                state, reason = self.fit(state, every_hook, self.report(metrics, trackers, first_step))
+                report = self.report(metrics, watch, trackers, first_step)
+                state, reason = self.fit(state, watch, every_hook, report)
             code = exit_codes.PREEMPTED if reason == hooks.PREEMPTED else 0
             self.finish(state, reason, trackers)
+        except Rollback as rollback:
+            code = self.go_back(rollback)
+            return code
+        except Spoiled as error:
+            self.checkpointer.wait()
+            say(f"meshwright: {error}")
+            return exit_codes.FAILED
         finally:
-            trackers.finish(code)
+            trackers.finish(code or 0)
         if code == 0 and is_chief():
             print(closing_words(self.config, self.folder, reason))
         return code
 
-    def fit(self, state: TrainState, every_hook: list[Hook], report: Callable) -> tuple[TrainState, str]:
+    def go_back(self, rollback: Rollback) -> int | None:
+        """Writes what happened and sets aside the checkpoints since, so that the next start begins before it.
+
+        Returns: None, or an exit code where that was done often enough.
+        """
+        limit, number = self.config.spikes.limit, len(incidents.of(self.folder)) + 1
+        if number > limit:
+            say(
+                f"meshwright: spikes.limit={limit}: the run went back so often; look at {self.folder.incidents}, and "
+                "begin again with a smaller optimizer.learning_rate or other data"
+            )
+            return exit_codes.FAILED
+        first_row = incidents.next_row(self.folder, rollback.to)
+        if first_row is None:
+            first_row = int(self.checkpointer.read_json(rollback.to, "source")["next_index"])
+        told, arrays = incidents.describe(self.source, rollback, first_row)
+        wait_for_all("rollback")  # all have counted the incidents before
+        if is_chief():
+            path = incidents.write(self.folder, told, arrays)
+            say(
+                f"rollback {number} of at most {limit}: from step {rollback.step} to the checkpoint of step "
+                f"{rollback.to}; rows {told['rows'][0]} to {told['rows'][1]} of the data are left out; see {path}"
+            )
+        self.checkpointer.set_aside_newer(rollback.to)
+        return None
+
+    def fit(
+        self, state: TrainState, watch: SpikeWatch, every_hook: list[Hook], report: Callable
+    ) -> tuple[TrainState, str]:
         # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
         with self.ledger.phase("compile"), startup.phase("compile"):
             batch, frozen = self.core.place(self.first_rows()), self.frozen.models
-            lowered = self.core.train_step.lower(state, frozen, batch)  # type: ignore[attr-defined]
+            lowered = self.core.train_step.lower(state, frozen, batch, NO_LIMITS)
             about = {
                 "model": model_digest(self.core.model),
                 "mesh": in_words(self.core.mesh.shape),
@@ -174,7 +223,7 @@ class Session:
                     state,
                     frozen,
                     self.source,
-                    compiled,
+                    watch.guard(compiled, int(state.step)),
                     num_steps=self.task.num_steps,
                     hooks=every_hook,
                     report=report,
@@ -185,7 +234,7 @@ class Session:
     def first_rows(self) -> Any:
         return jax.tree.map(lambda column: column[self.core.rows], self.source.global_batch())
 
-    def report(self, metrics: TrainMetrics, trackers: Trackers, first_step: int) -> Callable:
+    def report(self, metrics: TrainMetrics, watch: SpikeWatch, trackers: Trackers, first_step: int) -> Callable:
         def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
             if step == first_step + 1:
                 startup.first_step_done(sum(timing[part] for part in ("data_wait", "dispatch", "device_wait")))
@@ -193,18 +242,19 @@ class Session:
             self.ledger.move("step", "data_wait", timing["data_wait"])
             self.ledger.at_step(step)
             trackers.log(step, metrics(step, values, timing))
+            watch.observe(step, values)
 
         return report
 
     def hooks(
-        self, metrics: TrainMetrics, trackers: Trackers, remembered: dict[str, Any]
+        self, metrics: TrainMetrics, watch: SpikeWatch, trackers: Trackers, remembered: dict[str, Any]
     ) -> tuple[list[Hook], hooks.StopOnSignal, hooks.SaveEvery]:
         """All hooks in the order that is their meaning; the one that holds the signal handlers; the one that saves."""
         task, ledger, num_steps = self.task, self.ledger, self.task.num_steps
         parts = self.config, self.corpora, self.core, self.frozen.models, self.frozen.tables.heldout
         compute = build_evaluation(*parts)
         average = jax.jit(eval_params)
-        remembers: dict[str, hooks.Stateful] = {"metrics": metrics}
+        remembers: dict[str, hooks.Stateful] = {"metrics": metrics, "spikes": watch}
         every_hook: list[Hook] = []
         evaluation = None
         if self.corpora.heldout:

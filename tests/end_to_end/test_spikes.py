@@ -10,7 +10,8 @@ from tests.end_to_end.run import TINY, losses, meshwright, metrics
 
 STEPS = 100
 RUN = [
-    *TINY, "source=[text]", "data.sources.text.paths=[poison.txt]", "checkpoint.every=10", "spikes.window=64", "spikes.deviations=20",
+    *TINY, "source=[text]", "data.sources.text.paths=[poison.txt]", "checkpoint.every=10", "spikes.window=64",
+    "spikes.deviations=20",
     "optimizer.learning_rate=3e-3", "data.eval_batches=1",
 ]  # fmt: skip
 

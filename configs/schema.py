@@ -1,8 +1,8 @@
 """What a run is: `RunConfig`, the tasks, and `GROUPS`, the one table from a name on the command line to a dataclass.
 
 Defaults stand only in the dataclasses; a YAML file under this folder holds what differs. The dataclasses of models,
-optimizers, sources and so on stand beside the code that they configure; only tasks and launchers, which sit above
-this layer, are described here.
+optimizers, sources and so on stand beside the code that they configure; only tasks, here, and launchers, in
+`configs/launchers.py`, are described in this layer, as what carries them out sits above it.
 """
 
 import enum
@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from configs.launchers import LAUNCHERS, LauncherConfig, LocalConfig
 from configs.learning import check_learning, settle_learning
 from data.examples import Records
 from data.packing import Packing
@@ -204,17 +205,21 @@ class ConvertConfig(TaskConfig):
 
 
 @dataclass
-class LauncherConfig:
-    """How the processes of a run start."""
+class StatusConfig(TaskConfig):
+    """Of the newest job of a run, as the two below."""
 
-    kind: str = ""
+    kind: str = "status"
 
 
 @dataclass
-class LocalConfig(LauncherConfig):
-    kind: str = "local"
-    num_processes: int = 1  # processes on this machine, joined over loopback
-    port: int = 0  # of the coordinator; 0: a free one
+class LogsConfig(TaskConfig):
+    kind: str = "logs"
+    follow: bool = False  # stay, and show what comes
+
+
+@dataclass
+class StopConfig(TaskConfig):
+    kind: str = "stop"
 
 
 @dataclass
@@ -263,6 +268,9 @@ GROUPS: dict[str, dict[str, type]] = {
         "inspect": InspectConfig,
         "runs": RunsConfig,
         "convert": ConvertConfig,
+        "status": StatusConfig,
+        "logs": LogsConfig,
+        "stop": StopConfig,
     },
     "source": {
         "text": TextConfig,
@@ -321,7 +329,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "mesh": {"mesh": MeshConfig},
     "checkpoint": {"checkpoint": CheckpointConfig},
     "tracker": {"wandb": WandbConfig, "tensorboard": TensorboardConfig},
-    "launcher": {"local": LocalConfig},
+    "launcher": LAUNCHERS,
 }
 
 # Groups of which a run has exactly one class: their schema needs no name of its own.
@@ -364,14 +372,14 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     tree = OmegaConf.merge(tree, {key: v for key, v in plain.items() if key not in ("data", "trackers")})
     for key, group in _POLYMORPHIC.items():
         if group is not None:
-            setattr(tree, key, _typed_node(group, saved[key]))
+            setattr(tree, key, typed_node(group, saved[key]))
     data = {key: value for key, value in saved["data"].items() if key not in ("sources", "transform")}
     tree.data = OmegaConf.merge(OmegaConf.structured(DataConfig), data)
-    tree.data.transform = _typed_node("transform", saved["data"].get("transform", {"kind": "none"}))
+    tree.data.transform = typed_node("transform", saved["data"].get("transform", {"kind": "none"}))
     for name, node in saved["data"]["sources"].items():
-        tree.data.sources[name] = _typed_node("source", node)
+        tree.data.sources[name] = typed_node("source", node)
     for name, node in saved["trackers"].items():
-        tree.trackers[name] = _typed_node("tracker", node)
+        tree.trackers[name] = typed_node("tracker", node)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, RunConfig)
     return config
@@ -387,7 +395,8 @@ _POLYMORPHIC = {
 }
 
 
-def _typed_node(group: str, node: dict[str, Any]) -> Any:
+def typed_node(group: str, node: dict[str, Any]) -> Any:
+    """A saved node of a group as an OmegaConf node of the class that its `kind` names."""
     cls = GROUPS[group].get(node["kind"])
     if cls is None:
         raise ValueError(f"{group}.kind={node['kind']}: no such {group}; known: {', '.join(GROUPS[group])}")
@@ -447,6 +456,7 @@ def validate(config: RunConfig) -> None:
         raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
     config.spikes.validate()
+    config.launcher.validate()
     task = config.task
     if isinstance(task, TrainConfig):
         for field_name in ("num_steps", "num_microbatches", "log_every"):

@@ -4,3 +4,8 @@ FAILED = 1  # an error that is not the user's
 WRONG_INPUT = 2
 PREEMPTED = 75  # stopped by a signal after a save: start it again to go on (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130
+
+
+def worth_another_start(code: int) -> bool:
+    """Preempted, or ended by a signal: below 0 as subprocess tells it, above 128 as shells do."""
+    return code == PREEMPTED or code < 0 or (code > 128 and code != INTERRUPTED)

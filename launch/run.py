@@ -22,12 +22,15 @@ TASKS = {
     "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
     "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN, from=RUN to=gguf:FILE",
     "runs": "a table of the runs in a folder",
+    "status": "how the newest job of a run does: status run=NAME",
+    "logs": "what it printed: logs run=NAME, and follow=true to stay",
+    "stop": "ends it, with a checkpoint: stop run=NAME",
 }
 
 SHORT = {
     "from": "task.origin", "to": "task.target",
     "target": "task.target", "compile": "task.compile", "search": "task.search", "tokens": "task.tokens",
-    "plan.search": "task.search", "plan.compile": "task.compile",
+    "plan.search": "task.search", "plan.compile": "task.compile", "follow": "task.follow",
 }  # fmt: skip
 
 OVERVIEW = """meshwright TASK [key=value ...]
@@ -111,20 +114,26 @@ def _run_hydra(arguments: list[str]) -> int:
         from omegaconf import DictConfig
         from omegaconf.errors import OmegaConfBaseException
 
-        from configs.schema import register, to_typed
+        from configs.schema import RunConfig, register, to_typed
         from launch import messages
+        from launch.launchers.table import launch, launches
 
     register()
     is_override = lambda a: ("=" in a and not a.startswith("-")) or a.startswith("~")
-    overrides = [_quoted(_renamed(a)) for a in arguments if is_override(a)]
+    overrides = [quoted(_renamed(a)) for a in arguments if is_override(a)]
     flags = [a for a in arguments if not is_override(a)]
     failed: list[Exception] = []
     codes: list[int] = []
+    jobs: list[tuple[RunConfig, list[str]]] = []
 
     def task(node: DictConfig) -> None:
         try:  # Hydra would print the whole command line before an error
             # Overrides of this job: in a sweep (-m) each job has its own.
-            codes.append(dispatch(to_typed(node), list(HydraConfig.get().overrides.task)))
+            config, own = to_typed(node), list(HydraConfig.get().overrides.task)
+            if launches(config):
+                jobs.append((config, own))  # those of a sweep go out together
+            else:
+                codes.append(dispatch(config, own))
         except Exception as error:
             failed.append(error)
 
@@ -136,6 +145,8 @@ def _run_hydra(arguments: list[str]) -> int:
         wrapped()
         if failed:
             raise failed[0]
+        if jobs:
+            codes.append(launch(jobs))
     except (HydraException, OmegaConfBaseException) as error:
         print(f"meshwright: {messages.explain(error, overrides)}", file=sys.stderr)
         return exit_codes.WRONG_INPUT
@@ -162,9 +173,15 @@ def _renamed(override: str) -> str:
     return SHORT.get(key, key) + equals + value
 
 
-def _quoted(override: str) -> str:
-    """A prompt or what is said in a chat as it is: Hydra's grammar would strip its spaces and read its brackets."""
+def quoted(override: str) -> str:
+    """A prompt or what is said in a chat as it is: Hydra's grammar would strip its spaces and read its brackets.
+
+    And [NAME=VALUE] of environment variables, which that grammar takes in quotes alone.
+    """
     key, _, value = override.partition("=")
+    if key == "launcher.env" and value[:1] == "[" and value[-1:] == "]" and not set(value) & set("'\""):
+        entries = (entry.strip().replace("${", "\\${") for entry in value[1:-1].split(","))
+        return f"{key}=[" + ",".join(f"'{entry}'" for entry in entries if entry) + "]"
     free_text = key in ("prompt", "chat", "task.system")
     if not free_text or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return override
@@ -173,13 +190,14 @@ def _quoted(override: str) -> str:
 
 
 def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-def]  # RunConfig, imported late
-    """Starts the processes that the launcher asks for, or does the task in this one."""
+    """Does the task in this process, together with the others that there are."""
     from launch import distributed
-    from launch.local import launch_local
     from launch.startup import startup
 
-    if config.launcher.kind == "local" and config.launcher.num_processes > 1 and not distributed.announced():
-        return launch_local(config, overrides)
+    if config.task.kind in ("status", "logs", "stop"):  # of a job elsewhere: no devices here
+        from launch.tasks import jobs
+
+        return {"status": jobs.status, "logs": jobs.logs, "stop": jobs.stop}[config.task.kind](config, overrides)
     with startup.phase("join"):
         distributed.start(config.devices)
     with startup.phase("import"):

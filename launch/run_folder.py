@@ -19,6 +19,7 @@ from models.config import HOW
 SHAPE_KEYS = ("model", "adapter", "tokenizer", "objective.kind", "optimizer.kind")
 # Keys inside them that only say how to compute, not what.
 FREE_KEYS = (*(f"model.{key}" for key in HOW), "model.dtype", "tokenizer.train_bytes")
+GIT_FILE = "git.json"  # beside packages that were copied out of their checkout: the state of that
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy", "wandb")
 
 
@@ -138,6 +139,8 @@ def environment() -> dict[str, Any]:
 def git_state() -> dict[str, Any] | None:
     """Commit of the code that runs and whether files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
+    if (frozen := here.parent / GIT_FILE).exists():
+        return json.loads(frozen.read_text())
     try:
         run = lambda *a: subprocess.run(
             ["git", "-C", str(here), *a], capture_output=True, text=True, timeout=10, check=True

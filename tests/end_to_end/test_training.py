@@ -111,7 +111,7 @@ def close(mine, theirs):
 def test_two_processes_train_and_one_goes_on(unbroken, tmp_path):
     mesh = ["devices=2", "mesh.fsdp=2"]
     meshwright(tmp_path, "train", "run=a", *RUN, *mesh, "task.num_steps=12", "launcher.num_processes=2")
-    assert (tmp_path / "runs" / "a" / "logs" / "process_1.log").exists()
+    assert (tmp_path / "runs" / "a" / "jobs" / "1" / "process_1.log").exists()
     assert inspect(tmp_path, "a")["saved_on"]["fsdp"] == 2
     meshwright(tmp_path, "train", "run=a", *RUN)
     close(losses(tmp_path, "a"), losses(unbroken[0], "a"))

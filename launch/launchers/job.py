@@ -1,0 +1,232 @@
+"""A job: the processes of one start of a run, wherever they are, and what is kept of them in `runs/NAME/jobs/K`.
+
+    job.json     what was asked for, and by what the launcher knows the job again
+    config.yaml  the resolved config            code/       the code as it was, which is what runs
+    log          what the job printed           code.patch  how it differs from the commit in code/git.json
+
+The number K is taken once, by the process that submits. Values of environment variables that were named alone are
+in no file.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from omegaconf import OmegaConf
+
+from configs.launchers import LauncherConfig
+from configs.schema import RunConfig, to_plain, typed_node
+from launch.run_folder import GIT_FILE, git_state, write_whole
+
+MARK = "MESHWRIGHT_JOB"  # in the environment of a job's processes: they launch nothing
+PACKAGES = ("trainer", "models", "data", "configs", "launch")
+BESIDE = ("pyproject.toml", "README.md")  # what installing the packages needs
+
+
+@dataclass(frozen=True)
+class Job:
+    folder: Path  # runs/NAME/jobs/K, absolute
+    run: str
+    task: str
+    arguments: list[str]  # after the task: overrides, and flags of Hydra's
+    launcher: LauncherConfig
+    python: str  # the interpreter that submitted
+    workdir: str  # where it was called
+    handle: dict[str, Any] = field(default_factory=dict)  # how the launcher finds the job again
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.name)
+
+    @property
+    def code(self) -> Path:
+        return self.folder / "code"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def command(self, python: str | None = None) -> list[str]:
+        """What each process runs. -P: the working folder is not searched for packages, the frozen code is."""
+        return [python or self.python, "-P", "-m", "launch.run", self.task, *self.arguments]
+
+    def environment(self, code: str | None = None) -> dict[str, str]:
+        """What the processes get beside secrets; it may stand in scripts. `code`: where the frozen code lies there."""
+        given = dict(entry.split("=", 1) for entry in self.launcher.env if "=" in entry)
+        return {**given, MARK: str(self.number), "PYTHONPATH": code or str(self.code)}
+
+    def noted(self, **handle: Any) -> "Job":
+        """The job with more in its handle, as it now stands in job.json."""
+        job = dataclasses.replace(self, handle={**self.handle, **handle})
+        job.save()
+        return job
+
+    def save(self) -> None:
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
+        record["launcher"] = to_plain(self.launcher)
+        write_whole(self.folder / "job.json", json.dumps(record, indent=2) + "\n")
+
+    @staticmethod
+    def load(folder: Path) -> "Job":
+        record = json.loads((folder / "job.json").read_text())
+        launcher = OmegaConf.to_object(typed_node("launcher", record.pop("launcher")))
+        assert isinstance(launcher, LauncherConfig)
+        return Job(folder=folder.absolute(), launcher=launcher, **record)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a launcher will do, as text."""
+
+    files: dict[str, str] = field(default_factory=dict)  # by name, in the folder of the first job
+    commands: list[list[str]] = field(default_factory=list)
+
+    def shown(self, folder: Path) -> str:
+        texts = [f"# {folder / name}\n{text.rstrip()}" for name, text in self.files.items()]
+        return "\n\n".join([*texts, *(f"$ {shlex.join(command)}" for command in self.commands)])
+
+    def write(self, folder: Path) -> None:
+        for name, text in self.files.items():
+            (folder / name).write_text(text)
+
+
+class Launcher(Protocol):
+    """What each module of a place has. `jobs`: one, or those of a sweep."""
+
+    def recipe(self, jobs: Sequence[Job]) -> Recipe:
+        """What will be run; a pure function."""
+        ...
+
+    def submit(self, jobs: Sequence[Job], recipe: Recipe) -> int:
+        """Carries the recipe out and, with `follow`, stays. Returns the exit code."""
+        ...
+
+    def status(self, job: Job) -> str:
+        """One line."""
+        ...
+
+    def logs(self, job: Job, *, follow: bool) -> int: ...
+
+    def stop(self, job: Job) -> str:
+        """Asks the job to end with a checkpoint, where the place allows it. Returns what was done."""
+        ...
+
+
+def job_of(config: RunConfig, overrides: list[str], folder: Path) -> Job:
+    given = [o for o in overrides if not o.startswith(("task=", "launcher.dry_run="))]
+    arguments = [*flags(sys.argv[1:]), *given]
+    return Job(folder, config.run, config.task.kind, arguments, config.launcher, sys.executable, os.getcwd())
+
+
+def flags(arguments: Sequence[str]) -> list[str]:
+    """Hydra's own flags, such as `--config-dir DIR`, without the one that makes a sweep of it."""
+    given = [a for a in arguments if a.startswith("-") or ("=" not in a and not a.startswith("~"))]
+    return [a for a in given if a not in ("-m", "--multirun")]
+
+
+def jobs_folder(runs: str, run: str) -> Path:
+    """Where the jobs of a run are kept: beside its checkpoints, or on this machine where those are in a bucket."""
+    return Path("runs" if "://" in runs else runs).absolute() / run / "jobs"
+
+
+def newest(jobs: Path) -> Path | None:
+    numbers = [int(path.name) for path in jobs.glob("*") if path.name.isdigit()]
+    return jobs / str(max(numbers)) if numbers else None
+
+
+def next_folder(jobs: Path) -> Path:
+    last = newest(jobs)
+    return jobs / str(1 if last is None else int(last.name) + 1)
+
+
+def take_folder(jobs: Path) -> Path:
+    """Makes the folder of the next job. Two that submit at once get one each."""
+    jobs.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            folder = next_folder(jobs)
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
+
+
+def secrets(launcher: LauncherConfig, environ: Mapping[str, str]) -> dict[str, str]:
+    """Values of the variables that `env` names alone.
+
+    Raises: ValueError where one is not set.
+    """
+    names = [entry for entry in launcher.env if "=" not in entry]
+    for name in names:
+        if name not in environ:
+            raise ValueError(f"launcher.env=[{name}]: is not set in this shell; export it, or leave it out")
+    return {name: environ[name] for name in names}
+
+
+def freeze(job: Job, config: RunConfig) -> None:
+    """Writes the code, the commit and what differs from it, and the resolved config into the job's folder."""
+    root = Path(__file__).resolve().parents[2]
+    for name in code_files(root):
+        target = job.code / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / name, target)
+    state = git_state()
+    if state is not None:
+        write_whole(job.code / GIT_FILE, json.dumps(state, indent=2) + "\n")
+        (job.folder / "code.patch").write_text(_git(root, "diff", "HEAD", "--", *PACKAGES) or "")
+    write_whole(job.folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+    job.save()
+
+
+def code_files(root: Path) -> list[str]:
+    """Files of the packages that git does not ignore; outside a checkout all but caches."""
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKAGES)
+    names = [name for name in (listed or "").split("\0") if (root / name).is_file()]
+    if not names:
+        paths = [path for package in PACKAGES for path in (root / package).rglob("*") if path.is_file()]
+        names = [str(path.relative_to(root)) for path in paths if "__pycache__" not in path.parts]
+    return sorted([*names, *(name for name in BESIDE if (root / name).is_file())])
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        found = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout if found.returncode == 0 else None
+
+
+def packed(code: Path) -> bytes:
+    """A folder of code as tar.gz: the same bytes for the same files."""
+    import gzip
+
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as archive:
+        for path in sorted(path for path in code.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+            info = tarfile.TarInfo(str(path.relative_to(code)))
+            info.size, info.mode = path.stat().st_size, 0o644
+            archive.addfile(info, io.BytesIO(path.read_bytes()))
+    return gzip.compress(plain.getvalue(), mtime=0)
+
+
+def public_name(run: str, number: int, limit: int = 50) -> str:
+    """A name for clusters that want those of DNS: small letters, digits and hyphens."""
+    name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[: limit - 4].strip("-") or "run"
+    return f"{name if name[0].isalpha() else 'run-' + name}-{number}"
+
+
+def assignments(variables: Mapping[str, str]) -> list[str]:
+    """As words before a command, or after `export`."""
+    return [f"{name}={shlex.quote(value)}" for name, value in variables.items()]

@@ -1,0 +1,176 @@
+"""Starting the processes of a job again, where this process sees them all: on this machine, or through Ray.
+
+When one is lost the others cannot go on without it, so all end and all begin again, from the newest checkpoint.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import exit_codes
+from launch.launchers.job import Job
+
+Attempt = Callable[[int], "Ended"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one start of all processes ended."""
+
+    code: int  # of the process that went first; below 0: by this signal
+    why: str = ""
+    asked: bool = False  # somebody wanted it to end
+
+
+def supervise(
+    attempt: Attempt,
+    *,
+    count: int,
+    max_restarts: int,
+    elastic: bool,
+    saved_step: Callable[[], int | None],
+    say: Callable[[str], None],
+) -> int:
+    """Calls `attempt(number of processes)` until it ends well, or another start makes no sense. Returns the exit code.
+
+    `saved_step`: of the newest checkpoint. `elastic`: two ends in a row that brought no newer one halve the number.
+    """
+    restarts, in_vain = 0, 0
+    while True:
+        before = saved_step()
+        ended = attempt(count)
+        if ended.asked or not exit_codes.worth_another_start(ended.code):
+            return as_exit_code(ended.code)
+        step = saved_step()
+        in_vain = in_vain + 1 if step == before else 0
+        if restarts == max_restarts:
+            if max_restarts:
+                say(f"{ended.why}; not restarted: launcher.max_restarts={max_restarts} is used up")
+            return as_exit_code(ended.code)
+        restarts += 1
+        if elastic and in_vain >= 2 and count > 1:
+            count, in_vain = count // 2, 0
+        place = "the beginning" if step is None else f"step {step}"
+        say(f"{ended.why}; restart {restarts} of {max_restarts} with {processes(count)}, from {place}")
+
+
+def as_exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def in_words(code: int) -> str:
+    """How a process ended, by its code."""
+    if code == exit_codes.PREEMPTED:
+        return "was preempted"
+    if code >= 0:
+        return f"ended with {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def first_end(codes: Mapping[int, int]) -> tuple[int, int]:
+    """Of processes that were found ended at once, badly: whose end led to the others', and its code.
+
+    Who was killed could say nothing, and those who say 1 may have missed it.
+    """
+    index = min(codes, key=lambda i: (codes[i] >= 0, codes[i] not in (exit_codes.WRONG_INPUT, exit_codes.FAILED), i))
+    return index, codes[index]
+
+
+def saved_step_of(job: Job) -> Callable[[], int | None]:
+    checkpoints = job.folder.parents[1] / "checkpoints"
+
+    def newest() -> int | None:
+        steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
+        return max(steps) if steps else None
+
+    return newest
+
+
+def say(text: str) -> None:
+    print(f"meshwright: {text}", file=sys.stderr, flush=True)
+
+
+# A supervisor in the background, and how it is found again
+
+
+def detach(job: Job, variables: Mapping[str, str]) -> Job:
+    """Starts `python -m launch.launchers.supervisor` for the job; it outlives this process."""
+    with open(job.log, "ab") as log:
+        child = subprocess.Popen(
+            [job.python, "-P", "-m", "launch.launchers.supervisor", str(job.folder)],
+            cwd=job.workdir,
+            env={**os.environ, **variables, **job.environment()},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return job.noted(pid=child.pid, began=began(child.pid), host=os.uname().nodename)
+
+
+def attached(job: Job) -> Job:
+    """The job with this process as its supervisor."""
+    return job.noted(pid=os.getpid(), began=began(os.getpid()), host=os.uname().nodename)
+
+
+def began(pid: int) -> str | None:
+    """When a process began, in the clock ticks of its machine: numbers of processes are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def alive(job: Job) -> bool:
+    """Whether the supervisor still runs.
+
+    Raises: ValueError where it is on another machine.
+    """
+    host, pid = job.handle.get("host"), job.handle.get("pid")
+    if pid is None:
+        return False
+    if host != os.uname().nodename:
+        raise ValueError(f"run={job.run}: its job {job.number} was started on {host}; ask there")
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return began(pid) == job.handle.get("began")
+
+
+def status(job: Job) -> str:
+    if alive(job):
+        return f"running, process {job.handle['pid']} on {job.handle['host']}"
+    code = job.handle.get("code")
+    return "ended without a word: killed, or the machine was" if code is None else f"ended with {code}"
+
+
+def stop(job: Job) -> str:
+    if not alive(job):
+        return status(job)
+    os.kill(job.handle["pid"], signal.SIGTERM)
+    return f"told process {job.handle['pid']} to save and end"
+
+
+def main() -> None:
+    from launch.launchers.table import LAUNCHERS
+
+    job = Job.load(Path(sys.argv[1]))
+    sys.exit(LAUNCHERS[job.launcher.kind].carry_out(job))  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main()

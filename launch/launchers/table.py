@@ -1,0 +1,58 @@
+"""The launchers by their names, and handing jobs over to them."""
+
+import os
+from collections.abc import Sequence
+
+from configs.launchers import LocalConfig
+from configs.schema import RunConfig
+from launch import distributed
+from launch.launchers import local
+from launch.launchers.job import MARK, Job, Launcher, freeze, job_of, jobs_folder, next_folder, secrets, take_folder
+
+LAUNCHERS: dict[str, Launcher] = {
+    "local": local,
+}
+
+HERE = ("plan", "inspect", "runs", "status", "logs", "stop")  # tasks that only look
+
+
+def launches(config: RunConfig) -> bool:
+    """Whether the command line asks for a job, rather than for its task in this process."""
+    launcher = config.launcher
+    if MARK in os.environ or config.task.kind in HERE:
+        return False
+    if isinstance(launcher, LocalConfig):
+        supervised = launcher.num_processes > 1 or launcher.max_restarts or not launcher.follow or launcher.dry_run
+        return bool(supervised) and not distributed.announced()
+    return bool(launcher.kind)
+
+
+def launch(asked: Sequence[tuple[RunConfig, list[str]]]) -> int:
+    """Submits a job, or the jobs of a sweep, or prints what would be run. Returns the exit code.
+
+    Raises: ValueError where they do not go together, or a variable of `launcher.env` is not set.
+    """
+    configs = [config for config, _ in asked]
+    launcher, names = configs[0].launcher, [config.run for config in configs]
+    if any(config.launcher != launcher for config in configs):
+        raise ValueError(f"launcher={launcher.kind}: the jobs of a sweep differ in launcher keys; sweep over others")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"run={twice}: several jobs of the sweep have this name; give each its own, from what differs: "
+            "'run=lr_${optimizer.learning_rate}'"
+        )
+    module = LAUNCHERS[launcher.kind]
+    if launcher.dry_run:
+        jobs = [job_of(*one, next_folder(jobs_folder(one[0].runs, one[0].run))) for one in asked]
+        print(module.recipe(jobs).shown(jobs[0].folder))
+        return 0
+    secrets(launcher, os.environ)  # before anything is written
+    jobs: list[Job] = []
+    for config, overrides in asked:
+        job = job_of(config, overrides, take_folder(jobs_folder(config.runs, config.run)))
+        freeze(job, config)
+        jobs.append(job)
+    recipe = module.recipe(jobs)
+    recipe.write(jobs[0].folder)
+    return module.submit(jobs, recipe)

@@ -1,0 +1,35 @@
+"""`meshwright status`, `logs`, `stop`: of the newest job of a run."""
+
+from configs.schema import LogsConfig, RunConfig
+from launch.launchers.job import Job, jobs_folder, newest
+from launch.launchers.table import LAUNCHERS
+from launch.run_folder import run_folder
+from launch.tasks.runs import last_values
+
+
+def status(config: RunConfig, overrides: list[str]) -> int:
+    job = newest_job(config)
+    step = last_values(run_folder(config).metrics).get("step")
+    at = "" if step is None else f"; step {step:,}"
+    print(f"run {job.run!r}, job {job.number} ({job.launcher.kind}): {LAUNCHERS[job.launcher.kind].status(job)}{at}")
+    return 0
+
+
+def logs(config: RunConfig, overrides: list[str]) -> int:
+    assert isinstance(config.task, LogsConfig)
+    job = newest_job(config)
+    return LAUNCHERS[job.launcher.kind].logs(job, follow=config.task.follow)
+
+
+def stop(config: RunConfig, overrides: list[str]) -> int:
+    job = newest_job(config)
+    print(f"run {job.run!r}, job {job.number} ({job.launcher.kind}): {LAUNCHERS[job.launcher.kind].stop(job)}")
+    return 0
+
+
+def newest_job(config: RunConfig) -> Job:
+    """Raises: ValueError where the run has none."""
+    folder = newest(jobs_folder(config.runs, config.run))
+    if folder is None or not (folder / "job.json").exists():
+        raise ValueError(f"run={config.run}: has no job in {config.runs}; only what a launcher started is one")
+    return Job.load(folder)

@@ -1,0 +1,63 @@
+"""A job on this machine that loses a process goes on by itself and ends as one that lost none."""
+
+import os
+import signal
+import subprocess
+import time
+
+from tests.end_to_end.run import TINY, inspect, losses, meshwright, start
+
+RUN = ["train", "run=a", *TINY, "source=[synthetic]", "data.packing=best_fit", "devices=2", "mesh.fsdp=2"]
+RUN += ["task.num_steps=16", "checkpoint.every=3", "launcher.num_processes=2"]
+
+
+def test_a_killed_process_brings_all_back_and_the_run_ends_the_same(tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    unbroken.mkdir(), broken.mkdir()
+    meshwright(unbroken, *RUN)
+    secret = "sentinel-9e3f5a"
+    lines = ["launcher.max_restarts=2", "launcher.env=[CLUSTER_TOKEN,PLAIN=seen]"]
+    process = start(broken, *RUN, *lines, CLUSTER_TOKEN=secret)
+    assert wait_for(lambda: (broken / "runs" / "a" / "checkpoints" / "3" / "digests.json").exists(), process)
+    out, _ = meshwright(broken, "status", "run=a")
+    assert "job 1 (local): running" in out
+    victim = children(process.pid)[1]
+    os.kill(victim, signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "process 1 was killed by SIGKILL" in err and "restart 1 of 2 with 2 processes, from step" in err
+    assert losses(broken, "a") == losses(unbroken, "a")
+    mine, theirs = inspect(broken, "a"), inspect(unbroken, "a")
+    for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256", "step"):
+        assert mine[key] == theirs[key], key
+    assert "ended with 0; step 16" in meshwright(broken, "status", "run=a")[0]
+    found = subprocess.run(["grep", "-rl", secret, str(broken)], capture_output=True, text=True).stdout
+    assert secret not in out + err and found == ""
+
+
+def test_a_job_in_the_background_is_followed_and_stopped_with_a_checkpoint(tmp_path):
+    (out, _) = meshwright(tmp_path, *RUN, "task.num_steps=100000", "launcher.follow=false")
+    assert "job 1 runs in the background" in out
+    log = tmp_path / "runs" / "a" / "jobs" / "1" / "log"
+    assert wait_for(lambda: (tmp_path / "runs" / "a" / "checkpoints" / "3").exists())
+    out, _ = meshwright(tmp_path, "stop", "run=a")
+    assert "to save and end" in out
+    out, _ = meshwright(tmp_path, "logs", "run=a", "follow=true")  # until it has ended
+    assert out == log.read_text()
+    assert "ended with 75" in meshwright(tmp_path, "status", "run=a")[0]
+    steps = sorted(int(p.name) for p in (tmp_path / "runs" / "a" / "checkpoints").iterdir() if p.name.isdigit())
+    assert max(losses(tmp_path, "a")) == steps[-1]
+
+
+def wait_for(condition, process=None, seconds=240):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return condition()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, the first one first."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True).stdout
+    return sorted(map(int, found.split()))

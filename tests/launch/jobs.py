@@ -1,0 +1,29 @@
+"""Jobs as a command line would make them, for tests of launchers."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+
+from configs.schema import RunConfig, register, to_typed
+from launch.launchers.job import Job
+from launch.run import quoted
+
+
+def composed(*overrides: str) -> RunConfig:
+    register()
+    with initialize_config_module(config_module="configs", version_base="1.3"):
+        return to_typed(compose("root", overrides=[quoted(o) for o in overrides]))
+
+
+def job(*overrides: str, folder: str | Path = "/home/me/runs/a/jobs/1") -> Job:
+    """A job of the run `a` that knows no name of this machine."""
+    config = composed("run=a", *overrides)
+    return Job(
+        folder=Path(folder),
+        run="a",
+        task="train",
+        arguments=[quoted(o) for o in overrides],
+        launcher=config.launcher,
+        python="/home/me/env/bin/python",
+        workdir="/home/me",
+    )

@@ -126,8 +126,8 @@ class K8sConfig(LauncherConfig):
         for entry in self.env:
             if "=" not in entry and self.secret is None:
                 raise ValueError(
-                    f"launcher.env=[{entry}]: a name alone is read from a Kubernetes secret; give launcher.secret=NAME, "
-                    f"made with: kubectl create secret generic NAME --from-literal={entry}=..."
+                    f"launcher.env=[{entry}]: a name alone is in a Kubernetes secret; give launcher.secret=NAME, made "
+                    f"with: kubectl create secret generic NAME --from-literal={entry}=..."
                 )
 
 

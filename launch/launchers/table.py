@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from configs.launchers import LocalConfig
 from configs.schema import RunConfig
 from launch import distributed
-from launch.launchers import local
+from launch.launchers import local, slurm
 from launch.launchers.job import MARK, Job, Launcher, freeze, job_of, jobs_folder, next_folder, secrets, take_folder
 
 LAUNCHERS: dict[str, Launcher] = {
     "local": local,
+    "slurm": slurm,
 }
 
 HERE = ("plan", "inspect", "runs", "status", "logs", "stop")  # tasks that only look

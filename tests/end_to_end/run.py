@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,12 @@ def losses(folder: Path, run: str) -> dict[int, float]:
 def inspect(folder: Path, run: str, *arguments: str) -> dict[str, Any]:
     out, _ = meshwright(folder, "inspect", f"run={run}", "format=json", *arguments)
     return json.loads(out)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = 240) -> bool:
+    """Whether `condition()` comes true in time; it must while `process` runs, where one is given."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return condition()

@@ -3,9 +3,9 @@
 import os
 import signal
 import subprocess
-import time
 
-from tests.end_to_end.run import TINY, inspect, losses, meshwright, start
+from tests.end_to_end.run import TINY, inspect, losses, meshwright, start, wait_for
+from tests.launch.processes import children
 
 RUN = ["train", "run=a", *TINY, "source=[synthetic]", "data.packing=best_fit", "devices=2", "mesh.fsdp=2"]
 RUN += ["task.num_steps=16", "checkpoint.every=3", "launcher.num_processes=2"]
@@ -47,17 +47,3 @@ def test_a_job_in_the_background_is_followed_and_stopped_with_a_checkpoint(tmp_p
     assert "ended with 75" in meshwright(tmp_path, "status", "run=a")[0]
     steps = sorted(int(p.name) for p in (tmp_path / "runs" / "a" / "checkpoints").iterdir() if p.name.isdigit())
     assert max(losses(tmp_path, "a")) == steps[-1]
-
-
-def wait_for(condition, process=None, seconds=240):
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not condition():
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    return condition()
-
-
-def children(pid: int) -> list[int]:
-    """Processes that a process has started, the first one first."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True).stdout
-    return sorted(map(int, found.split()))

@@ -1,0 +1,52 @@
+"""A real SLURM of three nodes on this machine: a run of two loses one, is queued again, and ends as an unbroken one."""
+
+import subprocess
+
+import pytest
+
+from launch.launchers.local import free_port
+from tests.end_to_end.run import TINY, inspect, losses, meshwright, start, wait_for
+from tests.end_to_end.slurm_cluster import Cluster, why_not
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "SLURM is there")
+
+RUN = [*TINY, "source=[synthetic]", "data.packing=best_fit", "devices=2", "mesh.fsdp=2", "task.num_steps=60"]
+RUN += ["checkpoint.every=5"]
+SECRET = "sentinel-77aa31"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(["n1", "n2", "n3"], first_port=free_port() // 10 * 10) as found:
+        yield found
+
+
+def on_two_nodes(*options: str) -> list[str]:
+    # The nodes have no names that resolve: all are this machine.
+    env = f"launcher.env=[CLUSTER_TOKEN,JAX_COORDINATOR_ADDRESS=127.0.0.1:{free_port()}]"
+    return ["launcher=slurm", "launcher.nodes=2", env, *options]
+
+
+def test_a_run_that_loses_a_node_is_requeued_and_ends_the_same(cluster, tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    unbroken.mkdir(), broken.mkdir()
+    meshwright(unbroken, "train", "run=a", *RUN, "launcher.num_processes=2")
+    process = start(broken, "train", "run=a", *RUN, *on_two_nodes(), **cluster.environment, CLUSTER_TOKEN=SECRET)
+    checkpoint = broken / "runs" / "a" / "checkpoints" / "5" / "digests.json"
+    assert wait_for(checkpoint.exists, process)
+    cluster.lose("n2")
+    out, err = process.communicate(timeout=600)
+    log = (broken / "runs" / "a" / "jobs" / "1" / "log").read_text()
+    assert process.returncode == 0, log + err
+    assert "RUNNING on n[1-2]" in err and "RUNNING on n[1,3], restart 1" in err
+    assert "resumes at step" in log and "resumes at step" in out
+    assert losses(broken, "a") == losses(unbroken, "a")
+    mine, theirs = inspect(broken, "a"), inspect(unbroken, "a")
+    for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256", "step"):
+        assert mine[key] == theirs[key], key
+    status, _ = meshwright(broken, "status", "run=a", **cluster.environment)
+    assert "ended with 0; step 60" in status
+    found = subprocess.run(["grep", "-rl", SECRET, str(broken)], capture_output=True, text=True).stdout
+    assert SECRET not in out + err and found == ""
+    cluster.start_node("n2")
+    cluster.wait_for_nodes()

@@ -1,0 +1,28 @@
+"""Processes of this machine, for tests that kill some."""
+
+import os
+from pathlib import Path
+
+
+def children(pid: int) -> list[int]:
+    """Those that a process has started, the first one first."""
+    try:
+        return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    return [below for child in children(pid) for below in [child, *descendants(child)]]
+
+
+def holding(path: Path) -> list[int]:
+    """Those that have a file open."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(path) in [os.readlink(link) for link in (process / "fd").iterdir()]:
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found

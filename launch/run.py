@@ -181,7 +181,7 @@ def quoted(override: str) -> str:
     key, _, value = override.partition("=")
     if key == "launcher.env" and value[:1] == "[" and value[-1:] == "]" and not set(value) & set("'\""):
         entries = (entry.strip().replace("${", "\\${") for entry in value[1:-1].split(","))
-        return f"{key}=[" + ",".join(f"'{entry}'" for entry in entries if entry) + "]"
+        return f"{key}=[" + ",".join(f'"{entry}"' for entry in entries if entry) + "]"
     free_text = key in ("prompt", "chat", "task.system")
     if not free_text or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return override

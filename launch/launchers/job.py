@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 
 from configs.launchers import LauncherConfig
 from configs.schema import RunConfig, to_plain, typed_node
+from launch import exit_codes
 from launch.run_folder import GIT_FILE, git_state, write_whole
 
 MARK = "MESHWRIGHT_JOB"  # in the environment of a job's processes: they launch nothing
@@ -230,3 +231,9 @@ def public_name(run: str, number: int, limit: int = 50) -> str:
 def assignments(variables: Mapping[str, str]) -> list[str]:
     """As words before a command, or after `export`."""
     return [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+def worth_another_start(code: str) -> str:
+    """`exit_codes.worth_another_start` as a condition of bash, of a word such as `$code`."""
+    killed = f"[ {code} -gt 128 ] && [ {code} -ne {exit_codes.INTERRUPTED} ]"
+    return f"{{ [ {code} -eq {exit_codes.PREEMPTED} ] || {{ {killed}; }}; }}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from configs.launchers import Runtime, SlurmConfig
 from launch import exit_codes
 from launch.launchers.following import Tail, show_log
-from launch.launchers.job import Job, Recipe, assignments, public_name
+from launch.launchers.job import MARK, Job, Recipe, assignments, public_name, worth_another_start
 from launch.launchers.supervisor import say
 
 SCRIPT = "job.sbatch"
@@ -44,8 +44,8 @@ def script(jobs: Sequence[Job]) -> str:
     choice = [_chosen(job) for job in jobs]
     if array:
         choice = ["case $SLURM_ARRAY_TASK_ID in", *(f"{i}) {line} ;;" for i, line in enumerate(choice)), "esac"]
-    variables = assignments({**jobs[0].environment("$job/code")})
-    variables = [word.replace("'$job/code'", '"$job/code"') for word in variables if not word.startswith("MESHWRIGHT")]
+    given = {name: value for name, value in jobs[0].environment().items() if name not in (MARK, "PYTHONPATH")}
+    variables = [f'{MARK}="${{job##*/}}"', 'PYTHONPATH="$job/code"', *assignments(given)]
     used_up = f"not restarted: launcher.max_restarts={launcher.max_restarts} is used up"
     process = [launcher.python or ("python3" if launcher.image else jobs[0].python), "-P", "-m", "launch.run"]
     lines = [
@@ -53,10 +53,12 @@ def script(jobs: Sequence[Job]) -> str:
         *(f"#SBATCH {option}" for option in options(jobs)),
         "",
         *choice,
-        f'export MESHWRIGHT_JOB="${{job##*/}}" {" ".join(variables)}',
+        f"export {' '.join(variables)}",
         "restarts=${SLURM_RESTART_COUNT:-0}",
         f'rm -f "$job/{EXIT_CODE}"  # of an earlier start',
         'end() { echo "$1" > "$job/' + EXIT_CODE + '"; exit "$1"; }',
+        # Not so when it was cancelled, or SLURM itself has queued it again.
+        'running() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q JobState=RUNNING; }',
         f'if [ "$restarts" -gt {launcher.max_restarts} ]; then',
         f'  echo "meshwright: {used_up}"',
         f"  end {exit_codes.FAILED}",
@@ -67,8 +69,7 @@ def script(jobs: Sequence[Job]) -> str:
         "code=$?",
         "",
         f'if [ -e "$job/{STOP}" ]; then end $code; fi',
-        f"if [ $code -eq {exit_codes.PREEMPTED} ] || {{ [ $code -gt 128 ] && [ $code -ne "
-        f"{exit_codes.INTERRUPTED} ]; }}; then",
+        f"if {worth_another_start('$code')} && running; then",
         f'  if [ "$restarts" -lt {launcher.max_restarts} ]; then',
         f'    echo "meshwright: ended with $code; restart $((restarts + 1)) of {launcher.max_restarts}"',
         '    scontrol requeue "$SLURM_JOB_ID"',

@@ -1,5 +1,6 @@
 """A real SLURM of three nodes on this machine: a run of two loses one, is queued again, and ends as an unbroken one."""
 
+import os
 import subprocess
 
 import pytest
@@ -50,3 +51,34 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_the_same(cluster, tmp_path
     assert SECRET not in out + err and found == ""
     cluster.start_node("n2")
     cluster.wait_for_nodes()
+
+
+def test_a_preempted_job_is_queued_again_and_a_stopped_one_is_not(cluster, tmp_path):
+    endless = [*RUN, "task.num_steps=1000000", *on_one_node()]
+    out, _ = meshwright(tmp_path, "train", "run=a", *endless, **cluster.environment)
+    folder, number = tmp_path / "runs" / "a", out.split("SLURM job ")[1].split(",")[0]
+    assert wait_for((folder / "checkpoints" / "5").exists)
+    # As a time limit does, launcher.grace seconds before it.
+    subprocess.run(["scancel", "--signal=TERM", number], env=os.environ | cluster.environment, check=True)
+    log = folder / "jobs" / "1" / "log"
+    assert wait_for(lambda: "ended with 75; restart 1 of 3" in log.read_text())
+    assert wait_for(lambda: "resumes at step" in log.read_text())
+    assert wait_for(lambda: log.read_text().count("start-up") == 2)
+    out, _ = meshwright(tmp_path, "stop", "run=a", **cluster.environment)
+    assert "to save and end" in out
+    assert wait_for((folder / "jobs" / "1" / "exit_code").exists)
+    assert "ended with 75" in meshwright(tmp_path, "status", "run=a", **cluster.environment)[0]
+    saved = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    assert max(losses(tmp_path, "a")) == saved[-1]
+
+
+def test_a_sweep_runs_as_one_array(cluster, tmp_path):
+    sweep = ["-m", "optimizer.learning_rate=1e-3,2e-3", "run=lr_${optimizer.learning_rate}", "launcher.follow=true"]
+    out, _ = meshwright(tmp_path, "train", *RUN, "task.num_steps=2", *on_one_node(), *sweep, **cluster.environment)
+    assert "_0, log:" in out and "_1, log:" in out
+    first = losses(tmp_path, "lr_0.001")
+    assert sorted(first) == [1, 2] and first[1] == losses(tmp_path, "lr_0.002")[1]
+
+
+def on_one_node() -> list[str]:
+    return ["devices=2", "launcher=slurm", "launcher.follow=false"]

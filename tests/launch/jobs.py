@@ -1,5 +1,6 @@
 """Jobs as a command line would make them, for tests of launchers."""
 
+import os
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
@@ -27,3 +28,15 @@ def job(*overrides: str, folder: str | Path = "/home/me/runs/a/jobs/1") -> Job:
         python="/home/me/env/bin/python",
         workdir="/home/me",
     )
+
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def same_as_recorded(name: str, text: str) -> None:
+    """Compares with `recorded/NAME`. A meant change is recorded with MESHWRIGHT_RECORD=1 and read before it is kept."""
+    file = RECORDED / name
+    if os.environ.get("MESHWRIGHT_RECORD"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text(), f"{file} differs; look at the difference, then record it with MESHWRIGHT_RECORD=1"

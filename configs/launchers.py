@@ -191,7 +191,7 @@ class SkypilotConfig(LauncherConfig):
     spot: bool = False
     image: str | None = None  # docker:NAME, or a cloud's image
     bucket: str | None = None  # s3://... or gs://..., mounted as the folder of runs, so that they outlive the cluster
-    setup: str = "python3 -m pip install -q -e ."  # on each node, in the folder of the code
+    setup: str | None = None  # on each node, in the folder of the code; null: installs it for the accelerators
     python: str = "python3"
     autostop: int = 10  # minutes without work after which the cluster is deleted
 

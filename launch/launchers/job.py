@@ -91,7 +91,7 @@ class Job:
 class Recipe:
     """All that a launcher will do, as text."""
 
-    files: dict[str, str] = field(default_factory=dict)  # by name, in the folder of the first job
+    files: dict[str, str] = field(default_factory=dict)  # by name in the folder of the first job, or by path
     commands: list[list[str]] = field(default_factory=list)
 
     def shown(self, folder: Path) -> str:
@@ -237,3 +237,37 @@ def worth_another_start(code: str) -> str:
     """`exit_codes.worth_another_start` as a condition of bash, of a word such as `$code`."""
     killed = f"[ {code} -gt 128 ] && [ {code} -ne {exit_codes.INTERRUPTED} ]"
     return f"{{ [ {code} -eq {exit_codes.PREEMPTED} ] || {{ {killed}; }}; }}"
+
+
+def restarted(process: str, max_restarts: int) -> list[str]:
+    """Lines of bash that run `process` and start it again as `worth_another_start` says, unless `$job/stop` is there.
+
+    SIGTERM is passed on to it and ends the restarts. The last code is in `$code`.
+    """
+    return [
+        "restarts=0",
+        """trap 'touch "$job/stop"; kill -TERM "$pid"' TERM""",
+        "while true; do",
+        f"  {process} &",
+        '  pid=$!; echo $pid > "$job/pid"',
+        "  wait $pid; code=$?",
+        "  while kill -0 $pid 2> /dev/null; do wait $pid; code=$?; done  # a signal ends a wait too soon",
+        f'  [ ! -e "$job/stop" ] && [ $restarts -lt {max_restarts} ] && {worth_another_start("$code")} || break',
+        "  restarts=$((restarts + 1))",
+        f'  echo "meshwright: ended with $code; restart $restarts of {max_restarts}"',
+        "done",
+    ]
+
+
+def carried_out(command: Sequence[str], given: str | None = None) -> str:
+    """What a command of a cluster prints. `given`: its input.
+
+    Raises: ValueError with what it says, where it fails or is not on this machine.
+    """
+    try:
+        return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout.strip()
+    except FileNotFoundError:
+        raise ValueError(f"{command[0]}: is not on this machine; the launcher works through it") from None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip() or error.stdout.strip()
+        raise ValueError(f"{shlex.join(command[:4])} ...: refused: {said}") from error

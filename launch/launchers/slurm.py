@@ -7,7 +7,6 @@ lost. Exit code and the wish to stop pass through files beside the script, as SL
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from configs.launchers import Runtime, SlurmConfig
 from launch import exit_codes
 from launch.launchers.following import Tail, show_log
-from launch.launchers.job import MARK, Job, Recipe, assignments, public_name, worth_another_start
+from launch.launchers.job import MARK, Job, Recipe, assignments, carried_out, public_name, worth_another_start
 from launch.launchers.supervisor import say
 
 SCRIPT = "job.sbatch"
@@ -136,7 +135,7 @@ def _srun(job: Job) -> list[str]:
 
 def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
     """Raises: ValueError where sbatch refuses."""
-    number = _asked(recipe.commands[0]).split(";")[0]  # NUMBER;CLUSTER
+    number = carried_out(recipe.commands[0]).split(";")[0]  # NUMBER;CLUSTER
     if len(jobs) > 1:
         jobs = [job.noted(id=f"{number}_{i}", log=f"{jobs[0].log}_{i}") for i, job in enumerate(jobs)]
     else:
@@ -216,18 +215,7 @@ def stop(job: Job) -> str:
     """One that waits is cancelled; one that runs saves first, and is not queued again."""
     (job.folder / STOP).touch()
     if state(job).startswith("RUNNING"):
-        _asked(["scancel", "--signal=TERM", job.handle["id"]])
+        carried_out(["scancel", "--signal=TERM", job.handle["id"]])
         return f"told SLURM job {job.handle['id']} to save and end"
-    _asked(["scancel", job.handle["id"]])
+    carried_out(["scancel", job.handle["id"]])
     return f"cancelled SLURM job {job.handle['id']}"
-
-
-def _asked(command: list[str]) -> str:
-    """Raises: ValueError with what SLURM says."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except FileNotFoundError:
-        raise ValueError(f"launcher=slurm: {command[0]} is not on this machine; call from a login node") from None
-    except subprocess.CalledProcessError as error:
-        print(error.stderr, end="", file=sys.stderr)
-        raise ValueError(f"launcher=slurm: {command[0]} refused: {error.stderr.strip()}") from error

@@ -3,15 +3,18 @@
 import os
 from collections.abc import Sequence
 
-from configs.launchers import LocalConfig
+from configs.launchers import K8sConfig, LocalConfig
 from configs.schema import RunConfig
 from launch import distributed
-from launch.launchers import local, slurm
+from launch.launchers import k8s, local, skypilot, slurm, tpu_vm
 from launch.launchers.job import MARK, Job, Launcher, freeze, job_of, jobs_folder, next_folder, secrets, take_folder
 
 LAUNCHERS: dict[str, Launcher] = {
     "local": local,
     "slurm": slurm,
+    "k8s": k8s,
+    "tpu_vm": tpu_vm,
+    "skypilot": skypilot,
 }
 
 HERE = ("plan", "inspect", "runs", "status", "logs", "stop")  # tasks that only look
@@ -48,7 +51,8 @@ def launch(asked: Sequence[tuple[RunConfig, list[str]]]) -> int:
         jobs = [job_of(*one, next_folder(jobs_folder(one[0].runs, one[0].run))) for one in asked]
         print(module.recipe(jobs).shown(jobs[0].folder))
         return 0
-    secrets(launcher, os.environ)  # before anything is written
+    if not isinstance(launcher, K8sConfig):  # whose secrets stand in the cluster
+        secrets(launcher, os.environ)  # before anything is written
     jobs: list[Job] = []
     for config, overrides in asked:
         job = job_of(config, overrides, take_folder(jobs_folder(config.runs, config.run)))

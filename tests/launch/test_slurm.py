@@ -90,7 +90,7 @@ def test_states_are_told_in_a_few_words(line, said):
 def test_without_slurm_the_reason_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     one = job("launcher=slurm")
-    with pytest.raises(ValueError, match="sbatch is not on this machine"):
+    with pytest.raises(ValueError, match="sbatch: is not on this machine"):
         slurm.submit([one], slurm.recipe([one]))
 
 

@@ -1,0 +1,256 @@
+"""A run on Kubernetes: a JobSet, which Kueue may queue.
+
+The frozen code travels in a ConfigMap and is unpacked beside the image's Python, so that an image serves many
+versions. A pod that leaves with 75 is replaced and does not count; one that leaves with 2 fails the JobSet; one that is
+lost makes all begin again, at most `launcher.max_restarts` times.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from configs.launchers import K8sConfig
+from launch import exit_codes
+from launch.distributed import FIRST_PORT
+from launch.launchers.job import Job, Recipe, carried_out, packed, public_name
+from launch.launchers.supervisor import say
+
+MANIFEST, PACKED = "jobset.yaml", "code.tar.gz"
+CODE, WORK = "/meshwright/code", "/meshwright/work"  # in a pod; runs= lies below WORK
+MAX_PACKED = 1_000_000  # bytes of a ConfigMap; the API server takes 1 MiB
+INDEX = "batch.kubernetes.io/job-completion-index"
+HOSTS = "hosts"  # the one kind of pods that a JobSet of ours has
+PAUSE = 5.0  # seconds between looks
+
+
+def recipe(jobs: Sequence[Job]) -> Recipe:
+    folder, commands = jobs[0].folder, []
+    for job in jobs:
+        source = f"--from-file={PACKED}={job.folder / PACKED}"
+        commands.append([*kubectl(job), "create", "configmap", code_map(job), source])
+    commands.append([*kubectl(jobs[0]), "apply", "-f", str(folder / MANIFEST)])
+    return Recipe({MANIFEST: yaml.safe_dump_all(map(jobset, jobs), sort_keys=False, width=120)}, commands)
+
+
+def of(job: Job) -> K8sConfig:
+    assert isinstance(job.launcher, K8sConfig)
+    return job.launcher
+
+
+def name(job: Job) -> str:
+    return public_name(job.run, job.number, 40)  # the names of pods are longer, and end at 63
+
+
+def code_map(job: Job) -> str:
+    return f"{name(job)}-code"
+
+
+def kubectl(job: Job) -> list[str]:
+    return ["kubectl", f"--namespace={of(job).namespace}"]
+
+
+def jobset(job: Job) -> dict[str, Any]:
+    launcher = of(job)
+    labels = {"app.kubernetes.io/name": "meshwright"}
+    if launcher.queue:
+        labels["kueue.x-k8s.io/queue-name"] = launcher.queue
+    if launcher.priority:
+        labels["kueue.x-k8s.io/priority-class"] = launcher.priority
+    metadata: dict[str, Any] = {"name": name(job), "namespace": launcher.namespace, "labels": labels}
+    if launcher.tpu_accelerator:  # a slice is a pool of nodes, and has one job
+        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": metadata,
+        "spec": {
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": launcher.max_restarts,
+                # A rule of the pods failed the job, and the only such rule is about what is the user's to correct.
+                "rules": [{"name": "wrongInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "replicatedJobs": [{"name": HOSTS, "replicas": launcher.slices, "template": {"spec": _job(job)}}],
+        },
+    }
+
+
+def _job(job: Job) -> dict[str, Any]:
+    launcher = of(job)
+    rules: list[dict[str, Any]] = [
+        {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [exit_codes.WRONG_INPUT]}},
+        {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [exit_codes.PREEMPTED]}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},  # its node is taken away
+    ]
+    return {
+        "completionMode": "Indexed",
+        "parallelism": launcher.hosts,
+        "completions": launcher.hosts,
+        "backoffLimit": 0,  # one that is lost: the JobSet begins again with all
+        "podFailurePolicy": {"rules": rules},
+        "template": {"metadata": {"labels": {"app.kubernetes.io/name": "meshwright"}}, "spec": _pod(job)},
+    }
+
+
+def _pod(job: Job) -> dict[str, Any]:
+    launcher = of(job)
+    code, packed_code = {"name": "code", "mountPath": CODE}, {"name": "packed", "mountPath": "/meshwright/packed"}
+    work, shared = {"name": "work", "mountPath": WORK}, {"name": "shared-memory", "mountPath": "/dev/shm"}
+    claim = {"persistentVolumeClaim": {"claimName": launcher.volume}} if launcher.volume else {"emptyDir": {}}
+    selector = dict(launcher.node_selector)
+    if launcher.tpu_accelerator and launcher.tpu_topology:
+        selector["cloud.google.com/gke-tpu-accelerator"] = launcher.tpu_accelerator
+        selector["cloud.google.com/gke-tpu-topology"] = launcher.tpu_topology
+    spec: dict[str, Any] = {
+        "restartPolicy": "Never",  # what a pod failure policy asks for
+        "terminationGracePeriodSeconds": launcher.grace,
+        "initContainers": [
+            {
+                "name": "code",
+                "image": launcher.image,
+                "command": ["tar", "-xzf", f"/meshwright/packed/{PACKED}", "-C", CODE],
+                "volumeMounts": [dict(code), packed_code],  # YAML would make the same one an anchor
+            }
+        ],
+        "containers": [
+            {
+                "name": "process",
+                "image": launcher.image,
+                "workingDir": WORK,
+                "command": [
+                    word.replace("$(", "$$(") for word in job.command("python3")
+                ],  # Kubernetes fills in $(NAME)
+                "env": environment(job),
+                "resources": _resources(launcher),
+                "volumeMounts": [code, work, shared],
+            }
+        ],
+        "volumes": [
+            {"name": "code", "emptyDir": {}},
+            {"name": "packed", "configMap": {"name": code_map(job)}},
+            {"name": "work", **claim},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},  # NCCL needs more than the usual 64 MB
+        ],
+    }
+    if selector:
+        spec["nodeSelector"] = selector
+    if launcher.service_account:
+        spec["serviceAccountName"] = launcher.service_account
+    if launcher.gpus_per_host:
+        spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    return spec
+
+
+def environment(job: Job) -> list[dict[str, Any]]:
+    """Of a pod. Names alone are keys of the Kubernetes secret; GKE tells the workers of TPU slices of each other."""
+    launcher = of(job)
+    variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in job.environment(CODE).items()]
+    for entry in launcher.env:
+        if "=" not in entry:
+            reference = {"name": launcher.secret, "key": entry}
+            variables.append({"name": entry, "valueFrom": {"secretKeyRef": reference}})
+    if launcher.tpu_accelerator is None or (launcher.hosts == 1 and launcher.slices == 1):
+        first = f"{name(job)}-{HOSTS}-0-0.{name(job)}:{FIRST_PORT}"
+        index = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX}']"}}
+        variables += [
+            {"name": "JAX_COORDINATOR_ADDRESS", "value": first},
+            {"name": "JAX_NUM_PROCESSES", "value": str(launcher.hosts)},
+            {"name": "JAX_PROCESS_ID", "valueFrom": index},
+        ]
+    return variables
+
+
+def _resources(launcher: K8sConfig) -> dict[str, Any]:
+    limits: dict[str, Any] = {}
+    if launcher.gpus_per_host:
+        limits["nvidia.com/gpu"] = launcher.gpus_per_host
+    if launcher.tpus_per_host:
+        limits["google.com/tpu"] = launcher.tpus_per_host
+    asked = {key: value for key, value in (("cpu", launcher.cpu), ("memory", launcher.memory)) if value}
+    return {part: found for part, found in (("requests", {**asked, **limits}), ("limits", limits)) if found}
+
+
+def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
+    """Raises: ValueError where the code is too large for a ConfigMap, or kubectl refuses."""
+    for job in jobs:
+        code = packed(job.code)
+        if len(code) > MAX_PACKED:
+            raise ValueError(
+                f"launcher=k8s: the code is {len(code):,} bytes packed, and a ConfigMap holds {MAX_PACKED:,}; what git "
+                "ignores is left out"
+            )
+        (job.folder / PACKED).write_bytes(code)
+    for command in recipe.commands:
+        carried_out(command)
+    for job in jobs:
+        job.noted(name=name(job))
+        print(f"run {job.run!r}: job {job.number} is the JobSet {name(job)}", flush=True)
+    return max(_follow(job) for job in jobs) if jobs[0].launcher.follow else 0
+
+
+def _follow(job: Job) -> int:
+    """Shows the log of the first pod, again after each restart, until the JobSet is over. Ctrl-C leaves it running."""
+    told = ""
+    try:
+        while True:
+            found = state(job)
+            if found != told:
+                say(f"JobSet {name(job)}: {found}")
+                told = found
+            if found.startswith(OVER):
+                return 0 if found == OVER[0] else exit_codes.FAILED
+            if found.startswith("running"):
+                logs(job, follow=True)
+            time.sleep(PAUSE)
+    except KeyboardInterrupt:
+        say(f"left; the job goes on. To look: meshwright logs run={job.run} follow=true; to stop: meshwright stop")
+        return exit_codes.INTERRUPTED
+
+
+OVER = ("completed", "failed", "gone")
+
+
+def state(job: Job) -> str:
+    command = [*kubectl(job), "get", "jobset", name(job), "--output=json"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        return "gone" if "NotFound" in found.stderr else f"unknown: {found.stderr.strip()}"
+    return described(json.loads(found.stdout))
+
+
+def described(shown: dict[str, Any]) -> str:
+    """A JobSet, as kubectl shows it, in a few words."""
+    status = shown.get("status", {})
+    true = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
+    if "Completed" in true:
+        return "completed"
+    if "Failed" in true:
+        return f"failed ({true['Failed'].get('message', '')})"
+    restarts = f", restart {status['restarts']}" if status.get("restarts") else ""
+    if "Suspended" in true:
+        return f"waits in its queue{restarts}"
+    pods = sum(part.get("ready", 0) for part in status.get("replicatedJobsStatus", []))
+    return f"running{restarts}" if pods else f"starting{restarts}"
+
+
+def status(job: Job) -> str:
+    return f"JobSet {name(job)}: {state(job)}"
+
+
+def logs(job: Job, *, follow: bool) -> int:
+    """Of the first pod of the first slice."""
+    labels = {"jobset-name": name(job), "replicatedjob-name": HOSTS, "job-index": "0"}
+    selector = ",".join([*(f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()), f"{INDEX}=0"])
+    flags = [f"--selector={selector}", "--container=process", "--tail=-1", *(["--follow"] if follow else [])]
+    return subprocess.run([*kubectl(job), "logs", *flags]).returncode
+
+
+def stop(job: Job) -> str:
+    """Its processes get SIGTERM, and `launcher.grace` seconds to save."""
+    carried_out([*kubectl(job), "delete", "jobset", name(job), "--wait=false"])
+    carried_out([*kubectl(job), "delete", "configmap", code_map(job), "--ignore-not-found"])
+    return f"deleted the JobSet {name(job)}; its processes save and end"

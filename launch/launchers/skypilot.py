@@ -1,0 +1,132 @@
+"""A run through SkyPilot: one cluster for each run, on any cloud, with a process on each node.
+
+Values of secrets are read by `sky` from this shell's environment. A cluster that has no work is deleted after
+`launcher.autostop` minutes; run folders outlive it in `launcher.bucket`.
+"""
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from configs.launchers import SkypilotConfig
+from launch.distributed import FIRST_PORT
+from launch.launchers.job import Job, Recipe, carried_out, public_name, restarted
+
+FILE = "task.yaml"
+HOME = "~/meshwright"  # on a node: where processes are called
+
+
+def recipe(jobs: Sequence[Job]) -> Recipe:
+    """A task and its launch for each job; the file of a sweep's further jobs stands in their own folders."""
+    files = {FILE if job is jobs[0] else str(job.folder / FILE): written(job) for job in jobs}
+    return Recipe(files, [launch(job) for job in jobs])
+
+
+def of(job: Job) -> SkypilotConfig:
+    assert isinstance(job.launcher, SkypilotConfig)
+    return job.launcher
+
+
+def cluster(job: Job) -> str:
+    return of(job).cluster or public_name(job.run, 1).removesuffix("-1")
+
+
+def launch(job: Job) -> list[str]:
+    names = [word for entry in job.launcher.env if "=" not in entry for word in ("--secret", entry)]
+    stays = ["--idle-minutes-to-autostop", str(of(job).autostop), "--down", "--detach-run"]
+    return ["sky", "launch", "--yes", "--cluster", cluster(job), *stays, *names, str(job.folder / FILE)]
+
+
+def written(job: Job) -> str:
+    return yaml.dump(task(job), Dumper=_Blocks, sort_keys=False, width=120)
+
+
+class _Blocks(yaml.SafeDumper):
+    """Writes texts of several lines as they are."""
+
+
+def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Blocks.add_representer(str, _block)
+
+
+def task(job: Job) -> dict[str, Any]:
+    launcher = of(job)
+    resources = {
+        "infra": launcher.infra,
+        "accelerators": launcher.accelerators,
+        "cpus": launcher.cpus,
+        "memory": launcher.memory,
+        "use_spot": launcher.spot or None,
+        "image_id": launcher.image,
+    }
+    found: dict[str, Any] = {
+        "name": public_name(job.run, job.number),
+        "workdir": str(job.code),
+        "num_nodes": launcher.num_nodes,
+        "resources": {key: value for key, value in resources.items() if value is not None},
+        "envs": {name: value for name, value in job.environment().items() if name != "PYTHONPATH"},
+        "secrets": {entry: None for entry in launcher.env if "=" not in entry},
+        "setup": launcher.setup or install(launcher),
+        "run": _run(job),
+    }
+    if launcher.bucket:
+        found["file_mounts"] = {f"{HOME}/runs": {"source": launcher.bucket, "mode": "MOUNT"}}
+    return {key: value for key, value in found.items() if value != {}}
+
+
+def install(launcher: SkypilotConfig) -> str:
+    kind = launcher.accelerators
+    extra = "" if kind is None else "[tpu]" if kind.startswith("tpu") else "[cuda12]"
+    return f"{launcher.python} -m pip install -q -e '.{extra}'"
+
+
+def _run(job: Job) -> str:
+    """On each node, in the folder of the code."""
+    launcher = of(job)
+    join = {
+        "JAX_COORDINATOR_ADDRESS": f'"$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{FIRST_PORT}"',
+        "JAX_NUM_PROCESSES": '"$SKYPILOT_NUM_NODES"',
+        "JAX_PROCESS_ID": '"$SKYPILOT_NODE_RANK"',
+    }
+    lines = [
+        'export PYTHONPATH="$PWD"',
+        *(f"export {name}={value}" for name, value in join.items()),
+        f'job={HOME}/jobs/{public_name(job.run, job.number)}; mkdir -p "$job"; cd {HOME}',
+        *restarted(shlex.join(job.command(launcher.python)), launcher.max_restarts),
+        "exit $code",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
+    """Raises: ValueError where sky refuses."""
+    for job, command in zip(jobs, recipe.commands, strict=True):
+        carried_out(command)
+        job = job.noted(cluster=cluster(job))
+        print(f"run {job.run!r}: job {job.number} runs on the cluster {cluster(job)}", flush=True)
+    return logs(jobs[0], follow=True) if jobs[0].launcher.follow and len(jobs) == 1 else 0
+
+
+def status(job: Job) -> str:
+    return f"cluster {cluster(job)}:\n{carried_out(['sky', 'queue', cluster(job)])}"
+
+
+def logs(job: Job, *, follow: bool) -> int:
+    """Of its newest task. Ctrl-C leaves it running. The exit code, as sky has it: 0 where the task succeeded."""
+    try:
+        return subprocess.run(["sky", "logs", *([] if follow else ["--no-follow"]), cluster(job)]).returncode
+    except FileNotFoundError:
+        raise ValueError("sky: is not on this machine; the launcher works through it") from None
+    except KeyboardInterrupt:
+        return 0
+
+
+def stop(job: Job) -> str:
+    carried_out(["sky", "cancel", "--yes", "--all", cluster(job)])
+    return f"cancelled; the cluster is deleted after {of(job).autostop} minutes, at once with: sky down {cluster(job)}"

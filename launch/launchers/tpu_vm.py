@@ -1,0 +1,217 @@
+"""A run on a Cloud TPU slice: a queued resource, and each worker of it over ssh, all through gcloud.
+
+A script on every worker starts its process, and again where that helps, so that this machine may be switched off. It
+gets the secrets on its input. What only this machine can do, while it follows: ask for another slice when a spot slice
+was taken away. Run folders are on the workers' disks unless `runs=` says where they share one.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+
+from configs.launchers import TpuVmConfig
+from launch import exit_codes
+from launch.launchers import supervisor
+from launch.launchers.job import Job, Recipe, assignments, carried_out, packed, public_name, restarted, secrets
+from launch.launchers.supervisor import Ended, say
+
+SCRIPT, PACKED = "worker.sh", "code.tar.gz"
+HOME = "meshwright"  # on a worker, in the user's home: where processes are called
+READY, OVER = "ACTIVE", ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
+WORKER = "WORKER"  # in a recipe, where each has a command of its own
+PAUSE = 20.0  # seconds between looks
+
+
+def recipe(jobs: Sequence[Job]) -> Recipe:
+    """The script of the workers, and the commands in their order; the last one once for each worker."""
+    files = {SCRIPT: script(jobs[0])} if len(jobs) == 1 else {}
+    return Recipe(files, [command for job in jobs for command in commands(job)])
+
+
+def of(job: Job) -> TpuVmConfig:
+    assert isinstance(job.launcher, TpuVmConfig)
+    return job.launcher
+
+
+def tpu(job: Job) -> str:
+    """The name of the slice: jobs of a run share it."""
+    return of(job).name or public_name(job.run, 1).removesuffix("-1")
+
+
+def place(job: Job) -> str:
+    return f"jobs/{public_name(job.run, job.number)}"  # in HOME
+
+
+def commands(job: Job) -> list[list[str]]:
+    unpacked = f"tar -xzf {PACKED} -C code && cd code && {of(job).setup}"
+    return [
+        create(job),
+        queued(job, "describe", "--format=value(state.state)"),
+        ssh(job, "all", f"mkdir -p {HOME}/{place(job)}/code"),
+        scp(job),
+        ssh(job, "all", f"cd {HOME}/{place(job)} && {unpacked}"),
+        ssh(job, WORKER, f"bash {HOME}/{place(job)}/{SCRIPT}"),
+    ]
+
+
+def create(job: Job) -> list[str]:
+    launcher = of(job)
+    kind = [f"--accelerator-type={launcher.accelerator}", f"--runtime-version={launcher.runtime}"]
+    how = ["--spot"] * launcher.spot + ["--reserved"] * launcher.reserved
+    return queued(job, "create", f"--node-id={tpu(job)}", *kind, *how)
+
+
+def queued(job: Job, verb: str, *flags: str) -> list[str]:
+    return ["gcloud", "compute", "tpus", "queued-resources", verb, tpu(job), *_where(job), *flags]
+
+
+def ssh(job: Job, worker: str, command: str) -> list[str]:
+    return _vm(job, "ssh", tpu(job), f"--worker={worker}", f"--command={command}")
+
+
+def scp(job: Job) -> list[str]:
+    files = [str(job.folder / PACKED), str(job.folder / SCRIPT)]
+    return _vm(job, "scp", *files, f"{tpu(job)}:{HOME}/{place(job)}/", "--worker=all")
+
+
+def _vm(job: Job, verb: str, *words: str) -> list[str]:
+    return ["gcloud", "compute", "tpus", "tpu-vm", verb, *words, *_where(job)]
+
+
+def _where(job: Job) -> list[str]:
+    project = of(job).project
+    return [f"--zone={of(job).zone}", *([f"--project={project}"] if project else []), "--quiet"]
+
+
+def script(job: Job) -> str:
+    """What runs on each worker. Its input: NAME=VALUE of each secret, with a null byte behind it."""
+    launcher = of(job)
+    given = {name: value for name, value in job.environment().items() if name != "PYTHONPATH"}
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f'cd ~/{HOME} && job="$PWD/{place(job)}"',
+            'rm -f "$job/exit_code" "$job/stop"',
+            "while IFS= read -r -d '' secret; do export \"$secret\"; done",
+            f'export PYTHONPATH="$job/code" {" ".join(assignments(given))}',
+            "work() {",
+            *(f"  {line}" for line in restarted(shlex.join(job.command(launcher.python)), launcher.max_restarts)),
+            '  echo $code > "$job/exit_code"',
+            "}",
+            "trap '' HUP  # the connection ends, the work goes on",
+            'work > "$job/log" 2>&1 < /dev/null &',
+            'echo $! > "$job/supervisor"',
+            "",
+        ]
+    )
+
+
+def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
+    """Raises: ValueError where gcloud refuses, or a sweep is asked for."""
+    if len(jobs) > 1:
+        raise ValueError(
+            f"launcher=tpu_vm: a slice has one job at a time, and this sweep has {len(jobs)}; give them singly"
+        )
+    [job] = jobs
+    (job.folder / PACKED).write_bytes(packed(job.code))
+    job = job.noted(tpu=tpu(job))
+    if not job.launcher.follow:
+        start(job)
+        print(f"run {job.run!r}: job {job.number} runs on the TPU {tpu(job)}")
+        return 0
+    try:
+        return supervisor.supervise(
+            lambda count: attempt(job),
+            count=1,
+            max_restarts=job.launcher.max_restarts,
+            elastic=False,
+            saved_step=lambda: None,
+            say=say,
+        )
+    except KeyboardInterrupt:
+        say(f"left; the job goes on. To look: meshwright logs run={job.run} follow=true; to stop: meshwright stop")
+        return exit_codes.INTERRUPTED
+
+
+def attempt(job: Job) -> Ended:
+    """Starts the workers and shows the first one's log to the end, of the job or of the slice."""
+    start(job)
+    while True:
+        logs(job, follow=True)
+        found = state(job)
+        if found != READY:
+            return Ended(exit_codes.PREEMPTED, f"the TPU {tpu(job)} was taken away: {found}")
+        code = carried_out(ssh(job, "0", f"cat {HOME}/{place(job)}/exit_code 2> /dev/null || true"))
+        if code:  # of a script that starts its process again by itself: no other start is worth it
+            return Ended(int(code), f"worker 0 ended with {code}", asked=True)
+        time.sleep(PAUSE)  # the connection was lost
+
+
+def start(job: Job) -> None:
+    """Asks for the slice where there is none, waits for it, and starts every worker."""
+    values = "".join(f"{name}={value}\0" for name, value in secrets(job.launcher, os.environ).items())
+    make, _, folder, copy, unpack, work = commands(job)
+    found = state(job)
+    if found in OVER:
+        carried_out(queued(job, "delete", "--force"))
+        found = ""
+    if not found:
+        carried_out(make)
+    wait_for_slice(job)
+    for command in (folder, copy, unpack):
+        carried_out(command)
+    for worker in range(num_workers(job)):
+        carried_out([word.replace(f"--worker={WORKER}", f"--worker={worker}") for word in work], values)
+
+
+def wait_for_slice(job: Job) -> None:
+    """Raises: ValueError where the request came to nothing."""
+    told = ""
+    while (found := state(job)) != READY:
+        if found in OVER:
+            raise ValueError(f"launcher=tpu_vm: the queued resource {tpu(job)} is {found}")
+        if found != told:
+            say(f"TPU {tpu(job)}: {found}")
+            told = found
+        time.sleep(PAUSE)
+
+
+def state(job: Job) -> str:
+    """Of the queued resource; empty where there is none."""
+    try:
+        return carried_out(queued(job, "describe", "--format=value(state.state)"))
+    except ValueError as error:
+        if "NOT_FOUND" in str(error):
+            return ""
+        raise
+
+
+def num_workers(job: Job) -> int:
+    return len(json.loads(carried_out(_vm(job, "describe", tpu(job), "--format=json")))["networkEndpoints"])
+
+
+def status(job: Job) -> str:
+    found = state(job)
+    if found != READY:
+        return f"TPU {tpu(job)}: {found or 'not there'}"
+    look = f'cd {HOME}/{place(job)}; [ -e exit_code ] && echo "ended with $(cat exit_code)" || echo running'
+    return f"TPU {tpu(job)}: {carried_out(ssh(job, '0', look))}"
+
+
+def logs(job: Job, *, follow: bool) -> int:
+    """Of worker 0."""
+    show = "tail -n +1 -F log --pid=$(cat supervisor)" if follow else "cat log"
+    return subprocess.run(ssh(job, "0", f"cd {HOME}/{place(job)} && {show}")).returncode
+
+
+def stop(job: Job) -> str:
+    """The slice stays, and costs: the answer says how to delete it."""
+    carried_out(ssh(job, "all", told_to_stop(job)))
+    return f"told all workers to save and end; delete the TPU with: {shlex.join(queued(job, 'delete', '--force'))}"
+
+
+def told_to_stop(job: Job) -> str:
+    return f"cd {HOME}/{place(job)} && touch stop && kill -TERM $(cat pid)"

@@ -4,18 +4,16 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from configs.launchers import LocalConfig
 from launch import exit_codes
 from launch.launchers import supervisor
 from launch.launchers.following import show_log
-from launch.launchers.job import Job, Recipe, assignments, secrets
+from launch.launchers.job import Job, Recipe, assignments
 from launch.launchers.supervisor import Ended
-
-GRACE_SECONDS = 10.0  # for the others, when one has died: they may wait for it in a collective for ever
 
 status, stop = supervisor.status, supervisor.stop
 
@@ -47,15 +45,7 @@ def joined(count: int, index: int, port: int | str) -> dict[str, str]:
 
 
 def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
-    """One job after the other; those of `launcher.follow=false` at once, in the background."""
-    codes = []
-    for job in jobs:
-        if job.launcher.follow:
-            codes.append(carry_out(supervisor.attached(job)))
-        else:
-            job = supervisor.detach(job, secrets(job.launcher, os.environ))
-            print(f"run {job.run!r}: job {job.number} runs in the background, log: {job.log}")
-    return max(codes, default=0)
+    return supervisor.submit_each(jobs, carry_out)
 
 
 def carry_out(job: Job) -> int:
@@ -101,48 +91,22 @@ def free_port() -> int:
 
 
 def _follow(job: Job, children: list[subprocess.Popen]) -> Ended:
-    """Waits for all; passes signals on; stops the rest when one has failed."""
-    asked = False
-
     def end_all() -> None:
         for child in children:
             if child.poll() is None:
                 child.send_signal(signal.SIGTERM)  # SIGTERM alone leads all processes to the same step
 
-    def pass_on(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-        end_all()
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    first: tuple[int, int] | None = None
-    try:
-        stopped_at = 0.0
-        while any(child.poll() is None for child in children):
-            failed = {i: child.returncode for i, child in enumerate(children) if child.poll() not in (None, 0)}
-            if failed and first is None:
-                first, stopped_at = supervisor.first_end(failed), time.monotonic()
-                if first[1] not in (exit_codes.PREEMPTED, exit_codes.WRONG_INPUT):
-                    end_all()  # who is preempted or told a mistake leaves together with the others
-            if first is not None and time.monotonic() - stopped_at > GRACE_SECONDS:
-                for child in children:
-                    child.kill()
-            time.sleep(0.05)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def kill_all() -> None:
         for child in children:
             child.kill()
-    codes = {i: code for i, child in enumerate(children) if (code := child.wait())}
-    if not codes:
-        return Ended(0)
-    index, code = first or supervisor.first_end(codes)
-    why = f"process {index} {supervisor.in_words(code)}"
-    if index and code not in (exit_codes.PREEMPTED, exit_codes.WRONG_INPUT):
-        why += f"; see {process_log(job, index)}"
-    if code == exit_codes.FAILED or code < 0:
-        supervisor.say(why)
-    return Ended(code, why, asked)
+
+    ended = supervisor.watch(lambda: [child.poll() for child in children], end_all=end_all, kill_all=kill_all)
+    told = ended.code not in (0, exit_codes.PREEMPTED, exit_codes.WRONG_INPUT)
+    if told and ended.process:
+        ended = replace(ended, why=f"{ended.why}; see {process_log(job, ended.process)}")
+    if ended.code == exit_codes.FAILED or ended.code < 0:
+        supervisor.say(ended.why)
+    return ended
 
 
 def logs(job: Job, *, follow: bool) -> int:

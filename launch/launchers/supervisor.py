@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch import exit_codes
-from launch.launchers.job import Job
+from launch.launchers.job import Job, secrets
+
+GRACE_SECONDS = 10.0  # for the others, when one has died: they may wait for it in a collective for ever
 
 Attempt = Callable[[int], "Ended"]
 
@@ -23,6 +26,7 @@ class Ended:
 
     code: int  # of the process that went first; below 0: by this signal
     why: str = ""
+    process: int = 0  # which one that was
     asked: bool = False  # somebody wanted it to end
 
 
@@ -56,6 +60,50 @@ def supervise(
             count, in_vain = count // 2, 0
         place = "the beginning" if step is None else f"step {step}"
         say(f"{ended.why}; restart {restarts} of {max_restarts} with {processes(count)}, from {place}")
+
+
+def watch(
+    codes: Callable[[], list[int | None]],
+    *,
+    end_all: Callable[[], None],
+    kill_all: Callable[[], None],
+    pause: float = 0.05,
+) -> Ended:
+    """Waits for all processes; passes signals on; stops the rest when one has failed.
+
+    `codes`: how each process ended, None while it runs. `end_all` tells those that run to save and end.
+    """
+    asked = False
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        end_all()
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    first: tuple[int, int] | None = None
+    killed_at = 0.0
+    try:
+        while True:
+            found = codes()
+            failed = {i: code for i, code in enumerate(found) if code}
+            if failed and first is None:
+                first, killed_at = first_end(failed), time.monotonic() + GRACE_SECONDS
+                if first[1] not in (exit_codes.PREEMPTED, exit_codes.WRONG_INPUT):
+                    end_all()  # who is preempted or told a mistake leaves together with the others
+            if None not in found:
+                break
+            if first is not None and time.monotonic() > killed_at:
+                kill_all()
+            time.sleep(pause)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        kill_all()
+    if first is None:
+        return Ended(0)
+    index, code = first
+    return Ended(code, f"process {index} {in_words(code)}", index, asked)
 
 
 def as_exit_code(code: int) -> int:
@@ -102,6 +150,18 @@ def say(text: str) -> None:
 
 
 # A supervisor in the background, and how it is found again
+
+
+def submit_each(jobs: Sequence[Job], carry_out: Callable[[Job], int]) -> int:
+    """One job after the other in this process; those of `launcher.follow=false` at once, in the background."""
+    codes = []
+    for job in jobs:
+        if job.launcher.follow:
+            codes.append(carry_out(attached(job)))
+        else:
+            job = detach(job, secrets(job.launcher, os.environ))
+            print(f"run {job.run!r}: job {job.number} runs in the background, log: {job.log}")
+    return max(codes, default=0)
 
 
 def detach(job: Job, variables: Mapping[str, str]) -> Job:

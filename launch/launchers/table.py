@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from configs.launchers import K8sConfig, LocalConfig
 from configs.schema import RunConfig
 from launch import distributed
-from launch.launchers import k8s, local, skypilot, slurm, tpu_vm
+from launch.launchers import k8s, local, ray_cluster, skypilot, slurm, tpu_vm
 from launch.launchers.job import MARK, Job, Launcher, freeze, job_of, jobs_folder, next_folder, secrets, take_folder
 
 LAUNCHERS: dict[str, Launcher] = {
     "local": local,
     "slurm": slurm,
     "k8s": k8s,
+    "ray": ray_cluster,
     "tpu_vm": tpu_vm,
     "skypilot": skypilot,
 }

@@ -12,6 +12,10 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def descendants(pid: int) -> list[int]:
     return [below for child in children(pid) for below in [child, *descendants(child)]]
 

@@ -259,15 +259,23 @@ def restarted(process: str, max_restarts: int) -> list[str]:
     ]
 
 
-def carried_out(command: Sequence[str], given: str | None = None) -> str:
-    """What a command of a cluster prints. `given`: its input.
+def called(
+    command: Sequence[str], given: str | None = None, *, shown: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Calls a command of a cluster. `given`: its input. `shown`: what it prints goes to this terminal.
 
-    Raises: ValueError with what it says, where it fails or is not on this machine.
+    Raises: ValueError where it is not on this machine.
     """
     try:
-        return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, input=given, capture_output=not shown, text=True)
     except FileNotFoundError:
         raise ValueError(f"{command[0]}: is not on this machine; the launcher works through it") from None
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip() or error.stdout.strip()
-        raise ValueError(f"{shlex.join(command[:4])} ...: refused: {said}") from error
+
+
+def carried_out(command: Sequence[str], given: str | None = None) -> str:
+    """What a command prints. Raises: ValueError with what it says, where it fails."""
+    found = called(command, given)
+    if found.returncode:
+        said = found.stderr.strip() or found.stdout.strip()
+        raise ValueError(f"{shlex.join(command[:4])} ...: refused: {said}")
+    return found.stdout.strip()

@@ -6,7 +6,6 @@ lost makes all begin again, at most `launcher.max_restarts` times.
 """
 
 import json
-import subprocess
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import yaml
 from configs.launchers import K8sConfig
 from launch import exit_codes
 from launch.distributed import FIRST_PORT
-from launch.launchers.job import Job, Recipe, carried_out, packed, public_name
+from launch.launchers.job import Job, Recipe, called, carried_out, packed, public_name
 from launch.launchers.supervisor import say
 
 MANIFEST, PACKED = "jobset.yaml", "code.tar.gz"
@@ -216,7 +215,7 @@ OVER = ("completed", "failed", "gone")
 
 def state(job: Job) -> str:
     command = [*kubectl(job), "get", "jobset", name(job), "--output=json"]
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = called(command)
     if found.returncode:
         return "gone" if "NotFound" in found.stderr else f"unknown: {found.stderr.strip()}"
     return described(json.loads(found.stdout))
@@ -246,7 +245,7 @@ def logs(job: Job, *, follow: bool) -> int:
     labels = {"jobset-name": name(job), "replicatedjob-name": HOSTS, "job-index": "0"}
     selector = ",".join([*(f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()), f"{INDEX}=0"])
     flags = [f"--selector={selector}", "--container=process", "--tail=-1", *(["--follow"] if follow else [])]
-    return subprocess.run([*kubectl(job), "logs", *flags]).returncode
+    return called([*kubectl(job), "logs", *flags], shown=True).returncode
 
 
 def stop(job: Job) -> str:

@@ -5,7 +5,6 @@ Values of secrets are read by `sky` from this shell's environment. A cluster tha
 """
 
 import shlex
-import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 
 from configs.launchers import SkypilotConfig
 from launch.distributed import FIRST_PORT
-from launch.launchers.job import Job, Recipe, carried_out, public_name, restarted
+from launch.launchers.job import Job, Recipe, called, carried_out, public_name, restarted
 
 FILE = "task.yaml"
 HOME = "~/meshwright"  # on a node: where processes are called
@@ -120,9 +119,7 @@ def status(job: Job) -> str:
 def logs(job: Job, *, follow: bool) -> int:
     """Of its newest task. Ctrl-C leaves it running. The exit code, as sky has it: 0 where the task succeeded."""
     try:
-        return subprocess.run(["sky", "logs", *([] if follow else ["--no-follow"]), cluster(job)]).returncode
-    except FileNotFoundError:
-        raise ValueError("sky: is not on this machine; the launcher works through it") from None
+        return called(["sky", "logs", *([] if follow else ["--no-follow"]), cluster(job)], shown=True).returncode
     except KeyboardInterrupt:
         return 0
 

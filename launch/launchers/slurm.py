@@ -6,7 +6,6 @@ lost. Exit code and the wish to stop pass through files beside the script, as SL
 
 import re
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from configs.launchers import Runtime, SlurmConfig
 from launch import exit_codes
 from launch.launchers.following import Tail, show_log
-from launch.launchers.job import MARK, Job, Recipe, assignments, carried_out, public_name, worth_another_start
+from launch.launchers.job import MARK, Job, Recipe, assignments, called, carried_out, public_name, worth_another_start
 from launch.launchers.supervisor import say
 
 SCRIPT = "job.sbatch"
@@ -172,7 +171,7 @@ def _follow(jobs: Sequence[Job]) -> int:
 
 def state(job: Job) -> str:
     """As SLURM tells it, with nodes or the reason for waiting; GONE where it has forgotten the job."""
-    found = subprocess.run(["scontrol", "show", "job", "--oneliner", job.handle["id"]], capture_output=True, text=True)
+    found = called(["scontrol", "show", "job", "--oneliner", job.handle["id"]])
     if found.returncode:
         if "Invalid job id" in found.stderr:
             return "GONE"

@@ -41,23 +41,25 @@ def supervise(
 ) -> int:
     """Calls `attempt(number of processes)` until it ends well, or another start makes no sense. Returns the exit code.
 
-    `saved_step`: of the newest checkpoint. `elastic`: two ends in a row that brought no newer one halve the number.
+    `saved_step`: of the newest checkpoint. `elastic`: two ends in a row that brought no newer one halve the number, and
+    again where the run's mesh cannot do with that.
     """
-    restarts, in_vain = 0, 0
+    restarts, in_vain, halved = 0, 0, False
     while True:
         before = saved_step()
         ended = attempt(count)
-        if ended.asked or not exit_codes.worth_another_start(ended.code):
+        too_few = halved and count > 1 and ended.code == exit_codes.WRONG_INPUT  # the mesh does not divide
+        if ended.asked or not (too_few or exit_codes.worth_another_start(ended.code)):
             return as_exit_code(ended.code)
-        step = saved_step()
-        in_vain = in_vain + 1 if step == before else 0
         if restarts == max_restarts:
             if max_restarts:
                 say(f"{ended.why}; not restarted: launcher.max_restarts={max_restarts} is used up")
             return as_exit_code(ended.code)
         restarts += 1
-        if elastic and in_vain >= 2 and count > 1:
-            count, in_vain = count // 2, 0
+        step = saved_step()
+        in_vain = in_vain + 1 if step == before else 0
+        if elastic and count > 1 and (in_vain >= 2 or too_few):
+            count, in_vain, halved = count // 2, 0, True
         place = "the beginning" if step is None else f"step {step}"
         say(f"{ended.why}; restart {restarts} of {max_restarts} with {processes(count)}, from {place}")
 

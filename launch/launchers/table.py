@@ -1,13 +1,25 @@
 """The launchers by their names, and handing jobs over to them."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 from configs.launchers import K8sConfig, LocalConfig
 from configs.schema import RunConfig
 from launch import distributed
 from launch.launchers import k8s, local, ray_cluster, skypilot, slurm, tpu_vm
-from launch.launchers.job import MARK, Job, Launcher, freeze, job_of, jobs_folder, next_folder, secrets, take_folder
+from launch.launchers.job import (
+    MARK,
+    Job,
+    Launcher,
+    flags,
+    freeze,
+    job_of,
+    jobs_folder,
+    next_folder,
+    secrets,
+    take_folder,
+)
 
 LAUNCHERS: dict[str, Launcher] = {
     "local": local,
@@ -18,6 +30,7 @@ LAUNCHERS: dict[str, Launcher] = {
     "skypilot": skypilot,
 }
 
+FAR = ("k8s", "tpu_vm", "skypilot")  # whose processes see nothing of this machine's disk
 HERE = ("plan", "inspect", "runs", "status", "logs", "stop")  # tasks that only look
 
 
@@ -46,6 +59,11 @@ def launch(asked: Sequence[tuple[RunConfig, list[str]]]) -> int:
         raise ValueError(
             f"run={twice}: several jobs of the sweep have this name; give each its own, from what differs: "
             "'run=lr_${optimizer.learning_rate}'"
+        )
+    folders = [flag for flag in flags(sys.argv[1:]) if flag.startswith(("--config-", "-cd", "-cp"))]
+    if folders and launcher.kind in FAR:
+        raise ValueError(
+            f"{folders[0]}: is of this machine, and launcher={launcher.kind} has no disk in common with it"
         )
     module = LAUNCHERS[launcher.kind]
     if launcher.dry_run:

@@ -8,14 +8,13 @@ was taken away. Run folders are on the workers' disks unless `runs=` says where 
 import json
 import os
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
 
 from configs.launchers import TpuVmConfig
 from launch import exit_codes
 from launch.launchers import supervisor
-from launch.launchers.job import Job, Recipe, assignments, carried_out, packed, public_name, restarted, secrets
+from launch.launchers.job import Job, Recipe, assignments, called, carried_out, packed, public_name, restarted, secrets
 from launch.launchers.supervisor import Ended, say
 
 SCRIPT, PACKED = "worker.sh", "code.tar.gz"
@@ -204,7 +203,7 @@ def status(job: Job) -> str:
 def logs(job: Job, *, follow: bool) -> int:
     """Of worker 0."""
     show = "tail -n +1 -F log --pid=$(cat supervisor)" if follow else "cat log"
-    return subprocess.run(ssh(job, "0", f"cd {HOME}/{place(job)} && {show}")).returncode
+    return called(ssh(job, "0", f"cd {HOME}/{place(job)} && {show}"), shown=True).returncode
 
 
 def stop(job: Job) -> str:

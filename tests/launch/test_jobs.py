@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from configs.schema import to_plain
+from configs.schema import GROUPS, to_plain
 from launch.exit_codes import worth_another_start
 from launch.launchers import local, supervisor
 from launch.launchers.job import (
@@ -78,6 +78,13 @@ def test_an_elastic_job_goes_on_with_half_where_two_starts_gained_nothing():
     assert supervised([KILLED] * 6, elastic=True, max_restarts=5)[1] == [4, 4, 2, 2, 1, 1]
 
 
+def test_an_elastic_job_halves_on_where_the_mesh_does_not_divide():
+    ends = [KILLED, KILLED, Ended(2, "process 0 ended with 2"), Ended(0)]
+    code, counts, said = supervised(ends, elastic=True)
+    assert (code, counts) == (0, [4, 4, 2, 1]) and said[-1].startswith("process 0 ended with 2; restart 3 of 3 with 1")
+    assert supervised([Ended(2)], elastic=True)[:2] == (2, [4])
+
+
 def test_who_was_killed_went_first_whatever_the_others_said():
     assert supervisor.first_end({0: 1, 1: -9}) == (1, -9)
     assert supervisor.first_end({0: 75, 1: 2}) == (1, 2)
@@ -137,6 +144,13 @@ NEEDS = {
     "k8s": ["launcher.image=me/meshwright", "launcher.secret=keys"],
     "tpu_vm": ["launcher.accelerator=v6e-16", "launcher.runtime=v2-alpha-tpuv6e", "launcher.zone=us-east5-b"],
 }
+
+
+def test_every_launcher_has_its_settings_and_all_that_the_tasks_call():
+    assert set(LAUNCHERS) == set(GROUPS["launcher"])
+    for kind, module in LAUNCHERS.items():
+        for name in ("recipe", "submit", "status", "logs", "stop"):
+            assert callable(getattr(module, name)), (kind, name)
 
 
 def test_only_what_asks_for_a_job_launches_one(monkeypatch):

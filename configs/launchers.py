@@ -104,6 +104,7 @@ class K8sConfig(LauncherConfig):
     volume: str | None = None  # PersistentVolumeClaim for the run folders; null: runs= is a bucket, or is lost
     secret: str | None = None  # the Kubernetes secret that holds the names of env
     service_account: str | None = None
+    host_network: bool = False  # pods on their host's network, which several slices and InfiniBand may ask for
     node_selector: dict[str, str] = field(default_factory=dict)
     grace: int = 120  # seconds from SIGTERM to SIGKILL: a checkpoint must fit in
 

@@ -176,6 +176,17 @@ def secrets(launcher: LauncherConfig, environ: Mapping[str, str]) -> dict[str, s
     return {name: environ[name] for name in names}
 
 
+def joined(count: int, index: int, coordinator: str) -> dict[str, str]:
+    """What tells process `index` of `count` of the others. `coordinator`: HOST:PORT of process 0."""
+    if count == 1:
+        return {}
+    return {
+        "JAX_COORDINATOR_ADDRESS": coordinator,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+
+
 def freeze(job: Job, config: RunConfig) -> None:
     """Writes the code, the commit and what differs from it, and the resolved config into the job's folder."""
     root = Path(__file__).resolve().parents[2]

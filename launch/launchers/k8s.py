@@ -139,6 +139,8 @@ def _pod(job: Job) -> dict[str, Any]:
         spec["nodeSelector"] = selector
     if launcher.service_account:
         spec["serviceAccountName"] = launcher.service_account
+    if launcher.host_network:
+        spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     if launcher.gpus_per_host:
         spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     return spec

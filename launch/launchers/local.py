@@ -12,7 +12,7 @@ from configs.launchers import LocalConfig
 from launch import exit_codes
 from launch.launchers import supervisor
 from launch.launchers.following import show_log
-from launch.launchers.job import Job, Recipe, assignments
+from launch.launchers.job import Job, Recipe, assignments, joined
 from launch.launchers.supervisor import Ended
 
 status, stop = supervisor.status, supervisor.stop
@@ -24,7 +24,7 @@ def recipe(jobs: Sequence[Job]) -> Recipe:
     for job in jobs:
         launcher = of(job)
         for index in range(launcher.num_processes):
-            settings = joined(launcher.num_processes, index, launcher.port or "PORT")
+            settings = joined(launcher.num_processes, index, f"127.0.0.1:{launcher.port or 'PORT'}")
             commands.append(["env", *assignments({**job.environment(), **settings}), *job.command()])
     return Recipe(commands=commands)
 
@@ -32,16 +32,6 @@ def recipe(jobs: Sequence[Job]) -> Recipe:
 def of(job: Job) -> LocalConfig:
     assert isinstance(job.launcher, LocalConfig)
     return job.launcher
-
-
-def joined(count: int, index: int, port: int | str) -> dict[str, str]:
-    if count == 1:
-        return {}
-    return {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(index),
-    }
 
 
 def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
@@ -72,7 +62,7 @@ def attempt(job: Job, count: int) -> Ended:
     children = []
     for index in range(count):
         code_first = os.pathsep.join(filter(None, [str(job.code), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, **job.environment(code_first), **joined(count, index, port)}
+        env = {**os.environ, **job.environment(code_first), **joined(count, index, f"127.0.0.1:{port}")}
         output = None if index == 0 else open(process_log(job, index), "ab")  # noqa: SIM115
         children.append(subprocess.Popen(job.command(), cwd=job.workdir, env=env, stdout=output, stderr=output))
         if output is not None:

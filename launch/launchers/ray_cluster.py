@@ -12,7 +12,7 @@ from typing import Any
 from configs.launchers import RayConfig
 from launch.launchers import supervisor
 from launch.launchers.following import Tail, show_log
-from launch.launchers.job import Job, Recipe, assignments, secrets
+from launch.launchers.job import Job, Recipe, assignments, joined, secrets
 from launch.launchers.local import process_log
 from launch.launchers.supervisor import Ended
 
@@ -40,16 +40,6 @@ def recipe(jobs: Sequence[Job]) -> Recipe:
 def of(job: Job) -> RayConfig:
     assert isinstance(job.launcher, RayConfig)
     return job.launcher
-
-
-def joined(count: int, index: int, coordinator: str) -> dict[str, str]:
-    if count == 1:
-        return {}
-    return {
-        "JAX_COORDINATOR_ADDRESS": coordinator,
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(index),
-    }
 
 
 def submit(jobs: Sequence[Job], recipe: Recipe) -> int:

@@ -1,6 +1,7 @@
 """The launchers by their names, and handing jobs over to them."""
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -79,4 +80,10 @@ def launch(asked: Sequence[tuple[RunConfig, list[str]]]) -> int:
         jobs.append(job)
     recipe = module.recipe(jobs)
     recipe.write(jobs[0].folder)
-    return module.submit(jobs, recipe)
+    try:
+        return module.submit(jobs, recipe)
+    except ValueError:
+        for job in jobs:
+            if not Job.load(job.folder).handle:  # it never became one
+                shutil.rmtree(job.folder)
+        raise

@@ -1,6 +1,7 @@
 """A real SLURM of three nodes on this machine: a run of two loses one, is queued again, and ends as an unbroken one."""
 
 import os
+import signal
 import subprocess
 
 import pytest
@@ -70,6 +71,24 @@ def test_a_preempted_job_is_queued_again_and_a_stopped_one_is_not(cluster, tmp_p
     assert "ended with 75" in meshwright(tmp_path, "status", "run=a", **cluster.environment)[0]
     saved = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
     assert max(losses(tmp_path, "a")) == saved[-1]
+
+
+def test_a_job_that_is_left_goes_on_and_a_cancelled_one_does_not_come_back(cluster, tmp_path):
+    endless = [*RUN, "task.num_steps=1000000", *on_one_node(), "launcher.follow=true"]
+    process = start(tmp_path, "train", "run=a", *endless, **cluster.environment)
+    folder = tmp_path / "runs" / "a"
+    assert wait_for((folder / "checkpoints" / "5").exists, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "left; the job goes on" in err and "meshwright stop run=a" in err
+    assert "RUNNING on" in meshwright(tmp_path, "status", "run=a", **cluster.environment)[0]
+    number = out.split("SLURM job ")[1].split(",")[0]
+    subprocess.run(["scancel", number], env=os.environ | cluster.environment, check=True)
+    assert wait_for((folder / "jobs" / "1" / "exit_code").exists)
+    queue = ["squeue", "--noheader", "--job", number]
+    left = lambda: subprocess.run(queue, env=os.environ | cluster.environment, capture_output=True, text=True).stdout
+    assert wait_for(lambda: not left()), left()
+    assert "restart" not in (folder / "jobs" / "1" / "log").read_text()
 
 
 def test_a_sweep_runs_as_one_array(cluster, tmp_path):

@@ -105,6 +105,17 @@ def test_local_processes_start_again_and_the_mark_reaches_them(tmp_path, capfd):
     assert Job.load(one.folder).handle["code"] == 0
 
 
+def test_an_elastic_job_on_this_machine_goes_on_with_one_process(tmp_path, capfd):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ -z "$JAX_NUM_PROCESSES" ] || kill -9 $$\n')
+    python.chmod(0o755)
+    options = ["launcher.num_processes=2", "launcher.max_restarts=2", "launcher.elastic=true"]
+    one = replace(job(*options, folder=tmp_path / "a" / "jobs" / "1"), python=str(python), workdir=str(tmp_path))
+    one.folder.mkdir(parents=True)
+    assert local.carry_out(one) == 0
+    assert "restart 2 of 2 with 1 process, from the beginning" in capfd.readouterr().err
+
+
 def test_a_job_freezes_the_code_the_commit_and_the_config(tmp_path):
     config = composed("run=a", f"runs={tmp_path}", "launcher.num_processes=2")
     folder = take_folder(jobs_folder(config.runs, config.run))

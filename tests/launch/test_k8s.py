@@ -19,6 +19,12 @@ GPU += ["launcher.queue=research", "launcher.volume=runs", "launcher.memory=512G
 GPU += ["launcher.secret=keys", "launcher.env=[WANDB_API_KEY,NCCL_DEBUG=INFO]"]
 TPU = ["launcher=k8s", "launcher.image=registry/me/meshwright:tpu", "launcher.hosts=4", "launcher.slices=2"]
 TPU += ["launcher.tpu_accelerator=tpu-v5p-slice", "launcher.tpu_topology=2x2x4", "launcher.tpus_per_host=4"]
+TPU += [
+    "launcher.host_network=true",
+    "launcher.service_account=trainer",
+    "launcher.priority=low",
+    "launcher.queue=tpus",
+]
 ONE = ["launcher=k8s", "launcher.image=registry/me/meshwright:cpu"]
 WAYS = {"gpu": GPU, "tpu": TPU, "one": ONE}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.launchers import slurm
+from launch.launchers.table import launch
 from tests.launch.jobs import composed, job, same_as_recorded
 
 OPTIONS = ["launcher=slurm", "launcher.nodes=4", "launcher.gpus_per_node=8", "launcher.time=12:00:00"]
@@ -87,11 +88,13 @@ def test_states_are_told_in_a_few_words(line, said):
     assert slurm.described(line) == said
 
 
-def test_without_slurm_the_reason_is_said(monkeypatch, tmp_path):
+def test_without_slurm_the_reason_is_said_and_no_job_is_left(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    one = job("launcher=slurm")
+    monkeypatch.chdir(tmp_path)
+    overrides = ["run=a", "launcher=slurm"]
     with pytest.raises(ValueError, match="sbatch: is not on this machine"):
-        slurm.submit([one], slurm.recipe([one]))
+        launch([(composed(*overrides), overrides)])
+    assert list((tmp_path / "runs" / "a" / "jobs").iterdir()) == []
 
 
 def test_wrong_numbers_are_refused():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.launch.processes import descendants, holding
 
+PATH = os.environ["PATH"] + ":/usr/sbin"  # where daemons are
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "runuser")
 
 CONFIG = """
@@ -49,8 +50,7 @@ KillWait=5
 
 def why_not() -> str:
     """What is missing for a SLURM of our own; empty where nothing is."""
-    os.environ["PATH"] += ":/usr/sbin"
-    missing = [name for name in NEEDED if shutil.which(name) is None]
+    missing = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
     if missing:
         return f"needs SLURM: {', '.join(missing)} not found (slurmctld slurmd slurm-client munge of Debian)"
     return "" if os.geteuid() == 0 else "needs root, to start SLURM's daemons"
@@ -94,11 +94,11 @@ class Cluster:
         shutil.chown(munge, "munge", "munge")
         shutil.chown(munge / "key", "munge", "munge")
         files = [f"--{name}={munge / file}" for name, file in MUNGE_FILES.items()]
-        subprocess.run(["runuser", "-u", "munge", "--", "munged", "--force", *files], check=True)
+        self._run("runuser", "-u", "munge", "--", "munged", "--force", *files)
 
     def _run(self, *command: str) -> str:
         return subprocess.run(
-            [*command], env=os.environ | self.environment, check=True, capture_output=True, text=True, timeout=60
+            command, env=os.environ | self.environment | {"PATH": PATH}, check=True, capture_output=True, text=True
         ).stdout
 
     def start_node(self, node: str) -> None:

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests.end_to_end.run import TINY, inspect, losses, meshwright, start, wait_for
-from tests.launch.processes import holding, parent
+from tests.launch.processes import environment_of, holding, parent
 from tests.launch.programs import files_with
 
 pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
@@ -24,6 +24,7 @@ def test_a_killed_actor_brings_all_back_and_the_run_ends_the_same(tmp_path):
     process = start(broken, *RUN, *ray, CLUSTER_TOKEN=SECRET)
     assert wait_for((broken / "runs" / "a" / "checkpoints" / "5" / "digests.json").exists, process)
     [trains] = holding(broken / "runs" / "a" / "jobs" / "1" / "process_1.log")
+    assert environment_of(trains)["CLUSTER_TOKEN"] == SECRET
     os.kill(parent(trains), signal.SIGKILL)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, out + err

@@ -9,6 +9,7 @@ import pytest
 from launch.launchers.local import free_port
 from tests.end_to_end.run import TINY, inspect, losses, meshwright, start, wait_for
 from tests.end_to_end.slurm_cluster import Cluster, why_not
+from tests.launch.processes import called_in, environment_of
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "SLURM is there")
 
@@ -36,6 +37,9 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_the_same(cluster, tmp_path
     process = start(broken, "train", "run=a", *RUN, *on_two_nodes(), **cluster.environment, CLUSTER_TOKEN=SECRET)
     checkpoint = broken / "runs" / "a" / "checkpoints" / "5" / "digests.json"
     assert wait_for(checkpoint.exists, process)
+    processes = [environment_of(pid) for pid in called_in(broken, "launch.run")]
+    tokens = {env["SLURM_PROCID"]: env.get("CLUSTER_TOKEN") for env in processes if "SLURM_PROCID" in env}
+    assert tokens == {"0": SECRET, "1": SECRET}
     cluster.lose("n2")
     out, err = process.communicate(timeout=600)
     log = (broken / "runs" / "a" / "jobs" / "1" / "log").read_text()

@@ -30,3 +30,24 @@ def holding(path: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """What a process was given when it began; empty where it is gone."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def called_in(folder: Path, word: str) -> list[int]:
+    """Those whose working folder this is and in whose command the word stands."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == folder and word.encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found

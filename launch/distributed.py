@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from launch.exit_codes import PREEMPTED
+
+SILENCE = 30  # seconds after which the others end for a process that no longer answers
 FIRST_PORT, LAST_PORT = 61440, 65535  # where ports made from a job id lie
 
 
@@ -177,13 +180,14 @@ def start(devices: int | None) -> None:
     if found is None:
         return
     if found.coordinator is None:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
         return
     jax.distributed.initialize(
         found.coordinator,
         found.num_processes,
         found.process_id,
         found.local_device_ids,
+        heartbeat_timeout_seconds=SILENCE,
         **_bind(found.coordinator),
     )
 
@@ -192,6 +196,28 @@ def _bind(coordinator: str) -> dict[str, str]:
     # By default process 0 listens on every interface; a coordinator on loopback has no need to.
     host = coordinator.rsplit(":", 1)[0]
     return {"coordinator_bind_address": coordinator} if host in ("127.0.0.1", "localhost") else {}
+
+
+# What the runtime says where a process that it waits for is gone.
+GONE = ("Gloo", "NCCL", "closed by peer", "reset by peer", "Socket closed", "oordination service", "heartbeat")
+
+
+def leave_if_left_alone(error: BaseException) -> None:
+    """Ends this process with 75 where `error` says that another one is gone: whatever waits for that one would hang."""
+    import sys
+    import time
+
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError):
+        return
+    said = str(error).splitlines()[0]
+    if any(word in said for word in GONE):
+        print(
+            f"meshwright: process {jax.process_index()} of {jax.process_count()}, {time.strftime('%F %T')}: "
+            f"another process is gone ({said}); leaving with {PREEMPTED}, to go on from the newest checkpoint",
+            file=sys.stderr,
+        )
+        abandon(PREEMPTED)
 
 
 def stop() -> None:

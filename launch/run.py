@@ -115,7 +115,7 @@ def _run_hydra(arguments: list[str]) -> int:
         from omegaconf.errors import OmegaConfBaseException
 
         from configs.schema import RunConfig, register, to_typed
-        from launch import messages
+        from launch import distributed, messages
         from launch.launchers.table import launch, launches
 
     register()
@@ -159,7 +159,8 @@ def _run_hydra(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("meshwright: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
-    except Exception:
+    except Exception as error:
+        distributed.leave_if_left_alone(error)
         traceback.print_exc()
         return exit_codes.FAILED
     finally:

@@ -14,7 +14,7 @@ from configs.schema import RunConfig, TrainConfig, to_plain
 from data.chat import chat_ids, text_after_turn
 from data.examples import Records
 from data.pipeline import OfflineSource
-from launch import exit_codes, incidents
+from launch import distributed, exit_codes, incidents
 from launch.assemble import (
     Core,
     Corpora,
@@ -168,6 +168,9 @@ class Session:
         except Rollback as rollback:
             code = self.go_back(rollback)
             return code
+        except jax.errors.JaxRuntimeError as error:
+            distributed.leave_if_left_alone(error)  # at once: what is being saved waits for the others
+            raise
         except Spoiled as error:
             self.checkpointer.wait()
             say(f"meshwright: {error}")

@@ -26,6 +26,7 @@ def test_a_killed_process_brings_all_back_and_the_run_ends_the_same(tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "process 1 was killed by SIGKILL" in err and "restart 1 of 2 with 2 processes, from step" in err
+    assert "process 0 of 2" in err and "another process is gone" in err  # it does not wait for ever
     assert losses(broken, "a") == losses(unbroken, "a")
     mine, theirs = inspect(broken, "a"), inspect(unbroken, "a")
     for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256", "step"):

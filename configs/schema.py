@@ -77,6 +77,7 @@ from trainer.schedule import (
 )
 from trainer.spikes import SpikeConfig
 from trainer.tracker import TensorboardConfig, TrackerConfig, WandbConfig
+from trainer.watchdog import OnHang
 
 
 class Resume(enum.Enum):
@@ -110,6 +111,8 @@ class TrainConfig(TaskConfig):
     sample_temperature: float = 0.7
     patience: int = 0  # evaluations without a better loss after which the run ends; 0: never
     min_delta: float = 0.0  # what counts as better, in nats
+    hang_seconds: float = 1800.0  # without a step, an evaluation or a save done, after which the run hangs; 0: never
+    on_hang: OnHang = OnHang.warn
     profile_steps: list[int] = field(default_factory=list)  # [first, last]: a trace of these steps, in profile/
 
 
@@ -462,6 +465,8 @@ def validate(config: RunConfig) -> None:
         for field_name in ("num_steps", "num_microbatches", "log_every"):
             if getattr(task, field_name) < 1:
                 raise ValueError(f"task.{field_name}={getattr(task, field_name)}: must be at least 1")
+        if task.hang_seconds < 0:
+            raise ValueError(f"task.hang_seconds={task.hang_seconds:g}: must not be negative; 0: never")
         if task.profile_steps and len(task.profile_steps) != 2:
             raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
     if isinstance(task, ServeConfig) and isinstance(config.launcher, LocalConfig) and config.launcher.num_processes > 1:

@@ -44,8 +44,13 @@ class Ledger:
     def _settle(self) -> None:
         """Gives the time since the last change to the phase that was open."""
         now = self._clock()
-        self._seconds[self._stack[-1] if self._stack else "other"] += now - self._mark
+        self._seconds[self.doing] += now - self._mark
         self._mark = now
+
+    @property
+    def doing(self) -> str:
+        """The category that time goes to now."""
+        return self._stack[-1] if self._stack else "other"
 
     @contextmanager
     def phase(self, category: str) -> Iterator[None]:

@@ -51,6 +51,7 @@ from trainer.plot import draw_loss
 from trainer.spikes import NO_LIMITS, Rollback, SpikeWatch, Spoiled
 from trainer.state import TrainState
 from trainer.tracker import Trackers, build_trackers
+from trainer.watchdog import Watchdog
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
@@ -220,15 +221,30 @@ class Session:
                 "rows": batch.tokens.shape,
             }
             compiled = compile_watched(lowered, about, tell=is_chief())
+        watchdog = Watchdog(
+            self.task.hang_seconds,
+            on_hang=self.task.on_hang,
+            doing=lambda: self.ledger.doing,
+            say=lambda text: print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True),
+            stacks=self.folder.path / "stacks" / f"process_{jax.process_index()}.txt",
+        )
+
+        def watched(hook: Hook) -> Hook:
+            def turn(step: int, state: TrainState, source: Any) -> None:
+                hook(step, state, source)
+                watchdog.beat(step)
+
+            return turn
+
         try:
-            with self.ledger.phase("step"):
+            with self.ledger.phase("step"), watchdog:
                 return fit(
                     state,
                     frozen,
                     self.source,
                     watch.guard(compiled, int(state.step)),
                     num_steps=self.task.num_steps,
-                    hooks=every_hook,
+                    hooks=[watched(hook) for hook in every_hook],
                     report=report,
                 )
         except ValueError as error:

@@ -4,6 +4,7 @@ The first bare word is the task; everything after it is plain Hydra. Exit codes:
 input is wrong, 75 preempted with a checkpoint written (requeue me), 130 interrupted before there was anything to save.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -117,6 +118,7 @@ def _run_hydra(arguments: list[str]) -> int:
         from configs.schema import RunConfig, register, to_typed
         from launch import distributed, messages
         from launch.launchers.table import launch, launches
+        from trainer.checkpoint import SaveFailed
 
     register()
     is_override = lambda a: ("=" in a and not a.startswith("-")) or a.startswith("~")
@@ -159,6 +161,15 @@ def _run_hydra(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("meshwright: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
+    except SaveFailed as error:
+        print(f"meshwright: {error}; the same command goes on from there", file=sys.stderr)
+        return exit_codes.FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            traceback.print_exc()
+            return exit_codes.FAILED
+        print(f"meshwright: {error}; with room to write the same command goes on", file=sys.stderr)
+        return exit_codes.FAILED
     except Exception as error:
         distributed.leave_if_left_alone(error)
         traceback.print_exc()

@@ -13,10 +13,13 @@ them.
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -61,11 +64,19 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.keep_every={self.keep_every}: must be at least 1, or null for none")
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint was not written; those before it are as they were."""
+
+
 class Restored(NamedTuple, Generic[State]):
     """What a checkpoint gave back."""
 
     step: int
     state: State
+
+
+def _is_not_orbax_failing(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def _be_quiet(text: str) -> None:
@@ -120,6 +131,8 @@ class Checkpointer:
         return self._opened
 
     def _open_manager(self) -> ocp.CheckpointManager:
+        # Orbax prints each failure of a save several times, with traces; it is told once, by whoever waits for it.
+        logging.getLogger("absl").addFilter(_is_not_orbax_failing)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_retention(self.config),
             best_fn=_loss_of,  # else Orbax does not write the metrics that the policy reads after a restart
@@ -146,9 +159,46 @@ class Checkpointer:
             self._opened = None
 
     def wait(self) -> None:
-        """Returns when the last `save` is committed; raises what went wrong in the background."""
-        if self._opened is not None:
+        """Returns when the last `save` is committed.
+
+        Raises: SaveFailed where it was not.
+        """
+        if self._opened is None:
+            return
+        try:
             self._opened.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> SaveFailed:
+        """Lets go of the manager: the next one removes what was half written."""
+        assert self._saving is not None
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            with contextlib.suppress(Exception):
+                opened.close()
+        self._verified.discard(self._saving)
+        newest = self.latest()
+        stands = "there is none before it" if newest is None else f"the newest is that of step {newest}"
+        return SaveFailed(f"checkpoint of step {self._saving} could not be written: {self._why(error)}; {stands}")
+
+    def _why(self, error: Exception) -> str:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "No space left" in said or "RESOURCE_EXHAUSTED" in said:
+            return f"no space left on {self.folder} ({shutil.disk_usage(self.folder).free / 1e6:,.1f} MB free)"
+        return said[:300]
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """A save that fails does not end a run of one process: it is told, and tried again at the next due step.
+
+        Several processes would no longer agree on which steps there are.
+        """
+        try:
+            action()
+        except SaveFailed as failed:
+            if jax.process_count() > 1:
+                raise
+            self.say(str(failed))
 
     # Writing
 
@@ -166,29 +216,33 @@ class Checkpointer:
         """Copies `state` to the host and writes it in the background; `state` may be donated right after.
 
         Waits for the save before it. `metrics["loss"]` is the evaluation loss at this step, where there is
-        one.
-        Raises: ValueError where `step` is there already.
+        one. In a run of one process one that fails is told; the last one fails in `wait`.
+        Raises: ValueError where `step` is there already; SaveFailed in a run of several processes.
         """
-        self.wait()
+        self._try(self.wait)
         if step in self._manager.all_steps():
             raise ValueError(f"step {step} of {self.folder} is saved already; delete it or begin another run")
         self._saving = step
         files = {name: base64.b64encode(content).decode() for name, content in tokenizer.items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(jax.tree.map(key_data, _as_dict(state))),
-                source=ocp.args.JsonSave(dict(source)),
-                config=ocp.args.JsonSave(dict(config)),
-                tokenizer=ocp.args.JsonSave(files),
-                extra=ocp.args.JsonSave(dict(extra or {})),
-            ),
-            metrics={"loss": _loss_of(metrics)} if math.isfinite(_loss_of(metrics)) else {},
-            force=True,  # when to save is the caller's decision
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(jax.tree.map(key_data, _as_dict(state))),
+            source=ocp.args.JsonSave(dict(source)),
+            config=ocp.args.JsonSave(dict(config)),
+            tokenizer=ocp.args.JsonSave(files),
+            extra=ocp.args.JsonSave(dict(extra or {})),
         )
-        self._verified.add(step)
-        if not self.config.asynchronous:
-            self.wait()
+        told = {"loss": _loss_of(metrics)} if math.isfinite(_loss_of(metrics)) else {}
+
+        def write() -> None:
+            try:
+                self._manager.save(step, args=items, metrics=told, force=True)  # when to save is the caller's decision
+            except Exception as error:
+                raise self._failed(error) from error
+            self._verified.add(step)
+            if not self.config.asynchronous:
+                self.wait()
+
+        self._try(write)
 
     def _before_commit(self) -> None:
         """Called by Orbax, in its thread on process 0, when all have written and before the rename."""

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ class Ledger:
             self._from_step = step
         self._step = step
         if self.path is not None and self._clock() - self._written > _WRITE_EVERY:
-            self.write()
+            with suppress(OSError):  # a full disk takes the account later
+                self.write()
 
     def write(self) -> None:
         if self.path is None:

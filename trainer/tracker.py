@@ -105,12 +105,20 @@ class JsonlTracker(Silent):
         """Drops rows of steps after `start_step`, which will be done again, and a line that a kill broke."""
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_rows(path, after=start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""  # rows that a full disk did not take
 
     def log(self, step: int, metrics: Metrics) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps({"step": step, "time": time.time(), **values}) + "\n").encode()
+        whole = self._file.tell()
+        try:
+            if self._file.write(self._unwritten) == len(self._unwritten):
+                self._unwritten = b""
+                return
+        except OSError:
+            pass
+        self._file.truncate(whole)
 
     def finish(self, exit_code: int = 0) -> None:
         self._file.close()

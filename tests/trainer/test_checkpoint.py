@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, onto any mesh, whole or not at all, and never a damaged one without a word."""
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from omegaconf import OmegaConf
 
-from trainer.checkpoint import CheckpointConfig, Checkpointer
+from trainer.checkpoint import CheckpointConfig, Checkpointer, SaveFailed
 from trainer.digest import state_hash
 from trainer.optimizer import AdafactorConfig, AdamWConfig, MuonConfig, SoapConfig
 from trainer.state import abstract_state, init_sharded_state
@@ -260,7 +261,7 @@ KILLED_IN_MID_SAVE = """
 import sys
 import jax.numpy as jnp
 from tests.trainer.test_checkpoint import save, toy_state
-from trainer.checkpoint import CheckpointConfig, Checkpointer
+from trainer.checkpoint import CheckpointConfig, Checkpointer, SaveFailed
 import trainer.checkpoint as module
 
 checkpointer = Checkpointer(sys.argv[1], CheckpointConfig(keep=9))
@@ -361,3 +362,29 @@ def test_every_kind_of_optimizer_state_is_restored_onto_another_mesh(tmp_path, c
         back = checkpointer.restore(0, target).state
     assert state_hash(back) == state_hash(state)
     assert [leaf.sharding for leaf in jax.tree.leaves(back)] == [leaf.sharding for leaf in jax.tree.leaves(target)]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_fails_is_told_and_takes_nothing_that_was_there(tmp_path, monkeypatch, asynchronous):
+    said: list[str] = []
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(folder: Path) -> None:
+        raise full
+
+    with Checkpointer(tmp_path, CheckpointConfig(keep=2, asynchronous=asynchronous), say=said.append) as checkpointer:
+        save(checkpointer, 1, toy_state(1))
+        checkpointer.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr("trainer.checkpoint.write_digests", fail)  # just before the commit
+            save(checkpointer, 2, toy_state(2))
+            if asynchronous:
+                save(checkpointer, 3, toy_state(3))  # is told of the one before
+                with pytest.raises(SaveFailed, match=r"step 3 could not be written: .* that of step 1"):
+                    checkpointer.wait()
+        assert len(said) == 1 and "checkpoint of step 2 could not be written: no space left on" in said[0]
+        assert checkpointer.steps() == [1] and checkpointer.latest_whole() == 1
+        save(checkpointer, 4, toy_state(4))
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4"]  # nothing half written is left

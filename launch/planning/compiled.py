@@ -55,11 +55,11 @@ def compile_step(config: RunConfig, target: Target) -> Compiled:
     try:
         program = shapes.core.train_step.lower(*shapes.arguments).compile()  # type: ignore[attr-defined]
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))  # libtpu compiles nothing that does not fit
-        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+        arguments = bytes_on_device(shapes.arguments)
+        peak = wanted(str(error), arguments)
+        if peak is None:
             raise
-        peak = float(used.group(1)) * 1024 ** ("KMGT".index(used.group(2)) + 1)
-        return Compiled(time.perf_counter() - begin, bytes_on_device(shapes.arguments), 0.0, peak, None)
+        return Compiled(time.perf_counter() - begin, arguments, 0.0, peak, None)
     seconds, memory = time.perf_counter() - begin, program.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -68,6 +68,19 @@ def compile_step(config: RunConfig, target: Target) -> Compiled:
     return Compiled(
         seconds, arguments, temporary, peak, collectives(program.as_text(), _of_one_slice(dict(mesh.shape), target))
     )
+
+
+def wanted(error: str, arguments: float) -> float | None:
+    """Bytes that a program would take of which libtpu says that it does not fit, for it compiles no such thing; None
+    where `error` is another.
+    """
+    if "RESOURCE_EXHAUSTED" not in error:
+        return None
+    size = lambda found: float(found.group(1)) * 1024 ** ("KMGT".index(found.group(2)) + 1)
+    if used := re.search(r"Used ([\d.]+)([KMGT]) of", error):
+        return size(used)
+    temporaries = re.search(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", error)
+    return arguments + size(temporaries) if temporaries else None
 
 
 # On machines without a TPU libtpu asks for what it finds in these; and two of them may be at work.
@@ -154,13 +167,21 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
                 count[key] += times
                 moved[key] += times * _result_bytes(found.group(1), started=found.group(3) is not None)
                 hidden[key] += times if found.group(3) else 0
-            turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
             for role, called in _CALLS.findall(line):
                 for each in re.findall(r"[\w.\-]+", called):
-                    visit(each, times * int(turns.group(1)) if turns and role == "body" else times)
+                    visit(each, times * _turns(line, bodies) if role == "body" else times)
 
     visit(entry, 1)
     return [Collective(*key, count[key], moved[key], hidden[key]) for key in sorted(count)]
+
+
+def _turns(line: str, bodies: Mapping[str, Sequence[str]]) -> int:
+    """Of a loop: as XLA notes it, or the one number that its condition compares with, as libtpu leaves it; else 1."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(known.group(1))
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    ends = re.findall(r"constant\((\d+)\)", "\n".join(bodies.get(condition.group(1), ()))) if condition else []
+    return int(ends[0]) if len(ends) == 1 else 1
 
 
 def _of_one_slice(sizes: Mapping[str, int], target: Target) -> dict[str, int]:

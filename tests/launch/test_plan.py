@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from configs.schema import register, to_typed
-from launch.planning.compiled import collectives, compile_step
+from launch.planning.compiled import collectives, compile_step, wanted
 from launch.planning.estimate import USABLE, estimate
 from launch.planning.picture import draw_plan
 from launch.planning.search import Free, candidates, compute_optimal, offloading, search, settled
@@ -182,6 +182,16 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %l = f32[8]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   %d = f32[4]{0} collective-permute(%p), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   %e = f32[8]{0} while(%p), condition=%more, body=%turn, backend_config={"known_trip_count":{"n":"5"}}
+  %m = f32[8]{0} while(%p), condition=%less, body=%tpus_turn
+}
+
+%less (q: f32[8]) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %o = pred[]{:T(512)} compare(%q, %n), direction=LT
+}
+
+%tpus_turn (q: f32[8]) -> f32[8] {
+  %r = f32[8]{0} reduce-scatter(%q), replica_groups={{0,4},{1,5},{2,6},{3,7}}
 }
 
 %turn (q: f32[8]) -> f32[8] {
@@ -201,10 +211,21 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         ("data", "all-gather", 1, 64),
         ("data", "all-reduce", 1, 32),
         ("data", "all-to-all", 5, 160),
+        ("data", "reduce-scatter", 3, 96),
         ("data+tensor", "all-reduce", 1, 32),
         ("tensor", "all-reduce", 3, 96),
         ("tensor", "collective-permute", 1, 16),
     ]
+
+
+def test_what_does_not_fit_a_tpu_says_what_it_would_take():
+    one = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
+    other = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (123.84G) exceeds"
+    )
+    assert wanted(one, 5e9) == 20.5 * 1024**3
+    assert wanted(other, 5e9) == 5e9 + 123.84 * 1024**3
+    assert wanted("INVALID_ARGUMENT: Used 3G of", 5e9) is None
 
 
 def test_a_search_finds_what_fits_and_says_the_smallest_where_nothing_does():

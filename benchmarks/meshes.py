@@ -39,11 +39,12 @@ CROSSING = [
     (4, 2, "dense", ["fsdp=8", "tensor=4 fsdp=2", "context=8", "stage=4 data=2"]),
     (4, 2, "moe", ["expert=8", "stage=2 expert=4"]),
 ]
-MODELS = {"dense": ("tiny", DENSE), "moe": ("tiny_moe", MOE)}
+# Four layers that stages can share; a first one without experts is beside them.
+MODELS = {"dense": ("tiny model.num_layers=4", DENSE), "moe": ("tiny_moe model.num_layers=5", MOE)}
 COMMON = [
     "source=[python_stdlib]", "tokenizer=bytes", "data.packing=best_fit", "data.seq_len=128", "data.batch_size=16",
     "task.sample_tokens=0", "optimizer.learning_rate=3e-4", "schedule=constant", "schedule.warmup_steps=0",
-    "data.eval_batches=1", "model.vocab_size=264", "model.num_layers=4",
+    "data.eval_batches=1", "model.vocab_size=264",
 ]  # fmt: skip
 LOSS, GRADIENT = 1e-5, 1e-4
 METRICS = ("train/loss", "train/grad_norm")
@@ -121,8 +122,8 @@ def measured(model: str, mesh: str, steps: int, dtype: str, folder: Path) -> dic
     axes = [key if "." in key or key.startswith("devices") else f"mesh.{key}" for key in mesh.split()]
     given = ["devices=8", *([] if "data=" in mesh else ["mesh.data=1"]), *axes] if mesh else ["devices=1"]
     given = given[1:] if "devices=" in mesh else given
-    command = [sys.executable, "-m", "launch.run", "train", f"model={model}", f"model.dtype={dtype}", *COMMON, *given]
-    command += [f"run={run}", f"runs={folder}", f"task.num_steps={steps}"]
+    command = [sys.executable, "-m", "launch.run", "train", *f"model={model}".split(), f"model.dtype={dtype}"]
+    command += [*COMMON, *given, f"run={run}", f"runs={folder}", f"task.num_steps={steps}"]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         sys.exit(f"{run}: {ended.stderr.strip()}")

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 
+from launch.launchers.local import free_port
 from tests.end_to_end.run import TINY, inspect, losses, meshwright, start, wait_for
 from tests.launch.processes import children
 
 RUN = ["train", "run=a", *TINY, "source=[synthetic]", "data.packing=best_fit", "devices=2", "mesh.fsdp=2"]
-RUN += ["task.num_steps=16", "checkpoint.every=3", "launcher.num_processes=2"]
+RUN += ["task.num_steps=60", "checkpoint.every=10", "launcher.num_processes=2"]
 
 
 def test_a_killed_process_brings_all_back_and_the_run_ends_the_same(tmp_path):
@@ -18,29 +19,41 @@ def test_a_killed_process_brings_all_back_and_the_run_ends_the_same(tmp_path):
     secret = "sentinel-9e3f5a"
     lines = ["launcher.max_restarts=2", "launcher.env=[CLUSTER_TOKEN,PLAIN=seen]"]
     process = start(broken, *RUN, *lines, CLUSTER_TOKEN=secret)
-    assert wait_for(lambda: (broken / "runs" / "a" / "checkpoints" / "3" / "digests.json").exists(), process)
-    out, _ = meshwright(broken, "status", "run=a")
-    assert "job 1 (local): running" in out
-    victim = children(process.pid)[1]
-    os.kill(victim, signal.SIGKILL)
+    assert wait_for(lambda: (broken / "runs" / "a" / "checkpoints" / "10" / "digests.json").exists(), process)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    assert "job 1 (local): running" in meshwright(broken, "status", "run=a")[0]
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "process 1 was killed by SIGKILL" in err and "restart 1 of 2 with 2 processes, from step" in err
-    assert "process 0 of 2" in err and "another process is gone" in err  # it does not wait for ever
     assert losses(broken, "a") == losses(unbroken, "a")
     mine, theirs = inspect(broken, "a"), inspect(unbroken, "a")
     for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256", "step"):
         assert mine[key] == theirs[key], key
-    assert "ended with 0; step 16" in meshwright(broken, "status", "run=a")[0]
+    assert "ended with 0; step 60" in meshwright(broken, "status", "run=a")[0]
     found = subprocess.run(["grep", "-rl", secret, str(broken)], capture_output=True, text=True).stdout
     assert secret not in out + err and found == ""
+
+
+def test_who_is_left_alone_says_so_and_leaves_at_once_to_be_started_again(tmp_path):
+    alone = [argument for argument in RUN if not argument.startswith("launcher.")]
+    both = [
+        start(tmp_path, *alone, "task.num_steps=100000", JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", **index)
+        for port in [free_port()]
+        for index in ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": number} for number in "01")
+    ]
+    assert wait_for(lambda: (tmp_path / "runs" / "a" / "checkpoints" / "10" / "digests.json").exists(), both[0])
+    both[1].kill()
+    _, err = both[0].communicate(timeout=100)
+    both[1].communicate()
+    assert both[0].returncode == 75, err
+    assert "process 0 of 2" in err and "another process is gone" in err
 
 
 def test_a_job_in_the_background_is_followed_and_stopped_with_a_checkpoint(tmp_path):
     (out, _) = meshwright(tmp_path, *RUN, "task.num_steps=100000", "launcher.follow=false")
     assert "job 1 runs in the background" in out
     log = tmp_path / "runs" / "a" / "jobs" / "1" / "log"
-    assert wait_for(lambda: (tmp_path / "runs" / "a" / "checkpoints" / "3").exists())
+    assert wait_for(lambda: (tmp_path / "runs" / "a" / "checkpoints" / "10").exists())
     out, _ = meshwright(tmp_path, "stop", "run=a")
     assert "to save and end" in out
     out, _ = meshwright(tmp_path, "logs", "run=a", "follow=true")  # until it has ended

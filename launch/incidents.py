@@ -20,7 +20,7 @@ from trainer.spikes import Rollback
 
 def of(folder: RunFolder) -> list[dict[str, Any]]:
     """Those of a run, the oldest first."""
-    files = sorted(folder.incidents.glob("*.json"), key=lambda file: file.stat().st_mtime)
+    files = sorted(folder.incidents.glob("*.json"), key=lambda file: int(file.stem.rpartition("_")[2]))
     return [json.loads(file.read_text()) for file in files]
 
 

@@ -50,9 +50,9 @@ def describe(source: OfflineSource, rollback: Rollback, first_row: int) -> tuple
     return told, {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def write(folder: RunFolder, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
-    """By process 0 alone."""
-    path = folder.incidents / f"{told['step']}_{len(of(folder))}.json"
+def write(folder: RunFolder, number: int, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
+    """`number`: of incidents before. By process 0 alone."""
+    path = folder.incidents / f"{told['step']}_{number}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
     write_whole(path, json.dumps(told, indent=1) + "\n")

@@ -164,15 +164,12 @@ def _run_hydra(arguments: list[str]) -> int:
     except SaveFailed as error:
         print(f"meshwright: {error}; the same command goes on from there", file=sys.stderr)
         return exit_codes.FAILED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            traceback.print_exc()
-            return exit_codes.FAILED
-        print(f"meshwright: {error}; with room to write the same command goes on", file=sys.stderr)
-        return exit_codes.FAILED
     except Exception as error:
         distributed.leave_if_left_alone(error)
-        traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            print(f"meshwright: {error}; with room to write the same command goes on", file=sys.stderr)
+        else:
+            traceback.print_exc()
         return exit_codes.FAILED
     finally:
         sys.argv = program

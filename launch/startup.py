@@ -60,12 +60,22 @@ def _row(name: str, seconds: list[float], shown: int) -> str:
     return f"  {name:<10}" + "".join(f"{s:>10.1f} s" for s in [*seconds[:shown], max(seconds)])
 
 
+def began(pid: int) -> str | None:
+    """When a process began, in the clock ticks of its machine: numbers of processes are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
 def _seconds_of_process() -> float:
     """How long this process has been there, where the system tells."""
+    ticks = began(os.getpid())
+    if ticks is None:
+        return 0.0
     try:
-        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
-    except (OSError, ValueError, IndexError, AttributeError):
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, AttributeError):
         return 0.0
 
 

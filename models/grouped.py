@@ -93,9 +93,8 @@ def _in_turns(
     """`carry = turn(rows [E, b], carry)` for each block of all groups; where a group has no row left, past the last."""
     E, past = len(sizes_E), jnp.iinfo(jnp.int32).max // 2
     starts_E1 = (jnp.cumsum(sizes_E) - sizes_E)[:, None]
-    nowhere_Eb = past + jnp.arange(E * block, dtype=jnp.int32).reshape(
-        E, block
-    )  # each another one: a promise to scatter
+    # Each another one, as the scatter is promised.
+    nowhere_Eb = past + jnp.arange(E * block, dtype=jnp.int32).reshape(E, block)
 
     def body(i, carry):
         at_1b = i * block + jnp.arange(block, dtype=jnp.int32)[None]

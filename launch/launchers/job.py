@@ -233,10 +233,11 @@ def packed(code: Path) -> bytes:
     return gzip.compress(plain.getvalue(), mtime=0)
 
 
-def public_name(run: str, number: int, limit: int = 50) -> str:
-    """A name for clusters that want those of DNS: small letters, digits and hyphens."""
+def public_name(run: str, number: int | None = None, limit: int = 50) -> str:
+    """A name for clusters that want those of DNS: small letters, digits and hyphens. `number`: of a job."""
     name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[: limit - 4].strip("-") or "run"
-    return f"{name if name[0].isalpha() else 'run-' + name}-{number}"
+    name = name if name[0].isalpha() else f"run-{name}"
+    return name if number is None else f"{name}-{number}"
 
 
 def assignments(variables: Mapping[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from configs.launchers import K8sConfig
 from launch import exit_codes
 from launch.distributed import FIRST_PORT
 from launch.launchers.job import Job, Recipe, called, carried_out, packed, public_name
-from launch.launchers.supervisor import say
+from launch.launchers.supervisor import left_running, say
 
 MANIFEST, PACKED = "jobset.yaml", "code.tar.gz"
 CODE, WORK = "/meshwright/code", "/meshwright/work"  # in a pod; runs= lies below WORK
@@ -208,8 +208,7 @@ def _follow(job: Job) -> int:
                 logs(job, follow=True)
             time.sleep(PAUSE)
     except KeyboardInterrupt:
-        say(f"left; the job goes on. To look: meshwright logs run={job.run} follow=true; to stop: meshwright stop")
-        return exit_codes.INTERRUPTED
+        return left_running([job])
 
 
 OVER = ("completed", "failed", "gone")

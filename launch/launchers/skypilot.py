@@ -30,7 +30,7 @@ def of(job: Job) -> SkypilotConfig:
 
 
 def cluster(job: Job) -> str:
-    return of(job).cluster or public_name(job.run, 1).removesuffix("-1")
+    return of(job).cluster or public_name(job.run)
 
 
 def launch(job: Job) -> list[str]:

@@ -14,7 +14,7 @@ from configs.launchers import Runtime, SlurmConfig
 from launch import exit_codes
 from launch.launchers.following import Tail, show_log
 from launch.launchers.job import MARK, Job, Recipe, assignments, called, carried_out, public_name, worth_another_start
-from launch.launchers.supervisor import say
+from launch.launchers.supervisor import left_running, say
 
 SCRIPT = "job.sbatch"
 STOP, EXIT_CODE = "stop", "exit_code"  # files in the job's folder
@@ -163,9 +163,7 @@ def _follow(jobs: Sequence[Job]) -> int:
                 break
             time.sleep(PAUSE)
     except KeyboardInterrupt:
-        stops = "; ".join(f"meshwright stop run={job.run}" for job in jobs)
-        say(f"left; the job goes on. To look: meshwright logs run={jobs[0].run} follow=true; to stop: {stops}")
-        return exit_codes.INTERRUPTED
+        return left_running(jobs)
     return max(exit_code(job) for job in jobs)
 
 

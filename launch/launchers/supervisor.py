@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launch import exit_codes
 from launch.launchers.job import Job, secrets
+from launch.startup import began
 
 GRACE_SECONDS = 10.0  # for the others, when one has died: they may wait for it in a collective for ever
 
@@ -151,6 +152,13 @@ def say(text: str) -> None:
     print(f"meshwright: {text}", file=sys.stderr, flush=True)
 
 
+def left_running(jobs: Sequence[Job]) -> int:
+    """Says, after Ctrl-C, how to look at jobs that go on elsewhere, and how to stop them. Returns the exit code."""
+    stops = "; ".join(f"meshwright stop run={job.run}" for job in jobs)
+    say(f"left; the job goes on. To look: meshwright logs run={jobs[0].run} follow=true; to stop: {stops}")
+    return exit_codes.INTERRUPTED
+
+
 # A supervisor in the background, and how it is found again
 
 
@@ -184,14 +192,6 @@ def detach(job: Job, variables: Mapping[str, str]) -> Job:
 def attached(job: Job) -> Job:
     """The job with this process as its supervisor."""
     return job.noted(pid=os.getpid(), began=began(os.getpid()), host=os.uname().nodename)
-
-
-def began(pid: int) -> str | None:
-    """When a process began, in the clock ticks of its machine: numbers of processes are used again."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
 
 
 def alive(job: Job) -> bool:

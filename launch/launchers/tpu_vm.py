@@ -15,7 +15,7 @@ from configs.launchers import TpuVmConfig
 from launch import exit_codes
 from launch.launchers import supervisor
 from launch.launchers.job import Job, Recipe, assignments, called, carried_out, packed, public_name, restarted, secrets
-from launch.launchers.supervisor import Ended, say
+from launch.launchers.supervisor import Ended, left_running, say
 
 SCRIPT, PACKED = "worker.sh", "code.tar.gz"
 HOME = "meshwright"  # on a worker, in the user's home: where processes are called
@@ -37,7 +37,7 @@ def of(job: Job) -> TpuVmConfig:
 
 def tpu(job: Job) -> str:
     """The name of the slice: jobs of a run share it."""
-    return of(job).name or public_name(job.run, 1).removesuffix("-1")
+    return of(job).name or public_name(job.run)
 
 
 def place(job: Job) -> str:
@@ -131,8 +131,7 @@ def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
             say=say,
         )
     except KeyboardInterrupt:
-        say(f"left; the job goes on. To look: meshwright logs run={job.run} follow=true; to stop: meshwright stop")
-        return exit_codes.INTERRUPTED
+        return left_running([job])
 
 
 def attempt(job: Job) -> Ended:

@@ -187,8 +187,8 @@ class Session:
 
         Returns: None, or an exit code where that was done often enough.
         """
-        limit, number = self.config.spikes.limit, len(incidents.of(self.folder)) + 1
-        if number > limit:
+        limit, before = self.config.spikes.limit, len(incidents.of(self.folder))
+        if before >= limit:
             say(
                 f"meshwright: spikes.limit={limit}: the run went back so often; look at {self.folder.incidents}, and "
                 "begin again with a smaller optimizer.learning_rate or other data"
@@ -200,9 +200,9 @@ class Session:
         told, arrays = incidents.describe(self.source, rollback, first_row)
         wait_for_all("rollback")  # all have counted the incidents before
         if is_chief():
-            path = incidents.write(self.folder, told, arrays)
+            path = incidents.write(self.folder, before, told, arrays)
             say(
-                f"rollback {number} of at most {limit}: from step {rollback.step} to the checkpoint of step "
+                f"rollback {before + 1} of at most {limit}: from step {rollback.step} to the checkpoint of step "
                 f"{rollback.to}; rows {told['rows'][0]} to {told['rows'][1]} of the data are left out; see {path}"
             )
         self.checkpointer.set_aside_newer(rollback.to)
@@ -229,13 +229,7 @@ class Session:
             stacks=self.folder.path / "stacks" / f"process_{jax.process_index()}.txt",
         )
 
-        def watched(hook: Hook) -> Hook:
-            def turn(step: int, state: TrainState, source: Any) -> None:
-                hook(step, state, source)
-                watchdog.beat(step)
-
-            return turn
-
+        beat: Hook = lambda step, state, source: watchdog.beat(step)
         try:
             with self.ledger.phase("step"), watchdog:
                 return fit(
@@ -244,7 +238,7 @@ class Session:
                     self.source,
                     watch.guard(compiled, int(state.step)),
                     num_steps=self.task.num_steps,
-                    hooks=[watched(hook) for hook in every_hook],
+                    hooks=[each for hook in every_hook for each in (hook, beat)],
                     report=report,
                 )
         except ValueError as error:

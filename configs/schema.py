@@ -1,8 +1,8 @@
-"""What a run is: `RunConfig`, the tasks, and `GROUPS`, the one table from a name on the command line to a dataclass.
+"""What a run is: `RunConfig` and `GROUPS`, the one table from a name on the command line to a dataclass.
 
 Defaults stand only in the dataclasses; a YAML file under this folder holds what differs. The dataclasses of models,
-optimizers, sources and so on stand beside the code that they configure; only tasks, here, and launchers, in
-`configs/launchers.py`, are described in this layer, as what carries them out sits above it.
+optimizers, sources and so on stand beside the code that they configure; only tasks and launchers, in `configs/tasks.py`
+and `configs/launchers.py`, are described in this layer, as what carries them out sits above it.
 """
 
 import enum
@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from configs.launchers import LAUNCHERS, LauncherConfig, LocalConfig
 from configs.learning import check_learning, settle_learning
+from configs.tasks import TASKS, ServeConfig, TaskConfig, TrainConfig
 from data.examples import Records
 from data.packing import Packing
 from data.pipeline import DataConfig
@@ -42,7 +43,7 @@ from data.transforms import (
     TransformConfig,
     Ul2Config,
 )
-from models.config import Dtype, ModelConfig
+from models.config import ModelConfig
 from models.lora import AdapterConfig
 from models.thin import WidthConfig
 from trainer.checkpoint import CheckpointConfig
@@ -77,7 +78,6 @@ from trainer.schedule import (
 )
 from trainer.spikes import SpikeConfig
 from trainer.tracker import TensorboardConfig, TrackerConfig, WandbConfig
-from trainer.watchdog import OnHang
 
 
 class Resume(enum.Enum):
@@ -89,140 +89,6 @@ class Resume(enum.Enum):
 class Format(enum.Enum):
     table = "table"
     json = "json"
-
-
-@dataclass
-class TaskConfig:
-    """What a process does; the first word of the command line."""
-
-    kind: str = ""
-
-
-@dataclass
-class TrainConfig(TaskConfig):
-    kind: str = "train"
-    num_steps: int = 1000  # optimizer updates in all, those before a resume included
-    num_microbatches: int = 1  # slices of a batch that are computed one after the other
-    log_every: int = 10  # steps between lines where there is no terminal for a bar
-    evaluate_every: int = 0  # steps between evaluations on held-out text; 0: at the end only
-    sample_every: int = 0  # steps between samples; 0: at the end only
-    sample_prompt: str = ""  # what samples go on from
-    sample_tokens: int = 128  # length of a sample; 0: no samples
-    sample_temperature: float = 0.7
-    patience: int = 0  # evaluations without a better loss after which the run ends; 0: never
-    min_delta: float = 0.0  # what counts as better, in nats
-    hang_seconds: float = 1800.0  # without a step, an evaluation or a save done, after which the run hangs; 0: never
-    on_hang: OnHang = OnHang.warn
-    profile_steps: list[int] = field(default_factory=list)  # [first, last]: a trace of these steps, in profile/
-
-
-@dataclass
-class PlanConfig(TrainConfig):
-    """Of a run that `train` would start: what stands in `TrainConfig` is planned with."""
-
-    kind: str = "plan"
-    target: str = "cpu"  # KIND-COUNT: v5p-512, v6e-256, h100x64, 2*v5e-256 for slices, cpu
-    compile: bool = False  # compile the step for the target, too, and say what XLA says
-    search: bool = False  # look for the mesh, the remat and the microbatches, too
-    tokens: float | None = None  # to train on, for days and dollars; null: num_steps of them
-    price: float | None = None  # dollars an hour of one device; null: that of trainer/hardware.py
-    output: str | None = None  # the folder for plan and picture; null: RUNS/plans
-
-
-@dataclass
-class PrepareConfig(TaskConfig):
-    kind: str = "prepare"
-
-
-@dataclass
-class EvaluateConfig(TaskConfig):
-    kind: str = "evaluate"
-    batches: int = 0  # batches of each source; 0: data.eval_batches
-    problems: list[str] = field(default_factory=list)  # JSONL files of questions to answer, instead of sources
-    limit: int = 0  # problems of each file, the first ones; 0: all
-    limit_each: int = 0  # problems of each part of a file that has parts; 0: all
-    prefix: str | None = None  # special token before texts without a context; null: their first token goes unscored
-    dtype: Dtype | None = None  # of the computation; null: the run's
-
-
-@dataclass
-class GenerateConfig(TaskConfig):
-    kind: str = "generate"
-    max_new_tokens: int = 256
-    temperature: float = 0.7  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: list[str] = field(default_factory=list)  # texts that end a completion; they are not printed
-    diffusion_steps: int = 0  # passes of a masked diffusion model; 0: one for each token
-    prompts: list[str] = field(default_factory=list)  # several at once, of any lengths
-    prompt_file: str | None = None  # one prompt a line
-    num_samples: int = 1  # completions of each prompt
-    system: str | None = None  # with chat=: what the system says before it
-    chat_file: str | None = None  # a conversation to go on with: JSON, a list of messages, or {messages, tools}
-
-
-@dataclass
-class ServeConfig(TaskConfig):
-    kind: str = "serve"
-    host: str = "127.0.0.1"  # another than this machine's own needs a key
-    port: int = 8000  # 0: a free one
-    api_key_env: str | None = None  # the environment variable that holds the key that clients must send
-    slots: int = 16  # answers that are written at once
-    max_length: int | None = None  # tokens of a prompt and its answer; null: model.max_seq_len, at most 4096
-    max_queue: int = 64  # requests that may wait for a slot; further ones get status 429
-    timeout: float = 600.0  # seconds of a request, its wait included
-    max_request_bytes: int = 1_000_000  # of a body; larger ones get status 413
-    grace: float = 10.0  # seconds that answers get to be finished after SIGTERM
-
-
-@dataclass
-class PredictConfig(TaskConfig):
-    kind: str = "predict"
-    texts: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)  # .txt: a text a line; .jsonl: a text or a conversation a line
-    output: str | None = None  # a file to write, .jsonl or .npy; null: JSON lines on the terminal
-    batch_size: int = 16  # texts that are read at once
-
-
-@dataclass
-class InspectConfig(TaskConfig):
-    kind: str = "inspect"
-
-
-@dataclass
-class RunsConfig(TaskConfig):
-    kind: str = "runs"
-
-
-@dataclass
-class ConvertConfig(TaskConfig):
-    kind: str = "convert"
-    origin: str | None = None  # from=: hf:FOLDER, gguf:FILE, peft:FOLDER, or a run's name, NAME@STEP for one step
-    target: str | None = None  # to=: a run's name, hf:FOLDER, gguf:FILE, or peft:FOLDER for adapters alone
-    # float32, float16, bfloat16, and q8_0, q4_0 in a GGUF file; null: as they came, else the model's dtype; of
-    # adapters float32
-    dtype: str | None = None
-    shard_gigabytes: float = 5.0  # size of a file in a folder, at most
-
-
-@dataclass
-class StatusConfig(TaskConfig):
-    """Of the newest job of a run, as the two below."""
-
-    kind: str = "status"
-
-
-@dataclass
-class LogsConfig(TaskConfig):
-    kind: str = "logs"
-    follow: bool = False  # stay, and show what comes
-
-
-@dataclass
-class StopConfig(TaskConfig):
-    kind: str = "stop"
 
 
 @dataclass
@@ -260,21 +126,7 @@ class RunConfig:
 
 
 GROUPS: dict[str, dict[str, type]] = {
-    "task": {
-        "train": TrainConfig,
-        "plan": PlanConfig,
-        "prepare": PrepareConfig,
-        "evaluate": EvaluateConfig,
-        "generate": GenerateConfig,
-        "serve": ServeConfig,
-        "predict": PredictConfig,
-        "inspect": InspectConfig,
-        "runs": RunsConfig,
-        "convert": ConvertConfig,
-        "status": StatusConfig,
-        "logs": LogsConfig,
-        "stop": StopConfig,
-    },
+    "task": TASKS,
     "source": {
         "text": TextConfig,
         "jsonl": JsonlConfig,

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from configs.schema import RunConfig, TrainConfig, to_plain
+from configs.schema import RunConfig, to_plain
+from configs.tasks import TrainConfig
 from data.batch import TokenBatch
 from data.chat import configured
 from data.examples import NOUNS, Rules, read_said, texts_of

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from configs.schema import RunConfig, TrainConfig
+from configs.schema import RunConfig
+from configs.tasks import TrainConfig
 from data.tokenizer import from_files
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import Core, build_core, say

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from configs.schema import RunConfig, TrainConfig
+from configs.schema import RunConfig
+from configs.tasks import TrainConfig
 from launch.planning.shapes import (
     Shapes,
     bytes_on_device,

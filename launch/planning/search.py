@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from configs.schema import RunConfig, TrainConfig
+from configs.schema import RunConfig
+from configs.tasks import TrainConfig
 from launch.planning.estimate import Plan, estimate
 from launch.planning.shapes import product, teacher_of
 from models.config import ModelConfig, Offload, Remat

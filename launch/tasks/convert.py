@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.schema import ConvertConfig, RunConfig, TrainConfig, to_plain
+from configs.schema import RunConfig, to_plain
+from configs.tasks import ConvertConfig, TrainConfig
 from data.batch import DTYPES, TokenBatch
 from data.chat import configured
 from data.examples import Records

@@ -5,7 +5,8 @@ import json
 import math
 from pathlib import Path
 
-from configs.schema import EvaluateConfig, Format, RunConfig
+from configs.schema import Format, RunConfig
+from configs.tasks import EvaluateConfig
 from data.problems import Problem, read_problems
 from data.tokenizer_contract import Tokenizer
 from launch.assemble import build_evaluation, is_chief, load_corpora, say

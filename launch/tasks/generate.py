@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.schema import Format, GenerateConfig, RunConfig
+from configs.schema import Format, RunConfig
+from configs.tasks import GenerateConfig
 from data.chat import TEMPLATES, chat_ids, check_messages, text_after_turn
 from data.chat_template import render
 from data.tokenizer_contract import Tokenizer

@@ -1,6 +1,7 @@
 """`meshwright status`, `logs`, `stop`: of the newest job of a run."""
 
-from configs.schema import LogsConfig, RunConfig
+from configs.schema import RunConfig
+from configs.tasks import LogsConfig
 from launch.launchers.job import Job, jobs_folder, newest
 from launch.launchers.table import LAUNCHERS
 from launch.run_folder import run_folder

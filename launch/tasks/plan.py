@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from configs.schema import Format, PlanConfig, RunConfig
+from configs.schema import Format, RunConfig
+from configs.tasks import PlanConfig
 from launch.assemble import say
 from launch.messages import named_keys
 from launch.origins import adopt

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs.schema import PredictConfig, RunConfig
+from configs.schema import RunConfig
+from configs.tasks import PredictConfig
 from data.batch import TokenBatch
 from data.conversations import BadRow, Conversation, find_format, to_conversation
 from data.examples import Overlong, Rules, encode_whole

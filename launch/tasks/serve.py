@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from configs.schema import RunConfig, ServeConfig
+from configs.schema import RunConfig
+from configs.tasks import ServeConfig
 from launch import exit_codes
 from launch.assemble import say
 from launch.saved_run import SavedRun, open_writer

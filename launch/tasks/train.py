@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from configs.schema import RunConfig, TrainConfig, to_plain
+from configs.schema import RunConfig, to_plain
+from configs.tasks import TrainConfig
 from data.chat import chat_ids, text_after_turn
 from data.examples import Records
 from data.pipeline import OfflineSource

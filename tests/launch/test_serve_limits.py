@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from configs.schema import ServeConfig
+from configs.tasks import ServeConfig
 from launch.serving.api import page_headers
 from launch.serving.guards import is_loopback
 from launch.tasks.serve import check, listen

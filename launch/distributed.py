@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launch.exit_codes import PREEMPTED
+from launch.peers import Peers
 
 SILENCE = 30  # seconds after which the others end for a process that no longer answers
 FIRST_PORT, LAST_PORT = 61440, 65535  # where ports made from a job id lie
@@ -127,6 +127,8 @@ def _port(job: str) -> int:
     return FIRST_PORT + int(re.sub(r"\D", "", job) or 0) % (LAST_PORT - FIRST_PORT + 1)
 
 
+peers: Peers | None = None  # where this process is one of several
+
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 THREADS = 8  # for each fake device
 
@@ -179,17 +181,25 @@ def start(devices: int | None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     if found is None:
         return
+    how = {"heartbeat_timeout_seconds": SILENCE}
     if found.coordinator is None:
-        jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
-        return
-    jax.distributed.initialize(
-        found.coordinator,
-        found.num_processes,
-        found.process_id,
-        found.local_device_ids,
-        heartbeat_timeout_seconds=SILENCE,
-        **_bind(found.coordinator),
+        jax.distributed.initialize(**how)
+    else:
+        told = found.coordinator, found.num_processes, found.process_id, found.local_device_ids
+        jax.distributed.initialize(*told, **how, **_bind(found.coordinator))
+    watch_peers()
+
+
+def watch_peers() -> None:
+    """From now on the processes know of one another."""
+    global peers
+    from jax._src.distributed import global_state  # the store and the address have no public name
+
+    assert global_state.client is not None and global_state.process_id is not None
+    peers = Peers(
+        global_state.client, global_state.process_id, global_state.num_processes, global_state.coordinator_address
     )
+    peers.start()
 
 
 def _bind(coordinator: str) -> dict[str, str]:
@@ -203,37 +213,33 @@ GONE = ("Gloo", "NCCL", "closed by peer", "reset by peer", "Socket closed", "oor
 
 
 def leave_if_left_alone(error: BaseException) -> None:
-    """Ends this process with 75 where `error` says that another one is gone: whatever waits for that one would hang."""
+    """Ends this process with 75 where `error` says that another one is gone: whatever waits for that one would hang.
+
+    What that was is told once it is known, which takes at most `launch.peers.PATIENCE` seconds.
+    """
     import sys
-    import time
 
     jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError):
+    if jax is None or peers is None or not isinstance(error, jax.errors.JaxRuntimeError):
         return
     said = str(error).splitlines()[0]
     if any(word in said for word in GONE):
-        print(
-            f"meshwright: process {jax.process_index()} of {jax.process_count()}, {time.strftime('%F %T')}: "
-            f"another process is gone ({said}); leaving with {PREEMPTED}, to go on from the newest checkpoint",
-            file=sys.stderr,
-        )
-        abandon(PREEMPTED)
+        peers.leave_alone(said)
 
 
 def stop() -> None:
     """Leaves the job together with the others."""
+    global peers
     import jax
 
     if jax.distributed.is_initialized():
+        if peers is not None:
+            peers.stop()
+            peers = None
         jax.distributed.shutdown()
 
 
 def abandon(code: int) -> None:
     """Ends this process at once where it is one of several: a joint leaving would wait for those still at work."""
-    import sys
-
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if peers is not None:
+        peers.go(code)

@@ -40,12 +40,16 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         doing: Callable[[], str],
         say: Callable[[str], None],
         stacks: Path,
+        others: Callable[[], str] = lambda: "",
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], None] = os._exit,
     ):
-        """`seconds` without a beat are a hang; 0: never. `doing`: the phase of the run. `stacks`: the file to write."""
+        """`seconds` without a beat are a hang; 0: never. `doing`: the phase of the run. `stacks`: the file to write.
+
+        `others`: where the other processes are, in words.
+        """
         self.seconds, self._on_hang, self._doing, self._say, self._stacks = seconds, on_hang, doing, say, stacks
-        self._clock, self._leave = clock, leave
+        self._others, self._clock, self._leave = others, clock, leave
         self._watched = threading.get_ident()
         self._last, self._step, self._told = clock(), 0, False
         self._end = threading.Event()
@@ -71,6 +75,10 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             self._say(f"step {step}: goes on after {self._clock() - self._last:,.0f} s")
         self._last, self._step, self._told = self._clock(), step, False
 
+    def waits_for(self) -> str:
+        """What the run does now, in words."""
+        return meaning(self._doing(), sys._current_frames().get(self._watched))
+
     def _watch(self) -> None:
         while not self._end.wait(min(5.0, self.seconds / 4)):
             self.look()
@@ -86,10 +94,11 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             print(f"after step {self._step}, {still:,.0f} s without progress, {time.strftime('%F %T')}", file=file)
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        frame = sys._current_frames().get(self._watched)
+        others = self._others()
         self._say(
-            f"no progress for {still:,.0f} s after step {self._step}: the run {meaning(self._doing(), frame)}; "
-            f"stacks: {self._stacks}"
+            f"no progress for {still:,.0f} s after step {self._step}: the run {self.waits_for()}; "
+            + (f"{others}; " if others else "")
+            + f"stacks: {self._stacks}"
             + ("; leaving with 75" if self._on_hang is OnHang.abort else "; task.on_hang=abort would leave with 75")
         )
         if self._on_hang is OnHang.abort:

@@ -46,7 +46,7 @@ from trainer.loop import DONE, Hook, fit
 from trainer.mesh import in_words
 from trainer.metrics import TrainMetrics, peak
 from trainer.moving import moving_models
-from trainer.objective import Params
+from trainer.objective import BatchSource, Params
 from trainer.optimizer import eval_params
 from trainer.plot import draw_loss
 from trainer.spikes import NO_LIMITS, Rollback, SpikeWatch, Spoiled
@@ -228,9 +228,16 @@ class Session:
             doing=lambda: self.ledger.doing,
             say=lambda text: print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True),
             stacks=self.folder.path / "stacks" / f"process_{jax.process_index()}.txt",
+            others=lambda: "" if distributed.peers is None else distributed.peers.compared(),
         )
+        if distributed.peers is not None:
+            distributed.peers.doing = watchdog.waits_for
 
-        beat: Hook = lambda step, state, source: watchdog.beat(step)
+        def beat(step: int, state: TrainState, source: BatchSource) -> None:
+            watchdog.beat(step)
+            if distributed.peers is not None:
+                distributed.peers.beat(step)
+
         try:
             with self.ledger.phase("step"), watchdog:
                 return fit(

@@ -47,6 +47,7 @@ from models.config import ModelConfig
 from models.lora import AdapterConfig
 from models.thin import WidthConfig
 from trainer.checkpoint import CheckpointConfig
+from trainer.integrity import IntegrityConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
@@ -121,6 +122,7 @@ class RunConfig:
     sharding: ShardingRules = field(default_factory=ShardingRules)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
     trackers: dict[str, TrackerConfig] = field(default_factory=dict)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
@@ -311,6 +313,7 @@ def validate(config: RunConfig) -> None:
         raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
     config.spikes.validate()
+    config.integrity.validate()
     config.launcher.validate()
     task = config.task
     if isinstance(task, TrainConfig):

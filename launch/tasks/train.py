@@ -42,6 +42,7 @@ from models.sampling import SamplingConfig
 from trainer import hooks
 from trainer.checkpoint import Checkpointer
 from trainer.goodput import Ledger
+from trainer.integrity import Corrupted, IntegrityWatch
 from trainer.loop import DONE, Hook, fit
 from trainer.mesh import in_words
 from trainer.metrics import TrainMetrics, peak
@@ -170,6 +171,9 @@ class Session:
         except Rollback as rollback:
             code = self.go_back(rollback)
             return code
+        except Corrupted as error:
+            code = self.go_back_to_sound(error)
+            return code
         except jax.errors.JaxRuntimeError as error:
             distributed.leave_if_left_alone(error)  # at once: what is being saved waits for the others
             raise
@@ -209,6 +213,17 @@ class Session:
         self.checkpointer.set_aside_newer(rollback.to)
         return None
 
+    def go_back_to_sound(self, error: Corrupted) -> int:
+        """Sets aside the checkpoints since the last check that passed: nobody knows what they hold."""
+        before = self.checkpointer.before(error.sound + 1)
+        aside = self.checkpointer.set_aside_newer(-1 if before is None else before)
+        since = f"; checkpoints of steps {', '.join(map(str, aside))} are set aside" if aside else ""
+        say(
+            f"meshwright: before step {error.step}: {error}{since}; leaving with {exit_codes.PREEMPTED}, to go on from "
+            f"{'the beginning' if before is None else f'step {before}'}: if it comes again, take that device out"
+        )
+        return exit_codes.PREEMPTED
+
     def fit(
         self, state: TrainState, watch: SpikeWatch, every_hook: list[Hook], report: Callable
     ) -> tuple[TrainState, str]:
@@ -238,13 +253,15 @@ class Session:
             if distributed.peers is not None:
                 distributed.peers.beat(step)
 
+        first = int(state.step)
+        checked = IntegrityWatch(self.config.integrity, self.core.train_step, self.core.abstract).guard(compiled, first)
         try:
             with self.ledger.phase("step"), watchdog:
                 return fit(
                     state,
                     frozen,
                     self.source,
-                    watch.guard(compiled, int(state.step)),
+                    watch.guard(checked, first),
                     num_steps=self.task.num_steps,
                     hooks=[each for hook in every_hook for each in (hook, beat)],
                     report=report,

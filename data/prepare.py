@@ -13,6 +13,7 @@ A shard is one unit of a source. A run that is killed goes on with the next shar
 
 import dataclasses
 import enum
+import errno
 import hashlib
 import itertools
 import json
@@ -313,7 +314,10 @@ def _sha(content: Any) -> str:
 
 def _save(path: Path, array: np.ndarray) -> None:
     with _whole(path) as file:
-        np.save(file, array, allow_pickle=False)
+        try:
+            np.save(file, array, allow_pickle=False)
+        except OSError as error:  # NumPy says how much it could write, but no number of an error
+            raise OSError(error.errno or errno.ENOSPC, f"{path} could not be written: {error}") from error
 
 
 def _write(path: Path, content: Any) -> None:

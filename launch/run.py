@@ -163,6 +163,7 @@ def _run_hydra(arguments: list[str]) -> int:
         return exit_codes.INTERRUPTED
     except SaveFailed as error:
         print(f"meshwright: {error}; the same command goes on from there", file=sys.stderr)
+        distributed.abandon(exit_codes.PREEMPTED)  # one of several: all begin again together
         return exit_codes.FAILED
     except Exception as error:
         distributed.leave_if_left_alone(error)

@@ -16,7 +16,6 @@ import base64
 import contextlib
 import dataclasses
 import json
-import logging
 import math
 import os
 import shutil
@@ -38,6 +37,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
+from trainer.commit import CommitBarrier, tell_failures_once
 from trainer.digest import DIGESTS, find_damage, is_key, key_data, leaf_paths, write_digests
 
 State = TypeVar("State")  # a dataclass pytree: TrainState
@@ -73,10 +73,6 @@ class Restored(NamedTuple, Generic[State]):
 
     step: int
     state: State
-
-
-def _is_not_orbax_failing(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def _be_quiet(text: str) -> None:
@@ -121,6 +117,7 @@ class Checkpointer:
         self._saving: int | None = None
         self._read_only = read_only
         self._opened: ocp.CheckpointManager | None = None
+        self._barrier: CommitBarrier | None = None  # where there are several processes
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -131,8 +128,8 @@ class Checkpointer:
         return self._opened
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        # Orbax prints each failure of a save several times, with traces; it is told once, by whoever waits for it.
-        logging.getLogger("absl").addFilter(_is_not_orbax_failing)
+        tell_failures_once()
+        self._barrier = CommitBarrier() if jax.process_count() > 1 else None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_retention(self.config),
             best_fn=_loss_of,  # else Orbax does not write the metrics that the policy reads after a restart
@@ -140,7 +137,9 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             # A copy of a step in a later run must not look older or newer by its metadata alone.
             save_root_metadata=False,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._before_commit, barrier_sync_fn=self._barrier
+            ),
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -161,26 +160,33 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns when the last `save` is committed.
 
-        Raises: SaveFailed where it was not.
+        Raises: SaveFailed where it was not, in all processes alike.
         """
-        if self._opened is None:
+        if self._opened is None or self._saving is None:
             return
+        error: Exception | None = None
         try:
             self._opened.wait_until_finished()
-        except Exception as error:
+        except Exception as raised:
+            error = raised
+        if self._barrier is not None and self._barrier.agree(error is not None):
+            error = error or RuntimeError("another process could not write its part")
+        if error is not None:
             raise self._failed(error) from error
+        self._saving = None
 
     def _failed(self, error: Exception) -> SaveFailed:
         """Lets go of the manager: the next one removes what was half written."""
-        assert self._saving is not None
+        step, self._saving = self._saving, None
+        assert step is not None
         opened, self._opened = self._opened, None
         if opened is not None:
             with contextlib.suppress(Exception):
                 opened.close()
-        self._verified.discard(self._saving)
+        self._verified.discard(step)
         newest = self.latest()
         stands = "there is none before it" if newest is None else f"the newest is that of step {newest}"
-        return SaveFailed(f"checkpoint of step {self._saving} could not be written: {self._why(error)}; {stands}")
+        return SaveFailed(f"checkpoint of step {step} could not be written: {self._why(error)}; {stands}")
 
     def _why(self, error: Exception) -> str:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -188,16 +194,11 @@ class Checkpointer:
             return f"no space left on {self.folder} ({shutil.disk_usage(self.folder).free / 1e6:,.1f} MB free)"
         return said[:300]
 
-    def _try(self, action: Callable[[], Any]) -> None:
-        """A save that fails does not end a run of one process: it is told, and tried again at the next due step.
-
-        Several processes would no longer agree on which steps there are.
-        """
+    def _wait_and_tell(self) -> None:
+        """A save that fails does not end a run: it is told, and tried again at the next due step."""
         try:
-            action()
+            self.wait()
         except SaveFailed as failed:
-            if jax.process_count() > 1:
-                raise
             self.say(str(failed))
 
     # Writing
@@ -216,10 +217,10 @@ class Checkpointer:
         """Copies `state` to the host and writes it in the background; `state` may be donated right after.
 
         Waits for the save before it. `metrics["loss"]` is the evaluation loss at this step, where there is
-        one. In a run of one process one that fails is told; the last one fails in `wait`.
-        Raises: ValueError where `step` is there already; SaveFailed in a run of several processes.
+        one. A save that fails is told; the last one fails in `wait`.
+        Raises: ValueError where `step` is there already; SaveFailed where one of several processes cannot begin.
         """
-        self._try(self.wait)
+        self._wait_and_tell()
         if step in self._manager.all_steps():
             raise ValueError(f"step {step} of {self.folder} is saved already; delete it or begin another run")
         self._saving = step
@@ -233,16 +234,17 @@ class Checkpointer:
         )
         told = {"loss": _loss_of(metrics)} if math.isfinite(_loss_of(metrics)) else {}
 
-        def write() -> None:
-            try:
-                self._manager.save(step, args=items, metrics=told, force=True)  # when to save is the caller's decision
-            except Exception as error:
-                raise self._failed(error) from error
-            self._verified.add(step)
-            if not self.config.asynchronous:
-                self.wait()
-
-        self._try(write)
+        try:
+            self._manager.save(step, args=items, metrics=told, force=True)  # when to save is the caller's decision
+        except Exception as error:
+            failed = self._failed(error)
+            if jax.process_count() > 1:
+                raise failed from error  # the others are in the middle of it
+            self.say(str(failed))
+            return
+        self._verified.add(step)
+        if not self.config.asynchronous:
+            self._wait_and_tell()
 
     def _before_commit(self) -> None:
         """Called by Orbax, in its thread on process 0, when all have written and before the rename."""

@@ -8,8 +8,10 @@ it failed, so that nobody commits and nobody waits.
 import contextlib
 import logging
 import sys
+from collections.abc import Callable
 from itertools import count
 from types import TracebackType
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -45,8 +47,10 @@ def _is_not_of_a_failed_save(record: logging.LogRecord) -> bool:
 class CommitBarrier:
     """What Orbax calls instead of its own barrier. One for each manager; all processes make them in the same order."""
 
-    def __init__(self) -> None:
-        self._wait = ocp.multihost.get_barrier_sync_fn()
+    def __init__(self, wait: Callable[..., None] | None = None, store: Any = None) -> None:
+        """`wait(key=, timeout_ms=)` for all processes and the `store` of keys and values; None: those of this job."""
+        self._wait = ocp.multihost.get_barrier_sync_fn() if wait is None else wait
+        self._store: Any = global_state.client if store is None else store
         self._name = f"meshwright/commit/{next(_number)}"
         self._save, self._under_way = 0, False
         self._missing: list[str] = []  # barriers of this save that this process has not come to
@@ -77,11 +81,11 @@ class CommitBarrier:
 
     def fail(self) -> None:
         """All shall know that the save under way is none."""
-        global_state.client.key_value_set(self._flag, "failed", allow_overwrite=True)
+        self._store.key_value_set(self._flag, "failed", allow_overwrite=True)
 
     def failed(self) -> bool:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # NOT_FOUND
-            return bool(global_state.client.key_value_try_get(self._flag))
+            return bool(self._store.key_value_try_get(self._flag))
         return False
 
     def agree(self, failed: bool, timeout_ms: int = 600_000) -> bool:

@@ -36,13 +36,10 @@ def saves(monkeypatch):
 
     def run(fails, rounds=1):
         store = Store(len(fails))
-        monkeypatch.setattr(commit.global_state, "client", store)
         made = []
         for _ in fails:
             monkeypatch.setattr(commit, "_number", iter([7]))  # all are the same manager
-            barrier = CommitBarrier()
-            barrier._wait = store.wait
-            made.append(barrier)
+            made.append(CommitBarrier(store.wait, store))
 
         def one(barrier, fails):
             committed = []

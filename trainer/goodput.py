@@ -48,6 +48,11 @@ class Ledger:
         self._mark = now
 
     @property
+    def starts(self) -> int:
+        """Of this run, with this one."""
+        return len(self._earlier) + 1
+
+    @property
     def doing(self) -> str:
         """The category that time goes to now."""
         return self._stack[-1] if self._stack else "other"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.tracker import read_rows
+from trainer.tracker import START, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +15,8 @@ Row = dict[str, Any]  # of metrics.jsonl
 
 def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) -> bool:
     """Draws training and held-out loss over steps, 1200x700 pixels; bits per byte on the right if known.
+
+    A dotted line stands where the run went on after a stop.
 
     Returns: whether there was anything to draw.
     """
@@ -41,6 +43,9 @@ def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) 
         at, values = _series(rows, name)
         label = "held-out " + name.removeprefix("eval/").removesuffix("/loss") if name.count("/") > 1 else "held-out"
         axes.plot(at, values, "o-", color=colours[index % len(colours)], markersize=5, linewidth=1.2, label=label)
+    for index, step in enumerate(sorted({row["step"] for row in rows if START in row})):
+        label = None if index else "went on after a stop"
+        axes.axvline(step, color="#888888", linewidth=0.9, linestyle=(0, (2, 3)), zorder=0, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title or metrics_jsonl.resolve().parent.name, fontsize=14, loc="left", pad=12)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+START = "run/start"  # the number of a start after the first, at the step from which it went on
 Metrics = Mapping[str, float]
 Say = Callable[[str], None]
 

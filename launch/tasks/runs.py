@@ -10,6 +10,7 @@ import yaml
 
 from configs.schema import Format, RunConfig
 from launch.run_folder import RunFolder
+from trainer.tracker import START
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
@@ -39,6 +40,7 @@ def describe(folder: RunFolder) -> dict[str, Any]:
         "eval_loss": latest.get("eval/loss"),
         "eval_bits_per_byte": latest.get("eval/bits_per_byte"),
         "tokens": latest.get("train/tokens"),
+        "starts": int(latest.get(START, 1)),
         "ended": summary.get("ended", "running or killed"),
         "updated": newest.stat().st_mtime,
     }
@@ -61,7 +63,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for name in ("run", "step", "train loss", "eval loss", "bits/byte", "ended", "last written"):
+    for name in ("run", "step", "train loss", "eval loss", "bits/byte", "starts", "ended", "last written"):
         table.add_column(name, justify="left" if name in ("run", "ended") else "right", no_wrap=True)
 
     def number(value: float | None) -> str:
@@ -71,5 +73,5 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         step = f"{row['step']:,}" + (f" / {row['num_steps']:,}" if row["num_steps"] else "")
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["updated"]))
         numbers = [number(row[key]) for key in ("train_loss", "eval_loss", "eval_bits_per_byte")]
-        table.add_row(row["run"], step, *numbers, row["ended"], when)
+        table.add_row(row["run"], step, *numbers, str(row["starts"]), row["ended"], when)
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -52,7 +52,7 @@ from trainer.optimizer import eval_params
 from trainer.plot import draw_loss
 from trainer.spikes import NO_LIMITS, Rollback, SpikeWatch, Spoiled
 from trainer.state import TrainState
-from trainer.tracker import Trackers, build_trackers
+from trainer.tracker import START, Trackers, build_trackers
 from trainer.watchdog import Watchdog
 
 
@@ -159,6 +159,8 @@ class Session:
         code: int | None = 1
         try:
             trackers.log_config(to_plain(self.config))
+            if self.ledger.starts > 1:  # where curves were broken
+                trackers.log(first_step, {START: float(self.ledger.starts)})
             watch = SpikeWatch(self.config.spikes, say=say, before=self.checkpointer.before)
             every_hook, stopper, saver = self.hooks(metrics, watch, trackers, start.remembered)
             if "step" in start.forgotten:

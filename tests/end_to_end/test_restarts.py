@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 from launch.launchers.local import free_port
-from tests.end_to_end.run import TINY, inspect, losses, meshwright, start, wait_for
+from tests.end_to_end.run import TINY, inspect, losses, meshwright, metrics, start, wait_for
 from tests.launch.processes import children
 
 RUN = ["train", "run=a", *TINY, "source=[synthetic]", "data.packing=best_fit", "devices=2", "mesh.fsdp=2"]
@@ -26,6 +26,7 @@ def test_a_killed_process_brings_all_back_and_the_run_ends_the_same(tmp_path):
     assert process.returncode == 0, err
     assert "process 1 was killed by SIGKILL" in err and "restart 1 of 2 with 2 processes, from step" in err
     assert losses(broken, "a") == losses(unbroken, "a")
+    assert [row["run/start"] for row in metrics(broken, "a") if "run/start" in row] == [2]
     mine, theirs = inspect(broken, "a"), inspect(unbroken, "a")
     for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256", "step"):
         assert mine[key] == theirs[key], key

@@ -4,7 +4,6 @@ The first bare word is the task; everything after it is plain Hydra. Exit codes:
 input is wrong, 75 preempted with a checkpoint written (requeue me), 130 interrupted before there was anything to save.
 """
 
-import errno
 import os
 import sys
 import traceback
@@ -80,11 +79,18 @@ def run(arguments: list[str]) -> int:
         return exit_codes.WRONG_INPUT
     if completing:
         _complete_after_the_task()
-    code = _run_hydra(arguments)
-    if code not in (0, exit_codes.PREEMPTED):
-        from launch import distributed
+    from launch import distributed
+    from launch.output import Output
 
-        distributed.abandon(code)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Output, before)
+    code = exit_codes.FAILED
+    try:
+        code = _run_hydra(arguments)
+    finally:
+        if code not in (0, exit_codes.PREEMPTED):  # by whichever way: on leaving, JAX would wait for the others
+            distributed.abandon(code)
+        sys.stdout, sys.stderr = before
     return code
 
 
@@ -116,7 +122,7 @@ def _run_hydra(arguments: list[str]) -> int:
         from omegaconf.errors import OmegaConfBaseException
 
         from configs.schema import RunConfig, register, to_typed
-        from launch import distributed, messages
+        from launch import distributed, messages, output
         from launch.launchers.table import launch, launches
         from trainer.checkpoint import SaveFailed
 
@@ -167,7 +173,7 @@ def _run_hydra(arguments: list[str]) -> int:
         return exit_codes.FAILED
     except Exception as error:
         distributed.leave_if_left_alone(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in output.FULL:
             print(f"meshwright: {error}; with room to write the same command goes on", file=sys.stderr)
         else:
             traceback.print_exc()

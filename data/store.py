@@ -79,7 +79,8 @@ def file_system(scheme: str) -> Any:
         import fsspec
 
         # Others write into the same folders: a listing that was kept would be an old one.
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        more = {"auto_mkdir": True} if scheme in ("file", "local") else {}  # other stores have no folders to make
+        return fsspec.filesystem(scheme, use_listings_cache=False, **more)
     except ImportError as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"{scheme}://: needs a package that is not installed ({why}): {way}") from None
@@ -109,7 +110,7 @@ def tried(url: str, action: Callable[[], T], say: Say = lambda text: None) -> T:
 
     Raises: FileNotFoundError as it came; ValueError for credentials and rights; StoreFailed after the last try.
     """
-    for pause in (*PAUSES, None):
+    for failed, pause in enumerate((*PAUSES, None)):
         try:
             return action()
         except Exception as error:
@@ -120,14 +121,14 @@ def tried(url: str, action: Callable[[], T], say: Say = lambda text: None) -> T:
                 raise final from error
             if pause is None:
                 raise StoreFailed(f"{url}: {_first_line(error)} (tried {len(PAUSES) + 1} times)") from error
-            if pause == PAUSES[0]:
+            if failed == 0:
                 say(f"{url}: {_first_line(error)}; trying again, {len(PAUSES)} times at most")
             time.sleep(pause)
     raise AssertionError
 
 
 def _stored(info: Mapping[str, Any]) -> Stored:
-    version = next((str(info[name]) for name in _VERSION if info.get(name)), "")
+    version = next((str(info[name]) for name in (*_VERSION, "created") if info.get(name)), "")
     modified = next((info[name] for name in _MODIFIED if info.get(name)), None)
     if isinstance(modified, str):
         with contextlib.suppress(ValueError):
@@ -259,9 +260,11 @@ def find_files(url: str, suffixes: tuple[str, ...] = ()) -> list[str]:
         found = {name: info for name, info in tried(bare, look).items() if info["type"] == "file"}
     except FileNotFoundError as error:
         raise ValueError(f"{url}: is not there ({_first_line(error)})") from None
-    if not star and path not in found:
-        hidden = lambda name: any(p.startswith(".") for p in PurePosixPath(name).relative_to(path).parts)
-        found = {name: info for name, info in found.items() if not hidden(name) and name.endswith(suffixes or "")}
+    if path not in found:
+        fixed = re.split(r"[*?\[]", path)[0].rpartition("/")[0] if star else path
+        hidden = lambda name: any(part.startswith(".") for part in name[len(fixed) :].split("/"))
+        wanted = lambda name: not hidden(name) and (star or name.endswith(suffixes or ""))
+        found = {name: info for name, info in found.items() if wanted(name)}
     named = {fs.unstrip_protocol(name): _stored(info) for name, info in found.items()}
     _listed.update(named)
     return sorted(named, key=lambda name: name.split("/"))

@@ -116,6 +116,7 @@ def _run_hydra(arguments: list[str]) -> int:
         from omegaconf.errors import OmegaConfBaseException
 
         from configs.schema import RunConfig, register, to_typed
+        from data.store import StoreFailed
         from launch import distributed, messages
         from launch.launchers.table import launch, launches
         from trainer.checkpoint import SaveFailed
@@ -161,7 +162,7 @@ def _run_hydra(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("meshwright: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
-    except SaveFailed as error:
+    except (SaveFailed, StoreFailed) as error:
         print(f"meshwright: {error}; the same command goes on from there", file=sys.stderr)
         return exit_codes.FAILED
     except Exception as error:

@@ -112,7 +112,7 @@ class Checkpointer:
         self._opened: ocp.CheckpointManager | None = None
         self._async = ocp.AsyncOptions()
         self._processes = ocp.options.MultiprocessingOptions()
-        self._handlers: dict[str, ocp.CheckpointHandler] | None = None  # None: by the arguments of a save
+        self._handlers: dict[str, Any] | None = None  # None: by the arguments of a save
 
     @property
     def where(self) -> str:
@@ -419,7 +419,8 @@ class Checkpointer:
         """The part `wanted` of the state of `step`; `whole`: nothing else may be there, nor other dtypes."""
         raw = jax.tree.map(raw_spec, wanted)
         folder = epath.Path(self.folder_of(step) / "state")
-        reader = ocp.PyTreeCheckpointHandler()
+        # Orbax keeps this in a place that all handlers share: the last one made decides for those that write.
+        reader = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._processes)
         stored = reader.metadata(folder).tree
         if not whole:  # optax states are tuples, which Orbax stores, and restores in part, as lists
             raw = shaped_like(stored, raw)

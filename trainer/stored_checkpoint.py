@@ -4,13 +4,14 @@
               /digests.json   written last: a step without it is not there
 
 Every process writes its own slices to a folder of its own, and uploads them while training goes on. Process 0 writes
-`digests.json` when all have told theirs, and only then are older checkpoints deleted, their `digests.json` first: what a
-kill or a failing store leaves half done is never taken for a checkpoint. Reading downloads the files that
+`digests.json` when all have told theirs, and only then are older checkpoints deleted, their `digests.json` first: what
+a kill or a failing store leaves half done is never taken for a checkpoint. Reading downloads the files that
 `digests.json` names, and compares.
 """
 
 import contextlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -34,6 +35,10 @@ PATIENCE = 3600  # seconds that an upload may take, and that process 0 waits for
 
 class NotUploaded(SaveFailed):
     """All processes know that it is not there, and may go on."""
+
+
+def _is_not_orbax_warning(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.WARNING or "orbax" not in record.pathname
 
 
 def kept(losses: Mapping[int, float], config: CheckpointConfig) -> set[int]:
@@ -70,14 +75,19 @@ class StoredCheckpointer(Checkpointer):
         self._loss_told = math.inf  # of the evaluation at the step that is being saved
         self._losses: dict[int, float] | None = None  # of what is committed; None: not asked yet
         if jax.process_count() > 1:
-            # Of files that several write at once, as OCDBT has them, no folder of one process holds the whole.
+            # No process sees the folders of others: each is the first in its own, and writes files that are its alone,
+            # as those of OCDBT are not, which one process joins.
             self._processes = ocp.options.MultiprocessingOptions(primary_host=None)
-            # Folders that are made in the background are waited for by a name that only one process may announce.
-            self._async = ocp.AsyncOptions(timeout_secs=PATIENCE, create_directories_asynchronously=False)
+            self._async = ocp.AsyncOptions(timeout_secs=PATIENCE)
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        if jax.process_count() > 1:
             handle_json = lambda: ocp.JsonCheckpointHandler(multiprocessing_options=self._processes)
             self._handlers = {name: handle_json() for name in ("source", "config", "tokenizer", "extra")} | {
                 "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=self._processes)
             }
+            logging.getLogger("absl").addFilter(_is_not_orbax_warning)  # that it joins nothing
+        return super()._open_manager()
 
     @property
     def where(self) -> str:

@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -154,8 +154,8 @@ class Store:
     def _full(self, name: str) -> str:
         return self._fs._strip_protocol(f"{self.url}/{name}" if name else self.url)
 
-    def _try(self, name: str, action: Callable[[], T]) -> T:
-        return tried(f"{self.url}/{name}".rstrip("/"), action, self.say)
+    def _try(self, name: str, action: Callable[[], T], say: Say | None = None) -> T:
+        return tried(f"{self.url}/{name}".rstrip("/"), action, say or self.say)
 
     def inside(self, name: str) -> "Store":
         return Store(f"{self.url}/{name}", self.say)
@@ -201,21 +201,23 @@ class Store:
 
     def put(self, files: Mapping[str, Path]) -> None:
         """Uploads local files, several at a time."""
+        say = _once(self.say)
 
         def one(name: str) -> None:
-            self._try(name, lambda: self._fs.put_file(str(files[name]), self._full(name)))
+            self._try(name, lambda: self._fs.put_file(str(files[name]), self._full(name)), say)
 
         _each(one, list(files))
 
     def get(self, names: Sequence[str], folder: Path) -> None:
         """Downloads files to the same names below `folder`; each appears there whole."""
+        say = _once(self.say)
 
         def one(name: str) -> None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             half = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
             try:
-                self._try(name, lambda: self._fs.get_file(self._full(name), str(half)))
+                self._try(name, lambda: self._fs.get_file(self._full(name), str(half)), say)
                 half.rename(target)
             finally:
                 half.unlink(missing_ok=True)
@@ -224,22 +226,45 @@ class Store:
 
     def delete(self, names: Sequence[str]) -> None:
         """Those that are gone already are none the less gone."""
+        say = _once(self.say)
 
         def one(name: str) -> None:
             with contextlib.suppress(FileNotFoundError):
-                self._try(name, lambda: self._fs.rm_file(self._full(name)))
+                self._try(name, lambda: self._fs.rm_file(self._full(name)), say)
 
         _each(one, list(names))
 
     def copy(self, names: Mapping[str, str]) -> None:
         """From each name to another, inside of the store."""
-        _each(lambda name: self._try(name, lambda: self._fs.cp_file(self._full(name), self._full(names[name]))), names)
+        say = _once(self.say)
+        _each(
+            lambda name: self._try(name, lambda: self._fs.cp_file(self._full(name), self._full(names[name])), say),
+            names,
+        )
+
+
+def _once(say: Say) -> Say:
+    """Of many files that fail alike the first is told."""
+    told: list[str] = []
+
+    def perhaps(text: str) -> None:
+        told.append(text)
+        if len(told) == 1:
+            say(text)
+
+    return perhaps
 
 
 def _each(action: Callable[[str], Any], names: Sequence[str] | Mapping[str, Any]) -> None:
-    if names:
-        with ThreadPoolExecutor(min(THREADS, len(names))) as pool:
-            list(pool.map(action, names))
+    """Several at a time; where one fails those that have not begun are left."""
+    if not names:
+        return
+    pool = ThreadPoolExecutor(min(THREADS, len(names)))
+    try:
+        for done in as_completed([pool.submit(action, name) for name in names]):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # Single files, as sources name them

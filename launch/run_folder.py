@@ -114,14 +114,18 @@ class RunFolder:
         """Puts the files that changed into the store; checkpoints go their own way. By process 0 alone."""
         if self.store is None:
             return
-        for file in sorted(self.path.rglob("*")):
-            name = file.relative_to(self.path)
-            if not file.is_file() or name.parts[0].startswith(NOT_SENT) or file.name.endswith(".tmp"):
+        tops = [top for top in self.path.iterdir() if not top.name.startswith(NOT_SENT)]
+        for file in sorted(inner for top in tops for inner in (top.rglob("*") if top.is_dir() else [top])):
+            if file.is_dir() or file.name.endswith(".tmp"):
                 continue
-            stat = file.stat()
-            if self._sent.get(str(name)) != (stat.st_size, stat.st_mtime_ns):
-                self.store.write(name.as_posix(), file.read_bytes())  # at once: others may be appending to it
-                self._sent[str(name)] = (stat.st_size, stat.st_mtime_ns)
+            name = file.relative_to(self.path).as_posix()
+            try:
+                stat, content = file.stat(), file.read_bytes()  # at once: others may be appending to it
+            except FileNotFoundError:  # it had a name for a moment only
+                continue
+            if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
+                self.store.write(name, content)
+                self._sent[name] = (stat.st_size, stat.st_mtime_ns)
 
     def fetch(self) -> None:
         """Makes the copy what the store holds; one of a run that is no longer there is moved away."""

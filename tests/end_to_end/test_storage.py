@@ -94,7 +94,8 @@ def train_on_two_hosts(tmp_path: Path, name: str, *arguments: str) -> str:
 
 def test_two_hosts_without_a_common_disk_write_one_checkpoint_and_go_on_from_it(s3, tmp_path):
     arguments = ["run=two", *RUN, "mesh.data=1", "mesh.fsdp=2", "task.num_steps=4", RUNS]
-    train_on_two_hosts(tmp_path, "first", *arguments)
+    out = train_on_two_hosts(tmp_path, "first", *arguments)
+    assert "is not in the store" not in out, out
     newest = "bucket/runs/two/checkpoints/4"
     digests = json.loads(s3.cat_file(f"{newest}/{DIGESTS}"))["files"]
     kernels = [name for name in digests if "mlp.up.kernel" in name and not name.endswith(".zarray")]
@@ -103,7 +104,7 @@ def test_two_hosts_without_a_common_disk_write_one_checkpoint_and_go_on_from_it(
 
     s3.rm_file(f"{newest}/{DIGESTS}")  # as if all had been killed just before
     out = train_on_two_hosts(tmp_path, "second", *arguments)
-    assert "run 'two': resumes at step 2" in out
+    assert "run 'two': resumes at step 2" in out, out
     again = json.loads(s3.cat_file(f"{newest}/{DIGESTS}"))["files"]
     arrays = [name for name in digests if name.startswith(("state/params", "state/opt_state"))]
     assert arrays and {name: again[name] for name in arrays} == {name: digests[name] for name in arrays}

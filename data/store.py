@@ -237,10 +237,11 @@ class Store:
     def copy(self, names: Mapping[str, str]) -> None:
         """From each name to another, inside of the store."""
         say = _once(self.say)
-        _each(
-            lambda name: self._try(name, lambda: self._fs.cp_file(self._full(name), self._full(names[name])), say),
-            names,
-        )
+
+        def one(name: str) -> None:
+            self._try(name, lambda: self._fs.cp_file(self._full(name), self._full(names[name])), say)
+
+        _each(one, list(names))
 
 
 def _once(say: Say) -> Say:
@@ -255,7 +256,7 @@ def _once(say: Say) -> Say:
     return perhaps
 
 
-def _each(action: Callable[[str], Any], names: Sequence[str] | Mapping[str, Any]) -> None:
+def _each(action: Callable[[str], Any], names: Sequence[str]) -> None:
     """Several at a time; where one fails those that have not begun are left."""
     if not names:
         return

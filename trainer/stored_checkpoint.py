@@ -189,12 +189,14 @@ class StoredCheckpointer(Checkpointer):
         losses = self._known_losses() | {step: self._loss_told}
         self.store.write(f"{step}/{DIGESTS}", json.dumps(digests, indent=1).encode())
         self._losses = losses
-        # what an attempt before left, and the parts
-        self.store.delete([name for name in there if name.partition("/")[2] not in {*digests["files"], DIGESTS}])
-        stay = kept(losses, self.config)
-        for old in sorted(set(losses) - stay):
-            self._delete(old)
-            del losses[old]
+        try:
+            # what an attempt before left, and the parts
+            self.store.delete([name for name in there if name.partition("/")[2] not in {*digests["files"], DIGESTS}])
+            for old in sorted(set(losses) - kept(losses, self.config)):
+                self._delete(old)
+                del losses[old]
+        except (StoreFailed, ValueError, OSError) as error:  # the next save tries again
+            self.say(f"checkpoint of step {step} is in the store, but older ones could not be removed: {error}")
 
     def _known_losses(self) -> dict[int, float]:
         if self._losses is None:
@@ -269,8 +271,11 @@ class StoredCheckpointer(Checkpointer):
         if not folder.is_dir() or find_damage(folder) is not None or self._differs(folder, content):
             half = self.folder / f".{step}.{secrets.token_hex(8)}.tmp"
             try:
-                self.store.inside(str(step)).get([*sizes, DIGESTS], half)
-                if (damage := find_damage(half)) is not None:
+                for _ in range(2):  # it may have been damaged on the way
+                    self.store.inside(str(step)).get([*sizes, DIGESTS], half)
+                    if (damage := find_damage(half)) is None:
+                        break
+                else:
                     return damage
                 shutil.rmtree(folder, ignore_errors=True)
                 half.rename(folder)

@@ -53,21 +53,11 @@ def test_a_run_goes_on_from_the_bucket_alone_as_if_nothing_had_happened(s3, unbr
     out, _ = meshwright(two, "train", "run=a", *RUN, "task.num_steps=6", RUNS)
     assert "run 'a': resumes at step 4" in out
     shutil.rmtree(two)
-    three = folder(tmp_path, "three")
-    found = inspect(three, "a", RUNS)
-    hashes = ("step", "params_sha256", "optimizer_sha256", "data_position", "next_batch_sha256")
-    assert {name: found[name] for name in hashes} == {name: unbroken[0][name] for name in hashes}
-    assert found["checkpoints"] == [2, 4, 6]
     rows = [json.loads(line) for line in s3.cat_file("bucket/runs/a/metrics.jsonl").splitlines()]
     assert {row["step"]: row["train/loss"] for row in rows if "train/loss" in row} == unbroken[1]
 
-    # what else a run is for, and a flipped bit
-    out, _ = meshwright(three, "generate", "run=a", RUNS, "prompt=text ", "task.max_new_tokens=4")
-    assert "text" in out
-    out, _ = meshwright(three, "runs", RUNS, "format=json")
+    out, _ = meshwright(folder(tmp_path, "three"), "runs", RUNS, "format=json")
     assert [(row["run"], row["step"], row["ended"]) for row in json.loads(out)] == [("a", 6, "done")]
-    _, err = meshwright(three, "generate", "run=b", RUNS, "prompt=x", expect=2)
-    assert "there is no such run in s3://bucket/runs" in err
     name = max(s3.find("bucket/runs/a/checkpoints/6/state"), key=s3.size)
     content = bytearray(s3.cat_file(name))
     content[len(content) // 2] ^= 1
@@ -75,6 +65,8 @@ def test_a_run_goes_on_from_the_bucket_alone_as_if_nothing_had_happened(s3, unbr
     out, _ = meshwright(folder(tmp_path, "four"), "train", "run=a", *RUN, "task.num_steps=6", RUNS)
     assert "checkpoint of step 6 is damaged" in out and "falling back to step 4" in out
     found = inspect(folder(tmp_path, "five"), "a", RUNS)
+    hashes = ("step", "params_sha256", "optimizer_sha256", "data_position", "next_batch_sha256")
+    assert found["checkpoints"] == [2, 4, 6]
     assert {name: found[name] for name in hashes} == {name: unbroken[0][name] for name in hashes}
 
 

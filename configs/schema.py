@@ -27,6 +27,7 @@ from data.sources import (
     SyntheticConfig,
     TextConfig,
 )
+from data.store import check_url
 from data.tokenizer import (
     BytesConfig,
     CharactersConfig,
@@ -97,7 +98,7 @@ class RunConfig:
     """One run, whole. Nobody below `launch` sees this class; functions take their own slice."""
 
     run: str = "default"  # its name: the same name again goes on with the run
-    runs: str = "runs"  # the folder of all runs
+    runs: str = "runs"  # the folder of all runs, or a URL of one in an object store: s3://BUCKET/runs
     seed: int = 0  # of initialisation, data order, dropout and sampling
     devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
     resume: Resume = Resume.auto
@@ -278,6 +279,8 @@ def validate(config: RunConfig) -> None:
     name = config.run
     if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>| '):
         raise ValueError(f"run={name!r}: is the name of a folder: letters, digits, '.', '_' and '-' only")
+    for key, value in (("runs", config.runs), ("data.prepared", config.data.prepared or "")):
+        check_url(value, key)
     unknown = set(config.reset) - {"optimizer", "data", "step"}
     if unknown:
         raise ValueError(f"reset={config.reset}: {sorted(unknown)[0]!r} is none of optimizer, data, step")

@@ -44,7 +44,7 @@ class DataConfig:
     epochs: float | None = None  # refuse to train longer than so many passes over the data; null: as often as needed
     prefetch: int = 2  # batches made ahead
     eval_batches: int = 16  # of held-out text from each source, at most; 0: all
-    prepared: str | None = None  # the folder of token shards; null: prepared/ in the folder of all runs
+    prepared: str | None = None  # the folder of token shards, or its URL; null: prepared/ in the folder of all runs
 
     def rules(self) -> Rules | None:
         """How records become examples; None where they are documents."""

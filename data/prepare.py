@@ -29,9 +29,11 @@ import numpy as np
 from data.examples import Records, Rules, read_examples, together
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
+from data.store import Store, is_url, stored
 from data.tokenizer_contract import Tokenizer, fingerprint
 
 SPLITS = ("train", "heldout")
+MANIFEST = "manifest.json"
 VERSION = 1
 EXAMPLES_VERSION = 1  # of how conversations become examples
 BATCH_CHARACTERS = 1 << 22  # of text that is tokenised at once
@@ -134,19 +136,52 @@ def prepare_source(
     if not manifest["counts"]["train"]["tokens"]:
         raise ValueError(f"source {source.kind}: no text to train on{_reasons(manifest['bad_records'])}")
     _refuse_too_many(source, manifest, max_bad_share)
-    _write(folder / "manifest.json", manifest)
+    _write(folder / MANIFEST, manifest)
     return Manifest(folder, manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """What `prepare_source` left there. Raises: ValueError where it has not, or not on a disk that is seen here."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.exists():
         raise ValueError(
             f"{path} is not there: process 0 has prepared this source, but on a disk that this process does not see; "
-            "let `runs` (or `data.prepared`) be on storage that all hosts share"
+            "let `runs` (or `data.prepared`) be on storage that all hosts share, or in an object store"
         )
     return Manifest(folder, json.loads(path.read_text()))
+
+
+class PreparedCopies:
+    """Prepared folders that an object store keeps, and their copies on this machine: hosts need share no disk."""
+
+    def __init__(self, url: str | None, root: Path, folders: list[Path]):
+        """Without a `url` there is only `root`, and nothing is done."""
+        self._stores = {} if url is None else {f: Store(f"{url}/{f.relative_to(root).as_posix()}") for f in folders}
+
+    def fetch(self) -> None:
+        """Downloads what is whole there and different here."""
+        for folder, store in self._stores.items():
+            manifest = store.read(MANIFEST)
+            if manifest is None or _content(folder / MANIFEST) == manifest:
+                continue
+            (folder / MANIFEST).unlink(missing_ok=True)
+            store.get([name for name in store.top()[0] if name != MANIFEST], folder)
+            store.get([MANIFEST], folder)
+
+    def send(self) -> None:
+        """Uploads what is not there yet, the manifest last."""
+        for folder, store in self._stores.items():
+            manifest = _content(folder / MANIFEST)
+            if manifest is None or store.read(MANIFEST) == manifest:
+                continue
+            store.delete([MANIFEST])
+            files = {path.name: path for path in folder.glob("shard_*") if path.suffix in (".npy", ".json")}
+            store.put(files)
+            store.write(MANIFEST, manifest)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _refuse_too_many(source: SourceConfig, manifest: dict[str, Any], max_bad_share: float) -> None:
@@ -300,6 +335,9 @@ def _finished(folder: Path, index: int, made_of: dict[str, Any]) -> dict[str, An
 def _state_of(unit: Unit) -> list[Any]:
     found = []
     for file in unit.files:
+        if is_url(file):
+            found.append([file, stored(file).size, stored(file).version])
+            continue
         try:
             stat = os.stat(file)
             found.append([file, stat.st_size, stat.st_mtime_ns])

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from omegaconf import MISSING
 
 from data.records import BadRecords, Record, RecordFormat, decode, take_record, take_text
+from data.store import check_url, find_files, is_url, on_disk, stored
 from data.tf_example import parse_example
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class SourceConfig:
 
 @dataclass
 class FileSourceConfig(SourceConfig):
-    paths: list[str] = MISSING  # files, folders (searched through) and globs
+    paths: list[str] = MISSING  # files, folders (searched through) and globs, also in object stores (s3://BUCKET/...)
 
     def suffixes(self) -> tuple[str, ...]:
         """What is taken from a folder; empty: every file."""
@@ -71,7 +72,9 @@ class FileSourceConfig(SourceConfig):
             raise ValueError(f"data.sources.{self.kind}.paths=[]: name at least one file, folder or glob")
         found: dict[str, None] = {}
         for path in self.paths:
-            here = _matching(path, self.suffixes())
+            if is_url(path):
+                check_url(path, f"data.sources.{self.kind}.paths")
+            here = find_files(path, self.suffixes()) if is_url(path) else _matching(path, self.suffixes())
             if not here:
                 raise ValueError(f"data.sources.{self.kind}.paths: {path!r} {_why_nothing(path, self.suffixes())}")
             found.update(dict.fromkeys(here))
@@ -83,7 +86,7 @@ class FileSourceConfig(SourceConfig):
         group: list[str] = []
         size = 0
         for file in self.files():
-            size += Path(file).stat().st_size
+            size += _size(file)
             group.append(file)
             if size >= UNIT_BYTES:
                 units.append(Unit(tuple(group)))
@@ -99,7 +102,7 @@ class FileSourceConfig(SourceConfig):
     def _each(self, unit: Unit, bad: BadRecords, read: Callable[[str, BadRecords], Iterator[T]]) -> Iterator[T]:
         for file in unit.files:
             try:
-                if Path(file).stat().st_size == 0:
+                if _size(file) == 0:
                     bad.add(file, "empty file")
                     continue
                 yield from read(file, bad)
@@ -114,6 +117,10 @@ class FileSourceConfig(SourceConfig):
     def read_records(self, file: str, bad: BadRecords) -> Iterator[Record]:
         for index, text in enumerate(self.read_file(file, bad)):
             yield Record({"text": text}, file, f"document {index + 1}")
+
+
+def _size(file: str) -> int:
+    return stored(file).size if is_url(file) else Path(file).stat().st_size
 
 
 def _matching(path: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -133,8 +140,10 @@ def _hidden(path: Path, root: Path) -> bool:
 def _why_nothing(path: str, suffixes: tuple[str, ...]) -> str:
     import difflib
 
+    wanted = f" that ends in {', '.join(suffixes)}" if suffixes else ""
+    if is_url(path):
+        return "matches no file" if any(c in path for c in "*?[") else f"is neither a file nor a folder of one{wanted}"
     if Path(path).is_dir():
-        wanted = f" that ends in {', '.join(suffixes)}" if suffixes else ""
         return f"is a folder without a file{wanted}"
     parent = Path(path).parent
     if any(c in path for c in "*?["):
@@ -157,7 +166,8 @@ class TextConfig(FileSourceConfig):
         return (self.suffix,) if self.suffix else ()
 
     def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
-        text = decode(Path(file).read_bytes(), file, bad)
+        with on_disk(file) as path:
+            text = decode(Path(path).read_bytes(), file, bad)
         if text is None:
             return
         for index, document in enumerate(text.split(self.separator) if self.separator else [text]):
@@ -186,7 +196,7 @@ class JsonlConfig(FileSourceConfig):
             yield from take_record(content, file, bad, where)
 
     def _objects(self, file: str, bad: BadRecords, limit: int | None) -> Iterator[tuple[Any, str]]:
-        with _open_packed(file) as lines:
+        with on_disk(file) as path, _open_packed(path) as lines:
             for number, line in enumerate(_lines(lines, limit), 1):
                 if not line.strip():
                     continue
@@ -244,23 +254,25 @@ class ParquetConfig(FileSourceConfig):
 
     def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
         parquet = _extra("pyarrow.parquet", "parquet", "parquet")
-        table = parquet.ParquetFile(file)
-        if self.text_field not in table.schema_arrow.names:
-            names = ", ".join(table.schema_arrow.names)
-            raise ValueError(f"data.sources.parquet.text_field={self.text_field}: {file} has the columns {names}")
-        row = 0
-        for batch in table.iter_batches(columns=[self.text_field]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield from take_text({self.text_field: value}, self.text_field, file, bad, f"row {row}")
+        with on_disk(file) as path:
+            table = parquet.ParquetFile(path)
+            if self.text_field not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                raise ValueError(f"data.sources.parquet.text_field={self.text_field}: {file} has the columns {names}")
+            row = 0
+            for batch in table.iter_batches(columns=[self.text_field]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield from take_text({self.text_field: value}, self.text_field, file, bad, f"row {row}")
 
     def read_records(self, file: str, bad: BadRecords) -> Iterator[Record]:
-        table = _extra("pyarrow.parquet", "parquet", "parquet").ParquetFile(file)
-        row = 0
-        for batch in table.iter_batches():
-            for content in batch.to_pylist():
-                row += 1
-                yield Record(content, file, f"row {row}")
+        parquet = _extra("pyarrow.parquet", "parquet", "parquet")
+        with on_disk(file) as path:
+            row = 0
+            for batch in parquet.ParquetFile(path).iter_batches():
+                for content in batch.to_pylist():
+                    row += 1
+                    yield Record(content, file, f"row {row}")
 
 
 @dataclass
@@ -299,14 +311,15 @@ class ArrayRecordConfig(FileSourceConfig):
 
     def _contents(self, file: str, bad: BadRecords) -> Iterator[tuple[bytes, str]]:
         module = _extra("array_record.python.array_record_module", "arrayrecord", "arrayrecord")
-        try:
-            reader = module.ArrayRecordReader(file)
-        except Exception as error:
-            bad.add(file, "unreadable or truncated", str(error)[:200])
-            return
-        for index in range(reader.num_records()):
-            yield reader.read(), f"record {index + 1}"
-        reader.close()
+        with on_disk(file) as path:
+            try:
+                reader = module.ArrayRecordReader(path)
+            except Exception as error:
+                bad.add(file, "unreadable or truncated", str(error)[:200])
+                return
+            for index in range(reader.num_records()):
+                yield reader.read(), f"record {index + 1}"
+            reader.close()
 
     def _text(self, record: bytes, file: str, bad: BadRecords, where: str) -> Iterator[str]:
         example = parse_example(record)

@@ -21,13 +21,14 @@ from data.batch import TokenBatch
 from data.chat import configured
 from data.examples import NOUNS, Rules, read_said, texts_of
 from data.pipeline import Mixture, OfflineSource, Rows, heldout_batches, make_rows, with_tables
-from data.prepare import Manifest, TokenCorpus, prepare_source, prepared_folder, read_manifest
+from data.prepare import Manifest, PreparedCopies, TokenCorpus, prepare_source, prepared_folder, read_manifest
 from data.records import BadRecords
 from data.sources import SourceConfig, Unit
+from data.store import is_url
 from data.table import Table
 from data.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer
-from launch.run_folder import RunFolder, write_whole
+from launch.run_folder import RunFolder, local_copy, write_whole
 from models.config import Dispatch, Mask, ModelConfig
 from models.lora import AdapterConfig
 from models.partition import Constrain
@@ -64,6 +65,15 @@ def wait_for_all(what: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(what)
+
+
+def share(folder: RunFolder, what: str) -> None:
+    """Returns when every process sees in the run folder what process 0 has written there: hosts may share no disk."""
+    if is_chief():
+        folder.send()
+    wait_for_all(what)
+    if not is_chief():
+        folder.fetch()
 
 
 def gathered(values: list[float]) -> list[list[float]]:
@@ -125,7 +135,7 @@ def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
         save_tokenizer(made, folder.tokenizer)
         write_whole(note, json.dumps(made_of, indent=1) + "\n")
     if found is None or stale:
-        wait_for_all("tokenizer")
+        share(folder, "tokenizer")
         found = load_tokenizer(folder.tokenizer)
     assert found is not None
     return found
@@ -161,15 +171,19 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
     if not config.data.sources:
         raise ValueError("source=[]: name at least one source, for example source=[text]")
     tokenizer = get_tokenizer(config, folder, say)
-    root = prepared_root(config)
-    if is_chief():
-        _prepare_all(config, tokenizer, root, say)
-    wait_for_all("prepared")
-    rules = config.data.rules()
-    manifests = {
-        name: read_manifest(prepared_folder(root, name, source, tokenizer, rules))
-        for name, source in config.data.sources.items()
+    root, rules = prepared_root(config), config.data.rules()
+    prepared = {
+        name: prepared_folder(root, name, source, tokenizer, rules) for name, source in config.data.sources.items()
     }
+    copies = PreparedCopies(prepared_url(config), root, list(prepared.values()))
+    if is_chief():
+        copies.fetch()
+        _prepare_all(config, tokenizer, root, say)
+        copies.send()
+    wait_for_all("prepared")
+    if not is_chief():
+        copies.fetch()
+    manifests = {name: read_manifest(folder) for name, folder in prepared.items()}
     train = {name: TokenCorpus(manifest, "train") for name, manifest in manifests.items()}
     heldout = {name: TokenCorpus(manifest, "heldout") for name, manifest in manifests.items()}
     heldout = {name: corpus for name, corpus in heldout.items() if corpus.num_tokens}
@@ -177,8 +191,16 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
 
 
 def prepared_root(config: RunConfig) -> Path:
-    """The folder of what is made of sources."""
-    return Path(config.data.prepared or Path(config.runs) / "prepared")
+    """The folder of what is made of sources; of what a store keeps, the copy."""
+    url = prepared_url(config)
+    return local_copy(url) if url else Path(config.data.prepared or Path(config.runs) / "prepared")
+
+
+def prepared_url(config: RunConfig) -> str | None:
+    """Where in a store it is kept, if it is."""
+    if config.data.prepared is not None:
+        return config.data.prepared if is_url(config.data.prepared) else None
+    return f"{config.runs.rstrip('/')}/prepared" if is_url(config.runs) else None
 
 
 def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) -> None:

@@ -10,7 +10,7 @@ from configs.schema import Resume, RunConfig
 from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer, first_difference
-from launch.assemble import Core, Corpora, is_chief, say, wait_for_all
+from launch.assemble import Core, Corpora, is_chief, say, share, wait_for_all
 from launch.incidents import next_row
 from launch.origins import (
     Base,
@@ -33,14 +33,15 @@ from trainer.objective import REFERENCE, TEACHER, FrozenModel, Params
 from trainer.state import TrainState
 
 
-def check_resume(config: RunConfig, folder: RunFolder, steps: list[int]) -> None:
+def check_resume(config: RunConfig, folder: RunFolder, checkpointer: Checkpointer) -> None:
     """Raises: ValueError where `resume` forbids what there is, or a key changed that the checkpoints depend on."""
+    steps = checkpointer.steps()
     if not steps and config.resume is Resume.must:
-        raise ValueError(f"resume=must: {folder.checkpoints} holds no checkpoint; resume=auto begins afresh")
-    aside = sorted(p.name for p in folder.checkpoints.glob("*.superseded*")) if not steps else []
+        raise ValueError(f"resume=must: {checkpointer.where} holds no checkpoint; resume=auto begins afresh")
+    aside = checkpointer.superseded() if not steps else []
     if aside:
         raise ValueError(
-            f"{folder.checkpoints}: a reset was cut off before its first save; rename {aside[-1]} to "
+            f"{checkpointer.where}: a reset was cut off before its first save; rename {aside[-1]} to "
             f"{aside[-1].partition('.')[0]} to do it again, or give another run=NAME"
         )
     if steps and config.resume is Resume.never:
@@ -70,7 +71,7 @@ def recall_tokenizer(folder: RunFolder, checkpointer: Checkpointer) -> None:
     wait_for_all("tokenizer compared")
     if there is None and is_chief():
         save_tokenizer(saved, folder.tokenizer)
-    wait_for_all("tokenizer recalled")
+    share(folder, "tokenizer recalled")
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 from configs.schema import RunConfig, to_plain, validate
 from data.chat import configured
+from data.store import is_url
 from data.tokenizer import SentencePieceConfig, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
 from data.tokenizer_contract import TEMPLATE, Tokenizer, fingerprint
 from data.tokenizer_gguf import read_tokenizer
-from launch.assemble import MADE_OF, Core, is_chief, wait_for_all
+from launch.assemble import MADE_OF, Core, is_chief, share
 from launch.messages import named_keys
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, folder_in
 from models.config import HOW, ModelConfig
 from models.gguf_files import File
 from models.huggingface import family_of, read_model
@@ -60,6 +61,14 @@ class Origin:
     beside: dict[str, bytes] = field(default_factory=dict)  # of a published one: files that came with the weights
 
 
+def _run_named(name: str, runs: str) -> RunFolder:
+    """By its name, or by its folder, which may be one of an object store."""
+    if is_url(name):
+        around, _, last = name.rstrip("/").rpartition("/")
+        return folder_in(around, last)
+    return RunFolder(Path(name)) if Path(name, "config.yaml").exists() else folder_in(runs, name)
+
+
 def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") -> Origin:
     """`hf:FOLDER`, `gguf:FILE`, `peft:FOLDER`, or a run's `NAME` or `FOLDER`, either with `@STEP`.
 
@@ -69,19 +78,19 @@ def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") 
     if kind is not None:
         return PUBLISHED[kind](published)
     name, _, step = reference.partition("@")
-    path = Path(name) if Path(name, "config.yaml").exists() else Path(runs, name)
-    if not (path / "config.yaml").exists():
+    folder = _run_named(name, runs)
+    if not folder.config.exists():
         raise ValueError(
-            f"{key}={reference}: there is no run in {path}; give a run's name or folder, or hf:FOLDER or "
+            f"{key}={reference}: there is no run in {folder.where}; give a run's name or folder, or hf:FOLDER or "
             "gguf:FILE of a published checkpoint, or peft:FOLDER of adapters"
         )
     if step and not step.isdigit():
         raise ValueError(f"{key}={reference}: {step!r} is no step; give NAME@STEP")
-    checkpointer = Checkpointer(path / "checkpoints", read_only=True, say=say)
+    checkpointer = folder.checkpointer(read_only=True, say=say)
     at = int(step) if step else checkpointer.latest_whole()
     if at is None:
-        raise ValueError(f"{key}={reference}: {path} has no checkpoint")
-    saved = RunFolder(path).saved_config()
+        raise ValueError(f"{key}={reference}: {folder.where} has no checkpoint")
+    saved = folder.saved_config()
 
     def params(abstract: Params) -> Params:
         try:
@@ -92,7 +101,7 @@ def find_origin(reference: str, runs: str, say: Say, *, key: str = "init_from") 
             raise ValueError(f"{key}={reference}: {error}") from error
 
     tokenizer = lambda: from_files(checkpointer.read_tokenizer(at))
-    return Origin(f"{path.name}, step {at}", saved.model, saved.tokenizer, tokenizer, params, f"{name}@{at}")
+    return Origin(f"{folder.name}, step {at}", saved.model, saved.tokenizer, tokenizer, params, f"{name}@{at}")
 
 
 # The base of adapters
@@ -453,4 +462,4 @@ def adopt_tokenizer(config: RunConfig, overrides: list[str], folder: RunFolder, 
         (folder.tokenizer / MADE_OF).unlink(missing_ok=True)
         adopted = find_origin(config.init_from, config.runs, say).tokenizer()
         save_tokenizer(configured(adopted, TokenizerConfig(**_policy_keys(config, named))), folder.tokenizer)
-    wait_for_all("adopted tokenizer")
+    share(folder, "adopted tokenizer")

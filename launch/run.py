@@ -122,6 +122,7 @@ def _run_hydra(arguments: list[str]) -> int:
         from omegaconf.errors import OmegaConfBaseException
 
         from configs.schema import RunConfig, register, to_typed
+        from data.store import StoreFailed
         from launch import distributed, messages, output
         from launch.launchers.table import launch, launches
         from trainer.checkpoint import SaveFailed
@@ -167,7 +168,7 @@ def _run_hydra(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("meshwright: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
-    except SaveFailed as error:
+    except (SaveFailed, StoreFailed) as error:
         print(f"meshwright: {error}; the same command goes on from there", file=sys.stderr)
         distributed.abandon(exit_codes.PREEMPTED)  # one of several: all begin again together
         return exit_codes.FAILED

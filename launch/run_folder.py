@@ -1,4 +1,8 @@
-"""The folder of a run: what stands where in it, who writes it, and whether a config may go on with it."""
+"""The folder of a run: what stands where in it, who writes it, and whether a config may go on with it.
+
+A run of an object store (`runs=s3://BUCKET/runs`) is worked on in a copy on this machine, below `runs/.store`. What the
+store holds counts: the copy follows it at each start, and goes there before each checkpoint and at the end.
+"""
 
 import dataclasses
 import json
@@ -6,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,13 +18,18 @@ from typing import Any
 import yaml
 
 from configs.schema import RunConfig, from_saved, to_plain
+from data.store import Store, check_url, is_url
 from models.config import HOW
+from trainer.checkpoint import CheckpointConfig, Checkpointer
+from trainer.stored_checkpoint import StoredCheckpointer
 
 # Keys that may not change while a run goes on: they decide the shapes of what was saved, or what its numbers mean.
 SHAPE_KEYS = ("model", "adapter", "tokenizer", "objective.kind", "optimizer.kind")
 # Keys inside them that only say how to compute, not what.
 FREE_KEYS = (*(f"model.{key}" for key in HOW), "model.dtype", "tokenizer.train_bytes")
 GIT_FILE = "git.json"  # beside packages that were copied out of their checkout: the state of that
+COPIES = Path("runs") / ".store"  # of the runs of stores, in the folder of the command
+NOT_SENT = ("checkpoints", "jobs", "code", "read")  # folders that a store gets in another way, or never
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy", "wandb")
 
 
@@ -28,6 +38,13 @@ class RunFolder:
     """`runs/NAME` and the names in it that other tools may hold on to."""
 
     path: Path
+    store: Store | None = None  # where it is kept, if not in `path`, which then is a copy
+    _sent: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict, compare=False)  # size, time by name
+
+    @property
+    def where(self) -> str:
+        """For people."""
+        return str(self.path if self.store is None else self.store.url)
 
     @property
     def name(self) -> str:
@@ -65,8 +82,65 @@ class RunFolder:
     def incidents(self) -> Path:
         return self.path / "incidents"
 
+    def checkpointer(
+        self,
+        config: CheckpointConfig | None = None,
+        *,
+        read_only: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Checkpointer:
+        """The run's checkpoints, wherever they are."""
+        if self.store is None:
+            return Checkpointer(self.checkpoints, config, read_only=read_only, say=say)
+        import jax
+
+        process = jax.process_index()
+        own = "checkpoints" if process == 0 else f"checkpoints_{process}"  # hosts need not see each other's disks
+        return StoredCheckpointer(
+            self.store.inside("checkpoints"),
+            self.path / ("read" if read_only else own),
+            config,
+            read_only=read_only,
+            say=say,
+            before_commit=self.send,
+        )
+
     def has_checkpoints(self) -> bool:
+        if self.store is not None:
+            return any(name.isdigit() for name in self.store.inside("checkpoints").folders())
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+
+    def send(self) -> None:
+        """Puts the files that changed into the store; checkpoints go their own way. By process 0 alone."""
+        if self.store is None:
+            return
+        tops = [top for top in self.path.iterdir() if not top.name.startswith(NOT_SENT)]
+        for file in sorted(inner for top in tops for inner in (top.rglob("*") if top.is_dir() else [top])):
+            if file.is_dir() or file.name.endswith(".tmp"):
+                continue
+            name = file.relative_to(self.path).as_posix()
+            try:
+                stat, content = file.stat(), file.read_bytes()  # at once: others may be appending to it
+            except FileNotFoundError:  # it had a name for a moment only
+                continue
+            if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
+                self.store.write(name, content)
+                self._sent[name] = (stat.st_size, stat.st_mtime_ns)
+
+    def fetch(self) -> None:
+        """Makes the copy what the store holds; one of a run that is no longer there is moved away."""
+        if self.store is None:
+            return
+        there = self._of_store()
+        if "config.yaml" not in there and self.config.exists():
+            number = len(list(self.path.parent.glob(f"{self.name}.gone*"))) + 1
+            os.replace(self.path, self.path.with_name(f"{self.name}.gone_{number}"))
+        self.store.get(there, self.path)
+
+    def _of_store(self) -> list[str]:
+        assert self.store is not None
+        names, inside = self.store.top()
+        return names + [name for part in inside if not part.startswith(NOT_SENT) for name in self.store.files(part)]
 
     def saved_config(self) -> RunConfig:
         """The config that the run was started with.
@@ -76,9 +150,10 @@ class RunFolder:
         if not self.config.exists():
             from launch.messages import did_you_mean
 
-            there = sorted(p.parent.name for p in self.path.parent.glob("*/config.yaml"))
-            hint = did_you_mean(self.name, there) if there else f"; {self.path.parent} holds no runs yet"
-            raise ValueError(f"run={self.name}: there is no such run in {self.path.parent}{hint}")
+            around = self.where.rpartition("/")[0]
+            there = [folder.name for folder in folders(around)]
+            hint = did_you_mean(self.name, there) if there else f"; {around} holds no runs yet"
+            raise ValueError(f"run={self.name}: there is no such run in {around}{hint}")
         return from_saved(yaml.safe_load(self.config.read_text()))
 
     def set_metrics_aside(self) -> None:
@@ -96,7 +171,39 @@ class RunFolder:
 
 
 def run_folder(config: RunConfig) -> RunFolder:
-    return RunFolder(Path(config.runs) / config.run)
+    """The folder of this run; of one in a store its copy, as new as what the store holds."""
+    return folder_in(config.runs, config.run)
+
+
+def folder_in(runs: str, name: str) -> RunFolder:
+    """Raises: ValueError for a URL that has a secret in it, or a store that cannot be had."""
+    if not is_url(runs):
+        return RunFolder(Path(runs) / name)
+    folder = RunFolder(local_copy(runs) / name, Store(f"{runs.rstrip('/')}/{name}", _say))
+    try:
+        folder.fetch()
+    except FileNotFoundError as error:
+        raise ValueError(f"runs={runs}: is not there ({error}); make the bucket first") from None
+    return folder
+
+
+def folders(runs: str) -> list[RunFolder]:
+    """All runs of a folder or a store."""
+    if not is_url(runs):
+        return [RunFolder(path.parent) for path in sorted(Path(runs).glob("*/config.yaml"))]
+    store = Store(runs, _say)
+    return [folder_in(runs, name) for name in store.folders() if store.has(f"{name}/config.yaml")]
+
+
+def local_copy(url: str) -> Path:
+    """Where what lies in a store is worked on."""
+    check_url(url, "runs")
+    scheme, _, rest = url.partition("://")
+    return COPIES / scheme / rest.strip("/")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -114,7 +114,7 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
         format=config.format,
         step=config.step,
     )
-    checkpointer = Checkpointer(folder.checkpoints, read_only=True, say=say)
+    checkpointer = folder.checkpointer(read_only=True, say=say)
     step = config.step if config.step is not None else checkpointer.latest_whole()
     if step is None:
         raise ValueError(f"run={folder.name}: has no checkpoint yet; they come every {saved.checkpoint.every} steps")

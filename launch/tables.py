@@ -19,7 +19,7 @@ from data.pipeline import Rows, blank, make_rows, stack
 from data.prepare import TokenCorpus
 from data.table import Table
 from data.tokenizer_contract import fingerprint
-from launch.assemble import Core, Corpora, Say, is_chief, prepared_root, wait_for_all
+from launch.assemble import Core, Corpora, Say, is_chief, prepared_root, prepared_url, wait_for_all
 from launch.origins import model_digest
 from trainer.adapters import Adapted
 from trainer.mesh import replicated
@@ -61,6 +61,11 @@ def fill_tables(
     config: RunConfig, core: Core, corpora: Corpora, frozen: Mapping[str, Any], record: Mapping[str, str], say: Say
 ) -> Tables:
     """Asks the model about every row that is not there yet; a pass that was cut off goes on where it was."""
+    if prepared_url(config) and jax.process_count() > 1:
+        raise ValueError(
+            f"data.prepared={config.data.prepared}: what the {config.objective.cached} says of each row is read by all "
+            "processes from a disk that they share, and not from a store; name a folder of such a disk"
+        )
     tables, objective = open_tables(config, core, corpora, record), _caching(core)
     shapes = replicated(core.mesh)
     ask = jax.jit(lambda frozen, batch: objective.columns(core.apply, frozen, batch), out_shardings=shapes)

@@ -29,7 +29,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     BestN,
@@ -38,10 +37,10 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from trainer.commit import CommitBarrier, tell_failures_once
-from trainer.digest import DIGESTS, find_damage, is_key, key_data, leaf_paths, write_digests
+from trainer.digest import DIGESTS, find_damage, key_data, leaf_paths, write_digests
+from trainer.stored import Tree, raw_spec, refuse_other_structure, shaped_like, typed_again
 
 State = TypeVar("State")  # a dataclass pytree: TrainState
-Tree = Any  # nested dicts, lists and tuples of arrays
 
 
 @dataclasses.dataclass
@@ -75,23 +74,13 @@ class Restored(NamedTuple, Generic[State]):
     state: State
 
 
-def _be_quiet(text: str) -> None:
+def be_quiet(text: str) -> None:
     """For callers that have nobody to tell."""
 
 
-def _loss_of(metrics: Mapping[str, float] | None) -> float:
+def loss_of(metrics: Mapping[str, float] | None) -> float:
     loss = math.inf if not metrics else float(metrics.get("loss", math.inf))
     return math.inf if math.isnan(loss) else loss
-
-
-def _retention(config: CheckpointConfig) -> AnyPreservationPolicy:
-    policies: list[Any] = [LatestN(config.keep)]
-    if config.keep_every is not None:
-        policies.append(EveryNSteps(config.keep_every))
-    if config.keep_best:
-        # BestN keeps the end of its sorted list, so that the lowest loss needs the reverse order.
-        policies.append(BestN(get_metric_fn=_loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False))
-    return AnyPreservationPolicy(policies)
 
 
 class Checkpointer:
@@ -106,7 +95,7 @@ class Checkpointer:
         config: CheckpointConfig | None = None,
         *,
         read_only: bool = False,
-        say: Callable[[str], None] = _be_quiet,
+        say: Callable[[str], None] = be_quiet,
     ):
         """Opens `folder`, which need not exist. `say` is told in one line what was found wrong."""
         self.config = config or CheckpointConfig()
@@ -118,6 +107,23 @@ class Checkpointer:
         self._read_only = read_only
         self._opened: ocp.CheckpointManager | None = None
         self._barrier: CommitBarrier | None = None  # where there are several processes
+        self._async = ocp.AsyncOptions()
+        self._processes = ocp.options.MultiprocessingOptions()
+        self._handlers: dict[str, Any] | None = None  # None: by the arguments of a save
+
+    @property
+    def where(self) -> str:
+        """For people: where the checkpoints lie."""
+        return str(self.folder)
+
+    def _retention(self) -> AnyPreservationPolicy:
+        policies: list[Any] = [LatestN(self.config.keep)]
+        if self.config.keep_every is not None:
+            policies.append(EveryNSteps(self.config.keep_every))
+        if self.config.keep_best:
+            # BestN keeps the end of its sorted list, so that the lowest loss needs the reverse order.
+            policies.append(BestN(get_metric_fn=loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+        return AnyPreservationPolicy(policies)
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -131,17 +137,18 @@ class Checkpointer:
         tell_failures_once()
         self._barrier = CommitBarrier() if jax.process_count() > 1 else None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_retention(self.config),
-            best_fn=_loss_of,  # else Orbax does not write the metrics that the policy reads after a restart
+            preservation_policy=self._retention(),
+            best_fn=loss_of,  # else Orbax does not write the metrics that the policy reads after a restart
             best_mode="min",
             cleanup_tmp_directories=True,
             # A copy of a step in a later run must not look older or newer by its metadata alone.
             save_root_metadata=False,
-            async_options=ocp.AsyncOptions(
-                post_finalization_callback=self._before_commit, barrier_sync_fn=self._barrier
+            async_options=dataclasses.replace(
+                self._async, post_finalization_callback=self._before_commit, barrier_sync_fn=self._barrier
             ),
+            multiprocessing_options=self._processes,
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -184,9 +191,12 @@ class Checkpointer:
             with contextlib.suppress(Exception):
                 opened.close()
         self._verified.discard(step)
-        newest = self.latest()
+        newest = self._last_known()
         stands = "there is none before it" if newest is None else f"the newest is that of step {newest}"
         return SaveFailed(f"checkpoint of step {step} could not be written: {self._why(error)}; {stands}")
+
+    def _last_known(self) -> int | None:
+        return self.latest()
 
     def _why(self, error: Exception) -> str:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -222,7 +232,7 @@ class Checkpointer:
         """
         self._wait_and_tell()
         if step in self._manager.all_steps():
-            raise ValueError(f"step {step} of {self.folder} is saved already; delete it or begin another run")
+            raise ValueError(f"step {step} of {self.where} is saved already; delete it or begin another run")
         self._saving = step
         files = {name: base64.b64encode(content).decode() for name, content in tokenizer.items()}
         items = ocp.args.Composite(
@@ -232,7 +242,7 @@ class Checkpointer:
             tokenizer=ocp.args.JsonSave(files),
             extra=ocp.args.JsonSave(dict(extra or {})),
         )
-        told = {"loss": _loss_of(metrics)} if math.isfinite(_loss_of(metrics)) else {}
+        told = {"loss": loss_of(metrics)} if math.isfinite(loss_of(metrics)) else {}
 
         try:
             self._manager.save(step, args=items, metrics=told, force=True)  # when to save is the caller's decision
@@ -248,9 +258,29 @@ class Checkpointer:
 
     def _before_commit(self) -> None:
         """Called by Orbax, in its thread on process 0, when all have written and before the rename."""
+        write_digests(self._unfinished())
+
+    def _unfinished(self) -> Path:
+        """The folder of what is being saved."""
         assert self._saving is not None
         temporary = sorted(self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-        write_digests(temporary[-1] if temporary else self.folder / str(self._saving))
+        return temporary[-1] if temporary else self.folder / str(self._saving)
+
+    def folder_of(self, step: int) -> Path:
+        """Where the files of a checkpoint can be read."""
+        return self.folder / str(step)
+
+    def _set_aside(self, step: int, why: str) -> None:
+        folder = self.folder / str(step)
+        target, count = folder.with_name(f"{step}.{why}"), 1
+        while target.exists():
+            count += 1
+            target = folder.with_name(f"{step}.{why}-{count}")
+        folder.rename(target)
+
+    def superseded(self) -> list[str]:
+        """Names of checkpoints that were moved away because their steps were to be done anew."""
+        return sorted(path.name for path in self.folder.glob("*.superseded*"))
 
     def set_aside_newer(self, step: int) -> list[int]:
         """Moves checkpoints of later steps away, as `STEP.superseded`: those steps will be done anew.
@@ -262,10 +292,10 @@ class Checkpointer:
 
         def move() -> int:
             for later in newer:
-                _set_aside(self.folder / str(later), "superseded")
+                self._set_aside(later, "superseded")
             return len(newer)
 
-        if _by_process_0(move):
+        if by_process_0(move):
             self._manager.reload()
         self._verified -= set(newer)
         return newer
@@ -284,14 +314,17 @@ class Checkpointer:
 
     def best(self) -> int | None:
         """The step of the lowest evaluation loss among those that are there and have one."""
-        losses = {step: _loss_of(_read_json(self.folder / str(step) / "metrics" / "metrics")) for step in self.steps()}
+        losses = {step: loss_of(self._metrics_of(step)) for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         return min(known, key=lambda step: (known[step], step)) if known else None
+
+    def _metrics_of(self, step: int) -> dict[str, Any] | None:
+        return _read_json(self.folder / str(step) / "metrics" / "metrics")
 
     def before(self, step: int) -> int | None:
         """The newest committed step before this one, unchecked, as process 0 finds it."""
         self.wait()
-        found = _by_process_0(lambda: max((s for s in self.steps() if s < step), default=-1))
+        found = by_process_0(lambda: max((s for s in self.steps() if s < step), default=-1))
         return None if found < 0 else found
 
     def latest_whole(self) -> int | None:
@@ -302,9 +335,9 @@ class Checkpointer:
         """
         self.wait()
         steps = self.steps()
-        chosen = _by_process_0(lambda: self._choose(steps))
+        chosen = by_process_0(lambda: self._choose(steps))
         if chosen < 0 and steps:
-            raise ValueError(f"{self.folder}: none of its checkpoints is whole: {', '.join(map(str, steps))}")
+            raise ValueError(f"{self.where}: none of its checkpoints is whole: {', '.join(map(str, steps))}")
         if self._opened is not None and chosen != max(steps, default=-1):
             self._opened.reload()
         if chosen >= 0:
@@ -320,13 +353,13 @@ class Checkpointer:
             instead = f"falling back to step {older[-1]}" if older else "there is no older one"
             self.say(f"checkpoint of step {step} is damaged: {damage}; {instead}")
             if not self._read_only and older:
-                _set_aside(self.folder / str(step), "damaged")
+                self._set_aside(step, "damaged")
         return -1
 
     def _damage(self, step: int) -> str | None:
         if step in self._verified:
             return None
-        folder = self.folder / str(step)
+        folder = self.folder_of(step)
         if not (folder / DIGESTS).exists():
             self.say(f"checkpoint of step {step} carries no digests, so nothing can be checked; using it as it is")
             return None
@@ -338,14 +371,14 @@ class Checkpointer:
         steps = self.steps()
         if step not in steps:
             known = ", ".join(map(str, steps)) or "none"
-            raise ValueError(f"step={step}: no such checkpoint in {self.folder}; there are: {known}")
+            raise ValueError(f"step={step}: no such checkpoint in {self.where}; there are: {known}")
         found: list[str] = []
 
         def look() -> int:
             found.append(self._damage(step) or "")
             return len(found[0])
 
-        if _by_process_0(look):
+        if by_process_0(look):
             detail = found[0] if found else "process 0 names the file"
             raise ValueError(f"step={step}: this checkpoint is damaged: {detail}; others: {', '.join(map(str, steps))}")
         self._verified.add(step)
@@ -384,29 +417,30 @@ class Checkpointer:
             return step
         newest = self.latest_whole()
         if newest is None:
-            raise ValueError(f"{self.folder}: holds no checkpoint")
+            raise ValueError(f"{self.where}: holds no checkpoint")
         return newest
 
     def _read(self, step: int, wanted: Tree, *, whole: bool) -> Tree:
         """The part `wanted` of the state of `step`; `whole`: nothing else may be there, nor other dtypes."""
-        raw = jax.tree.map(_raw_spec, wanted)
-        folder = epath.Path(self.folder / str(step) / "state")
-        reader = ocp.PyTreeCheckpointHandler()
+        raw = jax.tree.map(raw_spec, wanted)
+        folder = epath.Path(self.folder_of(step) / "state")
+        # Orbax keeps this in a place that all handlers share: the last one made decides for those that write.
+        reader = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._processes)
         stored = reader.metadata(folder).tree
         if not whole:  # optax states are tuples, which Orbax stores, and restores in part, as lists
-            raw = _shaped_like(stored, raw)
-        _refuse_other_structure(f"step {step} of {self.folder}", leaf_paths(stored), leaf_paths(raw), whole=whole)
+            raw = shaped_like(stored, raw)
+        refuse_other_structure(f"step {step} of {self.where}", leaf_paths(stored), leaf_paths(raw), whole=whole)
         restore_args = ocp.checkpoint_utils.construct_restore_args(raw)
         args = ocp.args.PyTreeRestore(item=raw, restore_args=restore_args, partial_restore=not whole)
         got = reader.restore(folder, args=args)
-        return jax.tree.map(_typed_again, wanted, got) if whole else got
+        return jax.tree.map(typed_again, wanted, got) if whole else got
 
     def read_json(self, step: int, item: str) -> dict[str, Any]:
         """`source`, `config`, `tokenizer` or `extra` of a step, without touching an array."""
         self.check(step)
-        content = _read_json(self.folder / str(step) / item / "metadata")
+        content = _read_json(self.folder_of(step) / item / "metadata")
         if content is None:
-            raise ValueError(f"step {step} of {self.folder}: holds no {item}")
+            raise ValueError(f"step {step} of {self.where}: holds no {item}")
         return content
 
     def read_tokenizer(self, step: int) -> dict[str, bytes]:
@@ -422,16 +456,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _set_aside(folder: Path, why: str) -> None:
-    target = folder.with_name(f"{folder.name}.{why}")
-    count = 1
-    while target.exists():
-        count += 1
-        target = folder.with_name(f"{folder.name}.{why}-{count}")
-    folder.rename(target)
-
-
-def _by_process_0(ask: Callable[[], int]) -> int:
+def by_process_0(ask: Callable[[], int]) -> int:
     """What process 0 answers, on every process: the others may see other files, or none."""
     if jax.process_count() == 1:
         return ask()
@@ -448,48 +473,3 @@ def _by_process_0(ask: Callable[[], int]) -> int:
     if answer == failed:
         raise OSError("process 0 could not read the checkpoints; its own message says why")
     return answer
-
-
-def _raw_spec(spec: Any) -> jax.ShapeDtypeStruct:
-    """What is stored for a leaf: a typed random key is stored as its bits."""
-    sharding = getattr(spec, "sharding", None)
-    if sharding is None:
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
-    bare = jax.ShapeDtypeStruct(spec.shape, spec.dtype)
-    raw = jax.eval_shape(jax.random.key_data, bare) if is_key(spec) else bare
-    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
-
-
-def _typed_again(spec: Any, array: jax.Array) -> jax.Array:
-    if not is_key(spec):
-        return array
-    kinds: list[Any] = []  # the kind of key is told by tracers, but not by a ShapeDtypeStruct
-    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(spec.shape, spec.dtype))
-    return jax.random.wrap_key_data(array, impl=kinds[0])
-
-
-def _shaped_like(stored: Tree, wanted: Tree) -> Tree:
-    """`wanted`, with lists (None where nothing is asked) wherever the checkpoint stores a list."""
-    if isinstance(stored, list | tuple) and isinstance(wanted, dict):
-        return [_shaped_like(part, wanted[str(i)]) if str(i) in wanted else None for i, part in enumerate(stored)]
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        return {name: _shaped_like(stored.get(name), part) for name, part in wanted.items()}
-    return wanted
-
-
-def _refuse_other_structure(where: str, saved: dict[str, Any], wanted: dict[str, Any], *, whole: bool) -> None:
-    problems = [f"{name} is missing there" for name in wanted if name not in saved]
-    if whole:
-        problems += [f"{name} is there and unknown here" for name in saved if name not in wanted]
-    for name in wanted.keys() & saved.keys():
-        there, here = saved[name], wanted[name]
-        if tuple(there.shape) != tuple(here.shape):
-            problems.append(f"{name} is {list(there.shape)} there and {list(here.shape)} here")
-        elif whole and there.dtype != here.dtype:
-            problems.append(f"{name} is {there.dtype} there and {here.dtype} here")
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"{where} was saved by another model or optimizer: {'; '.join(sorted(problems)[:3])}{more}; "
-            "set the config back to that of the checkpoint, or begin another run"
-        )

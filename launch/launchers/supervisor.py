@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.store import Store, is_url
 from launch import exit_codes
 from launch.launchers.job import Job, secrets
 from launch.startup import began
@@ -140,10 +141,12 @@ def first_end(codes: Mapping[int, int]) -> tuple[int, int]:
 
 def saved_step_of(job: Job) -> Callable[[], int | None]:
     checkpoints = job.folder.parents[1] / "checkpoints"
+    runs = next((a.partition("=")[2] for a in reversed(job.arguments) if a.startswith("runs=")), "")
+    store = Store(f"{runs}/{job.run}/checkpoints") if is_url(runs) else None
 
     def newest() -> int | None:
-        steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
-        return max(steps) if steps else None
+        names = store.folders() if store else [path.name for path in checkpoints.glob("*")]
+        return max((int(name) for name in names if name.isdigit()), default=None)
 
     return newest
 

@@ -33,7 +33,6 @@ from models.gguf import architecture_for
 from models.huggingface import family_for, family_of, read_model, shape_of
 from models.huggingface_files import BESIDE, Checkpoint, Folder, first_difference, load_params, save_params
 from models.transformer import logits, make_apply
-from trainer.checkpoint import Checkpointer
 from trainer.objective import Params
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.reward import RewardConfig
@@ -95,9 +94,10 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         (folder.path / CARRIED).mkdir(exist_ok=True)
         for name, content in origin.beside.items():
             (folder.path / CARRIED / name).write_bytes(content)
-    with Checkpointer(folder.checkpoints, config.checkpoint, say=say) as checkpointer:
+    with folder.checkpointer(config.checkpoint, say=say) as checkpointer:
         saved = {"run": to_plain(config), "environment": environment(), "mesh": dict(core.mesh.shape)}
         checkpointer.save(0, state, source={}, config=saved, tokenizer=tokenizer.files())
+        checkpointer.wait()
     parameters = num_params(core.model)["total"]
     how = "adapters merged into their base" if origin.checkpoint is None else "every tensor equal bit for bit"
     say(f"run {folder.name!r}: {parameters:,} parameters of {reference}, {how}")

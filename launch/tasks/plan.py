@@ -10,6 +10,7 @@ import jax
 
 from configs.schema import Format, RunConfig
 from configs.tasks import PlanConfig
+from data.store import is_url
 from launch.assemble import say
 from launch.messages import named_keys
 from launch.origins import adopt
@@ -50,7 +51,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     others = [choice for choice in choices if choice is not best] if task.search else []
     title = _title(best, overrides)
     found = describe(best, task, told)
-    folder = Path(task.output or Path(config.runs) / "plans")
+    folder = Path(task.output or Path("runs" if is_url(config.runs) else config.runs) / "plans")
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title)
     if task.search:

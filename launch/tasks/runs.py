@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from configs.schema import Format, RunConfig
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, folders
 from trainer.tracker import START
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
     """Prints the table, newest run last. An empty or absent folder is said, not an error."""
-    rows = [describe(RunFolder(path.parent)) for path in Path(config.runs).glob("*/config.yaml")]
+    rows = [describe(folder) for folder in folders(config.runs)]
     rows.sort(key=lambda row: row["updated"])
     if config.format is Format.json:
         print(json.dumps(rows, indent=2))

@@ -51,7 +51,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         served = Served(
             name=saved.folder.name,
             step=saved.step,
-            created=int((saved.folder.checkpoints / str(saved.step)).stat().st_mtime),
+            created=int(saved.checkpointer.folder_of(saved.step).stat().st_mtime),
             tokenizer=saved.tokenizer,
             length=engine.length,
             timeout=task.timeout,

@@ -72,8 +72,8 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
     folder = run_folder(config)
     config = adopt(config, overrides, folder, say)
     with ExitStack() as stack:
-        checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, config.checkpoint, say=say))
-        check_resume(config, folder, checkpointer.steps())
+        checkpointer = stack.enter_context(folder.checkpointer(config.checkpoint, say=say))
+        check_resume(config, folder, checkpointer)
         adopt_tokenizer(config, overrides, folder, say)
         recall_tokenizer(folder, checkpointer)
         ledger = Ledger(folder.path / "goodput.json" if is_chief() else None)
@@ -91,6 +91,7 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
                 folder.write_start(config, overrides)  # not before: a start that is refused changes nothing
                 if "step" in start.forgotten:
                     folder.set_metrics_aside()
+                folder.send()
             describe(config, core, start.line)
         session = Session(config, folder, corpora, core, source, checkpointer, ledger, frozen)
         return session.train(start)
@@ -208,6 +209,7 @@ class Session:
         wait_for_all("rollback")  # all have counted the incidents before
         if is_chief():
             path = incidents.write(self.folder, before, told, arrays)
+            self.folder.send()
             say(
                 f"rollback {before + 1} of at most {limit}: from step {rollback.step} to the checkpoint of step "
                 f"{rollback.to}; rows {told['rows'][0]} to {told['rows'][1]} of the data are left out; see {path}"
@@ -402,6 +404,7 @@ class Session:
         }
         write_whole(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         trackers.summary(summary)
+        self.folder.send()
         print(self.ledger.table(), flush=True)
 
 
@@ -432,7 +435,7 @@ def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
         use = "evaluate", ""
     where = "" if config.runs == "runs" else f" runs={config.runs}"
     return (
-        f"run {config.run!r} is in {folder.path}{how}; its loss curve: {folder.picture}\n"
+        f"run {config.run!r} is in {folder.where}{how}; its loss curve: {folder.picture}\n"
         "next:\n"
         f"  {resume}\n"
         f"  meshwright {use[0]} run={config.run}{where} {use[1]}".rstrip()

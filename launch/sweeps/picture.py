@@ -46,7 +46,8 @@ def draw_sweep(trials: Sequence[Trial], space: Space, search: SearchConfig, path
         _slice(panel, trials, key, part, search, scale, colours)
         panel.set_xlabel(short(key, list(space)))
     for panel in panels[:count]:
-        panel.set_ylim(*scale.limits)
+        if not (curves and panel is panels[1]):
+            panel.set_ylim(*scale.limits)
         panel.set_ylabel(search.metric)
         panel.grid(alpha=0.25, linewidth=0.7)
         for side in ("top", "right"):
@@ -64,13 +65,12 @@ class _Scale:
     """Limits in which the good trials can be told apart: what is far worse stands at the edge."""
 
     def __init__(self, trials: Sequence[Trial], search: SearchConfig):
-        values = np.array([better(search, t.latest) for t in trials if t.state == DONE and t.latest is not None])
-        if not len(values):
-            values = np.array([better(search, t.latest) for t in trials if t.latest is not None])
+        values = np.array([better(search, t.latest) for t in trials if t.latest is not None])
+        done = np.array([better(search, t.value) for t in trials if t.value is not None])
         best, usual = float(values.min()), float(np.quantile(values, 0.75))
-        worst = min(float(values.max()), usual + 2 * (usual - best)) if usual > best else float(values.max())
+        worst = min(float(values.max()), usual + (usual - best)) if usual > best else float(values.max())
         margin = 0.08 * (worst - best) or 0.05 * abs(best) or 0.5
-        good, bad = better(search, best), better(search, worst)
+        good, bad = better(search, float(min(done, default=best))), better(search, min(max(done, default=worst), worst))
         self.coloured = (min(good, bad), max(good, bad)) if good != bad else (good - margin, good + margin)
         ends = (better(search, best - margin), better(search, worst + 2 * margin))
         self.limits = (min(ends), max(ends))
@@ -115,6 +115,10 @@ def _by_trial(axes: "Axes", trials: Sequence[Trial], search: SearchConfig, scale
 
 
 def _curves(axes: "Axes", trials: Sequence[Trial], search: SearchConfig, scale: _Scale, colours: Any) -> None:
+    values = [value for trial in trials for value in trial.reports.values()]
+    good, bad = (0.0, 0.97) if search.goal is Goal.min else (0.03, 1.0)  # a start from far off would flatten the rest
+    low, high = np.quantile(values, good), np.quantile(values, bad)
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)
     for trial in reversed(ranked(trials, search)):  # the best one on top
         steps = sorted(trial.reports)
         values = [trial.reports[step] for step in steps]

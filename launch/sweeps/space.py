@@ -55,7 +55,8 @@ def apart(overrides: Sequence[str]) -> list[str]:
     for key in given:
         if not re.fullmatch(r"[\w.@/]+", key):
             raise ValueError(f"{key}={given[key]}: a key that varies is one that the config has, without {key[0]!r}")
-    rest = [o for o in overrides if not varies(o)]
+    # ++, as the keys of a dict are new ones.
+    rest = [f"++{o}" if o.startswith("task.sweep.over=") else o for o in overrides if not varies(o)]
     if not given:
         return rest
     escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in given.items()}
@@ -128,7 +129,7 @@ def _node(config: DictConfig, key: str) -> Any:
     """What holds the value of a key; None where there is none, as of a group."""
     node: Any = config
     for part in key.split("."):
-        node = node._get_node(part) if isinstance(node, DictConfig) else None
+        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
     return node
 
 

@@ -59,6 +59,20 @@ def chosen_method(search: SearchConfig, space: Space) -> Method:
     return Method.bayes if any(isinstance(part, Range) for part in space.values()) else Method.grid
 
 
+def points_of(search: SearchConfig, space: Space) -> list[dict[str, str]]:
+    """Of a grid; none of another method.
+
+    Raises: ValueError where the grid has no end, or more points than are wanted.
+    """
+    points = list(grid(space)) if chosen_method(search, space) is Method.grid else []
+    if search.trials is not None and search.trials < len(points):
+        raise ValueError(
+            f"sweep.trials={search.trials}: the grid has {len(points)} points; leave it out for all of them, or "
+            "take some with sweep.method=random"
+        )
+    return points
+
+
 def imported() -> Any:
     """Raises: ValueError where Optuna is not installed."""
     try:
@@ -76,12 +90,7 @@ class Study:
         optuna = self._optuna = imported()
         self.name, self.search, self.space = name, search, space
         self.method = chosen_method(search, space)
-        points = list(grid(space)) if self.method is Method.grid else []
-        if search.trials is not None and points and search.trials < len(points):
-            raise ValueError(
-                f"sweep.trials={search.trials}: the grid has {len(points)} points; leave it out for all of them, or "
-                "take some with sweep.method=random"
-            )
+        points = points_of(search, space)
         storage = None
         if folder is not None:
             from optuna.storages import JournalStorage

@@ -26,6 +26,7 @@ from launch.sweeps.study import Trial
 from trainer.hooks import STOPPED_EARLY
 from trainer.loop import DONE
 
+PROGRAM = (sys.executable, "-P", "-m", "launch.run")  # -P: as a job's; the working folder is no place for packages
 WITH_THE_COMMAND = ("local", "ray")  # launchers whose processes end with the command that started them
 PARTS = 50  # of a run: of train/... a value is the mean over one
 STARTS = 3  # of a trial that is preempted without being asked
@@ -197,7 +198,7 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "launch.run", *words],
+            [*PROGRAM, *words],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

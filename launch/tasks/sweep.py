@@ -32,7 +32,7 @@ from launch.sweeps.conduct import Conductor
 from launch.sweeps.picture import draw_sweep
 from launch.sweeps.screen import Screen, as_row, print_table, spelt_command
 from launch.sweeps.space import Space, kinds, read_space
-from launch.sweeps.study import Study, Trial, best_of, chosen_method
+from launch.sweeps.study import WAITING, Study, Trial, best_of, chosen_method, imported, points_of
 from launch.sweeps.trials import command, gpu_shares, identity, is_alive
 from trainer.tracker import WandbConfig
 
@@ -45,6 +45,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     task = config.task
     assert isinstance(task, SweepConfig)
     search, folder = task.sweep, Path(config.runs) / "sweeps" / config.run
+    imported()
     if "://" in config.runs:
         raise ValueError(f"runs={config.runs}: a sweep reads the run folders; mount the bucket and name its folder")
     arguments = [*(o for o in overrides if not o.lstrip("+~").startswith(DROPPED)), *grouped(config)]
@@ -54,6 +55,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         refuse_drift(saved, definition, config.run)
         search.over = saved["over"]  # in the order of the first start, which the choices depend on
     space = checked_space(search.over, arguments, config.run)
+    points_of(search, space)
     check_pruning(task)
     shares = gpu_shares(search, config.launcher.kind)
     if config.launcher.dry_run:
@@ -90,7 +92,7 @@ def conclude(config: RunConfig, folder: Path, study: Study, arguments: Sequence[
         ended = sum(trial.ended for trial in trials)
         say(f"sweep {config.run!r} stopped with {ended} of {study.wanted} trials ended; the same command goes on")
     if any(trial.ended for trial in trials):
-        print_table(trials, search)
+        print_table([trial for trial in trials if trial.state != WAITING], search)
         if draw_sweep(trials, study.space, search, folder / "sweep.png", title=config.run):
             print(f"\nall of it: {folder / 'results.jsonl'}, {folder / 'sweep.png'}")
     best = best_of(trials, search)
@@ -102,7 +104,7 @@ def conclude(config: RunConfig, folder: Path, study: Study, arguments: Sequence[
 
 
 def write_results(folder: Path, study: Study, arguments: Sequence[str]) -> None:
-    rows = [as_row(trial, command(arguments, trial)) for trial in study.trials()]
+    rows = [as_row(trial, command(arguments, trial)) for trial in study.trials() if trial.state != WAITING]
     write_whole(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -44,7 +44,7 @@ Three commands to begin with:
   meshwright generate run=hello prompt='def '                   # write with it
   meshwright train source=[text] data.sources.text.paths=[DIR]  # learn from your own folder
 
-meshwright TASK --help lists every key and group; --cfg job prints the composed config; -m runs a sweep.
+meshwright TASK --help lists every key and group; --cfg job prints the composed config; -m runs several values.
 """
 
 

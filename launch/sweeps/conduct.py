@@ -37,6 +37,7 @@ class Conductor:
     unfinished: list[Trial] = field(default_factory=list)  # begun, to go on with
     starts: dict[int, int] = field(default_factory=dict)
     pruned: set[int] = field(default_factory=set)
+    proven: bool = False  # a trial has measured something
     signal: int | None = None  # that asked the sweep to end
     gave_up: str = ""
     code: int = 0
@@ -47,15 +48,16 @@ class Conductor:
         for trial in self.unfinished:
             let_end(trial, say)
         rejoin = {trial.number for trial in self.unfinished}
+        self.proven = any(trial.state in (DONE, PRUNED) for trial in self.study.trials())
         with self._signals(), self.screen:
             while True:
                 for place in list(self.running):
                     self._look(place)
                 if self.signal is None and not self.gave_up:
                     self._fill(rejoin)
+                self.screen.show(self.study.trials(), self.study.wanted, list(self.running.values()))
                 if not self.running:
                     break
-                self.screen.show(self.study.trials(), self.study.wanted, list(self.running.values()))
                 time.sleep(PAUSE)
         if self.signal is not None:
             return exit_codes.PREEMPTED if self.signal == signal.SIGTERM else exit_codes.INTERRUPTED
@@ -91,7 +93,9 @@ class Conductor:
 
     def _fill(self, rejoin: set[int]) -> None:
         for place, gpus in enumerate(self.shares):
-            while place not in self.running:
+            if self.running and not self.proven:  # the first one prepares the text, and shows whether all is right
+                return
+            if place not in self.running:
                 trial = self.unfinished.pop(0) if self.unfinished else self.study.next()
                 if trial is None:
                     return
@@ -112,6 +116,7 @@ class Conductor:
         one = self.running[place]
         ended = one.child.poll() is not None
         one.measured.look()
+        self.proven = self.proven or one.measured.step > 0
         if self.study.report(one.trial, one.measured.reports()) and not ended and not one.asked:
             task = one.config.task
             assert isinstance(task, TrainConfig)

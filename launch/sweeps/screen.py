@@ -16,7 +16,7 @@ from launch.sweeps.study import DONE, FAILED, PRUNED, Trial, best_of, ranked
 from launch.sweeps.trials import Running
 from trainer.goodput import duration
 
-SHOWN = 40  # trials in the table
+SHOWN, FAILURES = 40, 5  # trials in the table, and messages below it
 
 
 class Screen:
@@ -92,17 +92,19 @@ def print_table(trials: Sequence[Trial], search: SearchConfig, console: Console 
     table = Table(box=None, header_style="bold")
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
     for name in ("trial", *(short(key, keys) for key in keys), search.metric, "", "time"):
-        table.add_column(name, justify="left" if name in ("trial", "") else "right", no_wrap=name != "")
+        table.add_column(name, justify="left" if name in ("trial", "") else "right", no_wrap=True)
     found = ranked(trials, search)
     for trial in found[:SHOWN]:
         latest = "" if trial.latest is None else f"{trial.latest:.5g}"
         said = {PRUNED: f"pruned at step {max(trial.reports, default=0)}", DONE: ""}.get(trial.state, trial.state)
-        said = f"failed: {trial.message}" if trial.state == FAILED else said
         cells = [Text(trial.params.get(key, "")) for key in keys]
-        table.add_row(trial.run, *cells, latest, Text(said[:80]), duration(trial.seconds) if trial.seconds else "")
+        table.add_row(trial.run, *cells, latest, said, duration(trial.seconds) if trial.seconds else "")
     console.print(table)
     if len(found) > SHOWN:
         console.print(f"and {len(found) - SHOWN} more, in results.jsonl")
+    failed = [trial for trial in found if trial.state == FAILED]
+    for trial in failed[:FAILURES]:
+        console.print(Text(f"{trial.run} failed: {trial.message}"), soft_wrap=True)
 
 
 def short(key: str, keys: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import RunConfig, to_typed
 from configs.sweeps import Pruning
-from configs.tasks import SweepConfig
+from configs.tasks import SweepConfig, TrainConfig
 from launch import exit_codes
 from launch.launchers.supervisor import say
 from launch.messages import explain, named_keys
@@ -109,7 +109,11 @@ def write_results(folder: Path, study: Study, arguments: Sequence[str]) -> None:
 
 
 def composed_trial(arguments: Sequence[str]) -> RunConfig:
-    return to_typed(_node(arguments))
+    """Raises: ValueError, or Hydra's errors, where it is none."""
+    config = to_typed(_node(arguments))
+    assert isinstance(config.task, TrainConfig)
+    config.schedule.check(config.task.num_steps)
+    return config
 
 
 def _node(arguments: Sequence[str]) -> DictConfig:

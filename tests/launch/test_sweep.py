@@ -13,12 +13,12 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from configs.schema import register
-from configs.sweeps import Goal, Method, SearchConfig
+from configs.sweeps import Goal, Method, Pruning, SearchConfig
 from launch.run import run
 from launch.sweeps import trials
 from launch.sweeps.picture import draw_sweep
-from launch.sweeps.space import Range, Values, apart, grid, kinds, read_space, spelt, varies
-from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, ranked
+from launch.sweeps.space import Range, Space, Values, apart, grid, kinds, read_space, spelt, varies
+from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, points_of, ranked
 from launch.sweeps.trials import Measured, Running, command, gpu_shares, start
 from launch.tasks.sweep import grouped, refuse_drift
 from tests.launch import sweeps
@@ -28,7 +28,7 @@ from trainer.tracker import read_rows
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
 WIDE: dict = {RATE: Range(1e-5, 1.0, True, False), LAYERS: Range(1, 8, False, True), "seed": Values(("1", "2", "3"))}
-TINY = ["model=tiny", "task.num_steps=6", "sweep.seed=1"]
+TINY = ["model=tiny", "schedule.warmup_steps=0", "task.num_steps=6", "sweep.seed=1"]
 
 
 @pytest.fixture
@@ -205,15 +205,11 @@ MISTAKES = {
         ["optimizer=adamw,sgd", "optimizer.b2=0.9,0.99"],
         "optimizer.b2: there is no such key",
     ),
+    "a schedule that does not fit": (["seed=1,2", "schedule=wsd", "schedule.decay_fraction=3"], "decay_fraction=3"),
     "nothing that varies": ([], "sweep: no key varies"),
     "a key given twice": (["seed=1,2", "++seed=3"], "seed: has one value and varies in the sweep as well"),
-    "a grid of a range": ([f"{RATE}=log:1e-4..1e-2", "sweep.method=grid"], f"{RATE}=0.0001,0.001,0.01"),
-    "a part of a grid": (["seed=1,2,3", "sweep.trials=2"], "sweep.trials=2: the grid has 3 points"),
-    "no trials": (["seed=1,2", "sweep.trials=0"], "sweep.trials=0: must be at least 1"),
     "pruning without evaluations": (["seed=1,2", "sweep.pruning=median"], "give task.evaluate_every=N"),
     "runs in a bucket": (["seed=1,2", "runs=s3://a/b"], "runs=s3://a/b: a sweep reads the run folders"),
-    "GPUs of a cluster": (["seed=1,2", "sweep.gpus_per_trial=1", "launcher=slurm"], "launcher=slurm has keys of its"),
-    "a method that is none": (["seed=1,2", "sweep.method=best"], "must be one of auto, grid, random, bayes"),
     "a misspelt key of the sweep": (["seed=1,2", "sweep.trails=3"], "did you mean 'task.sweep.trials'"),
 }
 
@@ -224,6 +220,22 @@ def test_a_mistake_is_named_before_anything_starts(quick, capfd, arguments, said
     err = capfd.readouterr().err
     assert said in err and "Traceback" not in err
     assert not quick.exists()
+
+
+def test_a_grid_is_taken_whole_and_has_no_ranges():
+    seeds: Space = {"seed": Values(("1", "2", "3"))}
+    with pytest.raises(ValueError, match=r"sweep.trials=2: the grid has 3 points; leave it out for all of them"):
+        points_of(SearchConfig(trials=2), seeds)
+    ranged: Space = {RATE: Range(1e-4, 1e-2, True, False)}
+    with pytest.raises(ValueError, match=f"give its values, such as {RATE}=0.0001,0.001,0.01"):
+        points_of(SearchConfig(method=Method.grid), ranged)
+    assert points_of(SearchConfig(), ranged) == [] and len(points_of(SearchConfig(), seeds)) == 3
+
+
+def test_numbers_that_have_no_sense_are_refused():
+    for key in ("trials", "parallel"):
+        with pytest.raises(ValueError, match=f"sweep.{key}=0: must be at least 1"):
+            SearchConfig(over={"seed": "1,2"}, **{key: 0}).validate()
 
 
 def test_trials_run_and_the_best_is_told(quick, capfd):
@@ -250,7 +262,7 @@ def test_a_goal_of_max_turns_the_order_round():
 
 
 def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(quick, capfd, monkeypatch):
-    given = (f"{RATE}=log:1e-5..1", f"{LAYERS}=1,2", "sweep.trials=4", "sweep.method=bayes")
+    given = (f"{RATE}=log:1e-5..1", f"{LAYERS}=1,2", "sweep.trials=3", "sweep.method=bayes")
     assert swept("run=whole", *given) == 0
     monkeypatch.setenv("SECONDS_OF_A_STEP", "0.05")
 
@@ -265,7 +277,7 @@ def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(qu
     teller.start()
     assert swept("run=cut", *given) == 75
     teller.join()
-    assert "stopped with 1 of 4 trials ended; the same command goes on" in capfd.readouterr().err
+    assert "stopped with 1 of 3 trials ended; the same command goes on" in capfd.readouterr().err
     assert len((quick / "cut-001" / "metrics.jsonl").read_text().splitlines()) < 6
     monkeypatch.delenv("SECONDS_OF_A_STEP")
     assert swept("run=cut", *given) == 0
@@ -365,12 +377,23 @@ def test_trials_that_promise_nothing_are_pruned(quick, monkeypatch):
     assert rows[3]["last"] == pytest.approx(9 + 1 / rows[3]["step"])
 
 
-def test_hyperband_ends_some_and_lets_the_best_run(quick, monkeypatch):
-    monkeypatch.setenv("SECONDS_OF_A_STEP", "0.01")
-    given = [f"{RATE}=1e-2,1e-5,1e-4,1e-1,1,1e-3", "task.num_steps=27", "task.evaluate_every=1"]
-    assert swept("run=a", *given, "sweep.pruning=hyperband", "sweep.prune_after=3") == 0
-    states = [row["state"] for row in results(quick, "a")]
-    assert states[0] == DONE and PRUNED in states
+@pytest.mark.parametrize("pruning", [Pruning.median, Pruning.hyperband])
+def test_pruning_ends_what_is_worse_after_the_steps_that_all_get(tmp_path, pruning):
+    one, steps = study(tmp_path, trials=20, pruning=pruning, prune_after=9), []
+    while (trial := one.next()) is not None:
+        # A handle of another process, as after a restart: nothing of it is in memory.
+        again = study(tmp_path, trials=20, pruning=pruning, prune_after=9)
+        step, ended = 0, False
+        while step < 81 and not ended:
+            step += 3
+            ended = again.report(trial, {step: bowl(trial) + 1 / step})
+        one.tell(trial, PRUNED if ended else DONE, value=None if ended else bowl(trial))
+        steps.append((bowl(trial), step))
+    assert min(step for _, step in steps) >= 9
+    cut = [value for value, step in steps if step < 81]
+    assert len(cut) >= 5 and sum(step for _, step in steps) < 0.7 * 20 * 81
+    assert sum(value > sorted(steps)[6][0] for value in cut) > 0.7 * len(cut)  # mostly of the worse two thirds
+    assert min(steps)[1] == 81  # the best one is there to the end
 
 
 def test_measured_values_are_those_of_the_file(tmp_path):
@@ -425,6 +448,8 @@ def test_gpus_are_shared_out_among_the_places(monkeypatch):
     search.parallel = 3
     with pytest.raises(ValueError, match="3 trials at once need 6 GPUs, and this machine shows 4"):
         gpu_shares(search, "local")
+    with pytest.raises(ValueError, match="launcher=slurm has keys of its own"):
+        gpu_shares(search, "slurm")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ class Conductor:
     arguments: Sequence[str]  # of every trial
     compose: Callable[[Sequence[str]], RunConfig]  # a trial's config from its arguments
     logs: Path
+    code: Path  # the packages as they were when the sweep began
     shares: Sequence[Sequence[str]]  # GPUs of each place
     on_end: Callable[[Trial], None]  # called after each trial
     screen: Screen
@@ -40,7 +41,7 @@ class Conductor:
     proven: bool = False  # a trial has measured something
     signal: int | None = None  # that asked the sweep to end
     gave_up: str = ""
-    code: int = 0
+    exit_code: int = 0  # where it gave up
 
     def conduct(self) -> int:
         """Runs trials until there are enough. Returns the exit code."""
@@ -63,7 +64,7 @@ class Conductor:
             return exit_codes.PREEMPTED if self.signal == signal.SIGTERM else exit_codes.INTERRUPTED
         if self.gave_up:
             say(self.gave_up)
-            return self.code
+            return self.exit_code
         return 0 if best_of(self.study.trials(), self.search) else exit_codes.FAILED
 
     @contextmanager
@@ -105,7 +106,7 @@ class Conductor:
     def _begin(self, place: int, gpus: Sequence[str], trial: Trial, rejoin: bool) -> None:
         config = self.compose([*self.arguments, *trial.arguments, f"run={trial.run}"])
         log = self.logs / f"{trial.run}.log"
-        one = start(trial, config, self.arguments, self.search, log=log, gpus=gpus, rejoin=rejoin)
+        one = start(trial, config, self.arguments, self.search, log=log, code=self.code, gpus=gpus, rejoin=rejoin)
         self.running[place] = one
         self.study.note(trial, process=identity(one.child.pid))
         self.screen.tell(trial, "goes on" if trial.process else "begins")
@@ -162,7 +163,7 @@ class Conductor:
             return
         wrong = outcome.code == exit_codes.WRONG_INPUT
         if wrong or len(ended) >= GIVE_UP:
-            self.code = exit_codes.WRONG_INPUT if wrong else exit_codes.FAILED
+            self.exit_code = exit_codes.WRONG_INPUT if wrong else exit_codes.FAILED
             many = "the first trial" if len(ended) == 1 else f"the first {len(ended)} trials"
             self.gave_up = f"sweep ends: {many} failed, {trial.run} with: {trial.message}"
             self._stop_all()

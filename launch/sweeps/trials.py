@@ -183,15 +183,19 @@ def start(
     search: SearchConfig,
     *,
     log: Path,
+    code: Path | None = None,
     gpus: Sequence[str] = (),
     rejoin: bool = False,
 ) -> Running:
-    """Starts the command of a trial. `rejoin`: where an earlier sweep left a job of it in a cluster, follows that."""
+    """Starts the command of a trial. `code`: the packages that run, else these.
+
+    `rejoin`: where an earlier sweep left a job of it in a cluster, the command follows that.
+    """
     words = command(arguments, trial)
     rejoin = rejoin and config.launcher.kind not in WITH_THE_COMMAND and newest_job(config) is not None
     if rejoin:
         words = ["logs", f"runs={config.runs}", f"run={trial.run}", "follow=true"]
-    root = str(Path(__file__).resolve().parents[2])
+    root = str((code or Path(__file__).resolve().parents[2]).absolute())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

@@ -2,6 +2,7 @@
 
     runs/sweeps/NAME/sweep.json     what varies and how; another is refused when the sweep goes on
                      journal.log    the record of the trials (Optuna's journal)
+                     code/          the packages as they were at the newest start: all trials run the same
                      logs/          what each trial printed
                      results.jsonl  a line for each trial, with its command
                      sweep.png
@@ -25,6 +26,7 @@ from configs.schema import RunConfig, to_typed
 from configs.sweeps import Pruning
 from configs.tasks import SweepConfig, TrainConfig
 from launch import exit_codes
+from launch.launchers.job import freeze_code
 from launch.launchers.supervisor import say
 from launch.messages import explain, named_keys
 from launch.run_folder import write_whole
@@ -76,6 +78,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             arguments,
             composed_trial,
             folder / "logs",
+            freeze_code(folder),
             shares,
             on_end=lambda trial: write_results(folder, study, arguments),
             screen=Screen(config.run, search),

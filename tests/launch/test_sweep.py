@@ -483,6 +483,14 @@ def test_a_job_that_an_earlier_sweep_left_in_a_cluster_is_followed_and_stopped_t
     assert one.outcome(SearchConfig()).again
 
 
+def test_trials_run_the_code_as_it_was(quick, tmp_path, monkeypatch):
+    say = "import launch.exit_codes as e, os; open('where', 'a').write(e.__file__ + os.linesep); raise SystemExit(2)"
+    monkeypatch.setattr(trials, "PROGRAM", (sys.executable, "-P", "-c", say))
+    assert swept("run=a", "seed=1,2") == 2
+    copy = tmp_path / "runs" / "sweeps" / "a" / "code" / "launch" / "exit_codes.py"
+    assert (tmp_path / "where").read_text() == f"{copy}\n"
+
+
 def test_a_trial_is_a_plain_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["meshwright", "--config-dir=mine"])
     trial = Trial(3, "a-003", "running", {RATE: "0.01"})

@@ -110,7 +110,8 @@ class Study:
         if search.retry:
             self._retry()
         again = sum("again" in trial.user_attrs for trial in self._all())
-        self.wanted = (len(points) or search.trials or TRIALS) + again
+        asked = sum(trial.state.name != "WAITING" for trial in self._all())
+        self.wanted = max((len(points) or search.trials or TRIALS) + again, asked)
         self._opened: dict[int, Any] = {}
 
     @property

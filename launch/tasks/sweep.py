@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.launchers import SkypilotConfig, TpuVmConfig
 from configs.schema import RunConfig, to_typed
 from configs.sweeps import Pruning
 from configs.tasks import SweepConfig, TrainConfig
@@ -59,6 +60,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     space = checked_space(search.over, arguments, config.run)
     points_of(search, space)
     check_pruning(task)
+    check_launcher(config, search.parallel)
     shares = gpu_shares(search, config.launcher.kind)
     if config.launcher.dry_run:
         return dry_run(config, task, arguments, space)
@@ -144,6 +146,24 @@ def checked_space(over: dict[str, str], arguments: Sequence[str], name: str) -> 
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(explain(error, given)) from None
     return space
+
+
+def check_launcher(config: RunConfig, parallel: int) -> None:
+    """Raises: ValueError where trials cannot be told apart there, or would leave something that costs."""
+    launcher = config.launcher
+    if not launcher.follow:
+        raise ValueError("launcher.follow=false: a sweep stays with its trials, and reads them; leave it out")
+    if isinstance(launcher, TpuVmConfig) and launcher.name is None:
+        raise ValueError(
+            "launcher.name=null: each trial would ask for a TPU of its own, and all of them stay, and cost; give one "
+            "name for all trials"
+        )
+    shared = {TpuVmConfig: "name", SkypilotConfig: "cluster"}.get(type(launcher))
+    if parallel > 1 and shared is not None and getattr(launcher, shared):
+        raise ValueError(
+            f"sweep.parallel={parallel}: launcher.{shared}={getattr(launcher, shared)} has one trial at a time; leave "
+            "sweep.parallel out"
+        )
 
 
 def check_pruning(task: SweepConfig) -> None:

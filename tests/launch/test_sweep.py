@@ -20,7 +20,7 @@ from launch.sweeps.picture import draw_sweep
 from launch.sweeps.space import Range, Space, Values, apart, grid, kinds, read_space, spelt, varies
 from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, points_of, ranked
 from launch.sweeps.trials import Measured, Running, command, gpu_shares, start
-from launch.tasks.sweep import grouped, refuse_drift
+from launch.tasks.sweep import check_launcher, grouped, refuse_drift
 from tests.launch import sweeps
 from tests.launch.jobs import composed, job
 from tests.launch.programs import program
@@ -450,6 +450,26 @@ def test_gpus_are_shared_out_among_the_places(monkeypatch):
         gpu_shares(search, "local")
     with pytest.raises(ValueError, match="launcher=slurm has keys of its own"):
         gpu_shares(search, "slurm")
+
+
+TPU = ["launcher=tpu_vm", "launcher.accelerator=v6e-16", "launcher.runtime=r", "launcher.zone=z"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parallel", "said"),
+    [
+        (TPU, 1, "launcher.name=null: each trial would ask for a TPU of its own"),
+        ([*TPU, "launcher.name=mine"], 2, "sweep.parallel=2: launcher.name=mine has one trial at a time"),
+        (["launcher=skypilot", "launcher.cluster=mine"], 2, "launcher.cluster=mine has one trial at a time"),
+        (["launcher=slurm", "launcher.follow=false"], 1, "launcher.follow=false: a sweep stays with its trials"),
+    ],
+)
+def test_launchers_that_could_not_tell_trials_apart_are_refused(options, parallel, said):
+    with pytest.raises(ValueError) as refused:
+        check_launcher(composed(*options), parallel)
+    assert said in str(refused.value)
+    check_launcher(composed("launcher=skypilot"), 2)
+    check_launcher(composed(*TPU, "launcher.name=mine"), 1)
 
 
 @pytest.fixture

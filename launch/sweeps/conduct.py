@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
 from configs.schema import RunConfig
 from configs.sweeps import Pruning, SearchConfig
 from configs.tasks import TrainConfig
@@ -15,7 +18,7 @@ from launch import exit_codes
 from launch.launchers.supervisor import say
 from launch.sweeps.screen import Screen
 from launch.sweeps.study import DONE, FAILED, PRUNED, RUNNING, Study, Trial, best_of
-from launch.sweeps.trials import STARTS, Outcome, Running, identity, let_end, start
+from launch.sweeps.trials import STARTS, Running, identity, let_end, start
 
 PAUSE = 0.5  # seconds between looks at the trials
 GIVE_UP = 3  # trials that all failed, with none that did not
@@ -94,9 +97,9 @@ class Conductor:
 
     def _fill(self, rejoin: set[int]) -> None:
         for place, gpus in enumerate(self.shares):
-            if self.running and not self.proven:  # the first one prepares the text, and shows whether all is right
-                return
-            if place not in self.running:
+            while place not in self.running and not self.gave_up:
+                if self.running and not self.proven:  # the first prepares the text, and shows whether all is right
+                    return
                 trial = self.unfinished.pop(0) if self.unfinished else self.study.next()
                 if trial is None:
                     return
@@ -104,8 +107,13 @@ class Conductor:
                 rejoin.discard(trial.number)
 
     def _begin(self, place: int, gpus: Sequence[str], trial: Trial, rejoin: bool) -> None:
-        config = self.compose([*self.arguments, *trial.arguments, f"run={trial.run}"])
-        log = self.logs / f"{trial.run}.log"
+        try:
+            config = self.compose([*self.arguments, *trial.arguments, f"run={trial.run}"])
+        except (ValueError, HydraException, OmegaConfBaseException) as error:  # values that do not go together
+            message = str(error).splitlines()[0]
+            self._close(self.study.tell(trial, FAILED, message=message), exit_codes.WRONG_INPUT)
+            return
+        log = self._log(trial)
         one = start(trial, config, self.arguments, self.search, log=log, code=self.code, gpus=gpus, rejoin=rejoin)
         self.running[place] = one
         self.study.note(trial, process=identity(one.child.pid))
@@ -140,10 +148,16 @@ class Conductor:
             return
         else:
             ended = self.study.tell(one.trial, FAILED, message=outcome.message)
-        self.screen.ended(ended, self.study.trials(), one.log)
+        self._close(ended, outcome.code)
+
+    def _close(self, ended: Trial, code: int) -> None:
+        self.screen.ended(ended, self.study.trials(), self._log(ended))
         self.on_end(ended)
         if ended.state == FAILED:
-            self._consider_giving_up(ended, outcome)
+            self._consider_giving_up(ended, code)
+
+    def _log(self, trial: Trial) -> Path:
+        return self.logs / f"{trial.run}.log"
 
     def _goes_on(self, one: Running) -> bool:
         """Whether a trial that was cut off is to be started again; it waits for its turn then."""
@@ -157,11 +171,11 @@ class Conductor:
         self.unfinished.append(trial)
         return True
 
-    def _consider_giving_up(self, trial: Trial, outcome: Outcome) -> None:
+    def _consider_giving_up(self, trial: Trial, code: int) -> None:
         ended = [t for t in self.study.trials() if t.ended]
         if self.gave_up or any(t.state != FAILED for t in ended):
             return
-        wrong = outcome.code == exit_codes.WRONG_INPUT
+        wrong = code == exit_codes.WRONG_INPUT
         if wrong or len(ended) >= GIVE_UP:
             self.exit_code = exit_codes.WRONG_INPUT if wrong else exit_codes.FAILED
             many = "the first trial" if len(ended) == 1 else f"the first {len(ended)} trials"

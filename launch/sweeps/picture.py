@@ -1,6 +1,7 @@
 """A sweep as a picture: values by trial, curves over steps, and a slice along each key that varies."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,5 @@ def _title(title: str, trials: Sequence[Trial], search: SearchConfig) -> str:
     said = f"{title}: {len(trials)} trials"
     if best is None:
         return said
-    return f"{said}; best {best.run}, {search.metric} {best.value:.4g} with " + ", ".join(
-        f"{short(key, list(best.params))}={value}" for key, value in best.params.items()
-    )
+    values = ", ".join(f"{short(key, list(best.params))}={value}" for key, value in best.params.items())
+    return textwrap.fill(f"{said}; best {best.run}, {search.metric} {best.value:.4g} with {values}", 140)

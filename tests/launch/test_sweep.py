@@ -28,7 +28,7 @@ from trainer.tracker import read_rows
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
 WIDE: dict = {RATE: Range(1e-5, 1.0, True, False), LAYERS: Range(1, 8, False, True), "seed": Values(("1", "2", "3"))}
-TINY = ["model=tiny", "schedule.warmup_steps=0", "task.num_steps=6", "sweep.seed=1"]
+TINY = ["model=tiny", "schedule=constant", "schedule.warmup_steps=0", "task.num_steps=6", "sweep.seed=1"]
 
 
 @pytest.fixture
@@ -347,6 +347,15 @@ def test_a_trial_may_fail_or_be_preempted_and_the_others_go_on(quick, capfd):
     assert swept(*given, "sweep.retry=true") == 0
     again = results(quick, "a")
     assert again[:5] == rows and [row["params"] for row in again[5:]] == [rows[1]["params"], rows[3]["params"]]
+
+
+def test_values_that_do_not_go_together_are_a_failed_trial(quick):
+    varied = ["task.num_steps=9,6", "schedule.warmup_steps=0,8"]  # each right beside the other's first value
+    given = ["model=tiny", "runs=runs", "run=a", "schedule=constant", f"{RATE}=1e-2", *varied]
+    assert run(["sweep", *given]) == 0
+    rows = results(quick, "a")
+    assert [row["state"] for row in rows] == [DONE, DONE, DONE, FAILED]
+    assert rows[3]["message"].startswith("schedule.warmup_steps=8: must be from 0 to task.num_steps=6")
 
 
 def test_a_wrong_command_ends_a_sweep_at_its_first_trial_and_the_same_goes_on_with_the_others(quick, capfd):

@@ -1,8 +1,8 @@
 """What a run is: `RunConfig` and `GROUPS`, the one table from a name on the command line to a dataclass.
 
 Defaults stand only in the dataclasses; a YAML file under this folder holds what differs. The dataclasses of models,
-optimizers, sources and so on stand beside the code that they configure; only tasks and launchers, in `configs/tasks.py`
-and `configs/launchers.py`, are described in this layer, as what carries them out sits above it.
+optimizers, sources and so on stand beside the code that they configure; only tasks, launchers and sweeps, in
+`configs/tasks.py`, `launchers.py` and `sweeps.py`, are described in this layer, as what carries them out sits above it.
 """
 
 import enum

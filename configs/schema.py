@@ -1,8 +1,8 @@
 """What a run is: `RunConfig` and `GROUPS`, the one table from a name on the command line to a dataclass.
 
 Defaults stand only in the dataclasses; a YAML file under this folder holds what differs. The dataclasses of models,
-optimizers, sources and so on stand beside the code that they configure; only tasks and launchers, in `configs/tasks.py`
-and `configs/launchers.py`, are described in this layer, as what carries them out sits above it.
+optimizers, sources and so on stand beside the code that they configure; only tasks, launchers and sweeps, in
+`configs/tasks.py`, `launchers.py` and `sweeps.py`, are described in this layer, as what carries them out sits above it.
 """
 
 import enum
@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 from configs.launchers import LAUNCHERS, LauncherConfig, LocalConfig
 from configs.learning import check_learning, settle_learning
-from configs.tasks import TASKS, ServeConfig, TaskConfig, TrainConfig
+from configs.sweeps import SearchConfig
+from configs.tasks import TASKS, ServeConfig, SweepConfig, TaskConfig, TrainConfig
 from data.examples import Records
 from data.packing import Packing
 from data.pipeline import DataConfig
@@ -188,10 +189,11 @@ GROUPS: dict[str, dict[str, type]] = {
     "checkpoint": {"checkpoint": CheckpointConfig},
     "tracker": {"wandb": WandbConfig, "tensorboard": TensorboardConfig},
     "launcher": LAUNCHERS,
+    "sweep": {"search": SearchConfig},
 }
 
 # Groups of which a run has exactly one class: their schema needs no name of its own.
-_SINGLE = ("model", "adapter", "mesh", "checkpoint")
+_SINGLE = ("model", "adapter", "mesh", "checkpoint", "sweep")
 # Groups that need no YAML: the dataclass is the option.
 _BARE = ("task", "launcher")
 
@@ -327,6 +329,8 @@ def validate(config: RunConfig) -> None:
             raise ValueError(f"task.hang_seconds={task.hang_seconds:g}: must not be negative; 0: never")
         if task.profile_steps and len(task.profile_steps) != 2:
             raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
+    if isinstance(task, SweepConfig):
+        task.sweep.validate()
     if isinstance(task, ServeConfig) and isinstance(config.launcher, LocalConfig) and config.launcher.num_processes > 1:
         raise ValueError(
             f"launcher.num_processes={config.launcher.num_processes}: serve runs in one process, with all devices of "

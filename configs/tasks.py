@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from configs.sweeps import SearchConfig
 from models.config import Dtype
 from trainer.watchdog import OnHang
 
@@ -42,6 +43,14 @@ class PlanConfig(TrainConfig):
     tokens: float | None = None  # to train on, for days and dollars; null: num_steps of them
     price: float | None = None  # dollars an hour of one device; null: that of trainer/hardware.py
     output: str | None = None  # the folder for plan and picture; null: RUNS/plans
+
+
+@dataclass
+class SweepConfig(TrainConfig):
+    """Of runs that `train` would start, which differ in `sweep.over`: what stands in `TrainConfig` is of each."""
+
+    kind: str = "sweep"
+    sweep: SearchConfig = field(default_factory=SearchConfig)  # on the command line sweep.*
 
 
 @dataclass
@@ -143,6 +152,7 @@ class StopConfig(TaskConfig):
 TASKS: dict[str, type[TaskConfig]] = {
     "train": TrainConfig,
     "plan": PlanConfig,
+    "sweep": SweepConfig,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,

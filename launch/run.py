@@ -14,6 +14,7 @@ from launch import exit_codes
 TASKS = {
     "train": "train a model; the same run name again goes on with the run",
     "plan": "memory, speed and cost of a run on devices that need not be there: plan model=llama3_70b target=v5p-512",
+    "sweep": "trains with other values of some keys: sweep experiment=hello optimizer.learning_rate=log:1e-4..1e-2",
     "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
@@ -42,7 +43,7 @@ Three commands to begin with:
   meshwright generate run=hello prompt='def '                   # write with it
   meshwright train source=[text] data.sources.text.paths=[DIR]  # learn from your own folder
 
-meshwright TASK --help lists every key and group; --cfg job prints the composed config; -m runs a sweep.
+meshwright TASK --help lists every key and group; --cfg job prints the composed config; -m runs several values.
 """
 
 
@@ -74,6 +75,14 @@ def run(arguments: list[str]) -> int:
         arguments = [f"task={word}", *rest]
         if word == "plan" and not any(a.startswith("source=") for a in rest):
             arguments.append("source=[]")  # it reads no text
+        if word == "sweep":
+            from launch.sweeps.space import apart
+
+            try:
+                arguments = apart([_renamed(a) for a in arguments])
+            except ValueError as error:
+                print(f"meshwright: {error}", file=sys.stderr)
+                return exit_codes.WRONG_INPUT
     elif not completing and not word.startswith("-"):
         print(f"meshwright: the first word must be a task, not {word!r}\n\n{overview()}", file=sys.stderr)
         return exit_codes.WRONG_INPUT
@@ -187,6 +196,8 @@ def _run_hydra(arguments: list[str]) -> int:
 def _renamed(override: str) -> str:
     """Short names: `from=` is a word that no Python field can have, and a plan's are those that are typed most."""
     key, equals, value = override.partition("=")
+    if key.startswith("sweep."):
+        return f"task.{override}"
     return SHORT.get(key, key) + equals + value
 
 
@@ -215,6 +226,10 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
         from launch.tasks import jobs
 
         return {"status": jobs.status, "logs": jobs.logs, "stop": jobs.stop}[config.task.kind](config, overrides)
+    if config.task.kind == "sweep":  # the trials need the devices
+        from launch.tasks import sweep
+
+        return sweep.run(config, overrides)
     with startup.phase("join"):
         distributed.start(config.devices)
     with startup.phase("import"):

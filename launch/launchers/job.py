@@ -189,17 +189,31 @@ def joined(count: int, index: int, coordinator: str) -> dict[str, str]:
 
 def freeze(job: Job, config: RunConfig) -> None:
     """Writes the code, the commit and what differs from it, and the resolved config into the job's folder."""
-    root = Path(__file__).resolve().parents[2]
+    freeze_code(job.folder)
+    write_whole(job.folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+    job.save()
+
+
+def freeze_code(folder: Path) -> Path:
+    """Copies the packages to `folder/code`, the commit and what differs from it beside. Returns that path."""
+    root, code = Path(__file__).resolve().parents[2], folder / "code"
     for name in code_files(root):
-        target = job.code / name
+        target = code / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / name, target)
     state = git_state()
     if state is not None:
-        write_whole(job.code / GIT_FILE, json.dumps(state, indent=2) + "\n")
-        (job.folder / "code.patch").write_text(_git(root, "diff", "HEAD", "--", *PACKAGES) or "")
-    write_whole(job.folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
-    job.save()
+        write_whole(code / GIT_FILE, json.dumps(state, indent=2) + "\n")
+        (folder / "code.patch").write_text(_patch(root))
+    return code
+
+
+def _patch(root: Path) -> str:
+    """What differs from the commit; of code that is a copy itself, what was noted when it was made."""
+    if (root / GIT_FILE).exists():
+        noted = root.parent / "code.patch"
+        return noted.read_text() if noted.exists() else ""
+    return _git(root, "diff", "HEAD", "--", *PACKAGES) or ""
 
 
 def code_files(root: Path) -> list[str]:

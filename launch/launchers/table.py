@@ -32,7 +32,8 @@ LAUNCHERS: dict[str, Launcher] = {
 }
 
 FAR = ("k8s", "tpu_vm", "skypilot")  # whose processes see nothing of this machine's disk
-HERE = ("plan", "inspect", "runs", "status", "logs", "stop")  # tasks that only look
+# Tasks that only look, and a sweep, whose trials are what is launched.
+HERE = ("plan", "sweep", "inspect", "runs", "status", "logs", "stop")
 
 
 def launches(config: RunConfig) -> bool:

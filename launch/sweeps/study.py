@@ -1,0 +1,262 @@
+"""The record of a sweep: an Optuna study in a journal file. What comes next follows from it and from the seed.
+
+Each trial's choice depends on the sweep's seed, the trial's number and the trials before it, never on what this process
+has drawn: a sweep that was cut off proposes what an unbroken one does.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.sweeps import Goal, Method, Pruning, SearchConfig
+from launch.sweeps.space import Range, Space, grid, spelt
+
+DONE, PRUNED, FAILED, RUNNING, WAITING = "done", "pruned", "failed", "running", "waiting"
+TWINS = 100  # proposals in a row that were tried before, after which the space counts as used up
+FEW = 3  # finished trials of which a median is taken
+TRIALS = 20  # where nothing says how many
+RANDOM_SHARE, MOST_RANDOM = 3, 10  # bayes begins with a third at random, at most so many
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as the record has it."""
+
+    number: int
+    run: str
+    state: str
+    params: dict[str, str]  # by key, as an override has them
+    value: float | None = None  # of the metric, where the trial is done
+    reports: dict[int, float] = field(default_factory=dict)  # of the metric, by step
+    seconds: float = 0.0  # of all its starts
+    message: str = ""
+    process: dict[str, Any] = field(default_factory=dict)  # of the newest start
+
+    @property
+    def latest(self) -> float | None:
+        """The value, or how far it came."""
+        if self.value is not None or not self.reports:
+            return self.value
+        return self.reports[max(self.reports)]
+
+    @property
+    def arguments(self) -> list[str]:
+        return [f"{key}={value}" for key, value in self.params.items()]
+
+    @property
+    def ended(self) -> bool:
+        return self.state in (DONE, PRUNED, FAILED)
+
+
+def chosen_method(search: SearchConfig, space: Space) -> Method:
+    if search.method is not Method.auto:
+        return search.method
+    return Method.bayes if any(isinstance(part, Range) for part in space.values()) else Method.grid
+
+
+def points_of(search: SearchConfig, space: Space) -> list[dict[str, str]]:
+    """Of a grid; none of another method.
+
+    Raises: ValueError where the grid has no end, or more points than are wanted.
+    """
+    points = list(grid(space)) if chosen_method(search, space) is Method.grid else []
+    if search.trials is not None and search.trials < len(points):
+        raise ValueError(
+            f"sweep.trials={search.trials}: the grid has {len(points)} points; leave it out for all of them, or "
+            "take some with sweep.method=random"
+        )
+    return points
+
+
+def imported() -> Any:
+    """Raises: ValueError where Optuna is not installed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError("sweep: needs Optuna; install it with: pip install -e '.[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+class Study:
+    """The trials of one sweep. `folder` None: nothing is written."""
+
+    def __init__(self, folder: Path | None, name: str, search: SearchConfig, space: Space, num_steps: int):
+        optuna = self._optuna = imported()
+        self.name, self.search, self.space = name, search, space
+        self.method = chosen_method(search, space)
+        points = points_of(search, space)
+        storage = None
+        if folder is not None:
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+
+            storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction="minimize" if search.goal is Goal.min else "maximize",
+            pruner=_pruner(optuna, search, num_steps),
+            load_if_exists=True,
+        )
+        known = len(self._study.get_trials(deepcopy=False))
+        for point in points[known:]:  # a kill between two of them leaves the rest to the next start
+            self._study.enqueue_trial(point)
+        if search.retry:
+            self._retry()
+        again = sum("again" in trial.user_attrs for trial in self._all())
+        asked = sum(trial.state.name != "WAITING" for trial in self._all())
+        self.wanted = max((len(points) or search.trials or TRIALS) + again, asked)
+        self._opened: dict[int, Any] = {}
+
+    @property
+    def num_random(self) -> int:
+        """Trials with which bayes begins."""
+        return min(MOST_RANDOM, max(1, self.wanted // RANDOM_SHARE))
+
+    def _all(self) -> Sequence[Any]:
+        """Optuna's trials, without those that stand for an earlier one."""
+        return [t for t in self._study.get_trials(deepcopy=False) if "same_as" not in t.user_attrs]
+
+    def _retry(self) -> None:
+        """Queues failed trials once more, under numbers of their own."""
+        known = self._all()
+        done = {trial.user_attrs.get("again") for trial in known}
+        for trial in known:
+            if trial.state.name == "FAIL" and trial.number not in done:
+                self._study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+
+    def trials(self) -> list[Trial]:
+        return [self._trial(trial) for trial in self._all()]
+
+    def trial(self, number: int) -> Trial:
+        return self._trial(self._study.get_trials(deepcopy=False)[number])
+
+    def _trial(self, found: Any) -> Trial:
+        states = {"COMPLETE": DONE, "PRUNED": PRUNED, "FAIL": FAILED, "RUNNING": RUNNING, "WAITING": WAITING}
+        attributes = found.user_attrs
+        return Trial(
+            number=found.number,
+            run=f"{self.name}-{found.number:03d}",
+            state=states[found.state.name],
+            params={key: spelt(part, found.params[key]) for key, part in self.space.items() if key in found.params},
+            value=found.value if found.state.name == "COMPLETE" else None,
+            reports=dict(found.intermediate_values),
+            seconds=attributes.get("seconds", 0.0),
+            message=attributes.get("message", ""),
+            process=attributes.get("process", {}),
+        )
+
+    def next(self) -> Trial | None:
+        """Proposes a trial; None where there are as many as were wanted, or no others."""
+        asked = [trial for trial in self.trials() if trial.state != WAITING]
+        if len(asked) >= self.wanted:
+            return None
+        before = {json.dumps(trial.params): trial.number for trial in asked}
+        for _ in range(TWINS):
+            everything = self._study.get_trials(deepcopy=False)
+            waiting = [trial for trial in everything if trial.state.name == "WAITING"]
+            if self.method is Method.grid and not waiting:
+                return None
+            number = min((trial.number for trial in waiting), default=len(everything))
+            self._study.sampler = self._sampler(number)
+            asked_for = self._study.ask(self._distributions())
+            found = self.trial(asked_for.number)
+            twin = before.get(json.dumps(found.params))
+            if twin is None or waiting:
+                self._opened[found.number] = asked_for
+                return found
+            asked_for.set_user_attr("same_as", twin)
+            self._study.tell(asked_for, state=self._optuna.trial.TrialState.FAIL)
+        return None
+
+    def _sampler(self, number: int) -> Any:
+        samplers = self._optuna.samplers
+        seed = int(np.random.SeedSequence([self.search.seed, number]).generate_state(1)[0])
+        if self.method is not Method.bayes:
+            return samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Optuna may change
+            return samplers.TPESampler(
+                seed=seed, n_startup_trials=self.num_random, multivariate=True, constant_liar=True
+            )
+
+    def _distributions(self) -> dict[str, Any]:
+        kinds = self._optuna.distributions
+        found: dict[str, Any] = {}
+        for key, part in self.space.items():
+            if not isinstance(part, Range):
+                found[key] = kinds.CategoricalDistribution(part.values)
+            elif part.whole:
+                found[key] = kinds.IntDistribution(int(part.low), int(part.high), log=part.log)
+            else:
+                found[key] = kinds.FloatDistribution(part.low, part.high, log=part.log)
+        return found
+
+    def _open(self, trial: Trial) -> Any:
+        """Optuna's handle of a trial that runs, also of one that an earlier process asked for."""
+        if trial.number not in self._opened:
+            self._study.sampler = self._optuna.samplers.RandomSampler()  # the handle of a joint one would draw anew
+            found = self._study.get_trials(deepcopy=False)[trial.number]
+            self._opened[trial.number] = self._optuna.trial.Trial(self._study, found._trial_id)
+        return self._opened[trial.number]
+
+    def note(self, trial: Trial, **values: Any) -> None:
+        """Keeps further values of a trial that runs."""
+        opened = self._open(trial)
+        for key, value in values.items():
+            opened.set_user_attr(key, value)
+
+    def report(self, trial: Trial, reports: Mapping[int, float]) -> bool:
+        """Notes values by step, and says whether the trial is to end."""
+        opened, known = self._open(trial), self.trial(trial.number).reports
+        prune = False
+        for step, value in sorted(reports.items()):
+            if step not in known:
+                opened.report(value, step)
+                prune = prune or (step > self.search.prune_after and opened.should_prune())
+        return prune
+
+    def tell(self, trial: Trial, state: str, *, value: float | None = None, message: str = "") -> Trial:
+        """The end of a trial."""
+        if message:
+            self.note(trial, message=message)
+        states = self._optuna.trial.TrialState
+        told = {DONE: states.COMPLETE, PRUNED: states.PRUNED, FAILED: states.FAIL}[state]
+        self._study.tell(trial.number, value, state=told, skip_if_finished=True)
+        return self.trial(trial.number)
+
+
+def _pruner(optuna: Any, search: SearchConfig, num_steps: int) -> Any:
+    if search.pruning is Pruning.median:
+        return optuna.pruners.MedianPruner(n_startup_trials=FEW, n_warmup_steps=search.prune_after, n_min_trials=FEW)
+    if search.pruning is Pruning.hyperband:
+        least = search.prune_after or max(1, num_steps // 27)
+        return optuna.pruners.HyperbandPruner(min_resource=least, max_resource=max(num_steps, least))
+    return optuna.pruners.NopPruner()
+
+
+def better(search: SearchConfig, value: float) -> float:
+    """The value so that smaller is better."""
+    return value if search.goal is Goal.min else -value
+
+
+def ranked(trials: Sequence[Trial], search: SearchConfig) -> list[Trial]:
+    """Done ones from the best, then pruned ones by how far they were, then the others."""
+    order = (DONE, PRUNED, RUNNING, FAILED, WAITING)
+
+    def key(trial: Trial) -> tuple[int, float, int]:
+        latest = trial.latest
+        return order.index(trial.state), 0.0 if latest is None else better(search, latest), trial.number
+
+    return sorted(trials, key=key)
+
+
+def best_of(trials: Sequence[Trial], search: SearchConfig) -> Trial | None:
+    done = [trial for trial in trials if trial.state == DONE]
+    return ranked(done, search)[0] if done else None

@@ -45,6 +45,17 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass
+class CoordinatesConfig(TaskConfig):
+    """Of a run that `train` would start, at several widths."""
+
+    kind: str = "coordinates"
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # embed_dim; all else grows in proportion
+    num_steps: int = 4  # at the peak of the learning rate
+    tolerance: float = 0.3  # what a slope may be, up or down
+    output: str | None = None  # the folder for numbers and picture; null: RUNS/coordinates
+
+
+@dataclass
 class PrepareConfig(TaskConfig):
     kind: str = "prepare"
 
@@ -143,6 +154,7 @@ class StopConfig(TaskConfig):
 TASKS: dict[str, type[TaskConfig]] = {
     "train": TrainConfig,
     "plan": PlanConfig,
+    "coordinates": CoordinatesConfig,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,

@@ -15,6 +15,7 @@ from launch import exit_codes
 TASKS = {
     "train": "train a model; the same run name again goes on with the run",
     "plan": "memory, speed and cost of a run on devices that need not be there: plan model=llama3_70b target=v5p-512",
+    "coordinates": "whether rates carry over from width to width: how far the first steps move activations",
     "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
@@ -210,11 +211,24 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
     with startup.phase("join"):
         distributed.start(config.devices)
     with startup.phase("import"):
-        from launch.tasks import convert, evaluate, generate, inspect, plan, predict, prepare, runs, serve, train
+        from launch.tasks import (
+            convert,
+            coordinates,
+            evaluate,
+            generate,
+            inspect,
+            plan,
+            predict,
+            prepare,
+            runs,
+            serve,
+            train,
+        )
 
     task = {
         "train": train.run,
         "plan": plan.run,
+        "coordinates": coordinates.run,
         "prepare": prepare.run,
         "evaluate": evaluate.run,
         "generate": generate.run,

@@ -16,6 +16,7 @@ TASKS = {
     "train": "train a model; the same run name again goes on with the run",
     "plan": "memory, speed and cost of a run on devices that need not be there: plan model=llama3_70b target=v5p-512",
     "coordinates": "whether rates carry over from width to width: how far the first steps move activations",
+    "ladder": "runs of several sizes, the scaling law through them, and the size for a budget: ladder budget=1e18",
     "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
@@ -32,7 +33,7 @@ TASKS = {
 SHORT = {
     "from": "task.origin", "to": "task.target",
     "target": "task.target", "compile": "task.compile", "search": "task.search", "tokens": "task.tokens",
-    "plan.search": "task.search", "plan.compile": "task.compile", "follow": "task.follow",
+    "plan.search": "task.search", "plan.compile": "task.compile", "follow": "task.follow", "budget": "task.budget",
 }  # fmt: skip
 
 OVERVIEW = """meshwright TASK [key=value ...]
@@ -208,6 +209,10 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
         from launch.tasks import jobs
 
         return {"status": jobs.status, "logs": jobs.logs, "stop": jobs.stop}[config.task.kind](config, overrides)
+    if config.task.kind == "ladder":  # the devices are for its runs
+        from launch.tasks import ladder
+
+        return ladder.run(config, overrides)
     with startup.phase("join"):
         distributed.start(config.devices)
     with startup.phase("import"):

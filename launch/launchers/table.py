@@ -32,7 +32,7 @@ LAUNCHERS: dict[str, Launcher] = {
 }
 
 FAR = ("k8s", "tpu_vm", "skypilot")  # whose processes see nothing of this machine's disk
-HERE = ("plan", "inspect", "runs", "status", "logs", "stop")  # tasks that only look
+HERE = ("plan", "ladder", "inspect", "runs", "status", "logs", "stop")  # tasks that only look, or start others
 
 
 def launches(config: RunConfig) -> bool:

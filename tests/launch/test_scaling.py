@@ -165,9 +165,8 @@ def test_finished_rungs_are_kept_and_make_a_law(tmp_path, monkeypatch, capsys):
     assert run([*command, "optimizer.learning_rate=0.5"]) == 2
     assert "optimizer.learning_rate=0.5" in capsys.readouterr().err
     law = "task.law=runs/ladders/l.json"
-    assert (
-        run(["plan", "model=tiny", "model.vocab_size=512", "data.batch_size=8", "mesh.data=8", "format=json", law]) == 0
-    )
+    plan = ["plan", "model=tiny", "model.vocab_size=512", "data.batch_size=8", "mesh.data=8", "format=json", law]
+    assert run(plan) == 0
     found = json.loads(capsys.readouterr().out)
     optimum = compute_optimal(found["budget"]["flops"], HOFFMANN)
     assert found["compute_optimal"]["parameters"] == pytest.approx(optimum.parameters, rel=1e-2)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 DELTA = 1e-3
-FOLLOWED, FOLLOWED_AGAIN = 20, 2  # starts of the grid that a fit goes on from; one of the points less
+FOLLOWED, TO_THE_END = 20, 3  # starts of the grid that a fit goes on from, and that it follows to the end
 LOG_A = LOG_B = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
 LOG_E = (-1.0, -0.5, 0.0, 0.5, 1.0)
 EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -78,10 +78,11 @@ class Point(NamedTuple):
     loss: float
 
 
-def fit_law(points: Sequence[Point], followed: int = FOLLOWED) -> Law:
-    """`followed`: of the grid of starts, the best so many.
+def fit_law(points: Sequence[Point], near: Law | None = None) -> Law:
+    """`near`: a law of nearly the same points, to begin at instead of at all starts.
 
-    Raises: ValueError where there are too few points for the law's constants."""
+    Raises: ValueError where there are too few points for the law's constants.
+    """
     ratios = [p.tokens / p.parameters for p in points]
     if max(ratios) < 1.1 * min(ratios):
         _enough(points, 4, "constants E, A and alpha")
@@ -95,7 +96,7 @@ def fit_law(points: Sequence[Point], followed: int = FOLLOWED) -> Law:
                     "task.widths and task.tokens_per_param, or a single task.tokens_per_param for a law of compute"
                 )
         x = np.log([[p.parameters, p.tokens] for p in points])
-    found = _fit(x, np.log([p.loss for p in points]), followed)
+    found = _fit(x, np.log([p.loss for p in points]), near)
     e, a, alpha, *rest = found
     return Law(float(np.exp(e)), float(np.exp(a)), float(alpha), *_b(rest))
 
@@ -112,22 +113,38 @@ def _enough(points: Sequence[Point], least: int, what: str) -> None:
         )
 
 
-def _fit(x: np.ndarray, y: np.ndarray, followed: int) -> np.ndarray:
+def _fit(x: np.ndarray, y: np.ndarray, near: Law | None) -> np.ndarray:
     """(e, a, alpha, [b, beta]) of log L = logsumexp(e, a - alpha log x, ...). `x` [points, 1 or 2] and `y` are logs."""
     from scipy.optimize import minimize
 
     grid = np.array(list(itertools.product(LOG_E, *[LOG_A, EXPONENTS] * x.shape[1])))
     # Around the middle of the points, where a factor and its exponent say different things.
     middle = x.mean(0)
-    x, factors, exponents = x - middle, grid[:, 1::2], grid[:, 2::2]
-    grid[:, 1::2] = factors - exponents * middle
-    starts = grid[np.argsort(_value(grid, x, y)[0], kind="stable")[:followed]]
+    x = x - middle
+    grid[:, 1::2] -= grid[:, 2::2] * middle
+    order = np.argsort(_value(grid, x, y)[0], kind="stable")
+    starts = list(grid[order[:FOLLOWED]])
+    if near is not None and near.of_compute == (x.shape[1] == 1):
+        factors, exponents = (near.A, near.B)[: x.shape[1]], (near.alpha, near.beta)
+        terms = [v for factor, power in zip(factors, exponents, strict=False) for v in (_log(factor), power)]
+        theta = np.array([_log(near.E), *terms])
+        theta[1::2] -= theta[2::2] * middle
+        starts = [theta, starts[0]]
     objective = lambda theta: tuple(part[0] for part in _value(theta[None], x, y))
-    options = {"maxiter": 500, "maxfun": 1000, "ftol": 1e-13, "gtol": 1e-10}
-    ends = [minimize(objective, start, jac=True, method="L-BFGS-B", options=options) for start in starts]
+
+    def descend(start: np.ndarray, turns: int) -> Any:
+        options = {"maxiter": turns, "maxfun": 2 * turns, "ftol": 1e-13, "gtol": 1e-10}
+        return minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+
+    begun = sorted((descend(start, 50) for start in starts), key=lambda end: end.fun)
+    ends = [descend(end.x, 500) for end in begun[: TO_THE_END if near is None else 1]]
     best = np.array(min(ends, key=lambda end: end.fun).x)
     best[1::2] += best[2::2] * middle
     return best
+
+
+def _log(value: float) -> float:
+    return float(np.log(max(value, 1e-300)))
 
 
 def _value(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,12 +165,12 @@ def _value(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray,
     return value, np.stack(columns, axis=1)
 
 
-def left_out(points: Sequence[Point]) -> list[Law]:
-    """The law without each of the points in turn; without those whose absence leaves too few."""
+def left_out(points: Sequence[Point], law: Law) -> list[Law]:
+    """`law` without each of its points in turn; without those whose absence leaves too few."""
     found = []
     for i in range(len(points)):
         try:
-            found.append(fit_law([*points[:i], *points[i + 1 :]], FOLLOWED_AGAIN))
+            found.append(fit_law([*points[:i], *points[i + 1 :]], law))
         except ValueError:
             continue
     return found

@@ -59,7 +59,8 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             f"{number} of {len(climbed)}: {rung.run}: {point.parameters:,.0f} parameters, {point.tokens:,.0f} tokens, "
             f"{point.flops:.2e} FLOPs: loss {point.loss:.4f} ({took})",
         )
-    law, others = fit_law(points), left_out(points)
+    law = fit_law(points)
+    others = left_out(points, law)
     budget = task.budget or BEYOND * max(point.flops for point in points)
     family = sizes(config, model, budget)
     ratio = points[0].tokens / points[0].parameters if law.of_compute else None

@@ -109,7 +109,8 @@ def width_keys(config: ModelConfig, embed_dim: int) -> dict[str, int]:
     found = {"embed_dim": embed_dim}
     for key in (*COUNTS, *WIDTHS, *RANKS):
         value = _at(config, key)
-        if not value or embed_dim == config.embed_dim:
+        unused = key.startswith("experts.") and not config.experts.num_experts
+        if not value or unused or embed_dim == config.embed_dim:
             continue
         scaled = value * embed_dim / config.embed_dim
         found[key] = round(scaled) if key in COUNTS else max(1, round(scaled / ROUNDED)) * ROUNDED

@@ -117,7 +117,6 @@ def test_rungs_keep_the_keys_of_the_command_and_their_own_come_last():
     assert [rung.run for rung in found] == ["default-w32-t5", "default-w32-t20", "default-w64-t5", "default-w64-t20"]
     assert found[0].keys == {
         "embed_dim": 32, "attention.num_heads": 2, "attention.num_kv_heads": 2, "mlp.hidden_dim": 128,
-        "experts.hidden_dim": 128,
     }  # fmt: skip
     assert found[0].tokens == found[0].num_steps * 8 * 32
     assert found[0].tokens == pytest.approx(5 * found[0].parameters, rel=0.01)

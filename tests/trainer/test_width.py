@@ -275,7 +275,8 @@ def test_widths_that_have_no_whole_heads_are_refused():
     with pytest.raises(ValueError, match="multiples of 16"):
         width_keys(SMALL, 72)
     latent = replace(SMALL.attention, latent=LatentConfig(kv_rank=24, query_rank=32))
-    assert width_keys(replace(SMALL, attention=latent), 128) == {
+    assert width_keys(replace(EXPERTS, attention=latent), 128) == {
         "embed_dim": 128, "attention.num_heads": 8, "attention.num_kv_heads": 8, "mlp.hidden_dim": 256,
-        "experts.hidden_dim": 512, "attention.latent.kv_rank": 48, "attention.latent.query_rank": 64,
+        "experts.hidden_dim": 128, "experts.shared_hidden_dim": 128, "attention.latent.kv_rank": 48,
+        "attention.latent.query_rank": 64,
     }  # fmt: skip

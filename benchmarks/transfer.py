@@ -1,6 +1,6 @@
 """The best learning rate at several widths, with rates that follow from the width (muP) and without.
 
-    python benchmarks/transfer.py [--widths 64,128,256] [--rates 1e-3,3e-3,1e-2,3e-2,1e-1] [--steps 100]
+    python benchmarks/transfer.py [--widths 64,128,256] [--rates 1e-3,2e-3,4e-3,8e-3,1.6e-2] [--steps 300]
                                   [--output transfer.png] [hydra overrides]
 
 Models like `model=tiny` read Python's standard library, byte by byte, from the same batches; the loss is the mean over
@@ -39,8 +39,8 @@ SHARE = 10  # of the steps, the last 1/10 are the loss
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="64,128,256", help="the first is the one that rates are tuned at")
-    parser.add_argument("--rates", default="1e-3,3e-3,1e-2,3e-2,1e-1")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rates", default="1e-3,2e-3,4e-3,8e-3,1.6e-2")
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", default="transfer.png")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()

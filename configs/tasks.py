@@ -41,6 +41,7 @@ class PlanConfig(TrainConfig):
     compile: bool = False  # compile the step for the target, too, and say what XLA says
     search: bool = False  # look for the mesh, the remat and the microbatches, too
     tokens: float | None = None  # to train on, for days and dollars; null: num_steps of them
+    law: str | None = None  # the .json of a ladder, to recommend a size by; null: that of Hoffmann et al. 2022
     price: float | None = None  # dollars an hour of one device; null: that of trainer/hardware.py
     output: str | None = None  # the folder for plan and picture; null: RUNS/plans
 
@@ -51,6 +52,30 @@ class SweepConfig(TrainConfig):
 
     kind: str = "sweep"
     sweep: SearchConfig = field(default_factory=SearchConfig)  # on the command line sweep.*
+
+
+@dataclass
+class CoordinatesConfig(TaskConfig):
+    """Of a run that `train` would start, at several widths."""
+
+    kind: str = "coordinates"
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # embed_dim; all else grows in proportion
+    num_steps: int = 4  # at the peak of the learning rate
+    tolerance: float = 0.3  # what a slope may be, up or down
+    output: str | None = None  # the folder for numbers and picture; null: RUNS/coordinates
+
+
+@dataclass
+class LadderConfig(TrainConfig):
+    """Runs of several sizes and lengths: what stands in `TrainConfig` is of each of them, `num_steps` aside."""
+
+    kind: str = "ladder"
+    widths: list[int] = field(default_factory=lambda: [64, 96, 128, 192])  # embed_dim; all else grows in proportion
+    aspect: float | None = None  # width for each layer: num_layers follows; null: all as deep as the model
+    # Each size is trained on so many tokens for a parameter, in a run each. A single one: a law of compute alone
+    tokens_per_param: list[float] = field(default_factory=lambda: [10.0, 20.0, 40.0])
+    budget: float | None = None  # training FLOPs to recommend a size for; null: 100 times the largest run's
+    output: str | None = None  # the folder for numbers and picture; null: RUNS/ladders
 
 
 @dataclass
@@ -153,6 +178,8 @@ TASKS: dict[str, type[TaskConfig]] = {
     "train": TrainConfig,
     "plan": PlanConfig,
     "sweep": SweepConfig,
+    "coordinates": CoordinatesConfig,
+    "ladder": LadderConfig,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,

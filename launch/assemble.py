@@ -337,7 +337,9 @@ def build_core(
             "move; set objective.reference_every=0, or train without adapters"
         )
     schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
-    optimizer = config.objective.around(config.optimizer.build(schedule, axes))
+    # Adapters begin at sizes of their own, on weights that are there.
+    width = model if model.base_width is not None and adaptation is None else None
+    optimizer = config.objective.around(config.optimizer.build(schedule, axes, width))
     constrain = constrain or make_constrain(mesh, config.sharding)
     apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
     objective = config.objective.build(_token_bytes(model, tokenizer))

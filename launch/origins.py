@@ -168,7 +168,7 @@ def load_teacher(
 
 def model_digest(model: ModelConfig) -> str:
     """Of how a model uses its weights."""
-    told = {key: value for key, value in to_plain(model).items() if key not in HOW}
+    told = {key: value for key, value in to_plain(model).items() if key not in (*HOW, "base_width")}
     told["attention"] = {key: v for key, v in told["attention"].items() if f"attention.{key}" not in HOW}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -14,7 +14,9 @@ from launch import exit_codes
 TASKS = {
     "train": "train a model; the same run name again goes on with the run",
     "plan": "memory, speed and cost of a run on devices that need not be there: plan model=llama3_70b target=v5p-512",
-    "sweep": "trains with other values of some keys: sweep experiment=hello optimizer.learning_rate=log:1e-4..1e-2",
+    "sweep": "train with other values of some keys: sweep experiment=hello optimizer.learning_rate=log:1e-4..1e-2",
+    "coordinates": "whether rates carry over from width to width: how far the first steps move activations",
+    "ladder": "runs of several sizes, the scaling law through them, and the size for a budget: ladder budget=1e18",
     "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
     "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
     "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
@@ -31,7 +33,7 @@ TASKS = {
 SHORT = {
     "from": "task.origin", "to": "task.target",
     "target": "task.target", "compile": "task.compile", "search": "task.search", "tokens": "task.tokens",
-    "plan.search": "task.search", "plan.compile": "task.compile", "follow": "task.follow",
+    "plan.search": "task.search", "plan.compile": "task.compile", "follow": "task.follow", "budget": "task.budget",
 }  # fmt: skip
 
 OVERVIEW = """meshwright TASK [key=value ...]
@@ -226,18 +228,31 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
         from launch.tasks import jobs
 
         return {"status": jobs.status, "logs": jobs.logs, "stop": jobs.stop}[config.task.kind](config, overrides)
-    if config.task.kind == "sweep":  # the trials need the devices
-        from launch.tasks import sweep
+    if config.task.kind in ("sweep", "ladder"):  # the devices are for its runs
+        from launch.tasks import ladder, sweep
 
-        return sweep.run(config, overrides)
+        return {"sweep": sweep.run, "ladder": ladder.run}[config.task.kind](config, overrides)
     with startup.phase("join"):
         distributed.start(config.devices)
     with startup.phase("import"):
-        from launch.tasks import convert, evaluate, generate, inspect, plan, predict, prepare, runs, serve, train
+        from launch.tasks import (
+            convert,
+            coordinates,
+            evaluate,
+            generate,
+            inspect,
+            plan,
+            predict,
+            prepare,
+            runs,
+            serve,
+            train,
+        )
 
     task = {
         "train": train.run,
         "plan": plan.run,
+        "coordinates": coordinates.run,
         "prepare": prepare.run,
         "evaluate": evaluate.run,
         "generate": generate.run,

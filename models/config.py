@@ -229,6 +229,7 @@ class ModelConfig:
     dropout: float = 0.0  # of embeddings and of each sub-layer's output
     init_std: float = 0.02
     init_scaled_residual: bool = True  # output projections by 1/sqrt(2 num_layers): GPT-2
+    base_width: int | None = None  # embed_dim at which rate and init_std were chosen (models/width.py); null: this one
     dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
     param_dtype: Dtype = Dtype.float32
     remat: Remat = Remat.none
@@ -236,6 +237,11 @@ class ModelConfig:
         default_factory=list
     )  # kept activations in the host's memory; remat full and its like
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times as wide as where it was tuned."""
+        return 1.0 if self.base_width is None else self.embed_dim / self.base_width
 
     @property
     def layers_before_experts(self) -> int:
@@ -288,6 +294,8 @@ class ModelConfig:
                     f"model.offload: model.remat={self.remat.name} keeps no {name.name} that could lie elsewhere; "
                     f"valid: {valid}; border goes with remat=full, qkv, attention"
                 )
+        if self.base_width is not None and self.base_width < 1:
+            raise ValueError(f"model.base_width={self.base_width}: must be at least 1; null: the model's own width")
         for key in ("num_layers", "embed_dim", "max_seq_len"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)}: must be at least 1")

@@ -14,6 +14,7 @@ from flax import nnx
 from models.config import ModelConfig
 from models.layers import Normalize, Projection
 from models.partition import RESIDUAL, TOKENS
+from models.width import final_norm_factor
 
 FURTHER = "further"  # their name in the tree of parameters, stacked on a leading `layers` dim
 
@@ -23,8 +24,9 @@ class Further(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig, block: nnx.Module):
         D = config.embed_dim
-        norm = lambda: Normalize(rngs, config, (D,), ("embed",))
-        self.hidden_norm, self.embedding_norm, self.final_norm = norm(), norm(), norm()
+        norm = lambda start=1.0: Normalize(rngs, config, (D,), ("embed",), start=start)
+        self.hidden_norm, self.embedding_norm = norm(), norm()
+        self.final_norm = norm(final_norm_factor(config))
         self.projection = Projection(rngs, config, "BLE,ED->BLD", (2 * D, D), ("embed", "embed"), std=config.init_std)
         self.block = block
 

@@ -15,17 +15,18 @@ import numpy as np
 from flax import nnx
 
 from models.config import Activation, MLPConfig, ModelConfig, Norm, RopeConfig, RopeScaling
+from models.width import init_factor
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str, ...], std: float | None, config: ModelConfig):
-    """A parameter with the names of its dims: normal with `std`, ones for None, zeros for 0."""
+    """A parameter with the names of its dims: normal with `std` at the base width, ones for None, zeros for 0."""
     dtype = jnp.dtype(config.param_dtype.name)
     if std is None:
         value = jnp.ones(shape, dtype)
     elif std == 0:
         value = jnp.zeros(shape, dtype)
     else:
-        value = std * jax.random.normal(rngs.params(), tuple(shape), dtype)
+        value = std * init_factor(config, axes) * jax.random.normal(rngs.params(), tuple(shape), dtype)
     return nnx.Param(value, axes=axes)
 
 
@@ -135,11 +136,14 @@ class Projection(nnx.Module):
 class Normalize(nnx.Module):
     """RMS or layer normalisation over the trailing dims of `shape`, computed in f32."""
 
-    def __init__(self, rngs, config: ModelConfig, shape: Sequence[int], axes: tuple[str, ...]):
+    def __init__(self, rngs, config: ModelConfig, shape: Sequence[int], axes: tuple[str, ...], *, start: float = 1.0):
+        """`start`: of the scales that it multiplies by."""
         self.eps, self.offset = config.norm_eps, config.norm_unit_offset
         self.center = config.norm is Norm.layer
         self.dims = tuple(range(-len(shape), 0))
         self.scale = param(rngs, shape, axes, 0 if self.offset else None, config)
+        if start != 1:
+            self.scale = nnx.Param(self.scale[...] + (start - 1), axes=axes)
         self.bias = param(rngs, shape, axes, 0, config) if self.center and config.norm_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

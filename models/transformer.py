@@ -37,6 +37,7 @@ from models.moe import Auxiliary, Experts
 from models.partition import RESIDUAL, TOKENS, Constrain, no_constraint
 from models.pipeline import Schedule, run_in_stages, schedule_of
 from models.self_attention import Attention, LatentAttention
+from models.width import final_norm_factor
 
 Params = Any  # a nested dict of arrays
 
@@ -120,7 +121,7 @@ class Ends(nnx.Module):
         learned = config.position is Position.learned
         table = (config.max_seq_len, D), ("positions", "embed")
         self.position_embedding = param(rngs, *table, std, config) if learned else None
-        self.final_norm = Normalize(rngs, config, (D,), ("embed",))
+        self.final_norm = Normalize(rngs, config, (D,), ("embed",), start=final_norm_factor(config))
         logits = not (config.tied_embeddings or config.outputs)
         self.head = param(rngs, (D, V), ("embed", "vocab"), std, config) if logits else None
         # At 0 a score says nothing yet, whatever the width.
@@ -185,7 +186,8 @@ def _abstract_block(config: ModelConfig, stack: Stack) -> nnx.Module:
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh weights as a nested dict; those of the layers have a leading dim `layers`, in each of `all_stacks`.
 
-    Normal with `init_std`, output projections scaled by depth, biases 0, norms 1 (GPT-2, section 2.3).
+    Normal with `init_std`, output projections scaled by depth, biases 0, norms 1 (GPT-2, section 2.3); with
+    `base_width` by width, too (models/width.py).
     """
     ends_key, layers_key = jax.random.split(key)
     ends = nnx.to_pure_dict(nnx.state(Ends(nnx.Rngs(ends_key), config), nnx.Param))

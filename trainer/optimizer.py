@@ -1,6 +1,6 @@
 """The optimizers: a dataclass each, which gives the direction of an update; what they share is in `build`.
 
-    clip by global norm > direction > weight decay > rate of the role > learning rate > parameter average
+    clip by global norm > direction > rate by width > weight decay > rate of the role > learning rate > average
 
 The learning rate is read from the step given to `update(..., step=)`, never from a counter hidden in the
 optimizer's state, so `reset=[optimizer]` and `reset=[step]` do what they say. Roles (`trainer/roles.py`) come
@@ -8,18 +8,21 @@ from logical axes, so stacked layers are never taken for one matrix.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from models.config import ModelConfig
 from trainer.factored import scale_by_factored_rms
 from trainer.offload import on_device
 from trainer.roles import MatrixDims, Role, matrix_dims, param_roles
 from trainer.schedule import Schedule
 from trainer.soap import scale_by_soap
 from trainer.state import TrainState
+from trainer.width import Rule, like_adam, like_muon, like_sgd, rate_factors
 
 Params = Any  # a nested dict of arrays
 Tree = Any  # a tree in the shape of the parameters'
@@ -42,13 +45,17 @@ class OptimizerConfig:
     offload: bool = False  # what the optimizer keeps lies in the host's memory, and comes to the devices for the update
     balance_rate: float = 1e-3  # of model.experts.balance=bias: what a bias moves in a step; no schedule scales it
 
-    def build(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
-        """The transformation; its `update` needs `step=`. `param_axes`: the logical axes of each parameter.
+    def build(
+        self, schedule: Schedule, param_axes: Tree, width: ModelConfig | None = None
+    ) -> optax.GradientTransformationExtraArgs:
+        """The transformation; its `update` needs `step=`. `param_axes`: the logical axes of each parameter. `width`:
+        the model, where rates follow from its width.
 
         Raises: ValueError naming the key of a value that cannot be.
         """
         self.check()
-        parts = [self.descend(schedule, param_axes)]
+        factors = None if width is None else rate_factors(width, param_axes, self.width_rule())
+        parts = [self.descend(schedule, param_axes, factors)]
         if self.clip_norm is not None:
             parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
         if self.ema_decay is not None:
@@ -73,11 +80,20 @@ class OptimizerConfig:
                 f"optimizer.ema_decay={self.ema_decay}: must be between 0 and 1, as 0.999; null turns it off"
             )
 
-    def descend(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
-        """From clipped gradients to what is added to the parameters."""
+    def width_rule(self) -> Rule:
+        """How rates follow from a model's width. Raises: ValueError where no rule is known."""
+        return like_adam
+
+    def descend(
+        self, schedule: Schedule, param_axes: Tree, factors: Tree | None = None
+    ) -> optax.GradientTransformationExtraArgs:
+        """From clipped gradients to what is added to the parameters. `factors`: on the rate of each, but not on its
+        decay, which then works at the same speed at every width (Wang & Aitchison 2024 [2405.13698]).
+        """
         roles = param_roles(param_axes)
         descent = optax.chain(
             self.direction(param_axes),
+            *([] if factors is None else [scale_each(factors)]),
             optax.add_decayed_weights(self.weight_decay, mask=jax.tree.map(lambda role: role in DECAYED, roles)),
             scale_by_rates(schedule, jax.tree.map(lambda role: self.role_learning_rates.get(role.name, 1.0), roles)),
         )
@@ -130,6 +146,9 @@ class SgdConfig(OptimizerConfig):
             return optax.identity()
         return optax.trace(decay=self.momentum, nesterov=self.nesterov)
 
+    def width_rule(self) -> Rule:
+        return like_sgd
+
 
 @dataclass
 class AdafactorConfig(OptimizerConfig):
@@ -156,6 +175,14 @@ class AdafactorConfig(OptimizerConfig):
             eps=self.eps,
         )
 
+    def width_rule(self) -> Rule:
+        if self.scale_by_param:
+            raise ValueError(
+                "optimizer.scale_by_param=true: sizes updates by the weights, whose own size model.base_width lets "
+                "follow from the width; set it to false, or model.base_width=null"
+            )
+        return like_adam
+
 
 @dataclass
 class MuonConfig(OptimizerConfig):
@@ -178,6 +205,9 @@ class MuonConfig(OptimizerConfig):
             scale_by_size(matrices_only(param_axes, matrix_dims), self.consistent_rms),
         )
         return matrices_by(muon, optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
+
+    def width_rule(self) -> Rule:
+        return partial(like_muon, consistent=self.consistent_rms is not None)
 
 
 @dataclass
@@ -212,6 +242,12 @@ class SoapConfig(OptimizerConfig):
         )
         return matrices_by(soap, optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
 
+    def width_rule(self) -> Rule:
+        raise ValueError(
+            "model.base_width: for optimizer=soap no rule of widths is known here, as its updates are neither Adam's "
+            "nor orthogonal; take optimizer=adamw or muon, or model.base_width=null"
+        )
+
 
 @dataclass
 class ScheduleFreeConfig(OptimizerConfig):
@@ -235,8 +271,10 @@ class ScheduleFreeConfig(OptimizerConfig):
         if not 0 < self.b1 < 1:
             raise ValueError(f"optimizer.b1={self.b1}: must be between 0 and 1, as 0.9")
 
-    def descend(self, schedule: Schedule, param_axes: Tree) -> optax.GradientTransformationExtraArgs:
-        return schedule_free(super().descend(schedule, param_axes), schedule, b1=self.b1)
+    def descend(
+        self, schedule: Schedule, param_axes: Tree, factors: Tree | None = None
+    ) -> optax.GradientTransformationExtraArgs:
+        return schedule_free(super().descend(schedule, param_axes, factors), schedule, b1=self.b1)
 
     def direction(self, param_axes: Tree) -> optax.GradientTransformation:
         return optax.scale_by_rms(decay=self.b2, eps=self.eps, eps_in_sqrt=False, bias_correction=True)
@@ -273,6 +311,12 @@ def scale_by_size(dims: Tree, consistent_rms: float | None) -> optax.GradientTra
         return update * size**0.5
 
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, dims))
+
+
+def scale_each(factors: Tree) -> optax.GradientTransformation:
+    """Times the factor of each parameter (a tree of floats)."""
+    scale = lambda updates: jax.tree.map(lambda u, factor: u * jnp.asarray(factor, u.dtype), updates, factors)
+    return optax.stateless(lambda updates, params: scale(updates))
 
 
 def scale_by_rates(schedule: Schedule, factors: Tree) -> optax.GradientTransformationExtraArgs:

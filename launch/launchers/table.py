@@ -32,8 +32,8 @@ LAUNCHERS: dict[str, Launcher] = {
 }
 
 FAR = ("k8s", "tpu_vm", "skypilot")  # whose processes see nothing of this machine's disk
-# Tasks that only look, and a sweep, whose trials are what is launched.
-HERE = ("plan", "sweep", "inspect", "runs", "status", "logs", "stop")
+# Tasks that only look, and those whose runs are what is launched.
+HERE = ("plan", "sweep", "ladder", "inspect", "runs", "status", "logs", "stop")
 
 
 def launches(config: RunConfig) -> bool:

@@ -169,23 +169,3 @@ def settled(config: RunConfig, model: ModelConfig, say: Callable[[str], None]) -
         + ("" if best.plan.fits else f", of {best.plan.capacity / 1e9:.2f} GB: it may not fit")
     )
     return replace(config, mesh=best.config.mesh)
-
-
-# What to train for a budget
-
-
-class Optimum(NamedTuple):
-    parameters: float
-    tokens: float
-    loss: float  # nats a token, on the text of the law
-
-
-# Hoffmann et al. 2022 [2203.15556], section 3.3, in the corrected fit of Besiroglu et al. 2024 [2404.10102], table 1.
-E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
-
-
-def compute_optimal(flops: float) -> Optimum:
-    """The size and the number of tokens with the least loss for so many training FLOPs, 6 N D = C."""
-    n = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (flops / 6) ** (BETA / (ALPHA + BETA))
-    d = flops / 6 / n
-    return Optimum(n, d, E + A / n**ALPHA + B / d**BETA)

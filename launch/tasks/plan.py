@@ -17,9 +17,10 @@ from launch.origins import adopt
 from launch.planning.compiled import Compiled, compile_step, take_no_device
 from launch.planning.estimate import estimate
 from launch.planning.picture import draw_plan
-from launch.planning.search import Choice, Free, compute_optimal, search
+from launch.planning.search import Choice, Free, search
 from launch.planning.shapes import with_vocabulary
 from launch.run_folder import run_folder, write_whole
+from launch.scaling.law import CHINCHILLA, CHINCHILLA_SOURCE, compute_optimal, read_law
 from trainer.hardware import Target, parse_target
 from trainer.mesh import in_words
 
@@ -93,7 +94,8 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
     hours = seconds / 3600 * plan.target.num_devices
     price = hardware.price if task.price is None else task.price
     flops = tokens * plan.flops_per_token
-    optimum = compute_optimal(flops)
+    law, source = (CHINCHILLA, CHINCHILLA_SOURCE) if task.law is None else (read_law(Path(task.law)), task.law)
+    optimum = compute_optimal(flops, law)
     found: dict[str, Any] = {
         "target": plan.target.name,
         "devices": plan.target.num_devices,
@@ -133,7 +135,7 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
         },
         "compute_optimal": {
             **optimum._asdict(),
-            "law": "Hoffmann et al. 2022 (2203.15556), approach 3, refitted by Besiroglu et al. 2024 (2404.10102)",
+            "law": source,
         },
         "overrides": [
             *(f"mesh.{axis}={size}" for axis, size in plan.mesh.items()),

@@ -13,9 +13,10 @@ from configs.schema import register, to_typed
 from launch.planning.compiled import collectives, compile_step, wanted
 from launch.planning.estimate import USABLE, estimate
 from launch.planning.picture import draw_plan
-from launch.planning.search import Free, candidates, compute_optimal, offloading, search, settled
+from launch.planning.search import Free, candidates, offloading, search, settled
 from launch.planning.shapes import bytes_on_device, shapes_of, with_vocabulary
 from launch.run import run
+from launch.scaling.law import compute_optimal
 from trainer.hardware import HARDWARE, Target, of_kind, parse_target, topology_shape
 from trainer.mesh import AXES, abstract_mesh
 from trainer.metrics import published_peak

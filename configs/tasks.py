@@ -146,6 +146,15 @@ class RunsConfig(TaskConfig):
 
 
 @dataclass
+class ReplayConfig(TaskConfig):
+    """Of a rollback (`spikes.policy=rollback`): the updates before it, once more."""
+
+    kind: str = "replay"
+    incident: str | None = None  # STEP-N, as its file in incidents/ is called; null: the newest
+    rows: int = 5  # of its batch, those with the largest loss
+
+
+@dataclass
 class ConvertConfig(TaskConfig):
     kind: str = "convert"
     origin: str | None = None  # from=: hf:FOLDER, gguf:FILE, peft:FOLDER, or a run's name, NAME@STEP for one step
@@ -187,6 +196,7 @@ TASKS: dict[str, type[TaskConfig]] = {
     "predict": PredictConfig,
     "inspect": InspectConfig,
     "runs": RunsConfig,
+    "replay": ReplayConfig,
     "convert": ConvertConfig,
     "status": StatusConfig,
     "logs": LogsConfig,

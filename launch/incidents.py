@@ -1,9 +1,10 @@
 """Rollbacks of a run: what happened, written so that it can be looked into and done again.
 
-    runs/NAME/incidents/STEP_N.json   what was seen, the checkpoint that the run went back to, the rows it left out
-                       /STEP_N.npz    the batch of that update, whole; N counts the incidents before
+    runs/NAME/incidents/STEP-N.json   what was seen, the checkpoint that the run went back to, the rows it left out
+                       /STEP-N.npz    the batch of that update, whole; N counts the incidents before
 
-A start from that checkpoint reads the first, so that the rows stay left out whenever it comes.
+A start from that checkpoint reads the first, so that the rows stay left out whenever it comes. `meshwright replay` does
+the updates once more.
 """
 
 import json
@@ -18,10 +19,15 @@ from launch.run_folder import RunFolder, write_whole
 from trainer.spikes import Rollback
 
 
+def by_name(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """Those of a run by STEP-N, the oldest first."""
+    files = sorted(folder.incidents.glob("*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
 def of(folder: RunFolder) -> list[dict[str, Any]]:
     """Those of a run, the oldest first."""
-    files = sorted(folder.incidents.glob("*.json"), key=lambda file: int(file.stem.rpartition("_")[2]))
-    return [json.loads(file.read_text()) for file in files]
+    return [*by_name(folder).values()]
 
 
 def next_row(folder: RunFolder, step: int) -> int | None:
@@ -42,17 +48,13 @@ def describe(source: OfflineSource, rollback: Rollback, first_row: int) -> tuple
         "rolled_back_to": rollback.to,
         "rows": [first_row, end],
         "batch_rows": [end - source.batch_size, end],
-        "to_see_it_again": (
-            f"copy checkpoints/{rollback.to}, config.yaml and tokenizer/ of this run to the folder of another one, and "
-            f"train that with the same command and run=ITS_NAME spikes.policy=skip task.num_steps={rollback.step}"
-        ),
     }
     return told, {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def write(folder: RunFolder, number: int, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
     """`number`: of incidents before. By process 0 alone."""
-    path = folder.incidents / f"{told['step']}_{number}.json"
+    path = folder.incidents / f"{told['step']}-{number}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
     write_whole(path, json.dumps(told, indent=1) + "\n")

@@ -25,6 +25,7 @@ TASKS = {
     "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
     "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN, from=RUN to=gguf:FILE",
     "runs": "a table of the runs in a folder",
+    "replay": "the updates before a rollback once more, and which rows were to blame: replay run=NAME",
     "status": "how the newest job of a run does: status run=NAME",
     "logs": "what it printed: logs run=NAME, and follow=true to stay",
     "stop": "ends it, with a checkpoint: stop run=NAME",
@@ -244,6 +245,7 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
             plan,
             predict,
             prepare,
+            replay,
             runs,
             serve,
             train,
@@ -260,6 +262,7 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
         "predict": predict.run,
         "inspect": inspect.run,
         "runs": runs.run,
+        "replay": replay.run,
         "convert": convert.run,
     }[config.task.kind]
     code = task(config, overrides)

@@ -49,3 +49,8 @@ def test_a_run_goes_back_and_leaves_the_data_out(folder):
     assert not dropped(folder, "back")  # the rows of the run, once it had gone back
     batch = np.load(incident.with_suffix(".npz"))
     assert batch["tokens"].shape == (8, 32) and (batch["tokens"] > ord("d")).any()
+    out, _ = meshwright(folder, "replay", "run=back", f"task.incident={incident.stem}", "task.rows=1", "format=json")
+    again = json.loads(out[out.index("{") :])
+    [worst] = again["rows"]
+    assert again["same"] and [row["step"] for row in again["updates"]] == list(range(to + 1, step + 1))
+    assert set(worst["text"].strip()) - set("abcd")  # the document that is like no other

@@ -1,0 +1,113 @@
+"""`meshwright replay run=NAME`: the updates before a rollback once more, and the rows of the batch that spoiled one."""
+
+import dataclasses
+import json
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.schema import Format, RunConfig
+from configs.tasks import ReplayConfig
+from launch import incidents
+from launch.assemble import Core, build_core, build_source, is_chief, load_corpora, model_config, say
+from launch.beginning import find_base, find_frozen
+from launch.planning.search import settled
+from launch.run_folder import RunFolder, run_folder
+from trainer.objective import Params
+from trainer.spikes import NO_LIMITS, WATCHED
+
+EXCERPT = 160  # characters of a row that are shown
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """Prints loss and gradient norm of each update up to the incident, whether they are those of then, and the rows.
+
+    Raises: ValueError where there is no such incident, or no checkpoint before it any more.
+    """
+    task = config.task
+    assert isinstance(task, ReplayConfig)
+    folder = run_folder(config)
+    saved = dataclasses.replace(folder.saved_config(), runs=config.runs, run=config.run)
+    name, incident = chosen(folder, task.incident)
+    with ExitStack() as stack:
+        checkpointer = stack.enter_context(folder.checkpointer(read_only=True, say=say))
+        first = incident["rolled_back_to"]
+        if first not in checkpointer.steps():
+            raise ValueError(
+                f"task.incident={name}: the run went back to step {first}, whose checkpoint is gone "
+                f"(checkpoint.keep={saved.checkpoint.keep}); the batch is in {folder.incidents / name}.npz"
+            )
+        corpora = load_corpora(saved, folder, say)
+        saved = settled(saved, model_config(saved, corpora.tokenizer), say)
+        core = build_core(saved, corpora.tokenizer)
+        base = find_base(saved, core, checkpointer)
+        frozen = find_frozen(saved, core, checkpointer, corpora, base)
+        source = build_source(saved, corpora, core, frozen.tables.train)
+        stack.callback(source.close)
+        state = checkpointer.restore(first, core.abstract).state
+        source.set_state(checkpointer.read_json(first, "source"))
+        source.next_index = incident["rows"][0]
+        values: dict[str, float] = {}
+        told, params, batch = [], state.params, None
+        for step in range(first + 1, incident["step"] + 1):
+            batch = source.next_batch(state)
+            params = jax.tree.map(lambda leaf: leaf.copy(), state.params) if step == incident["step"] else None
+            state, metrics = core.train_step(state, frozen.models, batch, NO_LIMITS)
+            values = {key: float(jax.device_get(metrics[key])) for key in WATCHED}
+            told.append({"step": step, **values})
+            if config.format is not Format.json:
+                say(f"step {step}: " + ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
+    same = {key: str(value) for key, value in values.items()} == incident["values"]
+    rows = worst_rows(core, params, frozen.models, batch, task.rows) if saved.objective.of_tokens else []
+    start = incident["batch_rows"][0]
+    shown = [{"row": start + row, "loss": loss, "text": text_of(corpora.tokenizer, batch, row)} for row, loss in rows]
+    if is_chief():
+        if config.format is Format.json:
+            print(json.dumps({"incident": name, "same": same, "updates": told, "rows": shown}, indent=2))
+        else:
+            then = ", ".join(f"{key} {value}" for key, value in incident["values"].items())
+            print(
+                f"as then, bit for bit ({then})" if same else f"not as then: {then}; another mesh or machine rounds so"
+            )
+            for row in shown:
+                print(f"row {row['row']}: loss {row['loss']:.4f}  {row['text']!r}")
+    return 0
+
+
+def chosen(folder: RunFolder, name: str | None) -> tuple[str, dict[str, Any]]:
+    """An incident by its name, STEP-N; None: the newest. Raises: ValueError where it is not there."""
+    there = incidents.by_name(folder)
+    if not there:
+        raise ValueError(f"run={folder.name}: never went back; {folder.incidents} is empty")
+    if name is not None and name not in there:
+        raise ValueError(f"task.incident={name}: no such incident of {folder.name}; there are: {', '.join(there)}")
+    name = name or [*there][-1]
+    return name, there[name]
+
+
+def worst_rows(core: Core, params: Params, frozen: Any, batch: Any, count: int) -> list[tuple[int, float]]:
+    """The rows with the largest loss by itself, what is not finite first: (row, loss)."""
+    loss_of = jax.jit(
+        lambda mask, params, frozen, batch: core.eval_step(
+            params, frozen, batch._replace(loss_mask=batch.loss_mask * mask)
+        )["loss"].value()
+    )
+    size = batch.loss_mask.shape[0]
+    losses = []
+    for row in range(size):
+        mask = np.zeros((size, *[1] * (batch.loss_mask.ndim - 1)), np.float32)
+        mask[row] = 1
+        losses.append(float(jax.device_get(loss_of(mask, params, frozen, batch))))
+    order = sorted(range(size), key=lambda row: (np.isfinite(losses[row]), -losses[row]))
+    return [(row, losses[row]) for row in order[:count]]
+
+
+def text_of(tokenizer: Any, batch: Any, row: int) -> str:
+    """The beginning of a row, where this process holds it."""
+    for shard in batch.tokens.addressable_shards:
+        first = shard.index[0].start or 0
+        if first <= row < first + shard.data.shape[0]:
+            return tokenizer.decode(np.asarray(shard.data)[row - first].tolist())[:EXCERPT]
+    return ""

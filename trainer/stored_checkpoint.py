@@ -30,7 +30,7 @@ from trainer.checkpoint import CheckpointConfig, Checkpointer, SaveFailed, be_qu
 from trainer.digest import DIGESTS, find_damage
 
 PART = "digests.process_"  # what one process has uploaded, until all have
-PATIENCE = 3600  # seconds that an upload may take, and that process 0 waits for the slowest
+PATIENCE = 1800  # seconds that an upload may take, and that process 0 waits for the slowest
 
 
 class NotUploaded(SaveFailed):
@@ -140,35 +140,37 @@ class StoredCheckpointer(Checkpointer):
 
     def _before_commit(self) -> None:
         # An error here would leave other processes waiting for this one: `wait` raises it, on all of them.
-        super()._before_commit()
         try:
+            super()._before_commit()
             self._upload()
         except Exception as error:
             self._failure = error
+            if jax.process_index() > 0:
+                with contextlib.suppress(Exception):
+                    self._tell({"failed": str(error)})
 
     def _upload(self) -> None:
         step, folder = self._saving, self._unfinished()
         mine = json.loads((folder / DIGESTS).read_text())
         if jax.process_index() > 0:  # what is not an array is the same on all of them
             mine["files"] = {name: entry for name, entry in mine["files"].items() if name.startswith("state/")}
-        part = f"{step}/{PART}{{}}.{self._attempt}.json"
-        try:
-            self.store.put({f"{step}/{name}": folder / name for name in mine["files"]})
-        except Exception as error:
-            if jax.process_index() > 0:
-                with contextlib.suppress(Exception):
-                    self.store.write(part.format(jax.process_index()), json.dumps({"failed": str(error)}).encode())
-            raise
+        self.store.put({f"{step}/{name}": folder / name for name in mine["files"]})
         if jax.process_index() > 0:
-            self.store.write(part.format(jax.process_index()), json.dumps(mine).encode())
+            self._tell(mine)
             return
         for other in range(1, jax.process_count()):
-            mine["files"] = self._part(part.format(other), other) | mine["files"]
+            mine["files"] = self._part(other) | mine["files"]
         self._commit(step, mine)
 
-    def _part(self, name: str, process: int) -> dict[str, Any]:
+    def _part_of(self, process: int) -> str:
+        return f"{self._saving}/{PART}{process}.{self._attempt}.json"
+
+    def _tell(self, part: dict[str, Any]) -> None:
+        self.store.write(self._part_of(jax.process_index()), json.dumps(part).encode())
+
+    def _part(self, process: int) -> dict[str, Any]:
         begin = time.monotonic()
-        while (content := self.store.read(name)) is None:
+        while (content := self.store.read(self._part_of(process))) is None:
             if time.monotonic() - begin > PATIENCE:
                 raise StoreFailed(f"process {process} has not uploaded its part in {PATIENCE:.0f} s")
             time.sleep(0.5)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
@@ -84,7 +85,17 @@ class StoredCheckpointer(Checkpointer):
         if jax.process_count() > 1:
             handle_json = lambda: ocp.JsonCheckpointHandler(multiprocessing_options=self._processes)
             self._handlers = {name: handle_json() for name in ("source", "config", "tokenizer", "extra")} | {
-                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=self._processes)
+                "state": ocp.PyTreeCheckpointHandler(
+                    use_ocdbt=False,
+                    multiprocessing_options=self._processes,
+                    # Handlers of its own: those that all share wait for a folder that the first process is to make.
+                    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                        (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None)),
+                        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+                        (int, ocp.type_handlers.ScalarHandler()),
+                        (float, ocp.type_handlers.ScalarHandler()),
+                    ),
+                )
             }
             logging.getLogger("absl").addFilter(_is_not_orbax_warning)  # that it joins nothing
         return super()._open_manager()

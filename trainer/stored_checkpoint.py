@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
@@ -30,7 +31,7 @@ from trainer.checkpoint import CheckpointConfig, Checkpointer, SaveFailed, be_qu
 from trainer.digest import DIGESTS, find_damage
 
 PART = "digests.process_"  # what one process has uploaded, until all have
-PATIENCE = 3600  # seconds that an upload may take, and that process 0 waits for the slowest
+PATIENCE = 1800  # seconds that an upload may take, and that process 0 waits for the slowest
 
 
 def _is_not_orbax_warning(record: logging.LogRecord) -> bool:
@@ -79,7 +80,17 @@ class StoredCheckpointer(Checkpointer):
         if jax.process_count() > 1:
             handle_json = lambda: ocp.JsonCheckpointHandler(multiprocessing_options=self._processes)
             self._handlers = {name: handle_json() for name in ("source", "config", "tokenizer", "extra")} | {
-                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=self._processes)
+                "state": ocp.PyTreeCheckpointHandler(
+                    use_ocdbt=False,
+                    multiprocessing_options=self._processes,
+                    # Handlers of its own: those that all share wait for a folder that the first process is to make.
+                    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                        (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None)),
+                        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+                        (int, ocp.type_handlers.ScalarHandler()),
+                        (float, ocp.type_handlers.ScalarHandler()),
+                    ),
+                )
             }
             logging.getLogger("absl").addFilter(_is_not_orbax_warning)  # that it joins nothing
         return super()._open_manager()
@@ -125,32 +136,39 @@ class StoredCheckpointer(Checkpointer):
                 shutil.rmtree(copy, ignore_errors=True)
 
     def _before_commit(self) -> None:
-        super()._before_commit()
-        self._upload()
+        try:
+            super()._before_commit()
+            self._upload()
+        except Exception as error:
+            if jax.process_index() > 0:
+                with contextlib.suppress(Exception):
+                    self._tell({"failed": str(error)})
+            raise
 
     def _upload(self) -> None:
         step, folder = self._saving, self._unfinished()
         mine = json.loads((folder / DIGESTS).read_text())
         if jax.process_index() > 0:  # what is not an array is the same on all of them
             mine["files"] = {name: entry for name, entry in mine["files"].items() if name.startswith("state/")}
-        part = f"{step}/{PART}{{}}.{self._attempt}.json"
-        try:
-            self.store.put({f"{step}/{name}": folder / name for name in mine["files"]})
-        except Exception as error:
-            if jax.process_index() > 0:
-                with contextlib.suppress(Exception):
-                    self.store.write(part.format(jax.process_index()), json.dumps({"failed": str(error)}).encode())
-            raise
+        self.store.put({f"{step}/{name}": folder / name for name in mine["files"]})
         if jax.process_index() > 0:
-            self.store.write(part.format(jax.process_index()), json.dumps(mine).encode())
+            self._tell(mine)
             return
         for other in range(1, jax.process_count()):
-            mine["files"] = self._part(part.format(other), other) | mine["files"]
+            mine["files"] = self._part(other) | mine["files"]
         self._commit(step, mine)
 
-    def _part(self, name: str, process: int) -> dict[str, Any]:
+    def _part_of(self, process: int) -> str:
+        return f"{self._saving}/{PART}{process}.{self._attempt}.json"
+
+    def _tell(self, part: dict[str, Any]) -> None:
+        self.store.write(self._part_of(jax.process_index()), json.dumps(part).encode())
+
+    def _part(self, process: int) -> dict[str, Any]:
         begin = time.monotonic()
-        while (content := self.store.read(name)) is None:
+        while (content := self.store.read(self._part_of(process))) is None:
+            if self._barrier is not None and self._barrier.failed():  # it could not even tell
+                raise StoreFailed(f"process {process} could not write its part")
             if time.monotonic() - begin > PATIENCE:
                 raise StoreFailed(f"process {process} has not uploaded its part in {PATIENCE:.0f} s")
             time.sleep(0.5)

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from launch.exit_codes import PREEMPTED
 
@@ -136,22 +136,21 @@ class Peers:
 
     def _live(self) -> None:
         while not self._end.wait(self._pause):
-            try:
+            with contextlib.suppress(
+                Exception
+            ):  # where it lasts, the other thread sees
                 self.give_sign()
-            except Exception as error:  # JAX's client is about to end this process
-                if not self._end.is_set():
-                    self.leave_alone(_first_line(error), patience=0)
 
     def _watch(self) -> None:
         """Where the coordinator is gone the other thread's call does not come back; where JAX aborts, it goes on."""
         while not self._end.wait(self._pause):
             silent = time.monotonic() - self._given
-            lost = self.index > 0 and silent > 2 * self._pause
-            if lost and self._refused():
+            lost = silent > 2 * self._pause
+            if lost and self.index and self._refused():
                 self._news = {"0": f"is gone: nobody answers at {self._coordinator}"}
                 self.leave_alone("the coordinator is lost", patience=0)
             elif (lost or self._culprits()) and _aborting():
-                if lost:
+                if lost and self.index:
                     self._news = {"0": f"is gone: no answer from it for {silent:.0f} s"}
                 self.leave_alone("JAX cannot go on without it", patience=0)
 
@@ -241,10 +240,6 @@ def _or_nothing(store: Store, key: str) -> str:
         if "NOT_FOUND" in str(error):
             return "{}"
         raise
-
-
-def _first_line(error: Any) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _aborting() -> bool:

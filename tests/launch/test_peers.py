@@ -93,17 +93,21 @@ def test_nobody_to_name_is_said_after_the_patience(three, capsys):
     assert left == [75] and "another process is gone (a collective failed)" in capsys.readouterr().err
 
 
-def test_where_jax_refuses_the_process_leaves_by_itself(three, capsys):
+def test_a_call_that_fails_is_nothing_until_jax_aborts(three, capsys, monkeypatch):
     store, peers, left = three
     for peer in peers:
         peer.give_sign()
-    store.broken = "the coordination service has an error"
+    store.broken = "DEADLINE_EXCEEDED"
     peers[1].start()
+    time.sleep(0.5)
+    assert not left
+    monkeypatch.setattr("launch.peers._aborting", lambda: True)
     until = time.monotonic() + 10
     while not left and time.monotonic() < until:
         time.sleep(0.02)
     peers[1].stop()
-    assert left[:1] == [75] and "the coordination service has an error" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert left[:1] == [75] and "process 0 is gone: no answer from it for" in said and "JAX cannot go on" in said
 
 
 def test_a_lost_coordinator_is_told_although_calls_to_it_never_return(capsys):

@@ -270,15 +270,12 @@ def child(arguments: Sequence[str]) -> None:
         def flipping(state, *rest):  # type: ignore[no-untyped-def]
             nonlocal step
             step += 1
+            import jax
+
             mark = Path(f"flipped_{step}")  # a bit that flips once, not again when the step comes again
-            if step in flipped and not mark.exists():
-                import jax
-
-                from trainer.checkpoint import _by_process_0
-
-                _by_process_0(lambda: mark.touch() or 0)
-                if jax.process_index() == flipped[step]:
-                    state = with_a_flipped_bit(state)
+            if flipped.get(step) == jax.process_index() and not mark.exists():
+                mark.touch()
+                state = with_a_flipped_bit(state)
             return guarded(state, *rest)
 
         return flipping

@@ -136,9 +136,7 @@ class Peers:
 
     def _live(self) -> None:
         while not self._end.wait(self._pause):
-            with contextlib.suppress(
-                Exception
-            ):  # where it lasts, the other thread sees
+            with contextlib.suppress(Exception):  # where it lasts, the other thread sees
                 self.give_sign()
 
     def _watch(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -83,6 +84,8 @@ def s3_server() -> Iterator[dict[str, str]]:
                 patched.setenv(name, value)
             patched.delenv("AWS_PROFILE", raising=False)
             store.file_system.cache_clear()
+            # Servers of one process share what they hold.
+            urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"), timeout=10).close()
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
             patched.setattr(fsspec.get_filesystem_class("s3"), "_cache", {})  # clients of another server
             yield environment

@@ -22,6 +22,9 @@ from tests.launch.programs import program
 from trainer.tracker import read_rows
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
+# Trials are forked from a worker in which other tests have used JAX, and become another program at once.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 TINY = ["model=tiny", "schedule=constant", "schedule.warmup_steps=0", "task.num_steps=6", "sweep.seed=1"]
 
 

@@ -12,6 +12,7 @@ Filling and mounting need root; without it these kinds are left out.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -201,11 +202,8 @@ class Job:
                 self.signal(signal.SIGSTOP, fault.victim)  # the supervisor ends it when the others have left
             case "disk full":
                 ballast = self.folder / "ballast"
-                with ballast.open("wb") as file:
-                    try:
-                        while file.write(bytes(1 << 16)):
-                            file.flush()
-                    except OSError:
+                with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                    while file.write(bytes(1 << 16)):
                         pass
                 time.sleep(4)
                 ballast.unlink()

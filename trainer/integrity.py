@@ -84,15 +84,16 @@ class IntegrityWatch:
     def __init__(
         self, config: IntegrityConfig, train_step: Callable[..., tuple[TrainState, Metrics]], state: TrainState
     ):
-        """`train_step` with limits, as `make_train_step` makes it; `state`: abstract, with shardings."""
+        """`config.every` above 0; `train_step` with limits, as `make_train_step` makes it; `state`: abstract, with
+        shardings.
+        """
         self._every = config.every
         leaves = leaf_paths(state)
         self._names = list(leaves)
-        self._shardings = {name: leaf.sharding for name, leaf in leaves.items()}
-        mesh = next(iter(self._shardings.values())).mesh
+        mesh = leaves[self._names[0]].sharding.mesh
         self._devices = list(mesh.devices.flat)
         specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
-        self._groups = {name: _replicas(self._shardings[name], leaf.shape) for name, leaf in leaves.items()}
+        self._groups = {name: _replicas(leaf.sharding, leaf.shape) for name, leaf in leaves.items()}
         self._of_state = jax.jit(partial(shard_digests, specs=specs, mesh=mesh))
         self._of_step = jax.jit(lambda *step: shard_digests(train_step(*step)[0], specs, mesh))
 
@@ -110,7 +111,7 @@ class IntegrityWatch:
                 sound = step
             return train_step(state, frozen, batch, *limits)
 
-        return guarded if self._every else train_step
+        return guarded
 
     def differing_replicas(self, state: TrainState) -> str:
         """Which devices hold another copy of what should be the same; empty where none does."""

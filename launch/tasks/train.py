@@ -257,8 +257,9 @@ class Session:
             if distributed.peers is not None:
                 distributed.peers.beat(step)
 
-        first = int(state.step)
-        checked = IntegrityWatch(self.config.integrity, self.core.train_step, self.core.abstract).guard(compiled, first)
+        first, checked, integrity = int(state.step), compiled, self.config.integrity
+        if integrity.every:
+            checked = IntegrityWatch(integrity, self.core.train_step, self.core.abstract).guard(compiled, first)
         try:
             with self.ledger.phase("step"), watchdog:
                 return fit(

@@ -10,7 +10,17 @@ from configs.schema import Resume, RunConfig
 from data.pipeline import OfflineSource
 from data.tokenizer import from_files, load_tokenizer, save_tokenizer
 from data.tokenizer_contract import Tokenizer, first_difference
-from launch.assemble import Core, Corpora, is_chief, say, share, wait_for_all
+from launch.assemble import (
+    Core,
+    Corpora,
+    build_core,
+    build_source,
+    is_chief,
+    model_config,
+    say,
+    share,
+    wait_for_all,
+)
 from launch.incidents import next_row
 from launch.origins import (
     Base,
@@ -23,6 +33,7 @@ from launch.origins import (
     recorded_base,
     with_outputs,
 )
+from launch.planning.search import settled
 from launch.run_folder import RunFolder, refuse_drift
 from launch.tables import NO_TABLES, Tables, fill_tables, open_tables
 from models.further import FURTHER
@@ -173,6 +184,25 @@ def _refuse_thinning(config: RunConfig, why: str) -> None:
         raise ValueError(f"init_layers={config.init_layers}: {why}; leave it out")
     if config.init_width.active:
         raise ValueError(f"init_width: {why}; leave it out")
+
+
+class Parts(NamedTuple):
+    """What a run computes with, before it has a state."""
+
+    config: RunConfig  # with what was left to be chosen
+    core: Core
+    base: Base | None
+    frozen: Frozen
+    source: OfflineSource  # to be closed
+
+
+def find_parts(config: RunConfig, corpora: Corpora, checkpointer: Checkpointer) -> Parts:
+    """Those of a start of this run. Raises: as `find_base` and `find_frozen`."""
+    config = settled(config, model_config(config, corpora.tokenizer), say)
+    core = build_core(config, corpora.tokenizer)
+    base = find_base(config, core, checkpointer)
+    frozen = find_frozen(config, core, checkpointer, corpora, base)
+    return Parts(config, core, base, frozen, build_source(config, corpora, core, frozen.tables.train))
 
 
 def begin(

@@ -11,9 +11,8 @@ import numpy as np
 from configs.schema import Format, RunConfig
 from configs.tasks import ReplayConfig
 from launch import incidents
-from launch.assemble import Core, build_core, build_source, is_chief, load_corpora, model_config, say
-from launch.beginning import find_base, find_frozen
-from launch.planning.search import settled
+from launch.assemble import Core, is_chief, load_corpora, say
+from launch.beginning import find_parts
 from launch.run_folder import RunFolder, run_folder
 from trainer.objective import Params
 from trainer.spikes import NO_LIMITS, WATCHED
@@ -40,11 +39,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
                 f"(checkpoint.keep={saved.checkpoint.keep}); the batch is in {folder.incidents / name}.npz"
             )
         corpora = load_corpora(saved, folder, say)
-        saved = settled(saved, model_config(saved, corpora.tokenizer), say)
-        core = build_core(saved, corpora.tokenizer)
-        base = find_base(saved, core, checkpointer)
-        frozen = find_frozen(saved, core, checkpointer, corpora, base)
-        source = build_source(saved, corpora, core, frozen.tables.train)
+        saved, core, _, frozen, source = find_parts(saved, corpora, checkpointer)
         stack.callback(source.close)
         state = checkpointer.restore(first, core.abstract).state
         source.set_state(checkpointer.read_json(first, "source"))

@@ -19,19 +19,15 @@ from launch import distributed, exit_codes, incidents
 from launch.assemble import (
     Core,
     Corpora,
-    build_core,
     build_evaluation,
-    build_source,
     gathered,
     is_chief,
     load_corpora,
-    model_config,
     say,
     wait_for_all,
 )
-from launch.beginning import Frozen, Start, begin, check_resume, find_base, find_frozen, recall_tokenizer
+from launch.beginning import Frozen, Start, begin, check_resume, find_parts, recall_tokenizer
 from launch.origins import adopt, adopt_tokenizer, model_digest
-from launch.planning.search import settled
 from launch.run_folder import RunFolder, environment, run_folder, write_whole
 from launch.startup import compile_watched, startup
 from launch.writing import append_samples, unmasking_of, write
@@ -80,11 +76,7 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
         with ledger.phase("data_preparation"), startup.phase("data"):
             corpora = load_corpora(config, folder, say)
         with ledger.phase("start"), startup.phase("state"):
-            config = settled(config, model_config(config, corpora.tokenizer), say)
-            core = build_core(config, corpora.tokenizer)
-            base = find_base(config, core, checkpointer)
-            frozen = find_frozen(config, core, checkpointer, corpora, base)
-            source = build_source(config, corpora, core, frozen.tables.train)
+            config, core, base, frozen, source = find_parts(config, corpora, checkpointer)
             stack.callback(source.close)
             start = begin(config, core, source, checkpointer, base)
             if is_chief():

@@ -74,7 +74,8 @@ class StoredCheckpointer(Checkpointer):
             # No process sees the folders of others: each is the first in its own, and writes files that are its alone,
             # as those of OCDBT are not, which one process joins.
             self._processes = ocp.options.MultiprocessingOptions(primary_host=None)
-            self._async = ocp.AsyncOptions(timeout_secs=PATIENCE)
+            # Folders first: that they are there is told to all processes by one word, which one's own may come after.
+            self._async = ocp.AsyncOptions(timeout_secs=PATIENCE, create_directories_asynchronously=False)
 
     def _open_manager(self) -> ocp.CheckpointManager:
         if jax.process_count() > 1:
@@ -148,8 +149,9 @@ class StoredCheckpointer(Checkpointer):
     def _upload(self) -> None:
         step, folder = self._saving, self._unfinished()
         mine = json.loads((folder / DIGESTS).read_text())
-        if jax.process_index() > 0:  # what is not an array is the same on all of them
-            mine["files"] = {name: entry for name, entry in mine["files"].items() if name.startswith("state/")}
+        if jax.process_index() > 0:  # what is not of an array (state/NAME/...) is that of process 0
+            arrays = lambda name: name.startswith("state/") and name.count("/") > 1
+            mine["files"] = {name: entry for name, entry in mine["files"].items() if arrays(name)}
         self.store.put({f"{step}/{name}": folder / name for name in mine["files"]})
         if jax.process_index() > 0:
             self._tell(mine)

@@ -6,7 +6,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from models.transformer import Output
 from trainer.mesh import MeshConfig, make_mesh
-from trainer.objectives.logprobs import token_logprobs
+from trainer.objectives.logprobs import TokenLogprobs, summed_loss, token_logprobs
 
 B, L, D, V = 2, 10, 4, 24
 
@@ -103,6 +103,57 @@ def test_logits_stay_cut_along_the_vocabulary() -> None:
     def total(head_DV: jax.Array) -> jax.Array:
         return jnp.sum(token_logprobs(output._replace(head_DV=head_DV), targets, chunk=5).logprob)
 
+    compiled = jax.jit(jax.grad(total), out_shardings=split).lower(head_DV).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_allclose(compiled(head_DV), jax.grad(total)(output.head_DV), rtol=1e-5, atol=1e-5)
+
+
+def of_token(tokens: TokenLogprobs) -> jax.Array:
+    return 0.1 * tokens.logsumexp**2 - tokens.logprob + 0.2 * tokens.mean_logit
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, L])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+def test_a_summed_loss_has_the_gradient_of_its_formula(chunk: int, soft_cap: float | None) -> None:
+    output, targets = inputs(soft_cap=soft_cap)
+    weights = jax.random.uniform(jax.random.key(1), (B, L)).at[:, 2].set(0.0)
+    factor = 0.7  # a gradient that comes from behind the sum
+
+    def formula(hidden_BLD, head_DV):
+        tokens = token_logprobs(Output(hidden_BLD, head_DV, soft_cap), targets, chunk=L)
+        return factor * jnp.sum(of_token(tokens) * weights)
+
+    def found(hidden_BLD, head_DV):
+        return factor * summed_loss(of_token, Output(hidden_BLD, head_DV, soft_cap), targets, weights, chunk=chunk)[0]
+
+    expected = jax.value_and_grad(formula, argnums=(0, 1))(*output[:2])
+    assert_near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(assert_near, jax.jit(jax.value_and_grad(found, argnums=(0, 1)))(*output[:2]), expected)
+    assert_near(found(*output[:2]), expected[0])  # and where nobody asks for a gradient
+    tokens = summed_loss(of_token, output, targets, weights, chunk=chunk)[1]
+    jax.tree.map(assert_near, tokens, token_logprobs(output, targets, chunk=L))
+
+
+def test_a_summed_loss_makes_logits_once_and_never_all() -> None:
+    output, targets = inputs()
+    weights = jnp.ones((B, L))
+
+    def program(loss):
+        return jax.make_jaxpr(jax.grad(lambda h, w: loss(Output(h, w, None)), argnums=(0, 1)))(*output[:2]).jaxpr
+
+    once = program(lambda o: summed_loss(of_token, o, targets, weights, chunk=2)[0])
+    twice = program(lambda o: jnp.sum(of_token(token_logprobs(o, targets, chunk=2))))
+    assert largest_array(once) == max(B * 2 * V, D * V, B * L * D)
+    assert str(once).count("dot_general") == 3
+    assert str(twice).count("dot_general") == 4
+
+
+def test_a_summed_loss_stays_cut_along_the_vocabulary() -> None:
+    mesh = make_mesh(MeshConfig(1, 1, 8))
+    output, targets = inputs()
+    split = jax.NamedSharding(mesh, jax.P(None, "tensor"))
+    head_DV, weights = jax.device_put(output.head_DV, split), jnp.ones((B, L))
+    total = lambda head_DV: summed_loss(of_token, output._replace(head_DV=head_DV), targets, weights, chunk=5)[0]
     compiled = jax.jit(jax.grad(total), out_shardings=split).lower(head_DV).compile()
     assert "all-gather" not in compiled.as_text()
     np.testing.assert_allclose(compiled(head_DV), jax.grad(total)(output.head_DV), rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ Shape letters: B batch, L length, C chunk of the length, D model, V vocab.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -72,13 +73,6 @@ def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Arra
     length = targets_BL.shape[1]
     if chunk >= length:
         return compute(hidden_BLD, targets_BL)
-    num_chunks = _num_chunks(length, chunk)
-    chunk = -(-length // num_chunks)
-
-    def split(x: jax.Array) -> jax.Array:
-        """[B, L, ...] to [M, B, C, ...], with zeros at the ends of the last chunks where C M is more than L."""
-        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(x.shape[0], chunk, num_chunks, *x.shape[2:]), 2, 0)
 
     def body(_: None, part: Any) -> tuple[None, Any]:
         return None, compute(*part)
@@ -86,15 +80,88 @@ def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Arra
     # A scan keeps its steps apart, so the barriers against merging the recomputation with the first pass are
     # waste.
     body = jax.checkpoint(body, prevent_cse=False)
-    _, parts = jax.lax.scan(body, None, jax.tree.map(split, (hidden_BLD, targets_BL)))
+    parts = jax.lax.scan(body, None, _split((hidden_BLD, targets_BL), length, chunk))[1]
+    return _join(parts, length)
+
+
+def _split(tree: Any, length: int, chunk: int) -> Any:
+    """[B, L, ...] to [M, B, C, ...], with zeros at the ends of the last chunks where C M is more than L."""
+    num_chunks = _num_chunks(length, chunk)
+    chunk = -(-length // num_chunks)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, num_chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk, num_chunks, *x.shape[2:]), 2, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _join(tree: Any, length: int) -> Any:
+    """What `_split` cut, without what it added."""
 
     def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], num_chunks * chunk, *x.shape[3:])[:, :length]
+        return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
-    return jax.tree.map(join, parts)
+    return jax.tree.map(join, tree)
 
 
 def _num_chunks(length: int, chunk: int) -> int:
     """Of at most `chunk` tokens each. Up to twice as many as it takes, where these need no padding."""
     least = -(-length // chunk)
     return next((n for n in range(least, 2 * least + 1) if length % n == 0), least)
+
+
+LossOf = Callable[[TokenLogprobs], jax.Array]  # of each token
+
+
+def summed_loss(
+    loss_of: LossOf, output: Output, targets_BL: jax.Array, weights_BL: jax.Array, *, chunk: int
+) -> tuple[jax.Array, TokenLogprobs]:
+    """The sum of weight times loss over all tokens, f32, and of what it is made, which has no gradient.
+
+    The sum has one number for gradient, so those of hidden states and head are made in the pass forward, up to that
+    number, while the logits of a chunk are there: they are made once, where `token_logprobs` makes them again on the
+    way back (Hsu et al. 2024 [2410.10989], section 3.2). Weights have no gradient.
+    """
+    hidden_BLD, head_DV, soft_cap = output[:3]
+    return _summed(loss_of, soft_cap, chunk, hidden_BLD, head_DV, targets_BL, weights_BL)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _summed(loss_of: LossOf, soft_cap, chunk: int, hidden_BLD, head_DV, targets_BL, weights_BL):
+    compute = lambda x, targets: _chunk_logprobs(x, targets, head_DV, soft_cap)
+    tokens = in_chunks(compute, hidden_BLD, targets_BL, chunk)
+    return jnp.sum(loss_of(tokens) * weights_BL), tokens
+
+
+def _summed_forward(loss_of: LossOf, soft_cap, chunk: int, hidden_BLD, head_DV, targets_BL, weights_BL):
+    def compute(hidden_BCD, targets_BC, weights_BC):
+        def sum_of(hidden_BCD, head_DV):
+            tokens = _chunk_logprobs(hidden_BCD, targets_BC, head_DV, soft_cap)
+            return jnp.sum(loss_of(tokens) * weights_BC), tokens
+
+        total, pull, tokens = jax.vjp(sum_of, hidden_BCD, head_DV, has_aux=True)
+        dhidden_BCD, dhead_DV = pull(jnp.ones_like(total))
+        return (total, dhead_DV), (dhidden_BCD, tokens)
+
+    rows, length = (hidden_BLD, targets_BL, weights_BL), targets_BL.shape[1]
+    if chunk >= length:
+        (total, dhead_DV), (dhidden_BLD, tokens) = compute(*rows)
+        return (total, tokens), (dhidden_BLD, dhead_DV)
+
+    def body(sums: Any, part: Any) -> tuple[Any, Any]:
+        more, made = compute(*part)
+        return jax.tree.map(jnp.add, sums, more), made
+
+    start = jnp.zeros(()), jnp.zeros_like(head_DV)
+    (total, dhead_DV), made = jax.lax.scan(body, start, _split(rows, length, chunk))
+    dhidden_BLD, tokens = _join(made, length)
+    return (total, tokens), (dhidden_BLD, dhead_DV)
+
+
+def _summed_backward(loss_of: LossOf, soft_cap, chunk: int, gradients, dsum):
+    times = lambda gradient: (gradient * dsum[0]).astype(gradient.dtype)
+    return *map(times, gradients), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)

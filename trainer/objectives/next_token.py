@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from data.batch import TokenBatch
 from models.transformer import Apply, Output
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
 from trainer.objectives.auxiliary import auxiliary_terms
-from trainer.objectives.logprobs import token_logprobs
+from trainer.objectives.logprobs import TokenLogprobs, summed_loss
 
 
 @dataclass
@@ -67,29 +68,33 @@ class NextToken:
 
     def of_output(self, output: Output, batch: TokenBatch) -> tuple[Mean, dict[str, Mean]]:
         """Loss and metrics of a forward pass over the batch."""
-        tokens = token_logprobs(output, batch.targets, chunk=self.config.loss_chunk)
         mask_BL = batch.loss_mask.astype(jnp.float32)
         weight = jnp.sum(mask_BL)
+        of_token = partial(_of_token, self.config)
+        total, tokens = summed_loss(of_token, output, batch.targets, mask_BL, chunk=self.config.loss_chunk)
 
         def mean(values_BL: jax.Array) -> Mean:
             return Mean(jnp.sum(values_BL * mask_BL), weight)
 
-        nll_BL = -tokens.logprob
-        loss_BL = nll_BL
-        if smoothing := self.config.label_smoothing:
-            uniform_BL = tokens.logsumexp - tokens.mean_logit
-            loss_BL = (1 - smoothing) * nll_BL + smoothing * uniform_BL
-        if self.config.dft:
-            loss_BL = jax.lax.stop_gradient(jnp.exp(tokens.logprob)) * nll_BL
-        if self.config.z_loss:
-            loss_BL = loss_BL + self.config.z_loss * jnp.square(tokens.logsumexp)
-        added_BL, router = auxiliary_terms(output, loss_BL.shape)
-        loss_BL = loss_BL + added_BL
-        metrics = {"nll": mean(nll_BL), "accuracy": mean(tokens.correct.astype(jnp.float32))}
+        added_BL, router = auxiliary_terms(output, mask_BL.shape)
+        metrics = {"nll": mean(-tokens.logprob), "accuracy": mean(tokens.correct.astype(jnp.float32))}
         if self.token_bytes is not None:
             metrics["bytes"] = mean(jnp.asarray(self.token_bytes, jnp.float32)[batch.targets])
         metrics |= {name: mean(values_BL) for name, values_BL in router.items()}
-        return mean(loss_BL), metrics
+        return Mean(total + mean(added_BL).total, weight), metrics
 
     def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
         return token_spec(batch_size, seq_len)
+
+
+def _of_token(config: NextTokenConfig, tokens: TokenLogprobs) -> jax.Array:
+    """The loss of each."""
+    loss = nll = -tokens.logprob
+    if smoothing := config.label_smoothing:
+        uniform = tokens.logsumexp - tokens.mean_logit
+        loss = (1 - smoothing) * nll + smoothing * uniform
+    if config.dft:
+        loss = jax.lax.stop_gradient(jnp.exp(tokens.logprob)) * nll
+    if config.z_loss:
+        loss = loss + config.z_loss * jnp.square(tokens.logsumexp)
+    return loss

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import F32, HIDDEN, Softmax, attention, visible
-from models.config import Across
+from models.config import Across, Kernel
+from models.kernels import kernel_attention
 from models.layers import contract
 from models.partition import Constrain, Cut
 
@@ -61,12 +62,15 @@ def row_attention(
     scale: float,
     block: int | None = None,
     across: Across = Across.ring,
+    kernel: Kernel = Kernel.xla,
+    windows: tuple[int, ...] = (),
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of the tokens of rows to each other, [B, L, N, W] in q's dtype; each device has the queries it holds.
 
-    `block`, `across`: see `models.config.AttentionConfig`.
+    `block`, `across`: see `models.config.AttentionConfig`. `kernel`, with the `windows` that layers have: what
+    computes rows that are not cut.
     """
 
     def attend(cut: Cut, q_BLNH, k_BSKH, v_BSKW, positions_BL, segments_BL, shown_BL, sinks_N, window):
@@ -77,6 +81,10 @@ def row_attention(
         if along and across is Across.all_gather:
             keys, along = jax.tree.map(lambda x: jax.lax.all_gather(x, along, axis=1, tiled=True), keys), ()
         options: Any = {"scale": scale, "soft_cap": soft_cap, "sinks_N": sinks_N}
+        if kernel is not Kernel.xla and not cut.get("length"):
+            how = {"window": window, "windows": windows, "interpret": constrain.platform == "cpu"}
+            out = kernel_attention(kernel, q_BLNH, keys.keys, keys.values, segments_BL, **how, **options)
+            return checkpoint_name(out, "attention")
         if whole and not along:
             mask = visible(positions_BL, keys.positions, segments_BL, keys.segments, window, keys.shown)
             return checkpoint_name(attention(q_BLNH, keys.keys, keys.values, mask, **options), "attention")

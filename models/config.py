@@ -68,6 +68,15 @@ class Across(enum.Enum):
     all_gather = "all_gather"  # all keys of a row come to each device: Llama 3 (2024, section 3.3.2)
 
 
+class Kernel(enum.Enum):
+    """What computes attention in training, where rows are not cut (models/kernels.py)."""
+
+    xla = "xla"  # plain operations, block by block where rows are long
+    auto = "auto"  # the platform's kernel where it can do what the model asks for, else xla
+    splash = "splash"  # of TPUs
+    triton = "triton"  # of GPUs
+
+
 class RouterScore(enum.Enum):
     softmax = "softmax"  # over all experts. Over the chosen ones (GPT-OSS) is the same, renormalised
     sigmoid = "sigmoid"  # of each expert by itself: DeepSeek-V3
@@ -155,6 +164,7 @@ class AttentionConfig:
     # Keys and queries whose scores exist at once; 0: those of a whole row. null: 0 up to 2048 tokens, else 1024
     block: int | None = None
     context: Across = Across.ring  # with mesh.context above 1
+    kernel: Kernel = Kernel.xla
 
 
 @dataclass
@@ -192,7 +202,7 @@ class ExpertsConfig:
 
 
 # Of a model's fields those that say how to compute, not what: a run may go on with others.
-HOW = ("remat", "offload", "pipeline", "attention.block", "attention.context")
+HOW = ("remat", "offload", "pipeline", "attention.block", "attention.context", "attention.kernel")
 
 
 @dataclass

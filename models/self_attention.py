@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from models import kernels
 from models.attention import attention, cached_attention, visible, weights_of_heads
 from models.blockwise import Keys, row_attention
 from models.cache import write_cache
@@ -90,6 +91,8 @@ class Attention(nnx.Module):
         else:
             rows = Keys(k_BLKH, v_BLKH, positions, segments, context.shown)
             how = {"block": a.block, "across": a.context, "window": layer.window}
+            kernel = kernels.chosen(self.config, q_BLNH.shape[1], context.constrain.platform)
+            how |= {"kernel": kernel, "windows": kernels.windows(self.config)}
             out = row_attention(context.constrain, q_BLNH, rows, **how, **options)
         return self.out(out), cached, weights_BNLS
 

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from data.batch import ColumnBatch, TokenBatch
 from models.config import ModelConfig
-from models.partition import Constrain, no_constraint
+from models.partition import Constrain, NoConstraint
 
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")  # neighbours along the last are closest
 BATCH_DIMS = ("layers", "experts")  # dims over which a stacked parameter is many parameters
@@ -373,7 +373,11 @@ def make_constrain(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Constrain
     The rows' axes are taken first, so `embed` of an activation stays whole where `fsdp` already cuts its
     rows. A dim that does not divide stays whole: the batches of generation come in any size.
     """
-    return no_constraint if mesh.size == 1 else MeshConstrain(mesh, rules)
+    return NoConstraint(_platform(mesh)) if mesh.size == 1 else MeshConstrain(mesh, rules)
+
+
+def _platform(mesh: Mesh | AbstractMesh) -> str:
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
 class MeshConstrain:
@@ -384,7 +388,7 @@ class MeshConstrain:
         self.mesh, self.rules, self.without = mesh, rules, without
         self._stage_axes = [axis for axis in rules.axes_of("layers", "sharding") if mesh.shape[axis] > 1]
         self.stages = self.shown_stages = _axis_size(mesh, self._stage_axes)
-        self.platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+        self.platform = _platform(mesh)
 
     def parts(self, name: str) -> int:
         """See `models.partition.Constrain`."""

@@ -31,7 +31,8 @@ from launch.origins import adopt, adopt_tokenizer, model_digest
 from launch.run_folder import RunFolder, environment, run_folder, write_whole
 from launch.startup import compile_watched, startup
 from launch.writing import append_samples, unmasking_of, write
-from models.config import Mask
+from models import kernels
+from models.config import Kernel, Mask
 from models.cost import flops_per_token, num_params
 from models.pipeline import schedule_over
 from models.sampling import SamplingConfig
@@ -77,6 +78,7 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
             corpora = load_corpora(config, folder, say)
         with ledger.phase("start"), startup.phase("state"):
             config, core, base, frozen, source = find_parts(config, corpora, checkpointer)
+            hold_kernel(config, core)
             stack.callback(source.close)
             start = begin(config, core, source, checkpointer, base)
             if is_chief():
@@ -87,6 +89,24 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
             describe(config, core, start.line)
         session = Session(config, folder, corpora, core, source, checkpointer, ledger, frozen)
         return session.train(start)
+
+
+def hold_kernel(config: RunConfig, core: Core) -> None:
+    """An accelerator's kernel of attention computes what the plain form does, borders of documents and all.
+
+    Raises: ValueError where it does not on these devices.
+    """
+    kernel = kernels.chosen(core.model, config.data.seq_len, core.constrain.platform)
+    if kernel is Kernel.xla or core.constrain.platform == "cpu":
+        return
+    off = kernels.largest_difference(kernel, core.model)
+    if not off < kernels.TOLERANCE:
+        asked, device = core.model.attention.kernel.name, jax.devices()[0].device_kind
+        raise ValueError(
+            f"model.attention.kernel={asked}: on {device}, {kernel.name} differs by {off:.1%} from plain attention to "
+            "packed documents; set model.attention.kernel=xla"
+        )
+    say(f"attention: {kernel.name}, within {off:.1%} of the plain form on packed documents")
 
 
 def tokens_per_step(config: RunConfig, core: Core) -> int:

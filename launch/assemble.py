@@ -35,6 +35,7 @@ from models.partition import Constrain
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
 from trainer.adapters import BASE, Adaptation, Adapted, Shard
 from trainer.beside import extra_axes, init_extras, own_params, with_extras
+from trainer.compiler import compiler_options
 from trainer.evaluate import classes_told, evaluate_sources, report_classes
 from trainer.mesh import (
     ShardingRules,
@@ -368,7 +369,12 @@ def build_core(
         constrain=constrain,
         apply=apply,
         objective=objective,
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
+        train_step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(layout, None),
+            compiler_options=compiler_options(constrain.platform),
+        ),
         eval_step=jax.jit(make_eval_step(objective, apply)),
         told_step=told_step,
         abstract=abstract,

@@ -37,6 +37,8 @@ SHORT = {
     "plan.search": "task.search", "plan.compile": "task.compile", "follow": "task.follow", "budget": "task.budget",
 }  # fmt: skip
 
+TUNABLES = "GLIBC_TUNABLES"
+
 OVERVIEW = """meshwright TASK [key=value ...]
 
 {tasks}
@@ -51,7 +53,19 @@ meshwright TASK --help lists every key and group; --cfg job prints the composed 
 
 
 def main() -> None:
+    use_huge_pages()
     sys.exit(run(sys.argv[1:]))
+
+
+def use_huge_pages() -> None:
+    """Begins this program again with memory in pages of 2 MB, which glibc asks for only when it is told at the start.
+
+    Steps on CPUs are up to a quarter faster. One's own GLIBC_TUNABLES stay as they are.
+    """
+    if sys.platform != "linux" or TUNABLES in os.environ or set(sys.argv[1:2]) <= {"-h", "--help", "help", "--version"}:
+        return
+    os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run(arguments: list[str]) -> int:
@@ -222,51 +236,23 @@ def quoted(override: str) -> str:
 
 def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-def]  # RunConfig, imported late
     """Does the task in this process, together with the others that there are."""
+    from importlib import import_module
+
     from launch import distributed
     from launch.startup import startup
 
-    if config.task.kind in ("status", "logs", "stop"):  # of a job elsewhere: no devices here
-        from launch.tasks import jobs
-
-        return {"status": jobs.status, "logs": jobs.logs, "stop": jobs.stop}[config.task.kind](config, overrides)
-    if config.task.kind in ("sweep", "ladder"):  # the devices are for its runs
-        from launch.tasks import ladder, sweep
-
-        return {"sweep": sweep.run, "ladder": ladder.run}[config.task.kind](config, overrides)
-    with startup.phase("join"):
-        distributed.start(config.devices)
-    with startup.phase("import"):
-        from launch.tasks import (
-            convert,
-            coordinates,
-            evaluate,
-            generate,
-            inspect,
-            plan,
-            predict,
-            prepare,
-            replay,
-            runs,
-            serve,
-            train,
-        )
-
-    task = {
-        "train": train.run,
-        "plan": plan.run,
-        "coordinates": coordinates.run,
-        "prepare": prepare.run,
-        "evaluate": evaluate.run,
-        "generate": generate.run,
-        "serve": serve.run,
-        "predict": predict.run,
-        "inspect": inspect.run,
-        "runs": runs.run,
-        "replay": replay.run,
-        "convert": convert.run,
-    }[config.task.kind]
-    code = task(config, overrides)
-    distributed.stop()
+    kind = config.task.kind
+    if kind in ("status", "logs", "stop"):  # of a job elsewhere: no devices here
+        return getattr(import_module("launch.tasks.jobs"), kind)(config, overrides)
+    own_devices = kind not in ("sweep", "ladder")  # there they are for its runs
+    if own_devices:
+        with startup.phase("join"):
+            distributed.start(config.devices)
+    with startup.phase("import"):  # what other tasks need takes longer than a start should
+        task = import_module(f"launch.tasks.{kind}")
+    code = task.run(config, overrides)
+    if own_devices:
+        distributed.stop()
     return code
 
 

@@ -98,8 +98,31 @@ def _contract_backward(spec, dtype, operands, dy):
     # an MLP on CPUs).
     dy = jax.lax.optimization_barrier(dy.astype(a.dtype))
     da = jnp.einsum(f"{y_dims},{b_dims}->{a_dims}", dy, b.astype(a.dtype), preferred_element_type=jnp.float32)
-    db = jnp.einsum(f"{a_dims},{y_dims}->{b_dims}", a, dy, preferred_element_type=jnp.float32)
+    db = _of_weights(f"{a_dims},{y_dims}->{b_dims}", a, dy)
     return da.astype(a.dtype), db.astype(b.dtype)
+
+
+def _of_weights(spec: str, a: jax.Array, dy: jax.Array) -> jax.Array:
+    """`einsum(spec, a, dy)` f32, the gradient of weights: on CPUs with `a` turned around first.
+
+    XLA's CPU backend has no bf16 product that reads its left side by columns, and converts both to f32; nor is it fast
+    in f32. It folds a transposition back into the product, barrier or not, unless a dim is cut in two between them.
+    """
+    a_dims, y_dims, out_dims = re.split(",|->", spec)
+    summed = "".join(d for d in a_dims if d in y_dims)
+    own, y_own = "".join(d for d in a_dims if d not in y_dims), "".join(d for d in y_dims if d not in a_dims)
+    plain = lambda a, dy: jnp.einsum(spec, a, dy, preferred_element_type=jnp.float32)
+    if set(summed) & set(out_dims) or not own or a.shape[a_dims.index(own[-1])] % 2:
+        return plain(a, dy)
+
+    def turned(a: jax.Array, dy: jax.Array) -> jax.Array:
+        a = jnp.einsum(f"{a_dims}->{own}{summed}", a)
+        sizes, rest = a.shape[: len(own)], a.shape[len(own) :]
+        a = jax.lax.optimization_barrier(a.reshape(*sizes[:-1], sizes[-1] // 2, 2, *rest))
+        out = jnp.einsum(f"{own}z{summed},{y_dims}->{own}z{y_own}", a, dy, preferred_element_type=jnp.float32)
+        return jnp.einsum(f"{own}{y_own}->{out_dims}", out.reshape(*sizes, *out.shape[len(own) + 1 :]))
+
+    return jax.lax.platform_dependent(a, dy, cpu=turned, default=plain)
 
 
 _contract.defvjp(_contract_forward, _contract_backward)
@@ -147,15 +170,20 @@ class Normalize(nnx.Module):
         self.bias = param(rngs, shape, axes, 0, config) if self.center and config.norm_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        bias = None if self.bias is None else self.bias[...]
+        # Made anew on the way back, where it would keep f32 copies of x.
+        return jax.checkpoint(self.of, prevent_cse=False)(x, self.scale[...], bias)
+
+    def of(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
         y = x.astype(jnp.float32)
         if self.center:
             y = y - y.mean(self.dims, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(self.dims, keepdims=True) + self.eps)
         lift = (1,) * (x.ndim - len(self.dims))
-        scale = self.scale[...].astype(jnp.float32)
+        scale = scale.astype(jnp.float32)
         y = y * (scale + 1 if self.offset else scale).reshape(lift + scale.shape)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32).reshape(lift + scale.shape)
+        if bias is not None:
+            y = y + bias.astype(jnp.float32).reshape(lift + bias.shape)
         return y.astype(x.dtype)
 
 
@@ -262,13 +290,14 @@ def noisy(x_BLD: jax.Array, segments_BL: jax.Array, alpha: float, rng: jax.Array
 
 
 def activate(mlp: MLPConfig, gate: jax.Array | None, up: jax.Array) -> jax.Array:
-    """What stands between the two products of a feed-forward layer. `gate` None: it has no gate."""
-    act = ACTIVATIONS[mlp.activation]
+    """What stands between the two products of a feed-forward layer, computed in f32. `gate` None: it has no gate."""
+    act, dtype, up = ACTIVATIONS[mlp.activation], up.dtype, up.astype(jnp.float32)
     if gate is None:
-        return act(up)
+        return act(up).astype(dtype)
+    gate = gate.astype(jnp.float32)
     if mlp.clamp is not None:
         gate, up = jnp.minimum(gate, mlp.clamp), jnp.clip(up, -mlp.clamp, mlp.clamp)
-    return act(gate) * (up + mlp.up_offset if mlp.up_offset else up)
+    return (act(gate) * (up + mlp.up_offset if mlp.up_offset else up)).astype(dtype)
 
 
 class MLP(nnx.Module):
@@ -286,5 +315,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, constrain) -> jax.Array:
         gate_BLF = None if self.gate is None else self.gate(x_BLD)
-        hidden_BLF = activate(self.config, gate_BLF, self.up(x_BLD))
+        # Made anew on the way back from what the products gave: a few of them would be kept otherwise.
+        hidden_BLF = jax.checkpoint(partial(activate, self.config), prevent_cse=False)(gate_BLF, self.up(x_BLD))
         return self.down(constrain(hidden_BLF, ("batch", "length", "mlp")))

@@ -57,7 +57,7 @@ class OptimizerConfig:
         factors = None if width is None else rate_factors(width, param_axes, self.width_rule())
         parts = [self.descend(schedule, param_axes, factors)]
         if self.clip_norm is not None:
-            parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+            parts.insert(0, clip_by_global_norm(self.clip_norm))
         if self.ema_decay is not None:
             parts.append(average_params(self.ema_decay))
         return optax.with_extra_args_support(optax.chain(*parts))
@@ -102,6 +102,16 @@ class OptimizerConfig:
     def direction(self, param_axes: Tree) -> optax.GradientTransformation:
         """The update before weight decay and learning rate, pointing uphill."""
         raise TypeError(f"optimizer.kind={self.kind}: choose one with optimizer=NAME")
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """As optax's, by one factor, `limit / norm` or 1: its quotient of each array is written to memory and read."""
+
+    def update(grads: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, optax.EmptyState]:
+        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.global_norm(grads), 1e-30))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 @dataclass

@@ -49,7 +49,8 @@ def make_train_step(
         grads, means = _accumulate(loss_sum, state.params, frozen, batch, rng, num_microbatches)
         weight = means["loss"].weight
         # One division by the weight of the whole batch: exact in tokens, however they fell on microbatches.
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9), grads)
+        share = 1 / jnp.maximum(weight, 1e-9)  # a product is made where it is read, a quotient of arrays written down
+        grads = jax.tree.map(lambda g: g * share, grads)
         # Left to the compiler when: held back until the gradients are there, all of it came at once.
         old_opt_state = on_device(state.opt_state)
         updates, opt_state = update(grads, old_opt_state, state.params, step=state.step)

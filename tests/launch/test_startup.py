@@ -1,14 +1,20 @@
 """What a start tells: seconds of each process, and why a program was compiled anew."""
 
 import json
+import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import launch.run
 from launch.startup import PHASES, PROGRAMS, Startup, cache_told, compile_watched, program_parts, startup
+from launch.tasks import train
+from models.config import AttentionConfig, Kernel, ModelConfig
+from models.partition import NoConstraint
 
 PARTS = {"jax": "1", "devices": "8 x cpu", "model": "a", "program": "x"}
 MISS = Counter(compile_requests_use_cache=1)
@@ -90,3 +96,34 @@ def test_a_program_is_found_the_second_time(tmp_path):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
     assert program_parts("text", {"model": "m"})["program"] != program_parts("other", {"model": "m"})["program"]
+
+
+def test_a_command_begins_again_with_huge_pages_once(monkeypatch):
+    begun = []
+    monkeypatch.setattr(launch.run.os, "execv", lambda program, arguments: begun.append((program, arguments)))
+    monkeypatch.setattr(sys, "argv", ["meshwright", "train"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "launch.run", "train"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    launch.run.use_huge_pages()
+    launch.run.use_huge_pages()  # now they are set
+    assert begun == [(sys.executable, [sys.executable, "-m", "launch.run", "train"])]
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(sys, "argv", ["meshwright", "--help"])
+    launch.run.use_huge_pages()
+    assert len(begun) == 1
+
+
+def test_a_kernel_that_is_wrong_on_these_devices_ends_the_start(monkeypatch):
+    model = ModelConfig(attention=AttentionConfig(kernel=Kernel.auto))
+    core = SimpleNamespace(model=model, constrain=NoConstraint("tpu"))
+    config = SimpleNamespace(data=SimpleNamespace(seq_len=256))
+    monkeypatch.setattr(train.kernels, "largest_difference", lambda kernel, model: 0.004)
+    train.hold_kernel(config, core)
+    monkeypatch.setattr(train.kernels, "largest_difference", lambda kernel, model: 0.4)
+    with pytest.raises(
+        ValueError, match=r"kernel=auto: on .*, splash differs by 40.0% .* set model.attention.kernel=xla"
+    ):
+        train.hold_kernel(config, core)
+    core.constrain = NoConstraint("cpu")
+    train.hold_kernel(config, core)

@@ -7,8 +7,10 @@ import pytest
 
 from models.layers import contract
 
+SPECS = ["BLD,DF->BLF", "BLD,DNH->BLNH", "BLNH,NHD->BLD", "BKGLH,BKSH->BKGLS", "BKGLS,BKSH->BKGLH", "BLS,SG->BLG"]
 
-@pytest.mark.parametrize("spec", ["BLD,DF->BLF", "BLNH,NHD->BLD", "BKGLH,BKSH->BKGLS", "BKGLS,BKSH->BKGLH"])
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_contract_has_the_gradients_of_einsum(spec):
     sizes = dict(zip("BLSDFNKGH", (2, 3, 5, 4, 6, 2, 2, 3, 4), strict=True))
     dims, (left, right) = spec.split("->")[0].split(","), jax.random.split(jax.random.key(0))

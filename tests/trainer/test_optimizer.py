@@ -18,6 +18,7 @@ from trainer.optimizer import (
     ScheduleFreeConfig,
     SgdConfig,
     SoapConfig,
+    clip_by_global_norm,
     eval_params,
 )
 from trainer.roles import Role, matrix_dims, param_roles
@@ -228,6 +229,13 @@ def test_clipping_scales_all_gradients_together() -> None:
     once, _ = run(build(plain(SgdConfig, clip_norm=1e-2), learning_rate=1.0), PARAMS, GRADS[:1])
     moved = jax.tree.map(lambda a, b: a - b, PARAMS, once)
     np.testing.assert_allclose(optax.global_norm(moved), 1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("limit", [1e-2, 1e3])
+def test_clipping_is_that_of_optax(limit: float) -> None:
+    ours, theirs = (make(limit) for make in (clip_by_global_norm, optax.clip_by_global_norm))
+    found, wanted = (each.update(GRADS[0], each.init(PARAMS))[0] for each in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
 
 
 def test_parameter_average_follows_its_formula() -> None:

@@ -1,0 +1,97 @@
+"""Checkpoints of GPT-2 124M with AdamW (1.5 GB): how long a save holds up the loop, how long it goes on behind it, and
+what reading and writing reach beside `dd` on the same disk.
+
+    python benchmarks/checkpoint.py [--rounds 5] [--folder FOLDER] [--results FOLDER]
+
+Each round: `dd` writes as many bytes and waits for the disk, then a save, and its wait; both are read again after the
+kernel has forgotten them, where it may be told to. A save also makes SHA-256 of every file, and a restore checks them.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import turns
+from composed import composed
+from turns import Spread
+
+
+def forget() -> bool:
+    """What the kernel keeps of files; whether it could be told."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+def timed(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="gpt2", help="overrides, as in `meshwright train model=...`")
+    parser.add_argument("--folder", default=None, help="on the disk that is measured")
+    parser.add_argument("--results", default="benchmarks/results")
+    options = parser.parse_args()
+    import jax
+
+    from launch.assemble import build_core
+    from trainer.checkpoint import CheckpointConfig, Checkpointer
+
+    model = f"model={options.model}".split()
+    core = build_core(composed([*model, "optimizer=adamw", "model.vocab_size=50304"]), None)
+    state = jax.block_until_ready(core.init_state())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params)) + sum(
+        leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in ("dd write", "held up", "whole", "dd read", "restore")}
+    forgotten = True
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        plain = Path(temporary, "plain")
+        dd = lambda *given: subprocess.run(["dd", *given, "bs=4M"], check=True, capture_output=True)
+        rest = {"source": {}, "config": {}, "tokenizer": {}}
+        for index in range(options.rounds + 1):  # the first makes threads and folders, and is not counted
+            found = {"dd write": timed(lambda: dd("if=/dev/zero", f"of={plain}", f"count={size >> 22}", "conv=fsync"))}
+            folder = Path(temporary, f"run{index}")
+            with Checkpointer(folder, CheckpointConfig(keep=1)) as checkpointer:
+                start = time.perf_counter()
+                found["held up"] = timed(lambda: checkpointer.save(1, state, **rest))
+                checkpointer.wait()
+                os.sync()
+                found["whole"] = time.perf_counter() - start
+            forgotten = forget() and forgotten
+            found["dd read"] = timed(lambda: dd(f"if={plain}", "of=/dev/null"))
+            with Checkpointer(folder, read_only=True) as checkpointer:
+                forget()
+                restore = lambda: jax.block_until_ready(checkpointer.restore(None, core.abstract).state)
+                found["restore"] = timed(restore)
+            shutil.rmtree(folder)
+            plain.unlink()
+            print(f"round {index}: " + ", ".join(f"{k} {v:.3f} s" for k, v in found.items()), flush=True)
+            if index:
+                for name, value in found.items():
+                    seconds[name].append(value)
+    machine = turns.machine()
+    path = turns.keep(options.results, "checkpoint", {"machine": machine, "bytes": size, "seconds": seconds})
+    share = Spread.of([a / b for a, b in zip(seconds["held up"], seconds["whole"], strict=True)])
+    lines = ["| | seconds | MB/s |", "|---|---:|---:|"]
+    for name, values in seconds.items():
+        rate = "" if name == "held up" else Spread.of([size / 1e6 / v for v in values]).text(".0f")
+        lines.append(f"| {name} | {Spread.of(values).text('.3f')} | {rate} |")
+    print(f"\n{turns.in_words(machine)}; {size / 1e9:.2f} GB\n\n" + "\n".join(lines))
+    print(f"\nThe loop is held up for {share.median:.1%} ({share.low:.1%} to {share.high:.1%}) of a save.")
+    print("" if forgotten else "The kernel could not be told to forget: files were read from memory.", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trainer.compiler import compiler_options
 from trainer.digest import key_data, leaf_paths, on_host
 from trainer.objective import Batch
 from trainer.offload import on_device
@@ -95,7 +96,9 @@ class IntegrityWatch:
         specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
         self._groups = {name: _replicas(leaf.sharding, leaf.shape) for name, leaf in leaves.items()}
         self._of_state = jax.jit(partial(shard_digests, specs=specs, mesh=mesh))
-        self._of_step = jax.jit(lambda *step: shard_digests(train_step(*step)[0], specs, mesh))
+        plain = getattr(train_step, "__wrapped__", train_step)  # the compiler is told by the outer program
+        options = compiler_options(self._devices[0].platform)
+        self._of_step = jax.jit(lambda *step: shard_digests(plain(*step)[0], specs, mesh), compiler_options=options)
 
     def guard(self, train_step: TrainStep, first_step: int) -> TrainStep:
         """`train_step`, checked before each update that makes a step which is due."""

@@ -46,14 +46,13 @@ def main() -> None:
     import jax
 
     from launch.assemble import build_core
+    from models.cost import params_bytes
     from trainer.checkpoint import CheckpointConfig, Checkpointer
 
     model = f"model={options.model}".split()
     core = build_core(composed([*model, "optimizer=adamw", "model.vocab_size=50304"]), None)
     state = jax.block_until_ready(core.init_state())
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params)) + sum(
-        leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)
-    )
+    size = params_bytes((state.params, state.opt_state))
     seconds: dict[str, list[float]] = {name: [] for name in ("dd write", "held up", "whole", "dd read", "restore")}
     forgotten = True
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:

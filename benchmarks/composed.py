@@ -35,3 +35,13 @@ def drawn(vocab: int, batch: int, length: int, seed: int = 1):
     share = 1 / np.arange(1, vocab + 1)
     while True:
         yield rng.choice(vocab, (batch, length + 1), p=share / share.sum()).astype(np.int64)
+
+
+def built(overrides: Iterable[str]) -> tuple[Any, Any]:
+    """The core of a command line, and a batch on its devices."""
+    from launch.assemble import build_core
+
+    config = composed(overrides)
+    core = build_core(config, None)
+    ids = next(drawn(core.model.vocab_size, core.batch_size, config.data.seq_len))
+    return core, core.place(one_document(ids))

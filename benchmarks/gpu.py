@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import ExitStack
 
 import turns
-from composed import composed, drawn, one_document
+from composed import built, composed, drawn
 from turns import Contestant, Spread
 
 MODELS = ("llama3_2_1b", "llama3_8b", "olmoe_1b_7b")
@@ -38,11 +38,9 @@ def meshwright(model: str, rows: int, length: int):
     """Its turn gives (loss, bytes of the device that were in use at most)."""
     import jax
 
-    from launch.assemble import build_core
     from trainer.spikes import NO_LIMITS
 
-    core = build_core(composed(overrides(model, rows, length)), None)
-    batch = core.place(one_document(next(drawn(core.model.vocab_size, rows, length))))
+    core, batch = built(overrides(model, rows, length))
     holds = [core.init_state()]
 
     def turn():

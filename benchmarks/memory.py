@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import turns
-from composed import composed, drawn, one_document
+from composed import built, one_document
 from turns import Contestant, Spread
 
 VOCAB, WIDTH, ROWS, LENGTH = 131072, 256, 4, 512
@@ -65,11 +65,9 @@ def loss(how: str):
 
 def step(overrides: list[str], rows: int, length: int):
     """A training step; its turn gives (bytes, loss)."""
-    from launch.assemble import build_core
     from trainer.spikes import NO_LIMITS
 
-    core = build_core(composed([*MODEL, f"data.seq_len={length}", f"data.batch_size={rows}", *overrides]), None)
-    batch = core.place(one_document(next(drawn(4096, rows, length))))
+    core, batch = built([*MODEL, f"data.seq_len={length}", f"data.batch_size={rows}", *overrides])
     holds = [core.init_state()]
     compiled = core.train_step.lower(holds[0], {}, batch, NO_LIMITS).compile()
 

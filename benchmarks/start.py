@@ -88,21 +88,16 @@ def main() -> None:
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {"cold": [], "warm": []} for name in starts}
     lines: dict[str, list[str]] = {"cold": [], "warm": []}
-    helped = []
     with tempfile.TemporaryDirectory() as temporary:
-        for index in range(options.cold):
-            for name, start in starts.items():
-                taken, line = start(f"{temporary}/{name.split()[0]}{index}")
-                seconds[name]["cold"].append(taken)
-                lines["cold"] += [line] if name == "meshwright" else []
-                print(f"cold {index + 1}: {name} {taken:.2f} s {line}", flush=True)
-        for index in range(options.rounds):
-            for name, start in starts.items():
-                taken, line = start(f"{temporary}/{name.split()[0]}0")
-                seconds[name]["warm"].append(taken)
-                lines["warm"] += [line] if name == "meshwright" else []
-                print(f"warm {index + 1}: {name} {taken:.2f} s {line}", flush=True)
-            helped.append(shown_help())
+        for kind, count in (("cold", options.cold), ("warm", options.rounds)):
+            for index in range(count):
+                place = index if kind == "cold" else 0  # that of the first cold start
+                for name, start in starts.items():
+                    taken, line = start(f"{temporary}/{name.split()[0]}{place}")
+                    seconds[name][kind].append(taken)
+                    lines[kind] += [line] if name == "meshwright" else []
+                    print(f"{kind} {index + 1}: {name} {taken:.2f} s {line}", flush=True)
+        helped = [shown_help() for _ in range(options.rounds)]
     found = {"machine": turns.machine(), "seconds": seconds, "lines": lines, "help": helped}
     path = turns.keep(options.results, "start", found)
     table = ["| | cold | warm |", "|---|---:|---:|"]

@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hydra import compose, initialize_config_module
+from composed import composed
 
-from configs.schema import RunConfig, register, to_typed
+from configs.schema import RunConfig
 from launch.assemble import Corpora, build_core, build_source, load_corpora, model_config
 from launch.run_folder import run_folder
 from models.config import ModelConfig
@@ -46,10 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     widths = [int(width) for width in options.widths.split(",")]
     rates = [float(rate) for rate in options.rates.split(",")]
-    register()
     with tempfile.TemporaryDirectory() as folder:
-        with initialize_config_module(config_module="configs", version_base="1.3"):
-            config = to_typed(compose("root", overrides=[*COMMON, *options.overrides, f"runs={folder}"]))
+        config = composed([*COMMON, *options.overrides, f"runs={folder}"])
         corpora = load_corpora(config, run_folder(config), print)
         model = model_config(config, corpora.tokenizer)
         source = build_source(config, corpora, build_core(replace(config, model=model), corpora.tokenizer))

@@ -194,10 +194,9 @@ _last: dict[str, tuple[Shapes, Any]] = {}
 def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None, platform: str) -> tuple[Shapes, Any]:
     """One device's share and the jaxpr of its step. Meshes that differ only in who keeps what have them in common."""
     sizes = dict(mesh.shape)
-    attention = config.model.attention
     if kernels.chosen(config.model, config.data.seq_len, platform) is not Kernel.xla:
         # As if by blocks of plain operations, which hold and compute as much: a kernel's inside is not seen.
-        attention = replace(attention, kernel=Kernel.xla, block=kernels.BLOCKS[0])
+        attention = replace(config.model.attention, kernel=Kernel.xla, block=kernels.BLOCKS[0])
         config = replace(config, model=replace(config.model, attention=attention))
     key = repr((share_of(config, sizes), teacher, gathered_copies(config, sizes), platform))
     if key not in _last:

@@ -1,123 +1,195 @@
-"""Decode throughput beside `transformers.generate`, on the same machine, with the same weights, in one run.
+"""Decoding on this CPU: tokens/s beside `transformers.generate`, and for one request beside llama.cpp.
 
-    python benchmarks/decode.py [--model FOLDER] [--layers 30] [--requests 48] [--repeats 2]
+    python benchmarks/decode.py --model gguf:FILE [--dtype float32] [--loads 1,16,64,mixed] [--rounds 5]
 
-Without FOLDER, random weights of SmolLM2-135M's shape. Both write greedily in f32 and their tokens are compared. Two
-loads: `equal` (16 prompts of 64 tokens, 64 tokens each) and `mixed` (prompts of 16 to 256 and completions of 8 to 256
-tokens, log-uniform): transformers takes 16 requests at a time, in the order in which they come, padded on the left, and
-is done with a batch when its longest is. Only tokens that were asked for are counted.
+All read the same weights (any published model that `meshwright convert` reads) and write greedily; completions are
+compared. A load of N is N prompts of 64 tokens that get 64 tokens each, at once. `mixed` is 48 prompts of 16 to 256
+tokens that get 8 to 256, both log-uniform, 16 at once: transformers takes them in the order in which they come, padded
+on the left, and is done with a batch when its longest is. Only tokens that were asked for are counted, and prompts are
+new in each turn, so that none is found in a cache.
 """
 
 import argparse
+import contextlib
+import statistics
 import tempfile
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import jax
 import numpy as np
+import turns
+from turns import Contestant, Spread
 
-from models.config import Dtype
-from models.decode import Engine, EngineConfig, Request
-from models.huggingface import family_of
-from models.huggingface_files import Folder, load_params
-from models.sampling import SamplingConfig
-from models.transformer import abstract_params
-
-SLOTS = 16
+OURS, SLOTS, LENGTH, MIXED = "meshwright", 16, 640, 48
+Asked = list[tuple[list[int], int]]  # prompt, tokens to write
 
 
-def random_checkpoint(folder: Path, layers: int) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192, rope_theta=1e5,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def loads(requests: int, vocab: int) -> dict[str, list[tuple[list[int], int]]]:
-    """(prompt, tokens to write) of each request."""
+def loads(load: str, vocab: int) -> Iterator[Asked]:
+    """What is asked for in each turn, the same for all contestants."""
     rng = np.random.default_rng(0)
-    prompt = lambda n: rng.integers(3, vocab, n).tolist()
+    prompt = lambda n: rng.integers(vocab // 10, vocab, n).tolist()  # the first tokens are special
     between = lambda low, high: int(np.exp(rng.uniform(np.log(low), np.log(high))))
-    return {
-        "equal": [(prompt(64), 64) for _ in range(SLOTS)],
-        "mixed": [(prompt(between(16, 256)), between(8, 256)) for _ in range(requests)],
-    }
+    while True:
+        if load == "mixed":
+            yield [(prompt(between(16, 256)), between(8, 256)) for _ in range(MIXED)]
+        else:
+            yield [(prompt(64), 64) for _ in range(int(load))]
 
 
-def with_transformers(model, requests):
-    import torch
-
-    written = []
-    start = time.perf_counter()
-    for at in range(0, len(requests), SLOTS):
-        batch = requests[at : at + SLOTS]
-        longest, most = max(len(p) for p, _ in batch), max(n for _, n in batch)
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p, _ in batch])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in batch])
-        with torch.no_grad():
-            out = model.generate(
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=most, min_new_tokens=most, pad_token_id=0
-            )
-        written += [row[longest : longest + n].tolist() for row, (_, n) in zip(out, batch, strict=True)]
-    return written, time.perf_counter() - start
+def at_once(load: str) -> int:
+    return SLOTS if load == "mixed" else int(load)
 
 
-def with_engine(engine, requests):
-    start = time.perf_counter()
-    numbers = [engine.submit(Request(p, SamplingConfig(max_new_tokens=n, temperature=0.0))) for p, n in requests]
-    written = {number: [] for number in numbers}
-    while engine.busy:
-        for event in engine.step():
-            written[event.request].append(event.token)
-    return [written[n] for n in numbers], time.perf_counter() - start
+def written_models(reference: str, dtype: str, folder: str) -> dict[str, str]:
+    """The model as a folder and as a file."""
+    from launch.run import run
+
+    places = {"hf": f"{folder}/hf", "gguf": f"{folder}/model.gguf"}
+    steps = [[f"from={reference}", "to=model"], *(["from=model", f"to={kind}:{path}", f"task.dtype={dtype}"]
+             for kind, path in places.items())]  # fmt: skip
+    for step in steps:
+        with contextlib.redirect_stdout(None):
+            status = run(["convert", *step, f"runs={folder}/runs", f"model.dtype={dtype}"])
+        if status:
+            raise SystemExit(status)
+    return places
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model")
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=2)
-    args = parser.parse_args()
+def engine(path: str, dtype: str, load: str):
+    """Its turn gives (tokens that were asked for, completions)."""
+    from dataclasses import replace
+
+    from models.config import Dtype
+    from models.decode import Engine, EngineConfig, Request
+    from models.huggingface import family_of
+    from models.huggingface_files import Folder, load_params
+    from models.sampling import SamplingConfig
+    from models.transformer import abstract_params
+
+    folder = Folder(Path(path))
+    config = replace(family_of(folder.config).read(folder.config), dtype=Dtype[dtype])
+    settings = EngineConfig(slots=at_once(load), length=LENGTH)
+    engine = Engine(load_params(folder, config, abstract_params(config)), config, settings)
+    feed = loads(load, config.vocab_size)
+
+    def turn():
+        asked = next(feed)
+        numbers = [engine.submit(Request(p, SamplingConfig(max_new_tokens=n, temperature=0.0))) for p, n in asked]
+        written = {number: [] for number in numbers}
+        while engine.busy:
+            for event in engine.step():
+                written[event.request].append(event.token)
+        return sum(n for _, n in asked), [written[n] for n in numbers]
+
+    return turn
+
+
+def transformers(path: str, dtype: str, load: str):
     import torch
     from transformers import AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(args.model or temporary)
-        if not args.model:
-            random_checkpoint(path, args.layers)
-        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        folder = Folder(path)
-        config = family_of(folder.config).read(folder.config)
-        config.dtype = Dtype.float32
-        engine = Engine(
-            load_params(folder, config, abstract_params(config)), config, EngineConfig(slots=SLOTS, length=640)
-        )
-        work = loads(args.requests, config.vocab_size)
-        with_engine(engine, [(p, 2) for p, _ in work["mixed"]])  # compiles
-        with_transformers(theirs, [(work["equal"][0][0], 2)])
-        print(f"{jax.device_count()} device, {torch.get_num_threads()} threads, {config.num_layers} layers")
-        for name, requests in work.items():
-            tokens = sum(n for _, n in requests)
-            best = {"transformers": np.inf, "engine": np.inf}
-            for _ in range(args.repeats):
-                want, seconds = with_transformers(theirs, requests)
-                best["transformers"] = min(best["transformers"], seconds)
-                found, seconds = with_engine(engine, requests)
-                best["engine"] = min(best["engine"], seconds)
-            same = sum(a == b for a, b in zip(want, found, strict=True))
-            rates = {who: tokens / seconds for who, seconds in best.items()}
-            print(
-                f"{name}: {len(requests)} requests, {tokens} tokens: transformers {rates['transformers']:.1f} tok/s, "
-                f"engine {rates['engine']:.1f} tok/s, ratio {rates['engine'] / rates['transformers']:.2f}; "
-                f"{same} of {len(requests)} completions equal",
-                flush=True,
-            )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = None  # as many tokens as were asked for
+    feed, size = loads(load, model.config.vocab_size), at_once(load)
+
+    def turn():
+        asked, written = next(feed), []
+        for at in range(0, len(asked), size):
+            batch = asked[at : at + size]
+            longest, most = max(len(p) for p, _ in batch), max(n for _, n in batch)
+            ids = torch.tensor([[0] * (longest - len(p)) + p for p, _ in batch])
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p, _ in batch])
+            with torch.no_grad():
+                out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=most, pad_token_id=0)
+            written += [row[longest : longest + n].tolist() for row, (_, n) in zip(out, batch, strict=True)]
+        return sum(n for _, n in asked), written
+
+    return turn
+
+
+def llama_cpp(path: str, vocab: int):
+    """One request at a time; its completions are not read as tokens."""
+    import os
+
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = path, LENGTH, 1
+    params.n_gpu_layers, params.cpuparams.n_threads = 0, len(os.sched_getaffinity(0))
+    server = xllamacpp.Server(params)
+    feed = loads("1", vocab)
+
+    def turn():
+        asked = next(feed)
+        for prompt, count in asked:
+            answer = server.handle_completions({
+                "prompt": prompt, "n_predict": count, "temperature": 0, "cache_prompt": False, "ignore_eos": True,
+            })  # fmt: skip
+            assert answer["usage"]["completion_tokens"] == count, answer
+        return sum(n for _, n in asked), None
+
+    return turn
+
+
+def measured(load: str, dtype: str, places: dict[str, str], rounds: int) -> dict:
+    from models.huggingface_files import Folder
+
+    common = {"path": places["hf"], "dtype": dtype, "load": load}
+    entered = {OURS: Contestant(engine, common), "transformers": Contestant(transformers, common)}
+    if load == "1":
+        vocab = Folder(Path(places["hf"])).config["vocab_size"]
+        entered["llama.cpp"] = Contestant(llama_cpp, {"path": places["gguf"], "vocab": vocab})
+    huge_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as `meshwright` sets it for itself
+    with ExitStack() as stack:
+        seats = {}
+        for name, what in entered.items():
+            seats[name] = turns.seat(stack, Contestant(what.make, what.args, huge_pages))
+            seats[name].turns(1)  # compiles
+        seconds, results = turns.take_turns(seats, rounds)
+        held = {name: seat.bytes for name, seat in seats.items()}
+    rates = {who: [r[0] / s for r, s in zip(results[who], seconds[who], strict=True)] for who in seats}
+    same = [a == b for ours, theirs in zip(results[OURS], results["transformers"], strict=True)
+            for a, b in zip(ours[1], theirs[1], strict=True)]  # fmt: skip
+    return {"load": load, "dtype": dtype, "rates": rates, "bytes": held, "equal": sum(same), "completions": len(same)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="what `meshwright convert from=` takes")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--loads", default="1,16,64,mixed")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", default="benchmarks/results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        places = written_models(options.model, options.dtype, folder)
+        results = [measured(load, options.dtype, places, options.rounds) for load in options.loads.split(",")]
+    found = {"machine": turns.machine(), "model": options.model, "results": results}
+    path = turns.keep(options.results, "decode", found)
+    lines = [
+        "| load | | tokens/s | meshwright is faster by | memory | completions equal |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    groups = {}
+    for r in results:
+        for who, rates in r["rates"].items():
+            faster = "" if who == OURS else turns.ratios(r["rates"][OURS], rates).text(".2f")
+            equal = f"{r['equal']} of {r['completions']}" if who == "transformers" else ""
+            cells = Spread.of(rates).text(".1f"), faster, f"{r['bytes'][who] / 1e9:.1f} GB", equal
+            lines.append(f"| {r['load']} | {who} | {' | '.join(cells)} |")
+        groups[f"{r['load']} at once" if r["load"] != "mixed" else "mixed"] = {
+            who: Spread.of(rates) for who, rates in r["rates"].items()
+        }
+    turns.draw_bars(path.with_suffix(".png"), f"Decoding on this CPU, {options.dtype}", groups, "tokens/s")
+    print(
+        f"\n{turns.in_words(found['machine'])}\n\n"
+        + "\n".join(lines)
+        + f"\n\n{path} and {path.with_suffix('.png').name}"
+    )
+    share = statistics.mean(r["equal"] / r["completions"] for r in results)
+    if options.dtype == "float32" and share < 0.9:
+        raise SystemExit(f"completions are not alike: {share:.0%} are equal")
 
 
 if __name__ == "__main__":

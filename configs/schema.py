@@ -45,7 +45,7 @@ from data.transforms import (
     TransformConfig,
     Ul2Config,
 )
-from models.config import ModelConfig
+from models.config import ModelConfig, Products
 from models.lora import AdapterConfig
 from models.thin import WidthConfig
 from trainer.checkpoint import CheckpointConfig
@@ -317,6 +317,12 @@ def validate(config: RunConfig) -> None:
     if config.init_width.active and config.init_from is None:
         raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
+    products = config.model.products
+    if config.adapter.active and products is not Products.full:
+        raise ValueError(
+            f"model.products={products.name}: adapter.method={config.adapter.method.name} trains beside weights in a "
+            "form of their own; set model.products=full (adapter=qlora keeps them in 4 bits)"
+        )
     config.spikes.validate()
     config.integrity.validate()
     config.launcher.validate()

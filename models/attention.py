@@ -7,13 +7,16 @@ Shape letters: B batch, L length, S key length, N query heads, K kv heads, G que
 T keys of a block, W width of values.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from models.cache import BLOCK, LayerCache
-from models.layers import contract, dropout
+from models.layers import dropout
+from models.products import contract
+from models.remat import named
 
 UNLIMITED = 2**30  # a window that hides nothing
 HIDDEN = -1e30  # finite: a row that sees nothing stays free of NaN
@@ -48,8 +51,9 @@ def attention(
 
     `sinks_N`: logits that take part in each softmax and stand for no key (GPT-OSS; Xiao et al. 2023).
     """
-    p_BKGLS = attention_weights(q_BLNH, k_BSKH, mask_BLS, scale=scale, soft_cap=soft_cap, sinks_N=sinks_N)
-    p_BKGLS = dropout(p_BKGLS.astype(v_BSKH.dtype), dropout_rate, rng)
+    options = {"scale": scale, "soft_cap": soft_cap, "sinks_N": sinks_N}
+    p_BKGLS = attention_weights(q_BLNH, k_BSKH, mask_BLS, dtype=v_BSKH.dtype, **options)
+    p_BKGLS = dropout(p_BKGLS, dropout_rate, rng)
     o_BKGLH = contract("BKGLS,BKSH->BKGLH", p_BKGLS, v_BSKH.swapaxes(1, 2), q_BLNH.dtype)
     B, L, N, _ = q_BLNH.shape
     return o_BKGLH.reshape(B, N, L, v_BSKH.shape[-1]).swapaxes(1, 2)
@@ -63,8 +67,9 @@ def attention_weights(
     scale: float,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
+    dtype: jnp.dtype = F32,
 ) -> jax.Array:
-    """What each query takes of each key: [B, K, G, L, S] f32, without dropout."""
+    """What each query takes of each key: [B, K, G, L, S] in `dtype`, computed in f32, without dropout."""
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
     # Heads first, so that both products are batches of plain matrices.
@@ -72,12 +77,36 @@ def attention_weights(
     s_BKGLS = contract("BKGLH,BKSH->BKGLS", q_BKGLH, k_BSKH.swapaxes(1, 2), jnp.dtype("float32"))
     if soft_cap is not None:
         s_BKGLS = soft_cap * jnp.tanh(s_BKGLS / soft_cap)
-    s_BKGLS = jnp.where(mask_BLS[:, None, None], s_BKGLS, HIDDEN)
+    mask_B11LS = mask_BLS[:, None, None]
     if sinks_N is None:
-        return jax.nn.softmax(s_BKGLS, axis=-1)
+        return masked_softmax(dtype, s_BKGLS, mask_B11LS)
+    s_BKGLS = jnp.where(mask_B11LS, s_BKGLS, HIDDEN)
     sinks_KG11 = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
     sinks_BKGL1 = jnp.broadcast_to(sinks_KG11, (*s_BKGLS.shape[:-1], 1))
-    return jax.nn.softmax(jnp.concatenate([s_BKGLS, sinks_BKGL1], axis=-1), axis=-1)[..., :-1]
+    return jax.nn.softmax(jnp.concatenate([s_BKGLS, sinks_BKGL1], axis=-1), axis=-1)[..., :-1].astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def masked_softmax(dtype: jnp.dtype, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last dim of f32 scores, in `dtype`; 0 for what `mask` hides, which must not be a whole row.
+
+    The gradient needs only what is returned, which the product with the values keeps anyway; by JAX's own rules it
+    would keep exponentials in f32 and the mask, for each head, beside it.
+    """
+    return jax.nn.softmax(jnp.where(mask, scores, HIDDEN), axis=-1).astype(dtype)
+
+
+def _softmax_forward(dtype, scores, mask):
+    p = named("weights", masked_softmax(dtype, scores, mask))
+    return p, p
+
+
+def _softmax_backward(dtype, p, dp):
+    p, dp = p.astype(F32), dp.astype(F32)
+    return p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)), None
+
+
+masked_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def weights_of_heads(q_BLNH: jax.Array, k_BSKH: jax.Array, mask_BLS: jax.Array, **options) -> jax.Array:

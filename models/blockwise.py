@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import F32, HIDDEN, Softmax, attention, visible
 from models.config import Across, Kernel
 from models.kernels import kernel_attention
-from models.layers import contract
 from models.partition import Constrain, Cut
+from models.products import contract
+from models.remat import kept, named
 
 WHOLE = 2048  # tokens of a row up to which its scores are made at once where nothing else is asked for
 BLOCK = 1024  # else: large enough for products that keep a device busy
@@ -84,10 +84,10 @@ def row_attention(
         if kernel is not Kernel.xla and not cut.get("length"):
             how = {"window": window, "windows": windows, "interpret": constrain.platform == "cpu"}
             out = kernel_attention(kernel, q_BLNH, keys.keys, keys.values, segments_BL, **how, **options)
-            return checkpoint_name(out, "attention")
+            return kept("attention", out)
         if whole and not along:
             mask = visible(positions_BL, keys.positions, segments_BL, keys.segments, window, keys.shown)
-            return checkpoint_name(attention(q_BLNH, keys.keys, keys.values, mask, **options), "attention")
+            return kept("attention", attention(q_BLNH, keys.keys, keys.values, mask, **options))
         # Balanced rows (trainer.mesh.row_order) have two stretches in each piece, which are seen or not apart.
         stretch = max(q_BLNH.shape[1] // 2, 1) if cut.get("length") else keys.keys.shape[1]
         size = stretch if whole else min(block or BLOCK, stretch)
@@ -189,8 +189,8 @@ def _flash_forward(options: Options, queries: Queries, keys: Keys, sinks_KG, win
     (running, last), _ = _repeat(turn, (start, keys), _ring_size(options.along) - 1)
     running = meet(running, last)
     # Named, so that a layer that is computed anew may keep both and need no attention for the second time.
-    o_IBKGUW = checkpoint_name((running.output / running.total[..., None]).astype(q_IBKGUH.dtype), "attention")
-    logsumexp_IBKGU = checkpoint_name(running.max + jnp.log(running.total), "attention")
+    o_IBKGUW = named("attention", (running.output / running.total[..., None]).astype(q_IBKGUH.dtype))
+    logsumexp_IBKGU = named("attention", running.max + jnp.log(running.total))
     return o_IBKGUW, (queries, keys, sinks_KG, window, o_IBKGUW, logsumexp_IBKGU)
 
 

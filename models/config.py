@@ -101,9 +101,17 @@ class Dtype(enum.Enum):
 class Remat(enum.Enum):
     none = "none"  # keep every activation
     full = "full"  # keep layer borders only, compute the rest again
-    dots = "dots"  # keep matmul results of weights (Flax: dots_with_no_batch_dims_saveable)
+    dots = "dots"  # keep what products with weights give
     qkv = "qkv"  # keep queries, keys, values and the attention's result
     attention = "attention"  # keep the attention's result
+
+
+class Products(enum.Enum):
+    """How the weights of layers are multiplied with in training (models/low_precision.py)."""
+
+    full = "full"  # in the dtype of activations
+    int8 = "int8"
+    fp8 = "fp8"
 
 
 class Offload(enum.Enum):
@@ -202,7 +210,7 @@ class ExpertsConfig:
 
 
 # Of a model's fields those that say how to compute, not what: a run may go on with others.
-HOW = ("remat", "offload", "pipeline", "attention.block", "attention.context", "attention.kernel")
+HOW = ("remat", "products", "offload", "pipeline", "attention.block", "attention.context", "attention.kernel")
 
 
 @dataclass
@@ -242,6 +250,7 @@ class ModelConfig:
     base_width: int | None = None  # embed_dim at which rate and init_std were chosen (models/width.py); null: this one
     dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
     param_dtype: Dtype = Dtype.float32
+    products: Products = Products.full  # of the weights of layers, in training
     remat: Remat = Remat.none
     offload: list[Offload] = field(
         default_factory=list

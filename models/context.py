@@ -18,8 +18,8 @@ from models.partition import Constrain
 class Context(NamedTuple):
     """What all layers of one forward pass share."""
 
-    angles_local: jax.Array | None  # [B, L, R] of sliding layers
-    angles_full: jax.Array | None
+    angles_full: jax.Array | None  # [B, L, R]
+    angles_local: jax.Array | None  # those of sliding layers, where they differ
     positions: jax.Array  # [B, L]
     segments: jax.Array  # [B, L]
     shown: Any  # [B, L] bool: tokens that earlier ones of their document see, too; in a cache the first so many
@@ -57,15 +57,14 @@ def make_context(
     config: ModelConfig, positions_BL, segment_ids_BL, shown_BL, first_row, length: int, constrain: Constrain
 ) -> Context:
     """`length`: of the rows, or of the cache."""
-    local = full = None
+    full = local = None
     if config.position is Position.rope:
         rope, latent = config.rope, config.attention.latent
         H = latent.rope_dim if latent.kv_rank else config.attention.head_dim
-        two = rope.local_theta is not None
         freqs = inverse_frequencies(rope, H, theta=rope.theta, scaled=True, length=length)
-        local = rope.local_theta or rope.theta
-        local_freqs = inverse_frequencies(rope, H, theta=local, scaled=not two, length=length)
         position = positions_BL[:, :, None].astype(jnp.float32)
         full = position * jnp.asarray(freqs, jnp.float32)[None, None]
-        local = position * jnp.asarray(local_freqs, jnp.float32)[None, None]
-    return Context(local, full, positions_BL, segment_ids_BL, shown_BL, first_row, constrain)
+        if rope.local_theta is not None:
+            freqs = inverse_frequencies(rope, H, theta=rope.local_theta, scaled=False, length=length)
+            local = position * jnp.asarray(freqs, jnp.float32)[None, None]
+    return Context(full, local, positions_BL, segment_ids_BL, shown_BL, first_row, constrain)

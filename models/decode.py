@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.cache import BLOCK, Cache, init_cache
-from models.config import Dispatch, Mask, ModelConfig, Position
-from models.layers import RowsFirst
+from models.config import Dispatch, Mask, ModelConfig, Position, Products
 from models.partition import Constrain, no_constraint
+from models.products import RowsFirst
 from models.sampling import History, SamplingConfig, Settings, sample
 from models.transformer import Params, all_stacks, forward_cached, logits, stacks
 
@@ -223,7 +223,8 @@ class Engine:
         config.refuse_masks(Mask.bidirectional, why="an encoder tells what masks hide, and writes no next token")
         self._whole = config.attention.mask is Mask.prefix  # a prompt sees all of itself, so it is read in one piece
         # Where an expert's room is limited, what a token gets depends on its neighbours.
-        config = replace(config, experts=replace(config.experts, dispatch=Dispatch.dropless))
+        experts = replace(config.experts, dispatch=Dispatch.dropless)
+        config = replace(config, experts=experts, products=Products.full)
         limit = config.max_seq_len if config.position is Position.learned else engine.length
         self.length = min(engine.length, limit)  # of prompt and completion
         self.engine, self.vocab_size = engine, vocab_size or config.vocab_size

@@ -124,7 +124,7 @@ def shape_of(config: ModelConfig) -> ModelConfig:
     experts are trained and reached.
     """
     plain = ModelConfig()
-    how = ("dtype", "param_dtype", "remat", "dropout", "init_std", "init_scaled_residual", "base_width")
+    how = ("dtype", "param_dtype", "products", "remat", "dropout", "init_std", "init_scaled_residual", "base_width")
     a = dataclasses.replace(config.attention, dropout=0.0)
     pattern = [a.pattern[i % len(a.pattern)] for i in range(config.num_layers)]
     window = a.sliding_window if LayerKind.sliding in pattern else 0

@@ -4,9 +4,7 @@ Shape letters: B batch, L length, D model, N heads, H head dim, R rotated pairs,
 """
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -14,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.config import Activation, MLPConfig, ModelConfig, Norm, RopeConfig, RopeScaling
+from models.config import Activation, MLPConfig, ModelConfig, Norm, Products, RopeConfig, RopeScaling
+from models.low_precision import contract_in_8_bits
+from models.products import Kernel, contract
+from models.remat import kept
 from models.width import init_factor
 
 
@@ -30,130 +31,46 @@ def param(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str, ...], std: floa
     return nnx.Param(value, axes=axes)
 
 
-def contract(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, a, b)` in a's dtype, accumulated in f32 and returned as `dtype`.
-
-    Both gradients are such products too, each returned in the dtype of its own operand: that of f32 master
-    weights is never rounded to bf16, and no product mixes dtypes. `spec` names every dim in two of the three.
-    """
-    if isinstance(b, Kernel):
-        return b.product(spec, a, dtype)
-    return _contract(spec, a, b, dtype)  # type: ignore[return-value]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def with_bias(dtype: jnp.dtype, y: jax.Array, bias: jax.Array) -> jax.Array:
+    """`y + bias` in `dtype`, added in f32; bias has the last dims of y."""
+    return (y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)).astype(dtype)
 
 
-class Kernel:
-    """A weight that is kept in another form than as its array, and read as a parameter is."""
-
-    def __getitem__(self, _: object) -> "Kernel":
-        return self
-
-    def product(self, spec: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """What `contract` gives of `x` and this weight."""
-        raise NotImplementedError
-
-    def array(self) -> jax.Array:
-        """The weight itself, for those that do more with it than multiply."""
-        raise NotImplementedError
+def _bias_forward(dtype, y, bias):
+    return with_bias(dtype, y, bias), (jnp.zeros((), y.dtype), bias)
 
 
-def as_array(weight: "jax.Array | Kernel") -> jax.Array:
-    return weight.array() if isinstance(weight, Kernel) else weight
+def _bias_backward(dtype, saved, dy):
+    like, bias = saved
+    # A product with ones: XLA's CPU backend sums bf16 over a batch in windows, which takes as long as an optimizer.
+    rows = list(range(dy.ndim - bias.ndim))
+    ones = jnp.ones(dy.shape[: len(rows)], dy.dtype)
+    dbias = jnp.einsum(ones, rows, dy, list(range(dy.ndim)), preferred_element_type=jnp.float32)
+    return dy.astype(like.dtype), dbias.astype(bias.dtype)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RowsFirst(Kernel):
-    """A kernel [in..., out...] as a matrix [OUT, IN], to be multiplied from the left; without a gradient."""
-
-    matrix: jax.Array
-    num_in: int = field(metadata={"static": True})  # dims of x that are summed over: its last ones
-    out_shape: tuple[int, ...] = field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, kernel: jax.Array, num_out: int) -> "RowsFirst":
-        shape = kernel.shape[-num_out:]
-        return cls(kernel.reshape(-1, math.prod(shape)).T, kernel.ndim - num_out, shape)
-
-    def product(self, spec: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        rows = x.reshape(-1, self.matrix.shape[1])
-        y = jnp.einsum("oi,ri->or", self.matrix, rows, preferred_element_type=jnp.float32).astype(dtype)
-        # Else XLA folds the transposition into the product, as rows times matrix, and half the speed is lost again.
-        y = jax.lax.optimization_barrier(y)
-        return y.T.reshape(*x.shape[: x.ndim - self.num_in], *self.out_shape)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _contract(spec, a, b, dtype):
-    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32).astype(dtype)
-
-
-def _contract_forward(spec, a, b, dtype):
-    return _contract(spec, a, b, dtype), (a, b)
-
-
-def _contract_backward(spec, dtype, operands, dy):
-    a, b = operands
-    a_dims, b_dims, y_dims = re.split(",|->", spec)
-    # Both products below read dy: made once here, rather than anew, and transposed, inside each (half the time of
-    # an MLP on CPUs).
-    dy = jax.lax.optimization_barrier(dy.astype(a.dtype))
-    da = jnp.einsum(f"{y_dims},{b_dims}->{a_dims}", dy, b.astype(a.dtype), preferred_element_type=jnp.float32)
-    db = _of_weights(f"{a_dims},{y_dims}->{b_dims}", a, dy)
-    return da.astype(a.dtype), db.astype(b.dtype)
-
-
-def _of_weights(spec: str, a: jax.Array, dy: jax.Array) -> jax.Array:
-    """`einsum(spec, a, dy)` f32, the gradient of weights: on CPUs with `a` turned around first.
-
-    XLA's CPU backend has no bf16 product that reads its left side by columns, and converts both to f32; nor is it fast
-    in f32. It folds a transposition back into the product, barrier or not, unless a dim is cut in two between them.
-    """
-    a_dims, y_dims, out_dims = re.split(",|->", spec)
-    summed = "".join(d for d in a_dims if d in y_dims)
-    own, y_own = "".join(d for d in a_dims if d not in y_dims), "".join(d for d in y_dims if d not in a_dims)
-    plain = lambda a, dy: jnp.einsum(spec, a, dy, preferred_element_type=jnp.float32)
-    if set(summed) & set(out_dims) or not own or a.shape[a_dims.index(own[-1])] % 2:
-        return plain(a, dy)
-
-    def turned(a: jax.Array, dy: jax.Array) -> jax.Array:
-        a = jnp.einsum(f"{a_dims}->{own}{summed}", a)
-        sizes, rest = a.shape[: len(own)], a.shape[len(own) :]
-        a = jax.lax.optimization_barrier(a.reshape(*sizes[:-1], sizes[-1] // 2, 2, *rest))
-        out = jnp.einsum(f"{own}z{summed},{y_dims}->{own}z{y_own}", a, dy, preferred_element_type=jnp.float32)
-        return jnp.einsum(f"{own}{y_own}->{out_dims}", out.reshape(*sizes, *out.shape[len(own) + 1 :]))
-
-    return jax.lax.platform_dependent(a, dy, cpu=turned, default=plain)
-
-
-_contract.defvjp(_contract_forward, _contract_backward)
-
-
-@jax.custom_vjp
-def transposed(kernel: jax.Array) -> jax.Array:
-    """`kernel.T`, whose gradient is made as it is and then transposed.
-
-    Where XLA folds the transposition into the product before it, CPUs have no such product in bf16.
-    """
-    return kernel.T
-
-
-transposed.defvjp(lambda kernel: (kernel.T, None), lambda _, dy: (jax.lax.optimization_barrier(dy).T,))
+with_bias.defvjp(_bias_forward, _bias_backward)
 
 
 class Projection(nnx.Module):
     """`einsum(spec, x, kernel) + bias`, accumulated in f32 and returned in x's dtype."""
 
     def __init__(self, rngs, config: ModelConfig, spec: str, shape, axes, *, std: float, bias_dims: int = 0):
-        self.spec = spec
+        self.spec, self.products = spec, config.products
         self.kernel = param(rngs, shape, axes, std, config)
         self.bias = param(rngs, shape[-bias_dims:], axes[-bias_dims:], 0, config) if bias_dims else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(self.spec, x, self.kernel[...], x.dtype)
-        if self.bias is None:
-            return y
-        bias = self.bias[...].astype(x.dtype)
-        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        kernel = self.kernel[...]
+        dtype = x.dtype if self.bias is None else jnp.float32
+        if self.products is Products.full or isinstance(kernel, Kernel):
+            y = contract(self.spec, x, kernel, dtype)
+        else:
+            y = contract_in_8_bits(self.products, self.spec, x, kernel)
+        if self.bias is not None:
+            y = with_bias(x.dtype, y, self.bias[...])
+        return kept("product", y)
 
 
 class Normalize(nnx.Module):
@@ -315,6 +232,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, constrain) -> jax.Array:
         gate_BLF = None if self.gate is None else self.gate(x_BLD)
-        # Made anew on the way back from what the products gave: a few of them would be kept otherwise.
-        hidden_BLF = jax.checkpoint(partial(activate, self.config), prevent_cse=False)(gate_BLF, self.up(x_BLD))
-        return self.down(constrain(hidden_BLF, ("batch", "length", "mlp")))
+
+        def down(gate_BLF: jax.Array | None, up_BLF: jax.Array) -> jax.Array:
+            return self.down(constrain(activate(self.config, gate_BLF, up_BLF), ("batch", "length", "mlp")))
+
+        # What stands between the products is made anew on the way back from what they gave, which is kept anyway.
+        return jax.checkpoint(down, prevent_cse=False)(gate_BLF, self.up(x_BLD))

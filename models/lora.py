@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.layers import Kernel, as_array, contract
 from models.partition import Axes
+from models.products import Kernel, as_array, contract
 from models.quantize import Bits, Quantized, quantize, quantized_axes
 
 Params = Any  # a nested dict of arrays

@@ -20,8 +20,10 @@ from flax import nnx
 
 from models.config import Balance, Dispatch, ExpertsConfig, MLPConfig, ModelConfig, RouterScore
 from models.grouped import grouped, rows_of_block
-from models.layers import MLP, Projection, activate, as_array, contract, param
+from models.layers import MLP, Projection, activate, param
 from models.partition import TOKENS, Constrain, Cut
+from models.products import as_array, contract
+from models.remat import kept
 
 # The optimizer reads the sign of a balancing bias's gradient only (trainer/roles.py). Small, so that it counts for
 # nothing in the norm of all gradients.
@@ -251,7 +253,7 @@ def _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp: MLPConfig, parts: in
     expert_S = jnp.minimum(jnp.take(chosen_1P[0], order_1P[0]), here - 1)
 
     def apply(x, kernel, bias):
-        y = grouped(x, kernel, sizes, x.dtype, block)
+        y = kept("product", grouped(x, kernel, sizes, x.dtype, block))
         return y if bias is None else y + bias[expert_S].astype(y.dtype)
 
     hidden_SF = activate(mlp, None if gate is None else apply(x_SD, gate, gate_bias), apply(x_SD, up, up_bias))
@@ -285,7 +287,7 @@ def _with_capacity(
         x_BECD = jax.lax.all_to_all(x_BECD, travel_along, split_axis=1, concat_axis=0, tiled=True)
 
     def apply(spec, x, kernel, bias):
-        y = contract(spec, x, kernel, x.dtype)
+        y = kept("product", contract(spec, x, kernel, x.dtype))
         return y if bias is None else y + bias[None, :, None].astype(y.dtype)
 
     widen = partial(apply, "BECD,EDF->BECF", x_BECD)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.layers import Kernel, contract
 from models.partition import Axes
+from models.products import Kernel, contract
 
 BLOCK = 64
 SCALES_BLOCK = 256  # scales that share one of their own, where they are quantised too

@@ -6,7 +6,6 @@ Shape letters: B batch, L length, S key length, D model, N query heads, K kv hea
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from models import kernels
 from models.attention import attention, cached_attention, visible, weights_of_heads
@@ -15,6 +14,7 @@ from models.cache import write_cache
 from models.config import ModelConfig, QKNorm
 from models.context import Context, PerLayer
 from models.layers import Normalize, Projection, param, rope_temperature, rotate, score_temperature
+from models.remat import kept
 
 
 class Attention(nnx.Module):
@@ -56,9 +56,11 @@ class Attention(nnx.Module):
     def rotate(self, x_BLNH, context: Context, layer: PerLayer) -> jax.Array:
         """Rotary positions, in the layers that have them."""
         rope = self.config.rope
-        if context.angles_full is None or context.angles_local is None:
+        angles = context.angles_full
+        if angles is None:
             return x_BLNH
-        angles = jnp.where(layer.sliding, context.angles_local, context.angles_full)
+        if context.angles_local is not None:
+            angles = jnp.where(layer.sliding, context.angles_local, angles)
         temperature = rope_temperature(rope)
         if not all(rope.pattern):
             angles, temperature = jnp.where(layer.rotated, angles, 0.0), jnp.where(layer.rotated, temperature, 1.0)
@@ -70,9 +72,9 @@ class Attention(nnx.Module):
         """
         a = self.config.attention
         q_BLNH, k_BLKH, v_BLKH = self.inputs(x_BLD, context, layer)
-        q_BLNH = checkpoint_name(context.constrain(q_BLNH, ("batch", "length", "heads", "head_dim")), "qkv")
-        k_BLKH = checkpoint_name(context.constrain(k_BLKH, ("batch", "length", "kv_heads", "head_dim")), "qkv")
-        v_BLKH = checkpoint_name(context.constrain(v_BLKH, ("batch", "length", "kv_heads", "head_dim")), "qkv")
+        q_BLNH = kept("qkv", context.constrain(q_BLNH, ("batch", "length", "heads", "head_dim")))
+        k_BLKH = kept("qkv", context.constrain(k_BLKH, ("batch", "length", "kv_heads", "head_dim")))
+        v_BLKH = kept("qkv", context.constrain(v_BLKH, ("batch", "length", "kv_heads", "head_dim")))
         a = self.config.attention
         scale = (a.head_dim**-0.5 if a.scale is None else a.scale) * score_temperature(self.config.rope)
         options = {"scale": scale, "soft_cap": a.soft_cap, "sinks_N": None if self.sinks is None else self.sinks[...]}
@@ -85,7 +87,7 @@ class Attention(nnx.Module):
         elif context.shows_attention or (a.dropout and rng is not None):  # they need the weights of whole rows
             mask = visible(positions, positions, segments, segments, layer.window, context.shown)
             out = attention(q_BLNH, k_BLKH, v_BLKH, mask, dropout_rate=a.dropout, rng=rng, **options)
-            out = checkpoint_name(out, "attention")
+            out = kept("attention", out)
             if context.shows_attention:
                 weights_BNLS = weights_of_heads(q_BLNH, k_BLKH, mask, **options)
         else:

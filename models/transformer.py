@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from models.attention import UNLIMITED
 from models.cache import Cache
@@ -24,18 +23,12 @@ from models.config import ModelConfig, NormPlacement, Position, Remat
 from models.context import Context, PerLayer, make_context, per_layer, shown_tokens
 from models.further import FURTHER, Further
 from models.inside import Asked, Inside, nothing_shown, show
-from models.layers import (
-    MLP,
-    Normalize,
-    as_array,
-    dropout,
-    noisy,
-    param,
-    transposed,
-)
+from models.layers import MLP, Normalize, dropout, noisy, param
 from models.moe import Auxiliary, Experts
 from models.partition import RESIDUAL, TOKENS, Constrain, no_constraint
 from models.pipeline import Schedule, run_in_stages, schedule_of
+from models.products import as_array, transposed
+from models.remat import kept, remat
 from models.self_attention import Attention, LatentAttention
 from models.width import final_norm_factor
 
@@ -299,12 +292,12 @@ def _run_layers(config, stack: Stack, asked, constrain: Constrain, scanned, x_BL
 
     def layer(x_BLD, scanned):
         weights, layer, index = scanned
-        x_BLD = checkpoint_name(x_BLD, "border")
+        x_BLD = kept("border", x_BLD)
         key = None if rng is None else jax.random.fold_in(rng, index)
         x_BLD, _, *rest = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
         return x_BLD, *rest
 
-    layer = _remat(layer, config)
+    layer = remat(layer, config, constrain.platform)
 
     def body(carried, scanned):
         x_BLD, terms, weights_BNLS = layer(carried[0], scanned)
@@ -319,7 +312,7 @@ def _run_in_stages(schedule: Schedule, config, stack, asked, constrain, scanned,
     """`_run_layers` where layers lie on stages. Random numbers differ from those of a run without stages."""
     again = lambda stage: stage
     if schedule.rounds > 1:  # not layer by layer: the weights of a round, cut out in each turn, would be kept from each
-        again, config = partial(_remat, config=config), replace(config, remat=Remat.none)
+        again, config = partial(remat, config=config, platform=constrain.platform), replace(config, remat=Remat.none)
     run = partial(_run_layers, config, stack, asked)
     rows_first = lambda inside: jax.tree.map(lambda buffer: buffer.swapaxes(0, 1), inside)  # of [P, B, ...], and back
 
@@ -357,7 +350,7 @@ def _run_further(weights: Params, x_BLD, tokens_BL, ends: Ends, context: Context
 
     start = x_BLD, tokens_BL, context.positions
     scanned = weights, jnp.arange(stack.start, stack.stop)
-    hidden_KBLD, terms = jax.lax.scan(_remat(body, config), start, scanned)[1]
+    hidden_KBLD, terms = jax.lax.scan(remat(body, config, context.constrain.platform), start, scanned)[1]
     return hidden_KBLD, jax.tree.map(lambda leaf: leaf.sum(0), terms)
 
 
@@ -400,21 +393,3 @@ def logits(output: Output) -> jax.Array:
     x_BLV = jnp.einsum("BLD,DV->BLV", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
     cap = output.logit_soft_cap
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)
-
-
-def _remat(body, config: ModelConfig):
-    """The named menu: what a layer keeps for its backward pass, and where."""
-    if config.remat is Remat.none:
-        return body
-    if config.remat is Remat.dots:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    else:
-        kept = {Remat.full: (), Remat.qkv: ("qkv", "attention"), Remat.attention: ("attention",)}[config.remat]
-        away = [name.name for name in config.offload]
-        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[name for name in kept if name not in away],
-            names_which_can_be_offloaded=away,
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)

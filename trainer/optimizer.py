@@ -104,14 +104,18 @@ class OptimizerConfig:
         raise TypeError(f"optimizer.kind={self.kind}: choose one with optimizer=NAME")
 
 
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """As optax's, by one factor, `limit / norm` or 1: its quotient of each array is written to memory and read."""
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """As optax's, by one factor, `limit / norm` or 1: its quotient of each array is written to memory and read.
 
-    def update(grads: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, optax.EmptyState]:
-        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.global_norm(grads), 1e-30))
+    `grad_norm`: of the gradients, where it is known already.
+    """
+
+    def update(grads: Tree, state: Any, params: Params = None, *, grad_norm: jax.Array | None = None, **_: Any):
+        norm = optax.global_norm(grads) if grad_norm is None else grad_norm
+        factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 @dataclass

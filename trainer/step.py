@@ -50,12 +50,13 @@ def make_train_step(
         weight = means["loss"].weight
         # One division by the weight of the whole batch: exact in tokens, however they fell on microbatches.
         share = 1 / jnp.maximum(weight, 1e-9)  # a product is made where it is read, a quotient of arrays written down
+        grad_norm = share * optax.global_norm(grads)  # of the sums: of their means, these would be written down
         grads = jax.tree.map(lambda g: g * share, grads)
         # Left to the compiler when: held back until the gradients are there, all of it came at once.
         old_opt_state = on_device(state.opt_state)
-        updates, opt_state = update(grads, old_opt_state, state.params, step=state.step)
+        updates, opt_state = update(grads, old_opt_state, state.params, step=state.step, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
-        watched = jnp.stack([means["loss"].value(), optax.global_norm(grads)])
+        watched = jnp.stack([means["loss"].value(), grad_norm])
         sound = jnp.isfinite(watched) & (watched <= (jnp.inf if limits is None else limits))
         dropped = (weight > 0) & ~sound.all()
         # Where nothing is to be learnt either, moments must not decay and weights must not drift.

@@ -328,7 +328,8 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
     passes = 2 if model.remat is Remat.none else 3  # forward, backward, and forward again
     for axis in config.sharding.heads:
         # With rows in pieces between layers reduced and scattered, then gathered: as many bytes.
-        add(axis, "all-reduce", "activations", turns * layers * 2 * passes, activation, hidden=False)
+        count = turns * layers * 2 * (2 if model.remat is Remat.dots else passes)
+        add(axis, "all-reduce", "activations", count, activation, hidden=False)
     for axis in config.sharding.layers:
         n = sizes[axis]
         moved = activation * n / max(n - 1, 1)  # each sends all that it has, to the next stage and back

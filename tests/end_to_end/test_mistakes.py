@@ -14,6 +14,10 @@ MISTAKES = {
     "a misspelt group option": (["model=tinny"], "model=tinny: there is no such model; did you mean 'tiny'"),
     "a misspelt option in a list": (["source=[txt]"], "source=txt: there is no such source; did you mean 'text'?"),
     "a word for a number": (["data.batch_size=many"], "data.batch_size=many: must be a whole number"),
+    "adapters and products in 8 bits": (
+        ["adapter=lora", "model.products=int8"],
+        "model.products=int8: adapter.method=lora trains beside weights",
+    ),
     "a word that is none of the menu": (["model.remat=half"], "model.remat=half: must be one of none, full"),
     "a batch that does not divide": (
         ["devices=4", "data.batch_size=6"],

@@ -9,7 +9,7 @@ import pytest
 
 from models import decode
 from models.decode import Engine, EngineConfig, Request, decoding_params, generate
-from models.layers import RowsFirst, contract
+from models.products import RowsFirst, contract
 from models.sampling import SamplingConfig
 from models.transformer import init_params, logits, make_apply, param_axes
 from tests.models.test_transformer import BASE, FAMILIES, V

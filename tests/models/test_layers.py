@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers import contract
+from models.products import contract
 
 SPECS = ["BLD,DF->BLF", "BLD,DNH->BLNH", "BLNH,NHD->BLD", "BKGLH,BKSH->BKGLS", "BKGLS,BKSH->BKGLH", "BLS,SG->BLG"]
 

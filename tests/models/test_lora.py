@@ -10,7 +10,6 @@ import pytest
 
 from data.batch import TokenBatch
 from models.config import Dtype, ExpertsConfig, ModelConfig
-from models.layers import Kernel, as_array
 from models.lora import (
     AdapterConfig,
     Base,
@@ -23,6 +22,7 @@ from models.lora import (
     short_name,
     stored_base,
 )
+from models.products import Kernel, as_array
 from models.quantize import BLOCK, DYNAMIC, NF4, Bits, quantize
 from models.transformer import init_params, logits, make_apply, param_axes
 from trainer.adapters import BASE, Adapted

@@ -32,6 +32,7 @@ from models.config import (
 from models.decode import decoding_params
 from models.layers import inverse_frequencies
 from models.transformer import abstract_params, forward_cached, init_params, logits, make_apply, param_axes, stacks
+from trainer.footprint import work
 from trainer.objectives.logprobs import token_logprobs
 
 V, L = 37, 16
@@ -227,6 +228,20 @@ def test_remat_changes_memory_and_not_numbers(remat):
     got, grads = jax.value_and_grad(loss)(params, remat)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, want_grads)
+
+
+def test_remat_dots_multiplies_with_no_weight_again():
+    params, tokens, positions, segments = setup(BASE)
+
+    def flops(remat):
+        config = dataclasses.replace(BASE, remat=remat)
+        loss = lambda params: jnp.square(run(config, params, tokens, positions, segments)).mean()
+        return work(jax.make_jaxpr(jax.grad(loss))(params), [False] * len(jax.tree.leaves(params))).flops
+
+    a, rows = BASE.attention, tokens.shape[0]
+    of_attention = BASE.num_layers * 2 * (2 * rows * a.num_heads * L * L * a.head_dim)  # scores, and what they weigh
+    assert flops(Remat.dots) - flops(Remat.none) == of_attention
+    assert flops(Remat.full) - flops(Remat.dots) > 2 * of_attention
 
 
 def test_llama_equals_a_float64_formula():

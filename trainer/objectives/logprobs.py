@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.layers import contract
+from models.products import contract, gradients
 from models.transformer import Output
+
+HEAD = "BCD,DV->BCV"
+F32 = jnp.dtype("float32")
 
 
 class TokenLogprobs(NamedTuple):
@@ -29,15 +32,14 @@ class TokenLogprobs(NamedTuple):
 
 def chunk_logits(hidden_BCD: jax.Array, head_DV: jax.Array, soft_cap: float | None) -> jax.Array:
     """[B, C, V] f32."""
-    logits_BCV = contract("BCD,DV->BCV", hidden_BCD, head_DV, jnp.dtype("float32"))
+    return _capped(contract(HEAD, hidden_BCD, head_DV, F32), soft_cap)
+
+
+def _capped(logits_BCV: jax.Array, soft_cap: float | None) -> jax.Array:
     return logits_BCV if soft_cap is None else soft_cap * jnp.tanh(logits_BCV / soft_cap)
 
 
-def _chunk_logprobs(
-    hidden_BCD: jax.Array, targets_BC: jax.Array, head_DV: jax.Array, soft_cap: float | None
-) -> TokenLogprobs:
-    # The head's gradient comes back in its own f32, and is summed over chunks in it.
-    logits_BCV = chunk_logits(hidden_BCD, head_DV, soft_cap)
+def _of_logits(logits_BCV: jax.Array, targets_BC: jax.Array) -> TokenLogprobs:
     max_BC1 = jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1, keepdims=True))
     exp_BCV = jnp.exp(logits_BCV - max_BC1)
     sum_BC = jnp.sum(exp_BCV, axis=-1)
@@ -60,7 +62,9 @@ def token_logprobs(output: Output, targets_BL: jax.Array, *, chunk: int) -> Toke
     chunking.
     """
     hidden_BLD, head_DV, soft_cap = output[:3]
-    return in_chunks(lambda x, targets: _chunk_logprobs(x, targets, head_DV, soft_cap), hidden_BLD, targets_BL, chunk)
+    # The head's gradient comes back in its own f32, and is summed over chunks in it.
+    compute = lambda x, targets: _of_logits(chunk_logits(x, head_DV, soft_cap), targets)
+    return in_chunks(compute, hidden_BLD, targets_BL, chunk)
 
 
 def in_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Array, chunk: int) -> Any:
@@ -129,39 +133,40 @@ def summed_loss(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _summed(loss_of: LossOf, soft_cap, chunk: int, hidden_BLD, head_DV, targets_BL, weights_BL):
-    compute = lambda x, targets: _chunk_logprobs(x, targets, head_DV, soft_cap)
-    tokens = in_chunks(compute, hidden_BLD, targets_BL, chunk)
+    tokens = token_logprobs(Output(hidden_BLD, head_DV, soft_cap), targets_BL, chunk=chunk)
     return jnp.sum(loss_of(tokens) * weights_BL), tokens
 
 
 def _summed_forward(loss_of: LossOf, soft_cap, chunk: int, hidden_BLD, head_DV, targets_BL, weights_BL):
+    cast_DV = head_DV.astype(hidden_BLD.dtype)  # once, not for each chunk
+
     def compute(hidden_BCD, targets_BC, weights_BC):
-        def sum_of(hidden_BCD, head_DV):
-            tokens = _chunk_logprobs(hidden_BCD, targets_BC, head_DV, soft_cap)
+        def sum_of(logits_BCV):
+            tokens = _of_logits(_capped(logits_BCV, soft_cap), targets_BC)
             return jnp.sum(loss_of(tokens) * weights_BC), tokens
 
-        total, pull, tokens = jax.vjp(sum_of, hidden_BCD, head_DV, has_aux=True)
-        dhidden_BCD, dhead_DV = pull(jnp.ones_like(total))
+        total, pull, tokens = jax.vjp(sum_of, contract(HEAD, hidden_BCD, cast_DV, F32), has_aux=True)
+        dhidden_BCD, dhead_DV = gradients(HEAD, hidden_BCD, cast_DV, *pull(jnp.ones_like(total)))
         return (total, dhead_DV), (dhidden_BCD, tokens)
 
     rows, length = (hidden_BLD, targets_BL, weights_BL), targets_BL.shape[1]
     if chunk >= length:
         (total, dhead_DV), (dhidden_BLD, tokens) = compute(*rows)
-        return (total, tokens), (dhidden_BLD, dhead_DV)
+        return (total, tokens), (dhidden_BLD, dhead_DV.astype(head_DV.dtype))
 
     def body(sums: Any, part: Any) -> tuple[Any, Any]:
         more, made = compute(*part)
         return jax.tree.map(jnp.add, sums, more), made
 
-    start = jnp.zeros(()), jnp.zeros_like(head_DV)
+    start = jnp.zeros(()), jnp.zeros(head_DV.shape, F32)
     (total, dhead_DV), made = jax.lax.scan(body, start, _split(rows, length, chunk))
     dhidden_BLD, tokens = _join(made, length)
-    return (total, tokens), (dhidden_BLD, dhead_DV)
+    return (total, tokens), (dhidden_BLD, dhead_DV.astype(head_DV.dtype))
 
 
-def _summed_backward(loss_of: LossOf, soft_cap, chunk: int, gradients, dsum):
+def _summed_backward(loss_of: LossOf, soft_cap, chunk: int, made, dsum):
     times = lambda gradient: (gradient * dsum[0]).astype(gradient.dtype)
-    return *map(times, gradients), None, None
+    return *map(times, made), None, None
 
 
 _summed.defvjp(_summed_forward, _summed_backward)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from data.batch import TokenBatch
-from models.layers import contract
+from models.products import contract
 from models.transformer import Output
 
 

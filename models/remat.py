@@ -1,0 +1,59 @@
+"""What a layer keeps for its backward pass, by name, and what it makes anew: the menu of `model.remat`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from models.config import Dtype, ModelConfig, Remat
+
+MENU = {
+    Remat.full: (),
+    Remat.attention: ("attention",),
+    Remat.qkv: ("qkv", "attention"),
+    Remat.dots: ("product",),
+    Remat.none: ("product", "qkv", "attention", "weights"),  # "weights": of attention
+}
+
+
+def kept(name: str, x: jax.Array) -> jax.Array:
+    """x, as what a layer may keep under this name. In the forward rule of a `custom_vjp`: `named`."""
+    return _kept(name, x)  # type: ignore[return-value]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kept(name: str, x: jax.Array) -> jax.Array:
+    return x
+
+
+def named(name: str, x: jax.Array) -> jax.Array:
+    """`kept`, without a gradient.
+
+    bf16 is kept as its bits: XLA's CPU backend writes no bf16 into a stack, but converts the stack of all layers to f32
+    and back for each layer.
+    """
+    if x.dtype != jnp.bfloat16:
+        return checkpoint_name(x, name)
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+_kept.defvjp(lambda name, x: (named(name, x), None), lambda name, _, dy: (dy,))
+
+
+def remat(body: Callable[..., Any], config: ModelConfig, platform: str) -> Callable[..., Any]:
+    """`body`, a layer in a scan, with a backward pass from what `config.remat` keeps, and from where it is kept."""
+    in_bits = platform == "cpu" and config.dtype is Dtype.bfloat16
+    if config.remat is Remat.none and not in_bits:
+        return body
+    names, away = (*MENU[config.remat], "border"), [name.name for name in config.offload]
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[name for name in names if name not in away],
+        names_which_can_be_offloaded=away,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)

@@ -1,13 +1,13 @@
 """A training step on one GPU: tokens/s, MFU and memory beside PyTorch with its SDPA and `torch.compile`.
 
     python benchmarks/gpu.py [--models llama3_2_1b,llama3_8b,olmoe_1b_7b] [--length 4096] [--rounds 5]
-    python benchmarks/gpu.py --compile h100x1
+    python benchmarks/gpu.py --compile h100x1 [model.products=fp8]
 
 Weights and moments in bf16, AdamW; the batch grows until memory is full. PyTorch runs the dense shapes. FLOPs: six for
 each weight of a product that a token meets, and attention over the half of a row that is seen; what remat computes
 again is not counted. MFU is the share of the data sheet's dense bf16 rate; beside it the share of a product
 [8192, 8192] measured in turns. `--compile` needs no GPU: it compiles each step for one that is not there and says which
-kernels are in the program.
+kernels are in the program. Overrides go to the trainer alone.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import turns
@@ -26,21 +27,21 @@ REMAT = {"llama3_2_1b": "qkv", "llama3_8b": "qkv", "olmoe_1b_7b": "full"}
 BATCHES = (32, 16, 8, 4, 2, 1)  # rows; the first that fits
 
 
-def overrides(model: str, rows: int, length: int) -> list[str]:
+def overrides(model: str, rows: int, length: int, given: Sequence[str] = ()) -> list[str]:
     return [
         f"model={model}", "model.param_dtype=bfloat16", "model.attention.kernel=auto", f"model.remat={REMAT[model]}",
         f"data.seq_len={length}", f"data.batch_size={rows}", "optimizer=adamw", "schedule=constant",
-        "schedule.warmup_steps=0",
+        "schedule.warmup_steps=0", *given,
     ]  # fmt: skip
 
 
-def meshwright(model: str, rows: int, length: int):
+def meshwright(model: str, rows: int, length: int, given: Sequence[str]):
     """Its turn gives (loss, bytes of the device that were in use at most)."""
     import jax
 
     from trainer.spikes import NO_LIMITS
 
-    core, batch = built(overrides(model, rows, length))
+    core, batch = built(overrides(model, rows, length, given))
     holds = [core.init_state()]
 
     def turn():
@@ -97,7 +98,7 @@ def product():
     return turn
 
 
-def measured(model: str, length: int, rounds: int) -> dict:
+def measured(model: str, length: int, rounds: int, given: Sequence[str]) -> dict:
     """Each alone on the device, for memory is what bounds the batch; so rounds are of processes, not of steps."""
     import importlib.util
 
@@ -114,6 +115,7 @@ def measured(model: str, length: int, rounds: int) -> dict:
                 with ExitStack() as stack:
                     try:
                         args = {"model": model, "rows": rows, "length": length}
+                        args |= {"given": given} if make is meshwright else {}
                         seconds, results = turns.seat(stack, Contestant(make, args)).turns(6)
                     except turns.Failed as failed:
                         if not re.search("memory|RESOURCE_EXHAUSTED|ended", str(failed), re.I):
@@ -149,7 +151,7 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def compiled(models: list[str], target: str, length: int) -> str:
+def compiled(models: list[str], target: str, length: int, given: Sequence[str]) -> str:
     """A row for each step, compiled for a device that is not there."""
     from launch.planning.compiled import take_no_device, target_devices
     from launch.planning.shapes import shapes_of
@@ -159,7 +161,7 @@ def compiled(models: list[str], target: str, length: int) -> str:
     take_no_device()
     lines = ["| model | target | kernels in the program | memory |", "|---|---|---|---:|"]
     for model in models:
-        config = composed([*overrides(model, 1, length), "mesh.data=1"])
+        config = composed(overrides(model, 1, length, ["mesh.data=1", *given]))
         shapes = shapes_of(config, make_mesh(config.mesh, target_devices(parse_target(target))), None)
         program = shapes.core.train_step.lower(*shapes.arguments).compile()
         names = Counter(re.findall(r'custom_call_target="([^"]+)"', program.as_text()))
@@ -178,16 +180,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", default="", help="a target, such as h100x1: no GPU is needed")
     parser.add_argument("--results", default="benchmarks/results")
+    parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     models = options.models.split(",")
     if options.compile:
-        print(compiled(models, options.compile, options.length))
+        print(compiled(models, options.compile, options.length, options.overrides))
         return
     import jax
 
     if jax.default_backend() != "gpu":
         sys.exit("no GPU here; --compile h100x1 compiles for one that is not there")
-    results = [measured(model, options.length, options.rounds) for model in models]
+    results = [measured(model, options.length, options.rounds, options.overrides) for model in models]
     found = {"machine": turns.machine() | {"device": jax.devices()[0].device_kind}, "results": results}
     path = turns.keep(options.results, "gpu", json.loads(json.dumps(found)))
     print(f"\n{turns.in_words(found['machine'])}; {found['machine']['device']}\n\n{table(results)}\n\n{path}")

@@ -373,7 +373,7 @@ def build_core(
             step,
             donate_argnums=0,
             out_shardings=(layout, None),
-            compiler_options=compiler_options(constrain.platform),
+            compiler_options=compiler_options(constrain.platform, mesh.size),
         ),
         eval_step=jax.jit(make_eval_step(objective, apply)),
         told_step=told_step,

@@ -232,9 +232,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, constrain) -> jax.Array:
         gate_BLF = None if self.gate is None else self.gate(x_BLD)
-
-        def down(gate_BLF: jax.Array | None, up_BLF: jax.Array) -> jax.Array:
-            return self.down(constrain(activate(self.config, gate_BLF, up_BLF), ("batch", "length", "mlp")))
-
-        # What stands between the products is made anew on the way back from what they gave, which is kept anyway.
-        return jax.checkpoint(down, prevent_cse=False)(gate_BLF, self.up(x_BLD))
+        # Made anew on the way back from what the products gave: a few of them would be kept otherwise. Not together with
+        # the product after it: then two processes, one of them with its program out of a cache, came to collectives in
+        # different orders (Gloo).
+        hidden_BLF = jax.checkpoint(partial(activate, self.config), prevent_cse=False)(gate_BLF, self.up(x_BLD))
+        return self.down(constrain(hidden_BLF, ("batch", "length", "mlp")))

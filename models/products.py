@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-barrier = jax.lax.optimization_barrier  # CPUs keep to it only as trainer/compiler.py tells XLA
+barrier = jax.lax.optimization_barrier  # one CPU keeps to it as trainer/compiler.py tells XLA
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -97,7 +97,7 @@ class IntegrityWatch:
         self._groups = {name: _replicas(leaf.sharding, leaf.shape) for name, leaf in leaves.items()}
         self._of_state = jax.jit(partial(shard_digests, specs=specs, mesh=mesh))
         plain = getattr(train_step, "__wrapped__", train_step)  # the compiler is told by the outer program
-        options = compiler_options(self._devices[0].platform)
+        options = compiler_options(self._devices[0].platform, len(self._devices))
         self._of_step = jax.jit(lambda *step: shard_digests(plain(*step)[0], specs, mesh), compiler_options=options)
 
     def guard(self, train_step: TrainStep, first_step: int) -> TrainStep:

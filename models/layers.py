@@ -232,8 +232,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, constrain) -> jax.Array:
         gate_BLF = None if self.gate is None else self.gate(x_BLD)
-        # Made anew on the way back from what the products gave: a few of them would be kept otherwise. Not together with
-        # the product after it: then two processes, one of which had its program out of a cache, came to collectives
-        # in different orders (Gloo).
+        # Made anew on the way back from what the products gave: a few of them would be kept otherwise. Not together
+        # with the product after it: then two processes, one of which had its program out of a cache, came to
+        # collectives in different orders (Gloo).
         hidden_BLF = jax.checkpoint(partial(activate, self.config), prevent_cse=False)(gate_BLF, self.up(x_BLD))
         return self.down(constrain(hidden_BLF, ("batch", "length", "mlp")))

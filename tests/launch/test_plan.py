@@ -106,8 +106,9 @@ def test_arguments_are_those_of_xla_to_the_byte(overrides):
 
 
 def test_activations_that_are_not_kept_are_not_counted():
-    peaks = [estimate(config_of("mesh.data=1", f"model.remat={r}"), cpus(1)).work.peak for r in ("none", "full")]
-    assert peaks[1] < 0.85 * peaks[0]
+    options = ["mesh.data=1", "model.num_layers=8", "data.batch_size=32"]  # or else weights are most of it
+    peaks = [estimate(config_of(*options, f"model.remat={r}"), cpus(1)).work.peak for r in ("none", "full")]
+    assert peaks[1] < 0.7 * peaks[0]
 
 
 def test_rows_in_pieces_between_layers_are_kept_in_pieces():

@@ -144,7 +144,8 @@ def test_a_summed_loss_makes_logits_once_and_never_all() -> None:
     once = program(lambda o: summed_loss(of_token, o, targets, weights, chunk=2)[0])
     twice = program(lambda o: jnp.sum(of_token(token_logprobs(o, targets, chunk=2))))
     assert largest_array(once) == max(B * 2 * V, D * V, B * L * D)
-    assert str(once).count("dot_general") == str(twice).count("dot_general") - 1
+    assert str(once).count("dot_general") == 4  # that of the head's gradient stands there for two platforms
+    assert str(twice).count("dot_general") == 5
 
 
 def test_a_summed_loss_stays_cut_along_the_vocabulary() -> None:

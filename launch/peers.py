@@ -241,11 +241,15 @@ def _or_nothing(store: Store, key: str) -> str:
 
 
 def _aborting() -> bool:
-    """Whether a thread of this process stands in the handler of `_delay_aborts`, where the system tells."""
+    """Whether a thread of this process stands in the handler of `_delay_aborts`, where the system tells.
+
+    It then blocks SIGABRT, and not what only a thread that is just being made blocks: everything.
+    """
     for status in Path("/proc/self/task").glob("*/status"):
         with contextlib.suppress(OSError):  # that thread has ended
             blocked = re.search(r"^SigBlk:\s*(\w+)", status.read_text(), re.M)
-            if blocked and int(blocked[1], 16) >> (signal.SIGABRT - 1) & 1:
+            mask = int(blocked[1], 16) if blocked else 0
+            if mask >> (signal.SIGABRT - 1) & 1 and not mask >> (signal.SIGFPE - 1) & 1:
                 return True
     return False
 

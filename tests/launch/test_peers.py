@@ -1,14 +1,16 @@
 """Who is gone is found out from signs of life, and told in one line."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from launch.peers import Peers, Sign, Survey
+from launch.peers import Peers, Sign, Survey, _aborting
 
 
 class Store(dict):
@@ -136,6 +138,23 @@ def test_who_is_behind_is_told_first(three):
         f"process 1 ({host}) after step 41: waits for data; "
         f"processes 0 ({host}), 2 ({host}) after step 42: waits for its devices"
     )
+
+
+def test_a_thread_that_is_being_made_is_no_abort():
+    seen, done = threading.Event(), threading.Event()
+
+    def blocks_all():  # as the C library does for a moment in each new thread
+        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        seen.set()
+        done.wait(10)
+
+    thread = threading.Thread(target=blocks_all)
+    thread.start()
+    assert seen.wait(10)
+    found = _aborting()
+    done.set()
+    thread.join()
+    assert not found
 
 
 def test_an_abort_leaves_time_for_last_words():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from itertools import combinations
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -119,16 +120,17 @@ def target_devices(target: Target) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda12") is None:
         raise ValueError(_missing(target, "jax-cuda12-plugin and jax-cuda12-pjrt", "plan-cuda"))
-    described = files("launch.planning").joinpath("gpus", f"{hardware.name}.txtpb")
-    if not described.is_file():
-        raise ValueError(f"target={target.name}: no description of this GPU for the compiler; compile=true knows h100")
+    known = {Path(file.name).stem: file for file in files("launch.planning").joinpath("gpus").iterdir()}
+    if hardware.name not in known:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"target={target.name}: the compiler has no description of it; compile=true knows {names}")
     nodes, left = divmod(count, hardware.node)
     if nodes and left:
         raise ValueError(f"target={target.name}: nodes have {hardware.node} devices; give a multiple of them")
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name=hardware.name,
-        target_config=described.read_text(),
+        target_config=known[hardware.name].read_text(),
         topology=f"1x{max(nodes, 1)}x{hardware.node if nodes else left}",
     ).devices
 

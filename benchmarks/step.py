@@ -1,6 +1,6 @@
 """A training step on this CPU: tokens a second beside PyTorch, transformers and a step written by hand in JAX.
 
-    python benchmarks/step.py [--models gpt2,10m] [--dtypes float32,bfloat16] [--rounds 5] [--results FOLDER]
+    python benchmarks/step.py [--models gpt2,10m] [--dtypes float32,bfloat16] [--rounds 5] [OVERRIDES]
 
 GPT-2 124M (context 256, batch 4) and a model of 10 million parameters of the same kind (context 256, batch 16), AdamW,
 clipping, weights in float32. All begin with the same weights and see the same tokens; the losses of the first steps
@@ -9,7 +9,7 @@ each of the others take turns, two at a time.
 
 FLOPs: six for each weight of a matrix product and token, and attention over the half of a row that is seen; what is
 computed again is not counted. The rate beside them is that of one large product [2048, 2048] in JAX, measured in turns
-with the steps.
+with the steps. Overrides (`model.unroll=0`) are those of `meshwright train`.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def batches(shape: Shape):
         yield ids[:, :-1], ids[:, 1:]
 
 
-def meshwright(folder: str, shape: Shape, precision: str, overrides: tuple[str, ...] = ()):
+def meshwright(folder: str, shape: Shape, precision: str, overrides: Sequence[str] = ()):
     """The trainer's own step, as `meshwright train model=gpt2` compiles it."""
     from launch.assemble import build_core
     from models.huggingface_files import Folder, load_params
@@ -150,10 +151,10 @@ def matmul(precision: str):
     return lambda: measure_matmul(precision)
 
 
-def contestants(folder: str, shape: Shape, precision: str) -> dict[str, Contestant]:
+def contestants(folder: str, shape: Shape, precision: str, overrides: list[str]) -> dict[str, Contestant]:
     common = {"folder": folder, "shape": shape, "precision": precision}
     made = {
-        OURS: (meshwright, common),
+        OURS: (meshwright, {**common, "overrides": overrides}),
         "bare JAX": (bare, common),
         "PyTorch eager": (torch_step, {**common, "compiled": False}),
         "torch.compile": (torch_step, {**common, "compiled": True}),
@@ -163,13 +164,13 @@ def contestants(folder: str, shape: Shape, precision: str) -> dict[str, Contesta
     return {name: Contestant(*what, huge_pages) for name, what in made.items()}
 
 
-def measured(name: str, precision: str, only: list[str], rounds: int, steps: int) -> dict:
+def measured(name: str, precision: str, only: list[str], rounds: int, steps: int, overrides: list[str]) -> dict:
     """Of one model in one precision: the trainer beside each of the others, two at a time, so that memory is free."""
     shape = SHAPES[name]
     found: dict = {"model": name, "dtype": precision, "shape": asdict(shape), "flops": shape.flops, "beside": {}}
     with tempfile.TemporaryDirectory() as folder:
         write_weights(Path(folder), shape)
-        entered = contestants(folder, shape, precision)
+        entered = contestants(folder, shape, precision, overrides)
         for who in [k for k in entered if k != OURS and (not only or k in only)]:
             with ExitStack() as stack:
                 seats, losses, first = {}, {}, {}
@@ -217,11 +218,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of each, in each round")
     parser.add_argument("--results", default="benchmarks/results")
+    parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     only = [name for name in options.only.split(",") if name]
     cells = itertools.product(options.models.split(","), options.dtypes.split(","))
-    results = [measured(name, dtype, only, options.rounds, options.steps) for name, dtype in cells]
-    found = {"machine": turns.machine(), "results": results}
+    given = options.rounds, options.steps, options.overrides
+    results = [measured(name, dtype, only, *given) for name, dtype in cells]
+    found = {"machine": turns.machine(), "overrides": options.overrides, "results": results}
     path = turns.keep(options.results, "step", found)
     groups = {}
     for r in results:

@@ -210,7 +210,9 @@ class ExpertsConfig:
 
 
 # Of a model's fields those that say how to compute, not what: a run may go on with others.
-HOW = ("remat", "products", "offload", "pipeline", "attention.block", "attention.context", "attention.kernel")
+HOW = (
+    "remat", "unroll", "products", "offload", "pipeline", "attention.block", "attention.context", "attention.kernel",
+)  # fmt: skip
 
 
 @dataclass
@@ -252,6 +254,7 @@ class ModelConfig:
     param_dtype: Dtype = Dtype.float32
     products: Products = Products.full  # of the weights of layers, in training
     remat: Remat = Remat.none
+    unroll: int = 1  # layers in a turn of the loop over them: more run a little faster, and compile longer. 0: all
     offload: list[Offload] = field(
         default_factory=list
     )  # kept activations in the host's memory; remat full and its like
@@ -303,6 +306,8 @@ class ModelConfig:
                 raise ValueError(f"model.{key}={rate}: must be at least 0 and below 1")
         if self.further_tokens < 0:
             raise ValueError(f"model.further_tokens={self.further_tokens}: must not be negative; 0: no modules")
+        if self.unroll < 0:
+            raise ValueError(f"model.unroll={self.unroll}: must not be negative; 1: a loop; 0: no loop")
         if a.block is not None and a.block < 0:
             raise ValueError(f"model.attention.block={a.block}: must not be negative; 0: whole rows; null: by length")
         kept = {Remat.full: [], Remat.qkv: ["qkv", "attention"], Remat.attention: ["attention"]}.get(self.remat)

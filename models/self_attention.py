@@ -75,7 +75,6 @@ class Attention(nnx.Module):
         q_BLNH = kept("qkv", context.constrain(q_BLNH, ("batch", "length", "heads", "head_dim")))
         k_BLKH = kept("qkv", context.constrain(k_BLKH, ("batch", "length", "kv_heads", "head_dim")))
         v_BLKH = kept("qkv", context.constrain(v_BLKH, ("batch", "length", "kv_heads", "head_dim")))
-        a = self.config.attention
         scale = (a.head_dim**-0.5 if a.scale is None else a.scale) * score_temperature(self.config.rope)
         options = {"scale": scale, "soft_cap": a.soft_cap, "sinks_N": None if self.sinks is None else self.sinks[...]}
         weights_BNLS = None

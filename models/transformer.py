@@ -2,8 +2,8 @@
 
 Flax NNX modules are used for construction only. At the border everything is a nested dict of arrays: `init_params`
 makes it, `param_axes` names its dims, `make_apply` gives a pure function of it. Layers are stacked on a leading
-`layers` dim and run by one scan, so that compile time does not grow with depth; where the first layers of a mixture
-of experts are plain, they are a stack of their own before it.
+`layers` dim and run by one scan, so that compile time does not grow with depth unless `model.unroll` asks for it; where
+the first layers of a mixture of experts are plain, they are a stack of their own before it.
 
 Shape letters: B batch, L length, S key length, D model, N query heads, V vocab.
 """
@@ -304,7 +304,7 @@ def _run_layers(config, stack: Stack, asked, constrain: Constrain, scanned, x_BL
         # Not inside what is computed anew: buffers that are only written to need no copy for each layer.
         return (x_BLD, show(asked, carried[1], scanned[-1], x_BLD, weights_BNLS)), terms
 
-    (x_BLD, inside), terms = jax.lax.scan(body, (x_BLD, inside), scanned)
+    (x_BLD, inside), terms = jax.lax.scan(body, (x_BLD, inside), scanned, unroll=config.unroll or True)
     return x_BLD, inside, jax.tree.map(lambda leaf: leaf.sum(0), terms)
 
 

@@ -230,6 +230,25 @@ def test_remat_changes_memory_and_not_numbers(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, want_grads)
 
 
+@pytest.mark.parametrize("unroll", [0, 2, 3])
+def test_layers_without_a_loop_give_the_same(unroll):
+    params, tokens, positions, segments = setup(BASE)
+
+    def loss(params, unroll):
+        config = dataclasses.replace(BASE, unroll=unroll)
+        return jnp.square(run(config, params, tokens, positions, segments)).mean()
+
+    want, want_grads = jax.value_and_grad(loss)(params, 1)
+    got, grads = jax.value_and_grad(loss)(params, unroll)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, want_grads)
+
+
+def test_a_loop_has_no_negative_turns():
+    with pytest.raises(ValueError, match=r"model\.unroll=-1: must not be negative"):
+        dataclasses.replace(BASE, unroll=-1).validate()
+
+
 def test_remat_dots_multiplies_with_no_weight_again():
     params, tokens, positions, segments = setup(BASE)
 

@@ -148,7 +148,7 @@ def matmul(precision: str):
     """Its turn gives FLOP/s."""
     from trainer.metrics import measure_matmul
 
-    return lambda: measure_matmul(precision)
+    return lambda: measure_matmul(precision, size=2048, seconds=0.5)
 
 
 def contestants(folder: str, shape: Shape, precision: str, overrides: list[str]) -> dict[str, Contestant]:

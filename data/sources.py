@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -423,11 +424,11 @@ class PythonStdlibConfig(SourceConfig):
         }
         # pydoc_data and the codec tables are data, not code.
         skipped |= {"pydoc_data", "encodings"}
-        files = [
-            p
-            for p in sorted(root.rglob("*.py"))
-            if not skipped & set(p.relative_to(root).parts) and 500 <= p.stat().st_size <= 400_000
-        ]
+        found: list[Path] = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = set(folders) - skipped  # never entered: what is installed is many times the library
+            found += [Path(folder, name) for name in names if name.endswith(".py")]
+        files = [p for p in sorted(found) if 500 <= p.stat().st_size <= 400_000]
         total = sum(p.stat().st_size for p in files)
         if total > self.max_bytes:
             step = total / self.max_bytes

@@ -64,7 +64,7 @@ def published_peak(device_kind: str) -> float | None:
     return PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else None
 
 
-def measure_matmul(dtype: str = "float32", size: int = 1024, seconds: float = 0.5) -> float:
+def measure_matmul(dtype: str = "float32", size: int = 1024, seconds: float = 0.1) -> float:
     """FLOP/s of a `size`^3 matrix product with f32 accumulation on one local device: the best of many."""
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))

@@ -4,7 +4,7 @@
 
 loss: 2,048 tokens of width 256 over 131,072 words, forward and backward, in chunks of `objective.loss_chunk` beside
 all logits at once and a plain formula. remat: a step of 8 layers of width 512 under each policy. context: a step of
-that model on one row of 1,024 to 8,192 tokens. Memory is that of XLA's buffers (arguments, results, temporaries),
+that model on one row of 1,024 to 4,096 tokens. Memory is that of XLA's buffers (arguments, results, temporaries),
 of the compiled program itself; time is measured in turns.
 """
 
@@ -16,14 +16,14 @@ import turns
 from composed import built, one_document
 from turns import Contestant, Spread
 
-VOCAB, WIDTH, ROWS, LENGTH = 131072, 256, 4, 512
+VOCAB, WIDTH, ROWS, LENGTH = 131072, 256, 2, 1024
 MODEL = [
     "model=gpt2", "model.vocab_size=4096", "model.num_layers=8", "model.embed_dim=512", "model.mlp.hidden_dim=2048",
     "model.attention.num_heads=8", "model.attention.num_kv_heads=8", "model.attention.head_dim=64",
     "model.position=rope", "model.dtype=float32", "optimizer=adamw",
 ]  # fmt: skip
 REMAT = ("none", "dots", "qkv", "attention", "full")
-CONTEXT = (1024, 2048, 4096, 8192)
+CONTEXT = (1024, 2048, 4096)
 
 
 def held(compiled) -> int:
@@ -111,8 +111,8 @@ def main() -> None:
             of_last = f"{size / results[last][0][0]:.2f} | {Spread.of(seconds[name]).text('.3f')} s"
             ratio = turns.ratios(seconds[name], seconds[last]).text(".2f")
             lines.append(f"| {part} | {name} | {size / 1e6:,.0f} MB | {of_last} | {ratio} | {value:.6g} |")
-    path = turns.keep(options.results, "memory", found)
-    print(f"\n{turns.in_words(found['machine'])}\n\n" + "\n".join(lines) + f"\n\n{path}")
+        path = turns.keep(options.results, "memory", found)  # after each part: the last takes longest
+        print(f"\n{turns.in_words(found['machine'])}\n\n" + "\n".join(lines) + f"\n\n{path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ new in each turn, so that none is found in a cache.
 
 import argparse
 import contextlib
+import io
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def written_models(reference: str, dtype: str, folder: str) -> dict[str, str]:
     steps = [[f"from={reference}", "to=model"], *(["from=model", f"to={kind}:{path}", f"task.dtype={dtype}"]
              for kind, path in places.items())]  # fmt: skip
     for step in steps:
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(io.StringIO()):
             status = run(["convert", *step, f"runs={folder}/runs", f"model.dtype={dtype}"])
         if status:
             raise SystemExit(status)

@@ -47,11 +47,11 @@ def written_models(reference: str, dtype: str, folder: str) -> dict[str, str]:
     from launch.run import run
 
     places = {"hf": f"{folder}/hf", "gguf": f"{folder}/model.gguf"}
-    steps = [[f"from={reference}", "to=model"], *(["from=model", f"to={kind}:{path}", f"task.dtype={dtype}"]
-             for kind, path in places.items())]  # fmt: skip
+    steps = [[f"from={reference}", "to=model", f"model.dtype={dtype}"], *(["from=model", f"to={kind}:{path}",
+             f"task.dtype={dtype}"] for kind, path in places.items())]  # fmt: skip
     for step in steps:
         with contextlib.redirect_stdout(io.StringIO()):
-            status = run(["convert", *step, f"runs={folder}/runs", f"model.dtype={dtype}"])
+            status = run(["convert", *step, f"runs={folder}/runs"])
         if status:
             raise SystemExit(status)
     return places

@@ -363,11 +363,19 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
+def difference(one, other) -> str:  # type: ignore[no-untyped-def]
+    """Of losses by step: where they are apart."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return ""
+    apart = [(step, one.get(step), other.get(step)) for step in sorted(one | other) if one.get(step) != other.get(step)]
+    return f": at step {apart[0][0]} {apart[0][2]} for {apart[0][1]}, and at {len(apart) - 1} more"
+
+
 def compared(count: int, faults: list[Fault], root: bool) -> Job:
     """A job with these faults, beside the same job with only those that change what is computed."""
     steps = 11 + GAP * (len(faults) + 1)
     with tempfile.TemporaryDirectory(prefix="chaos_") as name:
-        ends = []
+        ends, logs = [], Path(tempfile.gettempdir()) / "chaos_logs"
         for part in ("unbroken", "broken"):
             folder = Path(name) / part
             folder.mkdir()
@@ -382,16 +390,17 @@ def compared(count: int, faults: list[Fault], root: bool) -> Job:
                 job.wrong.append(f"its end cannot be read: {error.stderr[-300:]}")
                 ends.append({})
             finally:
-                for log in folder.glob("*.log"):
-                    if job.wrong:
-                        kept_logs = Path(tempfile.gettempdir()) / "chaos_logs" / part
-                        kept_logs.mkdir(parents=True, exist_ok=True)
-                        shutil.copy(log, kept_logs)
+                (logs / part).mkdir(parents=True, exist_ok=True)
+                for log in [*folder.glob("*.log"), *folder.glob("runs/a/*.json*")]:
+                    shutil.copy(log, logs / part)
                 if root:
                     subprocess.run(["umount", "-l", folder], check=True)
         for key, value in (ends[0] or {}).items():
-            if ends[1].get(key) != value:
-                job.wrong.append(f"{key} is not that of the unbroken run")
+            other = ends[1].get(key)
+            if other != value:
+                job.wrong.append(f"{key} is not that of the unbroken run{difference(value, other)}")
+        if not job.wrong:
+            shutil.rmtree(logs)
     return job
 
 

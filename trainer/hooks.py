@@ -66,8 +66,11 @@ class EvaluateEvery:
         self.loss = math.nan
         self.best_step, self.best_loss = -1, math.inf
 
+    def due(self, step: int) -> bool:
+        return due(step, every=self._every, num_steps=self._num_steps)
+
     def __call__(self, step: int, state: TrainState, source: BatchSource) -> None:
-        if step == self.step or not due(step, every=self._every, num_steps=self._num_steps):
+        if step == self.step or not self.due(step):
             return
         with self._ledger.phase("evaluate"):
             metrics = self._evaluate(state)
@@ -121,11 +124,17 @@ class SaveEvery:
         self._saved = -1 if newest is None else newest
         self._on_saved = on_saved
 
+    def due(self, step: int) -> bool:
+        return due(step, every=self._checkpointer.config.every, num_steps=self._num_steps)
+
+    def may_save(self, step: int) -> bool:
+        """Whether this step is saved, if it is not by a signal."""
+        return self.due(step) or (self._evaluation is not None and self._evaluation.due(step))
+
     def __call__(self, step: int, state: TrainState, source: BatchSource) -> None:
-        settings = self._checkpointer.config
         found = self._evaluation
-        improved = settings.keep_best and found is not None and found.step == found.best_step == step
-        if improved or due(step, every=settings.every, num_steps=self._num_steps):
+        improved = found is not None and found.step == found.best_step == step
+        if self.due(step) or (improved and self._checkpointer.config.keep_best):
             self.save(step, state, source)
 
     def save(self, step: int, state: TrainState, source: BatchSource) -> None:

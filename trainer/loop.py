@@ -10,7 +10,7 @@ Order of operations in a turn, which nothing else may change:
 5. they are reported.
 
 There is one turn more than there are steps, so that the last evaluation and save stand in the same place as
-all others.
+all others. Before hooks that may save, 4 and 5 come first: who goes on from there never hears of that update again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -78,18 +78,20 @@ def fit(
     num_steps: int,
     hooks: Sequence[Hook],
     report: Report,
+    may_save: Callable[[int], bool] = lambda step: False,
 ) -> tuple[TrainState, str]:
     """Trains until `num_steps` updates have been done in all, or a hook raises `StopTraining`.
 
     `report(step, metrics, timing)` is called once for each update, one turn late; `step` counts updates, that
     one included. Seconds in `timing`: `data_wait` and `dispatch` of that update, `device_wait` for its
     metrics, `step` since the metrics before it, without the `hooks` in between, unless those took long.
+    `may_save(step)`: whether one of the hooks may keep this state for a later start.
     Returns: the state, and the reason for the end: "done" or the hook's.
     """
     pending = _Pending(report)
     reason = DONE
     for step in range(int(state.step), num_steps + 1):
-        if step == num_steps:
+        if step == num_steps or may_save(step):
             pending.flush(last=True)  # nothing is dispatched after it that its metrics could wait for
         start = perf_counter()
         try:

@@ -180,7 +180,7 @@ class Session:
                 saver.save(first_step, state, self.source)  # those before it are set aside: a kill must find one
             with stopper:
                 report = self.report(metrics, watch, trackers, first_step)
-                state, reason = self.fit(state, watch, every_hook, report)
+                state, reason = self.fit(state, watch, every_hook, report, saver.may_save)
             code = exit_codes.PREEMPTED if reason == hooks.PREEMPTED else 0
             self.finish(state, reason, trackers)
         except Rollback as rollback:
@@ -241,7 +241,12 @@ class Session:
         return exit_codes.PREEMPTED
 
     def fit(
-        self, state: TrainState, watch: SpikeWatch, every_hook: list[Hook], report: Callable
+        self,
+        state: TrainState,
+        watch: SpikeWatch,
+        every_hook: list[Hook],
+        report: Callable,
+        may_save: Callable[[int], bool],
     ) -> tuple[TrainState, str]:
         # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
         with self.ledger.phase("compile"), startup.phase("compile"):
@@ -282,6 +287,7 @@ class Session:
                     num_steps=self.task.num_steps,
                     hooks=[each for hook in every_hook for each in (hook, beat)],
                     report=report,
+                    may_save=may_save,
                 )
         except ValueError as error:
             raise RuntimeError(f"training failed: {error}") from error  # past start-up, no input of the user's

@@ -62,6 +62,25 @@ def test_each_turn_runs_hooks_then_batch_then_step_then_reports_the_turn_before(
     assert (int(state.step), reason, source.taken) == (2, "done", 2)
 
 
+def test_who_is_lost_after_a_save_has_told_all_that_led_to_it() -> None:
+    reports: list[int] = []
+    told_at_save: list[list[int]] = []
+
+    def hook(step: int, state: TrainState, source: Any) -> None:
+        if step == 2:
+            told_at_save.append([*reports])
+
+    def step(state: TrainState, frozen: Any, batch: int) -> tuple[TrainState, dict]:
+        if batch == 3:
+            raise ConnectionError("a peer is gone")  # while this step waits for it
+        return add_step(state, frozen, batch)
+
+    report = lambda step, metrics, timing: reports.append(step)
+    with pytest.raises(ConnectionError):
+        fit(new_state(), {}, Source(), step, num_steps=5, hooks=[hook], report=report, may_save=lambda step: step == 2)
+    assert told_at_save == [[1, 2]] and reports == [1, 2]
+
+
 def test_a_restored_state_goes_on_from_its_step() -> None:
     reports: list[int] = []
     fit(

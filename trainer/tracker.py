@@ -112,7 +112,7 @@ class JsonlTracker(Silent):
     def log(self, step: int, metrics: Metrics) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._unwritten += (json.dumps({"step": step, "time": time.time(), **values}) + "\n").encode()
-        whole = self._file.tell()
+        whole = self._file.seek(0, os.SEEK_END)  # `tell` lies beyond it after a part that was cut off again
         try:
             if self._file.write(self._unwritten) == len(self._unwritten):
                 self._unwritten = b""

@@ -109,6 +109,32 @@ def test_an_offline_wandb_run_says_on_disk_what_was_logged_and_goes_on_under_one
     assert second[3]["ended"] == "done"
 
 
+class Filling:
+    """A file on a disk that takes a part of what it is given, again and again, and then all."""
+
+    def __init__(self, file, times: int):
+        self.file, self.times = file, times
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        self.times -= 1
+        return self.file.write(data if self.times < 0 else data[: 10 + self.times])
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_rows_wait_for_a_disk_that_takes_them_in_part(tmp_path, times):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.log(1, {"a": 1.0})
+    tracker._file = Filling(tracker._file, times)
+    for step in range(2, 7):
+        tracker.log(step, {"a": 1.0})
+    tracker.finish()
+    assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
 def test_jsonl_rows_are_whole_as_soon_as_they_are_logged(tmp_path):
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
     tracker.log(1, {"train/loss": 2.0, "train/grad_norm": math.nan})

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.cache import BLOCK, LayerCache
+from models.cache import BLOCK, LayerCache, as_computed
 from models.layers import dropout
 from models.products import contract
 from models.remat import named
@@ -175,7 +175,8 @@ def cached_attention(
     first = jnp.min(jnp.where(busy_B1, positions_BL, S)) - window + 1
 
     def body(i, running):
-        block = lambda x: jax.lax.dynamic_slice(x, (first_row, 0, i * BLOCK, 0), (B, K, BLOCK, x.shape[-1]))
+        part = lambda x: jax.lax.dynamic_slice(x, (first_row, 0, i * BLOCK, 0), (B, K, BLOCK, x.shape[-1]))
+        block = lambda x: as_computed(part(x))
         s_BKGLT = contract("BKGLH,BKTH->BKGLT", q_BKGLH, block(cache.keys), F32)
         if soft_cap is not None:
             s_BKGLT = soft_cap * jnp.tanh(s_BKGLT / soft_cap)

@@ -1,6 +1,7 @@
 """Keys and values of the tokens so far: one slot of a fixed length for each row, one pair of arrays for each layer.
 
-Layers are kept apart, so that a step writes one position in place and copies nothing.
+Layers are kept apart, so that a step writes one position in place and copies nothing. bf16 is kept as its bits: XLA's
+CPU backend would convert the whole cache to f32 and back to write one position.
 
 Shape letters: B rows, S positions, K kv heads, H head dim.
 """
@@ -18,7 +19,7 @@ CACHE_AXES = ("batch", "kv_heads", None, "head_dim")
 
 
 class LayerCache(NamedTuple):
-    """Position p of a row holds the token at position p."""
+    """Position p of a row holds the token at position p, u16 where the model computes in bf16."""
 
     keys: jax.Array  # [B, K, S, H]
     values: jax.Array  # [B, K, S, width of values]
@@ -27,11 +28,19 @@ class LayerCache(NamedTuple):
 Cache = tuple[LayerCache, ...]
 
 
+def as_kept(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def as_computed(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
 def init_cache(config: ModelConfig, rows: int, length: int, constrain: Constrain = no_constraint) -> Cache:
     """`length` is rounded up to whole blocks."""
     a, dtype = config.attention, jnp.dtype(config.dtype.name)
     shape = (rows, a.num_kv_heads, -(-length // BLOCK) * BLOCK)
-    zeros = lambda width: constrain(jnp.zeros((*shape, width), dtype), CACHE_AXES)
+    zeros = lambda width: constrain(as_kept(jnp.zeros((*shape, width), dtype)), CACHE_AXES)
     layer = lambda: LayerCache(zeros(a.head_dim), zeros(a.value_dim or a.head_dim))
     return tuple(layer() for _ in range(config.num_layers))
 
@@ -39,5 +48,5 @@ def init_cache(config: ModelConfig, rows: int, length: int, constrain: Constrain
 def write_cache(cache: LayerCache, keys_BLKH, values_BLKH, positions_BL, first_row) -> LayerCache:
     """The cache with new tokens at their positions, from row `first_row` on. What lies beyond its end is dropped."""
     rows = first_row + jnp.arange(positions_BL.shape[0])[:, None]
-    put = lambda old, new: old.at[rows, :, positions_BL].set(new.astype(old.dtype), mode="drop")
+    put = lambda old, new: old.at[rows, :, positions_BL].set(as_kept(new), mode="drop")
     return LayerCache(put(cache.keys, keys_BLKH), put(cache.values, values_BLKH))

@@ -23,13 +23,14 @@ import numpy as np
 from models.cache import BLOCK, Cache, init_cache
 from models.config import Dispatch, Mask, ModelConfig, Position, Products
 from models.partition import Constrain, no_constraint
-from models.products import RowsFirst
+from models.products import RowsFirst, Table
 from models.sampling import History, SamplingConfig, Settings, sample
 from models.transformer import Params, all_stacks, forward_cached, logits, stacks
 
 MAX_TOP_LOGPROBS = 20
 OUT_DIMS = {  # of kernels that a plain product multiplies with, by their number of dims: how many are the result's
     ("attention", "query", 3): 2, ("attention", "key", 3): 2, ("attention", "value", 3): 2, ("attention", "out", 3): 1,
+    ("attention", "query_down", 2): 1, ("attention", "key_value_down", 2): 1, ("attention", "key_value", 3): 2,
     ("mlp", "up", 2): 1, ("mlp", "gate", 2): 1, ("mlp", "down", 2): 1,
     ("shared", "up", 2): 1, ("shared", "gate", 2): 1, ("shared", "down", 2): 1,
 }  # fmt: skip
@@ -166,8 +167,12 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
         if names[-1] not in ("kernel", "embedding", "head") or "router" in names:
             return leaf  # computed with in f32
         leaf = leaf.astype(dtype)
-        num_out = OUT_DIMS.get((*names[-3:-1], leaf.ndim))
-        return RowsFirst.of(leaf, num_out) if rows_first and num_out else leaf
+        if not rows_first:
+            return leaf
+        if names == ("embedding",) and config.tied_embeddings:
+            return Table(leaf)
+        num_out = 1 if names == ("head",) else OUT_DIMS.get((*names[-3:-1], leaf.ndim))
+        return RowsFirst.of(leaf, num_out) if num_out else leaf
 
     ready_tree = partial(jax.tree_util.tree_map_with_path, ready)
     parts = stacks(config)

@@ -27,7 +27,7 @@ from models.layers import MLP, Normalize, dropout, noisy, param
 from models.moe import Auxiliary, Experts
 from models.partition import RESIDUAL, TOKENS, Constrain, no_constraint
 from models.pipeline import Schedule, run_in_stages, schedule_of
-from models.products import as_array, transposed
+from models.products import RowsFirst, as_array, contract, transposed
 from models.remat import kept, remat
 from models.self_attention import Attention, LatentAttention
 from models.width import final_norm_factor
@@ -42,7 +42,7 @@ class Output(NamedTuple):
     """
 
     hidden_BLD: jax.Array
-    head_DV: jax.Array  # in the parameters' dtype: cast at use, so that its gradient is summed in it
+    head_DV: jax.Array  # in the parameters' dtype: cast at use, so that its gradient is summed in it; or `RowsFirst`
     logit_soft_cap: float | None
     auxiliary: Auxiliary | None = None  # of a mixture of experts
     further_KBLD: jax.Array | None = None  # of the modules for further tokens, where they were asked for
@@ -135,9 +135,11 @@ class Ends(nnx.Module):
     def output(self, x_BLD: jax.Array, constrain: Constrain = no_constraint) -> Output:
         if self.score is not None:
             return Output(self.final_norm(x_BLD), as_array(self.score[...]), None)
-        head_DV = transposed(self.embedding[...]) if self.head is None else as_array(self.head[...])
-        # Gathered here, once: the loss reads it for each piece of a row anew. Decoding reads it once a token, unpinned.
-        head_DV = constrain(head_DV, ("embed", "vocab"))
+        head_DV = transposed(self.embedding[...]) if self.head is None else self.head[...]
+        if not isinstance(head_DV, RowsFirst):
+            # Gathered here, once: the loss reads it for each piece of a row anew. Decoding reads it once a token,
+            # unpinned.
+            head_DV = constrain(as_array(head_DV), ("embed", "vocab"))
         return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
 
 
@@ -388,8 +390,6 @@ def forward_cached(
 
 def logits(output: Output) -> jax.Array:
     """[B, L, V] f32, whole: for decoding and for tests; training makes them in pieces."""
-    hidden_BLD = output.hidden_BLD
-    head_DV = output.head_DV.astype(hidden_BLD.dtype)
-    x_BLV = jnp.einsum("BLD,DV->BLV", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
+    x_BLV = contract("BLD,DV->BLV", output.hidden_BLD, output.head_DV, jnp.dtype("float32"))
     cap = output.logit_soft_cap
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)

@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+GROUP_VALUE = "Config group override must be"  # so begins Hydra's ValueError for `mesh=4`, which names no key
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the known words where none is near."""
@@ -27,7 +29,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         key = match.group(1)
         if re.search(r"is not in struct|Key '[^']*' not in", text):
             return _unknown_key(key, overrides)
-        return _wrong_value(key, _given(key, overrides), text)
+        return _wrong_value(key, overrides, text)
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
         return f"{group}={option}: there is no such {group}{did_you_mean(option, _options(group))}"
@@ -35,11 +37,16 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         r"[Oo]verriding.*?'([^']+)'.*?No match in the defaults list|Could not override '([^']+)'", text
     ):
         return _unknown_key(match.group(1) or match.group(2), overrides)
+    if text.startswith(GROUP_VALUE):
+        for key in named_keys(overrides):
+            number = re.fullmatch(r"[-+.\d]+|true|false|null", _given(key, overrides) or "", re.IGNORECASE)
+            if number and any(known.startswith(f"{key}.") for known in _known_keys([])):
+                return _wrong_value(key, overrides, text)
     if match := re.search(r"full_key: (\S+)", text):
         key = match.group(1)
         if re.search(r"Key '[^']*' (is )?not in", text):
             return _unknown_key(key, overrides)
-        return _wrong_value(key, _given(key, overrides), text)
+        return _wrong_value(key, overrides, text)
     if "no viable alternative" in text or "mismatched input" in text or "token recognition" in text:
         return f"{text.splitlines()[0]}\nquote values with spaces, brackets or commas: 'key=\"a value\"'"
     return text.splitlines()[0]
@@ -58,15 +65,19 @@ def _given(key: str, overrides: list[str]) -> str | None:
     return None
 
 
-def _wrong_value(key: str, value: str | None, text: str) -> str:
+def _wrong_value(key: str, overrides: list[str], text: str) -> str:
+    value = _given(key, overrides)
     said = f"{key}={value}" if value is not None else key
     if match := re.search(r"expected one of \[([^\]]*)\]", text):
         return f"{said}: must be one of {match.group(1)}{did_you_mean(value or '', match.group(1).split(', '))}"
     if match := re.search(r"could not be converted to (\w+)", text):
         wanted = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
         return f"{said}: must be {wanted.get(match.group(1), 'of type ' + match.group(1))}"
-    reason = text.splitlines()[-1] if "\n" in text else text
-    return f"{said}: {reason}"
+    known = [k.rpartition(".")[2] for k in _known_keys(overrides) if k.rpartition(".")[0] == key]
+    if known:
+        return f"{said}: holds other keys and takes no value of its own; give {key}.KEY=..., known: {', '.join(known)}"
+    reason = next(line for line in text.splitlines() if line.strip() and "Error merging" not in line)
+    return f"{said}: {reason.strip()}"
 
 
 def _unknown_key(key: str, overrides: list[str]) -> str:

@@ -189,7 +189,8 @@ def _run_hydra(arguments: list[str]) -> int:
         # What the user gave is wrong, and the message says how; a trace would bury it.
         if os.environ.get("MESHWRIGHT_TRACEBACK"):
             traceback.print_exc()
-        print(f"meshwright: {error}", file=sys.stderr)
+        said = messages.explain(error, overrides) if str(error).startswith(messages.GROUP_VALUE) else error
+        print(f"meshwright: {said}", file=sys.stderr)
         return exit_codes.WRONG_INPUT
     except KeyboardInterrupt:
         print("meshwright: interrupted", file=sys.stderr)

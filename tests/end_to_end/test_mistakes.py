@@ -14,6 +14,11 @@ MISTAKES = {
     "a misspelt group option": (["model=tinny"], "model=tinny: there is no such model; did you mean 'tiny'"),
     "a misspelt option in a list": (["source=[txt]"], "source=txt: there is no such source; did you mean 'text'?"),
     "a word for a number": (["data.batch_size=many"], "data.batch_size=many: must be a whole number"),
+    "a value for a group of keys": (["data=my.jsonl"], "data=my.jsonl: holds other keys"),
+    "a number for a group of keys": (
+        ["mesh=4"],
+        "mesh=4: holds other keys and takes no value of its own; give mesh.KEY",
+    ),
     "adapters and products in 8 bits": (
         ["adapter=lora", "model.products=int8"],
         "model.products=int8: adapter.method=lora trains beside weights",

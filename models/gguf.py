@@ -14,9 +14,12 @@ import numpy as np
 
 from models.config import OTHER_MASKS, ModelConfig, Position, RopeConfig, RopeScaling
 from models.huggingface import FAMILIES, Family, HFConfig, Rule, shape_of, write_config
-from models.layers import inverse_frequencies
+from models.layers import inverse_frequencies, rope_temperature
 
-ROPE_FACTORS = "rope_freqs.weight"  # a constant of scaled rotary positions, not a weight
+# Constants of scaled rotary positions, not weights: [H / 2] f32, what each frequency is divided by.
+LLAMA3_FACTORS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"  # LongRoPE
+ROPE_TENSORS = (LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS)
 
 
 class Header(NamedTuple):
@@ -24,7 +27,7 @@ class Header(NamedTuple):
 
     metadata: Mapping[str, Any]
     names: frozenset[str]  # of its tensors
-    rope_factors: np.ndarray | None  # [H / 2] f32: what each frequency is divided by
+    rope_factors: Mapping[str, np.ndarray]  # those of `ROPE_TENSORS` that there are
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Architecture:
     interleaved: bool = False  # rotary pairs of queries and keys lie side by side
     transposed: bool = False  # kernels are [in, out] in transformers
     norm_offset: int = 0  # norm scales in the file are ours and this
-    rope_factors: bool = False  # llama.cpp reads ROPE_FACTORS
+    rope_factors: tuple[str, ...] = ()  # of `ROPE_TENSORS`: those that llama.cpp reads
     local_theta: float | None = None  # of sliding layers, where the header does not tell
     windows: bool = True  # llama.cpp heeds them
     large: int | None = None  # of so many layers: scores are scaled by width / heads, not by head_dim
@@ -137,7 +140,9 @@ LLAMA_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_ga
 
 # In the order in which an export looks for one that can say what the model is.
 ARCHITECTURES = (
-    Architecture("llama", "llama", HEAD_KEYS, TENSORS, SILU, LLAMA_BIASES, interleaved=True, rope_factors=True),
+    Architecture(
+        "llama", "llama", HEAD_KEYS, TENSORS, SILU, LLAMA_BIASES, interleaved=True, rope_factors=(LLAMA3_FACTORS,)
+    ),
     Architecture("qwen2", "qwen2", KEYS, TENSORS, SILU, windows=False),
     Architecture("qwen3", "qwen3", HEAD_KEYS, TENSORS, SILU),
     Architecture("gemma2", "gemma2", GEMMA_KEYS, TENSORS | AFTER, GELU, norm_offset=1, large=46),
@@ -152,6 +157,7 @@ ARCHITECTURES = (
         TENSORS | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
         SILU,
         windows=False,
+        rope_factors=(SHORT_FACTORS, LONG_FACTORS),
     ),
     Architecture("gpt2", "gpt2", GPT2_KEYS, GPT2_TENSORS, {"activation_function": "gelu_new"}, transposed=True),
 )
@@ -226,9 +232,12 @@ def _read_positions(row: Architecture, header: Header, found: Mapping[str, Any],
         "rope.scaling.yarn_attn_factor": 1.0,
         "rope.scaling.yarn_ext_factor": 1.0,
     }
+    longrope = LONG_FACTORS in header.rope_factors
     for key, value in neutral.items():
-        if found.get(key, value) != value:
+        if not longrope and found.get(key, value) != value:
             raise ValueError(f"{row.name}.{key}={found[key]}: not supported")
+    if longrope:
+        kind = "none" if kind == "longrope" else kind  # llama.cpp goes by the tensors
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"{row.name}.rope.scaling.type={kind}: not supported; known: none, linear, yarn")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": found.get("rope.freq_base", 10_000.0)}
@@ -241,10 +250,13 @@ def _read_positions(row: Architecture, header: Header, found: Mapping[str, Any],
     rope["partial_rotary_factor"] = found.get("rope.dimension_count", head_dim) / head_dim
     if row.interleaved and rope["partial_rotary_factor"] != 1:
         raise ValueError(f"{row.name}.rope.dimension_count={found['rope.dimension_count']}: must be {head_dim}")
-    if header.rope_factors is not None:
-        if not row.rope_factors:
-            raise ValueError(f"{ROPE_FACTORS}: not supported in {row.name}")
-        rope |= _read_factors(row, found, header.rope_factors, rope["rope_theta"])
+    for name in header.rope_factors:
+        if name not in row.rope_factors:
+            raise ValueError(f"{name}: not supported in {row.name}")
+    if LLAMA3_FACTORS in header.rope_factors:
+        rope |= _read_factors(row, found, header.rope_factors[LLAMA3_FACTORS], rope["rope_theta"])
+    if longrope:
+        rope |= _read_longrope(row, header, found)
     local = found.get("rope.freq_base_swa", row.local_theta)
     return {"head_dim": head_dim, "rope_parameters": rope, "rope_local_base_freq": local}
 
@@ -270,7 +282,7 @@ def _read_factors(row: Architecture, found: Mapping[str, Any], factors: np.ndarr
     )
     if not np.allclose(_factors(rope, 2 * factors.size), factors, rtol=1e-4):
         raise ValueError(
-            f"{ROPE_FACTORS}: is not what scaling as in Llama 3.1 gives (factor {rope.factor}, first trained on "
+            f"{LLAMA3_FACTORS}: is not what scaling as in Llama 3.1 gives (factor {rope.factor}, first trained on "
             f"{rope.original_max_seq_len} tokens); other scalings cannot be told from it, and "
             f"{row.name}.rope.scaling.* does not name them"
         )
@@ -280,6 +292,31 @@ def _read_factors(row: Architecture, found: Mapping[str, Any], factors: np.ndarr
         "original_max_position_embeddings": rope.original_max_seq_len,
         "low_freq_factor": rope.low_freq_factor,
         "high_freq_factor": rope.high_freq_factor,
+    }
+
+
+def _read_longrope(row: Architecture, header: Header, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of LongRoPE, of which a file holds the temperature where config.json has the factor.
+
+    Raises: ValueError where one is missing.
+    """
+    first, limit = found.get("rope.scaling.original_context_length"), found["context_length"]
+    if SHORT_FACTORS not in header.rope_factors or first is None:
+        missing = f"{row.name}.rope.scaling.original_context_length" if first is None else SHORT_FACTORS
+        raise ValueError(f"{missing}: is missing beside {LONG_FACTORS}")
+    factor, said = limit / first, found.get("rope.scaling.attn_factor", 1.0)
+    of = lambda factor: rope_temperature(
+        RopeConfig(scaling=RopeScaling.longrope, factor=factor, original_max_seq_len=first)
+    )
+    if not np.isclose(of(factor), said, rtol=1e-6):
+        factor = plain(float(np.exp((said**2 - 1) * np.log(first))))
+    numbers = {name: [plain(float(x)) for x in data] for name, data in header.rope_factors.items()}
+    return {
+        "rope_type": "longrope",
+        "factor": factor,
+        "original_max_position_embeddings": first,
+        "short_factor": numbers[SHORT_FACTORS],
+        "long_factor": numbers[LONG_FACTORS],
     }
 
 
@@ -293,7 +330,7 @@ def write_header(row: Architecture, config: ModelConfig) -> Header:
     """
     hf = write_config(row.family, config)
     found = {key: hf[theirs] for key, theirs in row.keys.items() if hf.get(theirs) is not None}
-    factors = None
+    factors: dict[str, np.ndarray] = {}
     if config.position is Position.rope:
         rope, head_dim = config.rope, config.attention.head_dim
         if "attention.key_length" in row.keys:
@@ -304,14 +341,18 @@ def write_header(row: Architecture, config: ModelConfig) -> Header:
             found["rope.freq_base_swa"] = rope.local_theta
         if rope.scaling in (RopeScaling.linear, RopeScaling.yarn):
             found |= {"rope.scaling.type": rope.scaling.name, "rope.scaling.factor": rope.factor}
-        if rope.scaling in (RopeScaling.llama3, RopeScaling.yarn):
+        if rope.scaling in (RopeScaling.llama3, RopeScaling.yarn, RopeScaling.longrope):
             found["rope.scaling.original_context_length"] = rope.original_max_seq_len
         if rope.scaling is RopeScaling.llama3:
-            factors = _factors(rope, head_dim)
+            factors[LLAMA3_FACTORS] = _factors(rope, head_dim)
             # llama.cpp reads the factors alone; with these three they can be read back as what they were made of.
             found["rope.scaling.llama3_factor"] = rope.factor
             found["rope.scaling.low_freq_factor"] = rope.low_freq_factor
             found["rope.scaling.high_freq_factor"] = rope.high_freq_factor
+        if rope.scaling is RopeScaling.longrope:
+            found["rope.scaling.attn_factor"] = rope_temperature(rope)
+            factors[SHORT_FACTORS] = np.asarray(rope.short_factors, np.float32)
+            factors[LONG_FACTORS] = np.asarray(rope.long_factors, np.float32)
     names = frozenset(rule.name.format(i=0) for rule in row.rules(config))
     return Header(
         {"general.architecture": row.name, **{f"{row.name}.{k}": v for k, v in found.items()}}, names, factors

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from models.config import ModelConfig
-from models.gguf import ROPE_FACTORS, Architecture, Header, architecture_of, read_config, write_header
+from models.gguf import ROPE_TENSORS, Architecture, Header, architecture_of, read_config, write_header
 from models.huggingface_files import Layout
 from models.transformer import Params
 
@@ -86,7 +86,7 @@ class File:
             self.naming: Architecture = architecture_of(fields)
             if "token_embd.weight" in self._tensors:  # older files leave it to be counted
                 fields[f"{self.naming.name}.vocab_size"] = int(self._tensors["token_embd.weight"].shape[-1])
-            factors = self._tensors[ROPE_FACTORS].data if ROPE_FACTORS in self._tensors else None
+            factors = {name: self._tensors[name].data for name in ROPE_TENSORS if name in self._tensors}
             self.header = Header(fields, frozenset(self._tensors), factors)
             self.model: ModelConfig = read_config(self.header)
         except ValueError as error:
@@ -105,7 +105,7 @@ class File:
         return found.data.dtype == np.uint8  # else a type of integers
 
     def names(self) -> set[str]:
-        return set(self._tensors) - {ROPE_FACTORS}
+        return set(self._tensors) - set(ROPE_TENSORS)
 
     def slice(self, name: str) -> Tensor:
         return Tensor(self._tensors[name], self.naming.offset(name))
@@ -171,9 +171,8 @@ def save_params(
         block, size = gguf.GGML_QUANT_SIZES[kind]
         nbytes = int(np.prod(shape)) // block * size
         writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-    if header.rope_factors is not None:
-        factors = header.rope_factors
-        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for name, factors in header.rope_factors.items():
+        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
     if chief:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer.write_header_to_file()
@@ -184,8 +183,8 @@ def save_params(
             writer.write_tensor_data(data)
         progress(done, len(shapes))
     if chief:
-        if header.rope_factors is not None:
-            writer.write_tensor_data(header.rope_factors)
+        for factors in header.rope_factors.values():
+            writer.write_tensor_data(factors)
         writer.close()
 
 

@@ -46,6 +46,10 @@ LLAMA = ModelConfig(
 )  # fmt: skip
 LLAMA3 = RopeConfig(500.0, scaling=RopeScaling.llama3, factor=8.0, original_max_seq_len=16)
 YARN = RopeConfig(500.0, scaling=RopeScaling.yarn, factor=4.0, original_max_seq_len=16)
+LONGROPE = RopeConfig(
+    500.0, fraction=0.75, scaling=RopeScaling.longrope, factor=16.0, original_max_seq_len=16,
+    short_factors=[1.0, 1.1, 1.3, 1.5, 1.5, 1.75], long_factors=[1.5, 2.0, 4.0, 6.0, 9.5, 20.25],
+)  # fmt: skip
 GEMMA = replace(
     LLAMA, norm_placement=NormPlacement.sandwich, norm_unit_offset=True, scale_embeddings=True, tied_embeddings=True,
     mlp=TANH,
@@ -68,6 +72,10 @@ CASES = {
     ),
     "olmo2": replace(LLAMA, norm_placement=NormPlacement.post, attention=replace(SQUARE, qk_norm=QKNorm.projection)),
     "phi3": replace(LLAMA, attention=SQUARE, rope=RopeConfig(500.0, fraction=0.75)),
+    "phi3 in long rows": replace(LLAMA, attention=SQUARE, rope=LONGROPE),
+    "phi3 in short rows": replace(
+        LLAMA, attention=SQUARE, rope=replace(LONGROPE, original_max_seq_len=256, factor=2.0), max_seq_len=512
+    ),
     "gpt2": replace(
         LLAMA, norm=Norm.layer, position=Position.learned, tied_embeddings=True,
         attention=AttentionConfig(4, 4, 16, qkv_bias=True, out_bias=True), mlp=replace(TANH, gated=False, bias=True),

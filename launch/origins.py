@@ -323,7 +323,8 @@ def _folder(path: Path) -> Origin:
     def tokenizer() -> Tokenizer:
         if not Path(str(config.path)).exists():
             raise ValueError(
-                f"hf:{path}: there is no tokenizer.json and no tokenizer.model; choose one with tokenizer=NAME"
+                f"hf:{path}: there is no tokenizer.json and no tokenizer.model; put one there, or begin a run with "
+                f"another: train init_from=hf:{path} tokenizer=NAME"
             )
         return configured(config.build(lambda: iter(())), config)
 

@@ -20,6 +20,7 @@ from models.config import (
     RopeScaling,
 )
 from models.huggingface_configs import HFConfig
+from models.huggingface_quantized import refusal
 from models.huggingface_rules import Rule
 
 CLASSIFIER = "ForSequenceClassification"
@@ -70,11 +71,8 @@ FAMILIES = (
 
 def family_of(hf: HFConfig) -> Family:
     """Raises: ValueError where no family reads this config.json."""
-    if quantised := hf.get("quantization_config"):
-        raise ValueError(
-            f"config.json: quantization_config.quant_method={quantised.get('quant_method')}: the weights are "
-            "quantised; load them in transformers with dequantize=True and save them again"
-        )
+    if why := refusal(hf.get("quantization_config")):
+        raise ValueError(why)
     for family in FAMILIES:
         if family.model_type == hf.get("model_type"):
             return family

@@ -17,6 +17,7 @@ import numpy as np
 
 from models.config import ModelConfig
 from models.huggingface import Family, family_of, write_config
+from models.huggingface_quantized import BLOCKS, FACTORS, FP8, MXFP4, SCALES, mapped_fp8, whole_name
 from models.huggingface_rules import LETTERS, Rule
 from models.transformer import Params, abstract_params, param_axes, stacks
 
@@ -110,10 +111,19 @@ class Folder:
             raise ValueError(f"hf:{file}: cannot be read: {error}") from None
 
     def names(self) -> set[str]:
-        return {name for name in self._files if not name.endswith(BUFFERS)}
+        whole = {whole_name(name, self._files) for name in self._files if not name.endswith(BUFFERS)}
+        return {name for name in whole if name is not None}
 
     def slice(self, name: str) -> Any:
         """Something to index: reads what is asked for and nothing else."""
+        if name + BLOCKS in self._files:
+            return MXFP4(self._slice(name + BLOCKS), self._slice(name + SCALES))
+        if name + FACTORS in self._files:
+            rows, columns = (self.config.get("quantization_config") or {}).get("weight_block_size", (128, 128))
+            return FP8(mapped_fp8(self._files[name], name), self._slice(name + FACTORS), (rows, columns))
+        return self._slice(name)
+
+    def _slice(self, name: str) -> Any:
         return self._handles[self._files[name]].get_slice(name)
 
 

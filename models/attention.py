@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.cache import BLOCK, LayerCache, as_computed
+from models.bits import as_computed
+from models.cache import BLOCK, LayerCache
 from models.layers import dropout
 from models.products import contract
 from models.remat import named

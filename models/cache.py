@@ -1,7 +1,6 @@
 """Keys and values of the tokens so far: one slot of a fixed length for each row, one pair of arrays for each layer.
 
-Layers are kept apart, so that a step writes one position in place and copies nothing. bf16 is kept as its bits: XLA's
-CPU backend would convert the whole cache to f32 and back to write one position.
+Layers are kept apart, so that a step writes one position in place and copies nothing. bf16 is kept as its bits.
 
 Shape letters: B rows, S positions, K kv heads, H head dim.
 """
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.bits import as_kept
 from models.config import ModelConfig
 from models.partition import Constrain, no_constraint
 
@@ -26,14 +26,6 @@ class LayerCache(NamedTuple):
 
 
 Cache = tuple[LayerCache, ...]
-
-
-def as_kept(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def as_computed(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def init_cache(config: ModelConfig, rows: int, length: int, constrain: Constrain = no_constraint) -> Cache:

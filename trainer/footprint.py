@@ -59,7 +59,6 @@ class Rules:
 
     kept: Callable[[Value], float] = lambda value: value.bytes  # bytes of a value as it is kept on one device
     seconds: Callable[[float, float], float] = lambda flops, moved: 0.0  # that a step of so much takes
-    turns: float = 2.0  # of a loop that ends by itself: those of models/grouped.py, where groups are equal
     rows_of_groups: float = 1.0  # of the rows of a grouped product, the share that falls on any group
     copies_donated: bool = False  # results take the place of arguments only in the end
 
@@ -269,7 +268,7 @@ def _walk(
             now.append(Held(values[made[0]], whole, False))
         if (size := sum(h.bytes for h in now)) > total.peak:
             total.peak, total.held = size, now
-        total.add(inside, {"scan": step.params.get("length", 1), "while": rules.turns}.get(step.name, 1))
+        total.add(inside, _turns(step, rules))
         if step.name not in LOOPS:
             part = _touched(step)
             touched = [*sources, *made] if part is None else 2 * part
@@ -304,6 +303,18 @@ def _every(jaxpr: Jaxpr) -> Iterator[Any]:
 def _is_product(step: Step) -> bool:
     in_place = ("scan", "while", "dynamic_update_slice", "scatter", "scatter-add")
     return step.name in BUFFERED and step.name not in in_place
+
+
+def _turns(step: Step, rules: Rules) -> float:
+    """Of a loop; 1 of what is none. Those that end by themselves are of models/grouped.py: each of their turns looks
+    some of all rows up, until each row had its turn."""
+    if step.name == "scan":
+        return step.params["length"]
+    if step.name != "while":
+        return 1
+    lookups = [e for e in _every(step.params["body_jaxpr"].jaxpr) if e.primitive.name == "gather"]
+    rows = lambda var: math.prod(var.aval.shape[:-1])
+    return max(1, *(rules.rows_of_groups * rows(e.invars[0]) / rows(e.outvars[0]) for e in lookups))
 
 
 def _inside(step: Step, program: Program, rules: Rules) -> Work:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.grouped import grouped, rows_of_block
+from models.grouped import grouped, in_turns, rows_of_block
 
 S, D, F = 70, 12, 10
 SIZES = {
@@ -14,7 +14,7 @@ SIZES = {
     "nobody's": [0, 0, 0, 0],
     "as many as a block": [8, 16, 8, 24],
 }
-BLOCKS = {"at once": None, "in turns": 8, "in one turn": 72}
+BLOCKS = {"at once": None, "in blocks": 8, "in one block": 72}
 
 
 def slow(x, kernel, sizes):
@@ -50,6 +50,28 @@ def test_each_row_meets_the_matrix_of_its_group_and_so_do_gradients(given, sizes
     for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
         want = np.asarray(x[start:end], np.float64).T @ np.asarray(dy[start:end], np.float64)
         np.testing.assert_allclose(dkernel[e], want, atol=1e-5)
+
+
+def test_many_groups_share_turns_however_uneven(given):
+    """Of 24 groups, 3 blocks are computed in a turn, also where they are of one group."""
+    sizes = [0] * 24
+    sizes[3], sizes[4], sizes[20] = 41, 1, 24
+    x, dy = given[0], given[2]
+    kernel = jax.random.normal(jax.random.key(1), (24, D, F))
+    y, back = jax.vjp(lambda x, k: grouped(x, k, jnp.array(sizes), jnp.dtype("float32"), 8), x, kernel)
+    np.testing.assert_allclose(y[: sum(sizes)], slow(x, kernel, sizes)[: sum(sizes)], atol=1e-5)
+    _, dkernel = back(dy)
+    want = np.asarray(x[:41], np.float64).T @ np.asarray(dy[:41], np.float64)
+    np.testing.assert_allclose(dkernel[3], want, atol=1e-5)
+    assert not np.asarray(dkernel)[[e for e in range(24) if not sizes[e]]].any()
+
+
+@pytest.mark.parametrize("sizes", [[8] * 24, [0] * 10 + [192] + [0] * 13, list(range(16)) + [9] * 8], ids=str)
+def test_every_row_has_one_turn_and_turns_are_as_many_as_blocks_need(sizes):
+    count = lambda blocks, carry: (carry[0].at[blocks.rows].add(1, mode="drop"), carry[1] + 1)
+    seen, turns = in_turns(count, (jnp.zeros(192, int), 0), 192, jnp.array(sizes), 8)
+    assert np.array_equal(seen, np.arange(192) < sum(sizes))
+    assert turns == -(-sum(-(-size // 8) for size in sizes) // 3)
 
 
 def test_programs_side_by_side_have_ends_of_their_own(given):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from models.grouped import grouped
 from trainer.footprint import Rules, work
 
 F32 = 4
@@ -23,6 +24,18 @@ def test_products_are_counted_with_every_turn_of_a_loop():
 
     found = of(turns, (8, 16), (5, 16, 16))
     assert found.flops == 5 * 2 * 8 * 16 * 16
+
+
+def test_products_of_experts_are_counted_as_where_all_have_the_same():
+    """Their loop ends by itself."""
+
+    def experts(x, kernel):
+        sizes = jnp.full(32, 64)
+        y, back = jax.vjp(lambda x, kernel: grouped(x, kernel, sizes, jnp.dtype("float32"), 32), x, kernel)
+        return back(y)
+
+    for share in (1, 0.5):
+        assert of(experts, (2048, 64), (32, 64, 48), rows_of_groups=share).flops == share * 3 * 2 * 2048 * 64 * 48
 
 
 def test_elementwise_steps_are_not_held():

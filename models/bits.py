@@ -1,6 +1,6 @@
-"""bf16 kept as its bits while single rows of an array are written.
+"""bf16 kept as its bits while single rows of an array are written or looked up.
 
-XLA's CPU backend has no scatter of bf16: it would convert the whole array to f32 and back to write one row.
+XLA's CPU backend would convert the whole array to f32, and back, for one row.
 """
 
 import jax

@@ -69,18 +69,16 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _product(x_SD, kernel_EDF, sizes_E, dtype, block: int | None) -> jax.Array:
-    f32 = jnp.float32
+    f32, kernel_EDF = jnp.float32, kernel_EDF.astype(x_SD.dtype)  # at once: XLA then gathers it so from devices
     if block is None:
-        kernel_EDF = kernel_EDF.astype(x_SD.dtype)
         return jax.lax.ragged_dot(x_SD, kernel_EDF, sizes_E, preferred_element_type=f32).astype(dtype)
 
     def turn(blocks: Blocks, y_SF):
-        # Cast when looked up: XLA's CPU backend would convert all matrices from bf16 in each turn.
-        kernel_WDF = kernel_EDF[blocks.group].astype(x_SD.dtype)
+        kernel_WDF = as_computed(bits_EDF[blocks.group])
         y_WbF = jnp.einsum("WbD,WDF->WbF", _at(x_SD, blocks.rows), kernel_WDF, preferred_element_type=f32)
         return y_SF.at[blocks.rows].set(as_kept(y_WbF.astype(dtype)), mode="drop", unique_indices=True)
 
-    y_SF = as_kept(jnp.zeros((x_SD.shape[0], kernel_EDF.shape[2]), dtype))
+    y_SF, bits_EDF = as_kept(jnp.zeros((x_SD.shape[0], kernel_EDF.shape[2]), dtype)), as_kept(kernel_EDF)
     return as_computed(in_turns(turn, y_SF, len(x_SD), sizes_E, block))
 
 

@@ -232,8 +232,7 @@ def _forms(shape: tuple[int, ...], rounds: int) -> list[tuple[int, ...]]:
 def _allow(kinds: dict[str, float], whole: Shapes, local: Shapes, platform: str) -> None:
     """What XLA's backends hold at the update, as seen in the table of docs/plan.md.
 
-    CPU: gradients as they come and as they are scaled, those of experts once, what the optimizer keeps anew, and the
-    largest parameter whole.
+    CPU: gradients as they come and as they are scaled, what the optimizer keeps anew, and the largest parameter whole.
     GPU: gradients of parameters that are cut, laid out once more, with the largest of them whole, and gaps between.
     """
     params = jax.tree.leaves(local.core.abstract.params)
@@ -242,8 +241,6 @@ def _allow(kinds: dict[str, float], whole: Shapes, local: Shapes, platform: str)
     largest = max((leaf.size * 4.0 for leaf in params if local.core.model.vocab_size in leaf.shape), default=0.0)
     held = 2 * 4.0 * sum(map(math.prod, kept)) + largest
     if platform == "cpu":
-        experts = local.core.model.experts.num_experts
-        held -= 4.0 * sum(math.prod(own) for own, leaf in zip(kept, params, strict=True) if experts in leaf.shape[1:2])
         held += bytes_on_device(whole.core.abstract.opt_state)
     elif platform == "cuda" and cut:
         held *= PACKED

@@ -232,18 +232,18 @@ def _forms(shape: tuple[int, ...], rounds: int) -> list[tuple[int, ...]]:
 def _allow(kinds: dict[str, float], whole: Shapes, local: Shapes, platform: str) -> None:
     """What XLA's backends hold at the update, as seen in the table of docs/plan.md.
 
-    CPU: gradients as they come and as they are scaled, what the optimizer keeps anew, and the largest parameter whole.
+    CPU: gradients, what the optimizer keeps anew, and the largest parameter whole.
     GPU: gradients of parameters that are cut, laid out once more, with the largest of them whole, and gaps between.
     """
     params = jax.tree.leaves(local.core.abstract.params)
     kept = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(whole.core.abstract.params)]
     cut = any(math.prod(shape) < math.prod(leaf.shape) for shape, leaf in zip(kept, params, strict=True))
     largest = max((leaf.size * 4.0 for leaf in params if local.core.model.vocab_size in leaf.shape), default=0.0)
-    held = 2 * 4.0 * sum(map(math.prod, kept)) + largest
+    gradients = 4.0 * sum(map(math.prod, kept))
     if platform == "cpu":
-        held += bytes_on_device(whole.core.abstract.opt_state)
+        held = gradients + largest + bytes_on_device(whole.core.abstract.opt_state)
     elif platform == "cuda" and cut:
-        held *= PACKED
+        held = PACKED * (2 * gradients + largest)
     else:
         return
     kinds["gradients"] += max(0.0, held - sum(kinds.values()))

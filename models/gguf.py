@@ -52,6 +52,10 @@ class Architecture:
     def family(self) -> Family:
         return next(family for family in FAMILIES if family.model_type == self.model_type)
 
+    @property
+    def has_experts(self) -> bool:
+        return "expert_count" in self.keys
+
     def rules(self, config: ModelConfig) -> list[Rule]:
         return [self._rule(rule) for rule in self.family.rules(config)]
 
@@ -60,6 +64,8 @@ class Architecture:
         _, layered, part = stem.partition("{i}.")
         name = f"blk.{{i}}.{self.tensors[part]}" if layered else self.tensors[stem]
         parts, axis = rule.parts, rule.axis
+        if "{e}" in part:  # one matrix an expert there, all of them stacked in the file
+            parts = tuple((path, f"E{pattern}") for path, pattern in parts)
         if self.interleaved:
             turned = ("attention.query.", "attention.key.")
             parts = tuple((path, p.replace("H", "h") if path.startswith(turned) else p) for path, p in parts)
@@ -93,6 +99,9 @@ GEMMA_KEYS = HEAD_KEYS | {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+# Where llama.cpp takes keys and values to have as many heads as queries.
+ALIKE_KEYS = {key: theirs for key, theirs in KEYS.items() if key != "attention.head_count_kv"}
+EXPERT_KEYS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 GPT2_KEYS = {
     "block_count": "n_layer",
     "embedding_length": "n_embd",
@@ -117,6 +126,18 @@ TENSORS = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+}
+EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.{e}.gate_proj": "ffn_gate_exps",
+    "mlp.experts.{e}.up_proj": "ffn_up_exps",
+    "mlp.experts.{e}.down_proj": "ffn_down_exps",
+}
+MIXTRAL_EXPERTS = {
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.{e}.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.{e}.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.{e}.w2": "ffn_down_exps",
 }
 AFTER = {
     "post_attention_layernorm": "post_attention_norm",
@@ -143,8 +164,25 @@ ARCHITECTURES = (
     Architecture(
         "llama", "llama", HEAD_KEYS, TENSORS, SILU, LLAMA_BIASES, interleaved=True, rope_factors=(LLAMA3_FACTORS,)
     ),
+    Architecture(
+        "llama",
+        "mixtral",
+        HEAD_KEYS | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        TENSORS | MIXTRAL_EXPERTS,
+        SILU,
+        interleaved=True,
+        rope_factors=(LLAMA3_FACTORS,),
+    ),
     Architecture("qwen2", "qwen2", KEYS, TENSORS, SILU, windows=False),
     Architecture("qwen3", "qwen3", HEAD_KEYS, TENSORS, SILU),
+    Architecture(
+        "qwen3moe",
+        "qwen3_moe",
+        HEAD_KEYS | EXPERT_KEYS | {"expert_feed_forward_length": "moe_intermediate_size"},
+        TENSORS | EXPERTS,
+        SILU | {"norm_topk_prob": True},
+    ),
+    Architecture("olmoe", "olmoe", ALIKE_KEYS | EXPERT_KEYS, TENSORS | EXPERTS, SILU | {"norm_topk_prob": False}),
     Architecture("gemma2", "gemma2", GEMMA_KEYS, TENSORS | AFTER, GELU, norm_offset=1, large=46),
     Architecture(
         "gemma3", "gemma3_text", GEMMA_KEYS, TENSORS | AFTER, GELU, norm_offset=1, large=62, local_theta=10_000.0
@@ -166,10 +204,16 @@ ARCHITECTURES = (
 def architecture_of(metadata: Mapping[str, Any]) -> Architecture:
     """Raises: ValueError where no row reads such a file."""
     name = metadata.get("general.architecture")
+    experts = bool(metadata.get(f"{name}.expert_count"))
     for row in ARCHITECTURES:
-        if row.name == name:
+        if row.name == name and row.has_experts == experts:
             return row
-    raise ValueError(f"general.architecture={name}: not supported; known: {', '.join(r.name for r in ARCHITECTURES)}")
+    which = f"{name} with experts" if experts else name
+    raise ValueError(f"general.architecture={which}: not supported; known: {known()}")
+
+
+def known() -> str:
+    return ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
 
 
 # From a header to our config
@@ -392,6 +436,8 @@ def architecture_for(config: ModelConfig) -> Architecture:
     config.refuse_masks(*OTHER_MASKS, why="llama.cpp runs this model as a causal one, so it cannot be exported")
     nearest: tuple[Architecture, list[str]] | None = None
     for row in ARCHITECTURES:
+        if row.has_experts != bool(config.experts.num_experts):
+            continue
         try:
             wrong = misread(row, config)
         except (KeyError, StopIteration):
@@ -400,6 +446,5 @@ def architecture_for(config: ModelConfig) -> Architecture:
             return row
         if nearest is None or len(wrong) < len(nearest[1]):
             nearest = row, wrong
-    known = ", ".join(row.name for row in ARCHITECTURES)
     why = "" if nearest is None else f"; nearest is {nearest[0].name}, but {'; '.join(nearest[1][:3])}"
-    raise ValueError(f"llama.cpp has no architecture for this model (known here: {known}){why}; to=hf:FOLDER may do")
+    raise ValueError(f"llama.cpp has no architecture for this model (known here: {known()}){why}; to=hf:FOLDER may do")

@@ -20,6 +20,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"
 # Of a file of mostly this type: general.file_type, as llama.cpp numbers them.
 FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32, "q8_0": 7, "q4_0": 2}
 ENDS = ("token_embd.weight", "output.weight")
+ROUTER = "ffn_gate_inp.weight"
 Progress = Callable[[int, int], None]  # done, in all
 
 
@@ -119,10 +120,10 @@ class File:
 def tensor_type(name: str, shape: tuple[int, ...], dtype: str) -> str:
     """The type of one tensor in a file of mostly `dtype`, by llama.cpp's habits.
 
-    What is added or multiplied number by number stays F32; rows that do not fall into blocks of 32 stay F16; the
-    embedding and the head are kept finer than the rest of a Q4_0 file.
+    What is added or multiplied number by number stays F32, and so do routers; rows that do not fall into blocks of 32
+    stay F16; the embedding and the head are kept finer than the rest of a Q4_0 file.
     """
-    if len(shape) == 1 or name == "position_embd.weight":
+    if len(shape) == 1 or name == "position_embd.weight" or name.endswith(ROUTER):
         return "F32"
     if dtype in ("q8_0", "q4_0") and shape[-1] % 32:
         return "F16"

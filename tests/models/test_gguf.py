@@ -14,6 +14,7 @@ from models.config import (
     Activation,
     AttentionConfig,
     Dtype,
+    ExpertsConfig,
     LayerKind,
     MLPConfig,
     ModelConfig,
@@ -56,6 +57,10 @@ GEMMA = replace(
 )  # fmt: skip
 GEMMA2 = replace(HEADS, pattern=[SLIDING, FULL], sliding_window=8, soft_cap=50.0, scale=32**-0.5)
 GEMMA3 = replace(HEADS, pattern=[SLIDING] * 5 + [FULL], sliding_window=8, qk_norm=QKNorm.head, scale=32**-0.5)
+OLMOE = replace(
+    LLAMA, attention=replace(SQUARE, num_kv_heads=4, qk_norm=QKNorm.projection),
+    experts=ExpertsConfig(8, 0, 2, 64, normalize=False),
+)  # fmt: skip
 CASES = {
     "llama": LLAMA,
     "llama 3.1, tied": replace(LLAMA, rope=LLAMA3, tied_embeddings=True),
@@ -64,6 +69,11 @@ CASES = {
     ),
     "qwen2": replace(LLAMA, attention=replace(SQUARE, qkv_bias=True)),
     "qwen3": replace(LLAMA, attention=replace(HEADS, qk_norm=QKNorm.head)),
+    "mixtral": replace(LLAMA, experts=ExpertsConfig(8, 0, 2, 96)),
+    "qwen3 moe": replace(
+        LLAMA, attention=replace(HEADS, qk_norm=QKNorm.head), experts=ExpertsConfig(8, 0, 3, 32)
+    ),
+    "olmoe": OLMOE,
     "gemma2": replace(GEMMA, attention=GEMMA2, final_soft_cap=30.0),
     "gemma2 of 27B": replace(GEMMA, attention=replace(GEMMA2, scale=16**-0.5), num_layers=46, final_soft_cap=30.0),
     "gemma3": replace(
@@ -166,6 +176,21 @@ def test_smaller_types_hold_what_casts_and_blocks_make_of_the_weights(tmp_path, 
     assert first_wrong(file, config, changed, row, dtype=dtype) == "blk.2.ffn_up.weight"
 
 
+def test_experts_are_kept_in_blocks_and_their_router_is_not(tmp_path):
+    config = CASES["qwen3 moe"]
+    params = random_params(config)
+    file, row = write(tmp_path / "model.gguf", config, params, "q8_0")
+    assert first_wrong(file, config, params, row, dtype="q8_0") is None
+    assert file.raw("blk.0.ffn_gate_inp.weight")[0] == "F32" and file.raw("blk.2.ffn_gate_exps.weight")[0] == "Q8_0"
+    read = load_params(file, file.model, abstract_params(file.model))["layers"]["mlp"]
+    given = params["layers"]["mlp"]
+    assert equal(read["router"], given["router"])
+    theirs = np.ascontiguousarray(np.swapaxes(np.asarray(given["gate"]["kernel"])[2], 1, 2))
+    kind = gguf.GGMLQuantizationType.Q8_0
+    got = np.swapaxes(np.asarray(read["gate"]["kernel"])[2], 1, 2)
+    assert np.array_equal(got, gguf.quants.dequantize(gguf.quants.quantize(theirs, kind), kind))
+
+
 def test_rows_that_are_no_whole_blocks_stay_float16(tmp_path):
     config = replace(CASES["llama"], mlp=MLPConfig(72))
     file, _ = write(tmp_path / "model.gguf", config, random_params(config), "q4_0")
@@ -177,7 +202,7 @@ def test_rows_that_are_no_whole_blocks_stay_float16(tmp_path):
         write(tmp_path / "huge.gguf", config, huge, "q4_0")
 
 
-@pytest.mark.parametrize("name", ["llama 3.1, tied", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama 3.1, tied", "phi3", "gpt2", "qwen3 moe"])
 def test_slices_onto_a_mesh_equal_the_whole(tmp_path, name):
     from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
 
@@ -199,6 +224,8 @@ REFUSED = {
     "pattern holds sliding, which llama.cpp leaves out": replace(LLAMA, attention=replace(SQUARE, pattern=[SLIDING])),
     "attention.scale=0.5, which is": replace(GEMMA, attention=replace(GEMMA2, scale=0.5), final_soft_cap=30.0),
     "beta_fast=16.0, which is 32.0 there": replace(LLAMA, rope=replace(YARN, beta_fast=16.0)),
+    "num_kv_heads=2, which is 4 there": replace(OLMOE, attention=replace(OLMOE.attention, num_kv_heads=2)),
+    "num_dense_layers=1, which is 0 there": replace(CASES["qwen3 moe"], experts=ExpertsConfig(8, 1, 3, 32)),
     "mlp.activation=relu": replace(LLAMA, mlp=MLPConfig(96, activation=Activation.relu)),
 }
 
@@ -211,7 +238,8 @@ def test_what_llama_cpp_cannot_say_is_refused_with_the_reason(reason):
 
 
 def test_every_architecture_is_tried():
-    assert {architecture_for(config).name for config in CASES.values()} == {row.name for row in ARCHITECTURES}
+    tried = {architecture_for(config).model_type for config in CASES.values()}
+    assert tried == {row.model_type for row in ARCHITECTURES}
     assert not any(misread(architecture_for(config), config) for config in CASES.values())
 
 

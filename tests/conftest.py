@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tempfile
 
 from launch.distributed import let_fake_devices_wait
@@ -16,6 +17,9 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's `pytest &`; the commands under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

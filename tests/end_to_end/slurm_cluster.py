@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -59,8 +60,8 @@ def why_not() -> str:
 class Cluster:
     """`nodes` names, each with two CPUs. A context manager; `environment` is what SLURM's commands need."""
 
-    def __init__(self, nodes: list[str], first_port: int):
-        self.nodes, self.first_port = nodes, first_port
+    def __init__(self, nodes: list[str]):
+        self.nodes, self.first_port = nodes, free_ports(1 + len(nodes))
         # Not a folder of pytest's: names of sockets are short, and munge's own user must pass through.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.environment = {"SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -120,14 +121,33 @@ class Cluster:
                 continue
 
     def __exit__(self, *error: object) -> None:
-        for job in self._run("squeue", "-h", "-o", "%A").split():
-            self._run("scancel", job)
+        try:
+            for job in self._run("squeue", "-h", "-o", "%A").split():
+                self._run("scancel", job)
+        except subprocess.CalledProcessError:
+            pass  # the controller did not come up, or is gone: there are no jobs
         time.sleep(1)
         for name in [*(f"slurmd.{node}.pid" for node in self.nodes), "slurmctld.pid", "munge/pid"]:
             file = self.folder / name
             if file.exists():
                 end(int(file.read_text()))
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_ports(number: int) -> int:
+    """The first of so many in a row that nobody has, below those that a system gives to connections as it likes.
+
+    Clusters of tests side by side look in different places.
+    """
+    for first in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
+        try:
+            for port in range(first, first + number):
+                with socket.socket() as found:
+                    found.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise OSError("no free ports between 20000 and 32000")
 
 
 def end(pid: int) -> None:

@@ -20,7 +20,7 @@ SECRET = "sentinel-77aa31"
 
 @pytest.fixture(scope="module")
 def cluster():
-    with Cluster(["n1", "n2", "n3"], first_port=free_port() // 10 * 10) as found:
+    with Cluster(["n1", "n2", "n3"]) as found:
         yield found
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.launchers.local import free_port
 from tests.end_to_end.run import TINY, losses, meshwright, metrics, start, wait_for
 from tests.end_to_end.slurm_cluster import Cluster, why_not
 
@@ -35,7 +34,7 @@ def test_a_trial_is_what_its_command_does_by_hand(tmp_path):
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "SLURM is there")
 def test_a_sweep_that_is_killed_finds_its_job_in_slurm_again(tmp_path):
     given = [*RUN, "run=a", "optimizer.learning_rate=1e-3,1e-2", "task.num_steps=300", "launcher=slurm"]
-    with Cluster(["n1"], first_port=free_port() // 10 * 10) as cluster:
+    with Cluster(["n1"]) as cluster:
         sweep = start(tmp_path, "sweep", *given, **cluster.environment)
         measured = tmp_path / "runs" / "a-000" / "metrics.jsonl"
         assert wait_for(lambda: measured.exists() and measured.read_text().count("\n") > 2, sweep)

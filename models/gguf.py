@@ -167,7 +167,7 @@ ARCHITECTURES = (
     Architecture(
         "llama",
         "mixtral",
-        HEAD_KEYS | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        HEAD_KEYS | EXPERT_KEYS | {"expert_count": "num_local_experts"},
         TENSORS | MIXTRAL_EXPERTS,
         SILU,
         interleaved=True,

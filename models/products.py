@@ -3,8 +3,10 @@
 Weights may be kept in another form than as their array (`Kernel`).
 """
 
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,7 +24,27 @@ def contract(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Arr
     """
     if isinstance(b, Kernel):
         return b.product(spec, a, dtype)
-    return _contract(spec, a, b, dtype)  # type: ignore[return-value]
+    spec, a_dims, b_dims, y_dims = _with_joined_dims(spec, a.shape, b.shape)
+    y = _contract(spec, a.reshape(a_dims), b.reshape(b_dims), dtype)
+    return y.reshape(y_dims)  # type: ignore[return-value]
+
+
+def _with_joined_dims(spec: str, a_shape: Sequence[int], b_shape: Sequence[int]):
+    """`spec` with one dim for each run of b's dims that is one of a or of the result; the shapes of a and b for it, and
+    that of the result without.
+
+    Over two dims XLA sums in an order of its own, and turns both operands around for it.
+    """
+    a_dims, b_dims, y_dims = re.split(",|->", spec)
+    sizes = dict(zip(a_dims + b_dims, (*a_shape, *b_shape), strict=True))
+    y_shape = [sizes[d] for d in y_dims]
+    for first, second in reversed(list(itertools.pairwise(b_dims))):
+        others = [dims for dims in (a_dims, y_dims) if first in dims or second in dims]
+        if len(others) == 1 and first + second in others[0]:
+            sizes[first] *= sizes[second]
+            a_dims, b_dims, y_dims = (dims.replace(first + second, first) for dims in (a_dims, b_dims, y_dims))
+    shapes = ([sizes[d] for d in dims] for dims in (a_dims, b_dims))
+    return f"{a_dims},{b_dims}->{y_dims}", *shapes, y_shape
 
 
 class Kernel:

@@ -128,7 +128,26 @@ class AdamWConfig(OptimizerConfig):
     eps: float = 1e-8  # added to the root of the latter
 
     def direction(self, param_axes: Tree) -> optax.GradientTransformation:
-        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+        return scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """optax's, to the bit. Where `taken` is false, and its result with it, updates are made from the old moments.
+
+    The step keeps the same choice, `where(taken, new, old)`: so that the old moments are read by it alone, and XLA
+    puts the new in their place. It copied all of them first (GPT-2 on CPUs: 4 % of a step, 0.5 GB).
+    """
+
+    def update(grads: Tree, state: Any, params: Params = None, *, taken: jax.Array | bool = True, **_: Any):
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        mean = optax.tree.bias_correction(optax.tree.where(taken, mu, state.mu), b1, count)
+        square = optax.tree.bias_correction(optax.tree.where(taken, nu, state.nu), b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
 
 
 @dataclass
@@ -218,7 +237,7 @@ class MuonConfig(OptimizerConfig):
             ),
             scale_by_size(matrices_only(param_axes, matrix_dims), self.consistent_rms),
         )
-        return matrices_by(muon, optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
+        return matrices_by(muon, scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
 
     def width_rule(self) -> Rule:
         return partial(like_muon, consistent=self.consistent_rms is not None)
@@ -254,7 +273,7 @@ class SoapConfig(OptimizerConfig):
             frequency=self.precondition_frequency,
             max_dim=self.max_precond_dim,
         )
-        return matrices_by(soap, optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
+        return matrices_by(soap, scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
 
     def width_rule(self) -> Rule:
         raise ValueError(
@@ -375,9 +394,11 @@ def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
         # A copy: the state and the parameters are donated together, and must not share a buffer.
         return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
 
-    def update(updates: Tree, state: AverageState, params: Params = None, **_: Any) -> tuple[Tree, AverageState]:
+    def update(
+        updates: Tree, state: AverageState, params: Params = None, *, taken: jax.Array | bool = True, **_: Any
+    ) -> tuple[Tree, AverageState]:
         d = jnp.minimum(decay, (1.0 + state.count) / (10.0 + state.count))
-        new = optax.apply_updates(params, updates)
+        new = optax.tree.where(taken, optax.apply_updates(params, updates), params)  # see `scale_by_adam`
         average = jax.tree.map(lambda a, p: a + (1 - d) * (p.astype(jnp.float32) - a), state.average, new)
         return updates, AverageState(state.count + 1, average)
 

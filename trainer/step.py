@@ -30,7 +30,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`train_step(state, frozen, batch, limits) -> (state, metrics)`, to be jitted once with `state` donated.
 
-    `limits` [2] f32, of loss and gradient norm: an update above them, or with one that is not finite, is dropped.
+    `limits` [2] f32, of loss and gradient norm: an update above them, or with one that is not finite, is dropped, and
+    one of weights that are not finite.
     Metrics are f32 scalars: the objective's own as means, and `loss`, `tokens` (the loss's total weight),
     `grad_norm` (before clipping), `param_norm` (before the update), `dropped` (1 where the update was) and, with a
     schedule, `learning_rate`.
@@ -52,24 +53,24 @@ def make_train_step(
         share = 1 / jnp.maximum(weight, 1e-9)  # a product is made where it is read, a quotient of arrays written down
         grad_norm = share * optax.global_norm(grads)  # of the sums: of their means, these would be written down
         grads = jax.tree.map(lambda g: g * share, grads)
-        # Left to the compiler when: held back until the gradients are there, all of it came at once.
-        old_opt_state = on_device(state.opt_state)
-        updates, opt_state = update(grads, old_opt_state, state.params, step=state.step, grad_norm=grad_norm)
-        params = optax.apply_updates(state.params, updates)
+        param_norm = optax.global_norm(state.params)
         watched = jnp.stack([means["loss"].value(), grad_norm])
         sound = jnp.isfinite(watched) & (watched <= (jnp.inf if limits is None else limits))
-        dropped = (weight > 0) & ~sound.all()
+        # Of the weights' norm too, so that all that reads the old weights comes before the new: else XLA copies them.
+        dropped = (weight > 0) & ~(sound.all() & jnp.isfinite(param_norm))
         # Where nothing is to be learnt either, moments must not decay and weights must not drift.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where((weight > 0) & ~dropped, new, old),
-            (params, opt_state),
-            (state.params, old_opt_state),
-        )
+        taken = (weight > 0) & ~dropped
+        old_opt_state = on_device(state.opt_state)
+        extra = {"step": state.step, "grad_norm": grad_norm, "taken": taken}
+        # Left to the compiler when: held back until the gradients are there, all of it came at once.
+        updates, opt_state = update(grads, old_opt_state, state.params, **extra)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = optax.tree.where(taken, (params, opt_state), (state.params, old_opt_state))
         metrics = {name: mean.value() for name, mean in means.items()}
         metrics |= {
             "tokens": weight,
             "grad_norm": watched[1],
-            "param_norm": optax.global_norm(state.params),
+            "param_norm": param_norm,
             "dropped": dropped.astype(jnp.float32),
         }
         if schedule is not None:

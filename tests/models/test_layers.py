@@ -1,5 +1,7 @@
 """The parts of a block, each against its definition."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,16 @@ def test_contract_has_the_gradients_of_einsum(spec):
     plain = jax.grad(lambda a, b: jnp.sum(jnp.sin(jnp.einsum(spec, a, b))), argnums=(0, 1))(a, b)
     for x, y in zip(ours, plain, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_and_their_width_are_one_dim_of_a_product():
+    """Over the two XLA would turn both operands around."""
+    for spec in ("BLD,DNH->BLNH", "BLNH,NHD->BLD"):
+        shapes = {"BLD": (2, 3, 32), "DNH": (32, 4, 8), "BLNH": (2, 3, 4, 8), "NHD": (4, 8, 32)}
+        a, b = (jnp.ones(shapes[dims]) for dims in spec.split("->")[0].split(","))
+        of = jax.jit(jax.grad(lambda a, b, spec=spec: jnp.sum(jnp.sin(contract(spec, a, b, a.dtype)))))
+        dots = [line for line in of.lower(a, b).as_text().splitlines() if "dot_general" in line]
+        assert len(dots) == 2 and all(re.search(r"contracting_dims = \[\d\] x \[\d\]", line) for line in dots)
 
 
 def test_master_weights_get_gradients_that_were_never_rounded():

@@ -20,6 +20,7 @@ from trainer.optimizer import (
     SoapConfig,
     clip_by_global_norm,
     eval_params,
+    scale_by_adam,
 )
 from trainer.roles import Role, matrix_dims, param_roles
 from trainer.schedule import ConstantConfig
@@ -275,6 +276,23 @@ def test_wrong_values_are_refused_by_name(config: OptimizerConfig, message: str)
 
 
 # Against other implementations ----------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_adam_is_that_of_optax(taken: bool) -> None:
+    """To the bit. Where an update is not taken its state is that of optax all the same: the step drops it."""
+    ours, theirs = scale_by_adam(b1=0.8, b2=0.9, eps=1e-3), optax.scale_by_adam(b1=0.8, b2=0.9, eps=1e-3)
+    params = init_params(jax.random.key(0))
+    state = ours.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(theirs.init(params))
+    for seed in range(3):
+        grads = jax.tree.map(lambda p, seed=seed: jnp.cos(p * (seed + 1)), params)
+        expected, expected_state = theirs.update(grads, state)
+        updates, state = ours.update(grads, state, taken=jnp.asarray(taken))
+        jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+        if taken:
+            jax.tree.map(np.testing.assert_array_equal, updates, expected)
+        assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
 
 
 def test_schedule_free_is_that_of_optax() -> None:

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from data.batch import TokenBatch
 from tests.trainer import toy
+from trainer.compiler import compiler_options
 from trainer.mesh import MeshConfig, ShardingRules, batch_sharding, make_mesh, param_shardings, place_batch
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.optimizer import AdamWConfig
@@ -123,6 +125,20 @@ def test_a_sharded_step_equals_the_step_of_one_device(config: MeshConfig) -> Non
         sharded, metrics = step(sharded, {}, place_batch(batch, batch_sharding(mesh, rules), 16))
         assert_close(alone_metrics, metrics)
     assert_close(alone.params, sharded.params)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_new_state_takes_the_place_of_the_old(size: int) -> None:
+    """No array of the state is copied, so that it is in memory once: XLA copies what is read late."""
+    mesh, rules = make_mesh(MeshConfig(size, size, size), jax.devices()[: size**3]), ShardingRules()
+    shardings = param_shardings(toy.AXES, jax.eval_shape(toy.init_params, jax.random.key(0)), mesh, rules)
+    state = init_sharded_state(toy.init_params, OPTIMIZER, jax.random.key(1), param_shardings=shardings)
+    step = make_train_step(OBJECTIVE, toy.apply, OPTIMIZER, schedule=SCHEDULE)
+    step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options("cpu", mesh.size))
+    batch = place_batch(toy.batch(16), batch_sharding(mesh, rules), 16)
+    program = step.lower(state, {}, batch).compile().as_text()
+    assert "input_output_alias" in program
+    assert re.findall(r"= \w+\[\d.* copy\(%(state_\w+)", program) == []
 
 
 def test_each_microbatch_lies_on_all_devices() -> None:

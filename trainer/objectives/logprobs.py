@@ -50,7 +50,8 @@ def _of_logits(logits_BCV: jax.Array, targets_BC: jax.Array) -> TokenLogprobs:
     token_11V = jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)[None, None]
     target_BC = jnp.sum(logits_BCV * (token_11V == targets_BC[..., None]), axis=-1)
     # The first of equals wins, as in argmax, which is slow on CPUs.
-    before_BC = jnp.sum((logits_BCV == max_BC1) & (token_11V < targets_BC[..., None]), axis=-1)
+    earlier_BCV = (logits_BCV == max_BC1) & (token_11V < targets_BC[..., None])
+    before_BC = jnp.sum(earlier_BCV.astype(F32), axis=-1)  # f32: XLA's CPU backend sums integers in windows
     correct_BC = (target_BC == max_BC1[..., 0]) & (before_BC == 0)
     return TokenLogprobs(
         target_BC - logsumexp_BC, logsumexp_BC, jnp.mean(logits_BCV, axis=-1), collision_BC, correct_BC

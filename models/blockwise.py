@@ -13,6 +13,7 @@ W width of values, I blocks of queries of U each, J blocks of keys of T each.
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from models.remat import kept, named
 
 WHOLE = 2048  # tokens of a row up to which its scores are made at once where nothing else is asked for
 BLOCK = 1024  # else: large enough for products that keep a device busy
+PIECES, PIECE = 4, 64  # in how many such a row's queries are cut, and what each has at least
 NOBODYS = -1  # segment of what fills up the last block of keys; no token has it
 
 
@@ -86,6 +88,10 @@ def row_attention(
             out = kernel_attention(kernel, q_BLNH, keys.keys, keys.values, segments_BL, **how, **options)
             return kept("attention", out)
         if whole and not along:
+            if block is None and keys.shown is None and not cut.get("length"):
+                at, pieces = (positions_BL, segments_BL), min(PIECES, q_BLNH.shape[1] // PIECE)
+                out = causal_attention(q_BLNH, keys, *at, window=window, pieces=pieces, **options)
+                return kept("attention", out)
             mask = visible(positions_BL, keys.positions, segments_BL, keys.segments, window, keys.shown)
             return kept("attention", attention(q_BLNH, keys.keys, keys.values, mask, **options))
         # Balanced rows (trainer.mesh.row_order) have two stretches in each piece, which are seen or not apart.
@@ -99,6 +105,29 @@ def row_attention(
     arguments = q_BLNH, *rows, sinks_N, jnp.asarray(window)
     names = [None if x is None else each for x, each in zip(arguments, axes, strict=True)]
     return constrain.per_device(attend, names, *arguments)
+
+
+def causal_attention(
+    q_BLNH: jax.Array,
+    keys: Keys,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    *,
+    window: jax.Array | int,
+    pieces: int,
+    **options: Any,
+) -> jax.Array:
+    """What `models.attention.attention` gives of whole rows in their order, [B, L, N, W] in q's dtype.
+
+    No query sees what lies after it, so each of `pieces` stretches of queries meets the keys up to its own end: with
+    four of them, five eighths of all pairs. With fewer than two the row is not cut.
+    """
+    L, pieces, outs = q_BLNH.shape[1], max(pieces, 1), []
+    for start, end in pairwise(i * L // pieces for i in range(pieces + 1)):
+        own, met = jnp.s_[:, start:end], jnp.s_[:, :end]
+        at = positions_BL[own], keys.positions[met], segments_BL[own], keys.segments[met]
+        outs.append(attention(q_BLNH[own], keys.keys[met], keys.values[met], visible(*at, window), **options))
+    return jnp.concatenate(outs, axis=1)
 
 
 def _of_heads(keys: Keys, num_heads: int, cut: Cut) -> Keys:

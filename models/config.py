@@ -169,7 +169,8 @@ class AttentionConfig:
     scale: float | None = None  # of scores; null: head_dim ** -0.5
     sinks: bool = False  # a learned logit for each head in its softmax, which takes weight from all keys: GPT-OSS
     dropout: float = 0.0  # of attention weights
-    # Keys and queries whose scores exist at once; 0: those of a whole row. null: 0 up to 2048 tokens, else 1024
+    # Keys and queries whose scores exist at once; 0: those of a whole row. null: 1024 in rows of more than 2048 tokens,
+    # and in shorter ones, where no token sees a later one, a quarter of the queries and the keys up to its end
     block: int | None = None
     context: Across = Across.ring  # with mesh.context above 1
     kernel: Kernel = Kernel.xla

@@ -1,5 +1,7 @@
 """Attention block by block is attention: values and gradients, whatever the mask, the block and the mesh."""
 
+import math
+import re
 from dataclasses import replace
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from models.attention import UNLIMITED, attention, visible
-from models.blockwise import Keys, Queries, blockwise_attention, may_see, row_attention
+from models.blockwise import Keys, Queries, blockwise_attention, causal_attention, may_see, row_attention
 from models.config import Across, AttentionConfig, ModelConfig
 from models.partition import no_constraint
 from trainer.mesh import MeshConfig, ShardingRules, make_constrain, make_mesh
@@ -96,6 +98,36 @@ def test_blocks_give_what_whole_rows_give(case, block):
         )
 
     check(values_and_gradients(attend, arrays, weight), plain(CASES[case]))
+
+
+@pytest.mark.parametrize(
+    ("case", "pieces"),
+    [*((case, 4) for case in CASES if "shown" not in CASES[case]), ("window", 5), ("sinks", 48), ("packed", 0)],
+)
+def test_pieces_of_queries_give_what_whole_rows_give(case, pieces):
+    arrays, (positions, segments, _), window, options, weight = inputs(**CASES[case])
+
+    def attend(q, k, v, sinks):
+        rows = Keys(k, v, positions, segments, None), positions, segments
+        return causal_attention(q, *rows, window=jnp.asarray(window), pieces=pieces, sinks_N=sinks, **options)
+
+    check(values_and_gradients(attend, arrays, weight), plain(CASES[case]))
+
+
+def test_a_row_of_256_tokens_multiplies_no_more_than_five_eighths_of_all_pairs():
+    q, k, v = (jax.ShapeDtypeStruct((1, 256, heads, 8), jnp.float32) for heads in (2, 1, 1))
+    at = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+    def products(block):
+        def attend(q, k, v, positions, segments):
+            rows = Keys(k, v, positions, segments, None)
+            return row_attention(no_constraint, q, rows, window=UNLIMITED, scale=1.0, block=block)
+
+        found = re.findall(r"f32\[([\d,]+)\][^=]* = dot_general", str(jax.make_jaxpr(attend)(q, k, v, at, at)))
+        return sum(math.prod(map(int, shape.split(","))) for shape in found if not shape.endswith(",8"))
+
+    assert products(0) == 2 * 256 * 256
+    assert products(None) == products(0) * 5 // 8
 
 
 ALONE = MeshConfig(1, context=8)

@@ -106,6 +106,15 @@ class Remat(enum.Enum):
     attention = "attention"  # keep the attention's result
 
 
+KEPT = {  # names of `models.remat.kept`
+    Remat.full: (),
+    Remat.attention: ("attention",),
+    Remat.qkv: ("qkv", "attention"),
+    Remat.dots: ("product",),
+    Remat.none: ("product", "qkv", "attention", "weights"),  # "weights": of attention
+}
+
+
 class Products(enum.Enum):
     """How the weights of layers are multiplied with in training (models/low_precision.py)."""
 
@@ -311,13 +320,12 @@ class ModelConfig:
             raise ValueError(f"model.unroll={self.unroll}: must not be negative; 1: a loop; 0: no loop")
         if a.block is not None and a.block < 0:
             raise ValueError(f"model.attention.block={a.block}: must not be negative; 0: whole rows; null: by length")
-        kept = {Remat.full: [], Remat.qkv: ["qkv", "attention"], Remat.attention: ["attention"]}.get(self.remat)
+        away = () if self.remat in (Remat.none, Remat.dots) else ("border", *KEPT[self.remat])
         for name in self.offload:
-            if kept is None or name.name not in ("border", *kept):
-                valid = "nothing" if kept is None else ", ".join(["border", *kept])
+            if name.name not in away:
                 raise ValueError(
                     f"model.offload: model.remat={self.remat.name} keeps no {name.name} that could lie elsewhere; "
-                    f"valid: {valid}; border goes with remat=full, qkv, attention"
+                    f"valid: {', '.join(away) or 'nothing'}; border goes with remat=full, qkv, attention"
                 )
         if self.base_width is not None and self.base_width < 1:
             raise ValueError(f"model.base_width={self.base_width}: must be at least 1; null: the model's own width")

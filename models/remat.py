@@ -8,15 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from models.config import Dtype, ModelConfig, Remat
-
-MENU = {
-    Remat.full: (),
-    Remat.attention: ("attention",),
-    Remat.qkv: ("qkv", "attention"),
-    Remat.dots: ("product",),
-    Remat.none: ("product", "qkv", "attention", "weights"),  # "weights": of attention
-}
+from models.config import KEPT, Dtype, ModelConfig, Remat
 
 
 def kept(name: str, x: jax.Array) -> jax.Array:
@@ -49,7 +41,7 @@ def remat(body: Callable[..., Any], config: ModelConfig, platform: str) -> Calla
     in_bits = platform == "cpu" and config.dtype is Dtype.bfloat16
     if config.remat is Remat.none and not in_bits:
         return body
-    names, away = (*MENU[config.remat], "border"), [name.name for name in config.offload]
+    names, away = (*KEPT[config.remat], "border"), [name.name for name in config.offload]
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[name for name in names if name not in away],
         names_which_can_be_offloaded=away,

@@ -70,7 +70,7 @@ def engine(path: str, dtype: str, load: str):
 
     folder = Folder(Path(path))
     config = replace(family_of(folder.config).read(folder.config), dtype=Dtype[dtype])
-    settings = EngineConfig(slots=at_once(load), length=LENGTH)
+    settings = EngineConfig(slots=at_once(load), length=LENGTH, chunks_per_step=at_once(load))  # as `generate`
     engine = Engine(load_params(folder, config, abstract_params(config)), config, settings)
     feed = loads(load, config.vocab_size)
 

@@ -116,7 +116,8 @@ def _programs(program: _Program) -> _Jitted:
         tokens_B = jnp.where(feed.tokens < 0, memory.tokens_B, feed.tokens)
         output, cache = read(params, tokens_B[:, None], feed.positions[:, None], cache)
         x_BV = logits(output)[:, 0]
-        x_BV = jnp.where(jnp.arange(x_BV.shape[1])[None] < vocab_size, x_BV, -jnp.inf)
+        if vocab_size < x_BV.shape[1]:
+            x_BV = jnp.where(jnp.arange(x_BV.shape[1])[None] < vocab_size, x_BV, -jnp.inf)
         history = memory.history
         tokens_B = sample(x_BV, history, settings, feed.index)
         busy_B = jnp.asarray(feed.positions) < IDLE  # the first token of a row may be a while after `remember`

@@ -117,32 +117,51 @@ def _cut(x_BV: jax.Array, settings: Settings) -> jax.Array:
     return jnp.where(kept_BV | (jnp.asarray(settings.top_p)[:, None] >= 1), x_BV, -jnp.inf)
 
 
+def _penalising(settings: Settings) -> jax.Array:
+    return (settings.repetition != 1) | (settings.presence != 0) | (settings.frequency != 0)
+
+
+def _heated(x_BV: jax.Array, settings: Settings) -> jax.Array:
+    return x_BV / jnp.where(settings.temperature > 0, settings.temperature, 1)[:, None]
+
+
+def _cutting(settings: Settings) -> jax.Array:
+    return (settings.top_k > 0) | (settings.top_p < 1)
+
+
 def filter_logits(logits_BV: jax.Array, history: History, settings: Settings) -> jax.Array:
     """Logits [B, V] of the distribution to draw from; tokens that may not be drawn are -inf.
 
     Each filter costs only where a row asks for it.
     """
     s = Settings(*map(jnp.asarray, settings))
-    penalising = jnp.any((s.repetition != 1) | (s.presence != 0) | (s.frequency != 0))
-    x_BV = jax.lax.cond(penalising, lambda x: _penalised(x, history, s), lambda x: x, logits_BV)
-    x_BV = x_BV / jnp.where(s.temperature > 0, s.temperature, 1)[:, None]
-    x_BV = jax.lax.cond(jnp.any((s.top_k > 0) | (s.top_p < 1)), lambda x: _cut(x, s), lambda x: x, x_BV)
+    x_BV = jax.lax.cond(jnp.any(_penalising(s)), lambda x: _penalised(x, history, s), lambda x: x, logits_BV)
+    x_BV = _heated(x_BV, s)
+    x_BV = jax.lax.cond(jnp.any(_cutting(s)), lambda x: _cut(x, s), lambda x: x, x_BV)
     least_B1 = x_BV.max(-1, keepdims=True) + jnp.log(s.min_p)[:, None]  # -inf for 0
     return jnp.where(x_BV < least_B1, -jnp.inf, x_BV)
 
 
 def sample(logits_BV: jax.Array, history: History, settings: Settings, index_B: jax.Array) -> jax.Array:
-    """Tokens [B] i32. `index_B`: how many each row has written, its place in its stream of random numbers."""
-    x_BV = filter_logits(logits_BV, history, settings)
-    greedy_B = jnp.argmax(x_BV, axis=-1)
+    """Tokens [B] i32. `index_B`: how many each row has written, its place in its stream of random numbers.
+
+    Rows cost what the most demanding of them asks for, and get the same. Each branch gives tokens alone: XLA copies
+    logits that a branch hands on as they are.
+    """
+    s = Settings(*map(jnp.asarray, settings))
+    hot_B = s.temperature > 0
 
     def key(seed, stream, index):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
 
-    def draw(x_BV):
-        keys_B = jax.vmap(key)(settings.seed, settings.stream, index_B)
-        return jax.vmap(jax.random.categorical)(keys_B, x_BV)
+    def greedy(x_BV):
+        return jnp.argmax(x_BV, axis=-1)
 
-    hot_B = jnp.asarray(settings.temperature) > 0
-    drawn_B = jax.lax.cond(jnp.any(hot_B), draw, lambda x: greedy_B, x_BV)
-    return jnp.where(hot_B, drawn_B, greedy_B).astype(jnp.int32)
+    def drawn(x_BV):
+        keys_B = jax.vmap(key)(s.seed, s.stream, index_B)
+        return jnp.where(hot_B, jax.vmap(jax.random.categorical)(keys_B, x_BV), greedy(x_BV))
+
+    branches = [greedy, lambda x_BV: drawn(_heated(x_BV, s)), lambda x_BV: drawn(filter_logits(x_BV, history, s))]
+    filtering = jnp.any(_penalising(s)) | jnp.any(hot_B & (_cutting(s) | (s.min_p > 0)))
+    branch = jnp.where(filtering, 2, jnp.any(hot_B))
+    return jax.lax.switch(branch, branches, logits_BV).astype(jnp.int32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.decode import generate
-from models.sampling import History, SamplingConfig, Settings, filter_logits
+from models.sampling import History, SamplingConfig, Settings, filter_logits, sample
 from models.transformer import init_params, logits, make_apply
 from tests.models.test_transformer import BASE, FAMILIES, V
 
@@ -103,6 +103,30 @@ def test_filters_equal_enumeration():
     # Log-probabilities are negative: a penalty multiplies them (Keskar et al. 2019).
     penalised = np.exp(np.concatenate([x[:2] * 1.5, x[2:]]))
     np.testing.assert_allclose(probabilities(x, repetition_penalty=1.5), penalised / penalised.sum(), atol=1e-6)
+
+
+def test_a_token_is_the_same_whatever_the_other_rows_ask_for():
+    asked = [
+        {"temperature": 0.0},
+        {"temperature": 1.5},
+        {"temperature": 1.5, "top_k": 3},
+        {"temperature": 1.5, "min_p": 0.5},
+        {"temperature": 0.0, "frequency_penalty": 2.0},
+    ]
+    x_BV = jnp.tile(jax.random.normal(jax.random.key(0), (1, 50)), (len(asked), 1))
+    best = int(x_BV[0].argmax())
+    counts_BV = jnp.zeros(x_BV.shape, jnp.int32).at[:, best].set(5)
+    history, index = History(jnp.zeros(x_BV.shape, bool), counts_BV), jnp.zeros(len(asked), jnp.int32)
+
+    def tokens(wanted):
+        settings = Settings.of(len(asked))
+        for row in wanted:
+            settings.put(row, SamplingConfig(seed=3, **asked[row]), stream=row)
+        return np.asarray(jax.jit(sample)(x_BV, history, settings, index))
+
+    beside = tokens(range(len(asked)))
+    assert [tokens([row])[row] for row in range(len(asked))] == beside.tolist()
+    assert beside[0] == best and beside[4] != best and (tokens([0, 1])[:2] == beside[:2]).all()
 
 
 def test_sampling_draws_from_the_filtered_distribution():

@@ -14,7 +14,7 @@ from launch.assemble import Core, build_core, say
 from launch.messages import named_keys
 from launch.origins import load_reference, load_teacher, recorded_base
 from launch.run_folder import RunFolder, run_folder
-from models.config import Dtype
+from models.config import Dtype, Kernel
 from models.lora import AdapterConfig
 from trainer.beside import own_params
 from trainer.checkpoint import Checkpointer
@@ -140,12 +140,17 @@ def open_writer(config: RunConfig, overrides: list[str]) -> SavedRun:
 
 
 def _fitting(config: RunConfig) -> RunConfig:
-    """Evaluation and writing take no gradient: they need no microbatches, and rows enough for the mesh they get."""
+    """Evaluation and writing take no gradient: they need no microbatches, and rows enough for the mesh they get.
+
+    A kernel of attention is of the devices and the row lengths of training, so plain attention takes its place.
+    """
     assert isinstance(config.task, TrainConfig)
+    attention = dataclasses.replace(config.model.attention, kernel=Kernel.xla)
     shards = jax.device_count() // (max(config.mesh.tensor, 1) * max(config.mesh.context, 1))
     size = -(-config.data.batch_size // shards) * shards
     return dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, attention=attention),
         task=dataclasses.replace(config.task, num_microbatches=1),
         data=dataclasses.replace(config.data, batch_size=size),
     )

@@ -32,7 +32,7 @@ from pathlib import Path
 from launch.launchers import supervisor
 from launch.launchers.job import joined
 from launch.launchers.local import free_port
-from trainer.digest import DIGESTS, find_damage
+from trainer.checkpoint.checksums import DIGESTS, verify_digests
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUND = 150.0  # seconds without a new step, starting and compiling included, that count as a hang
@@ -40,9 +40,9 @@ GAP = 12  # steps between two faults
 RUN = [
     "train", "run=a", "source=[synthetic]", "tokenizer=bytes", "model=tiny", "model.num_layers=2",
     "model.vocab_size=264", "model.dtype=float32", "data.packing=best_fit", "data.seq_len=64", "data.batch_size=12",
-    "data.eval_batches=1", "optimizer.learning_rate=1e-3", "schedule=constant", "schedule.warmup_steps=2",
-    "task.sample_tokens=0", "checkpoint.every=5", "checkpoint.keep=4", "checkpoint.keep_best=false",
-    "integrity.every=4",
+    "data.max_eval_batches=1", "optimizer.learning_rate=1e-3", "schedule=constant", "schedule.warmup_steps=2",
+    "task.sample_tokens=0", "checkpoint.save_interval_steps=5", "checkpoint.max_to_keep=4", "checkpoint.keep_best=false",
+    "sdc_check.every=4",
 ]  # fmt: skip
 # How often each kind is drawn. What a frozen process costs is the half minute until it counts as gone.
 KINDS = {
@@ -83,7 +83,7 @@ class Job:
 
     def newest_whole(self) -> int | None:
         steps = sorted((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdigit()), reverse=True)
-        return next((step for step in steps if find_damage(self.checkpoints / str(step)) is None), None)
+        return next((step for step in steps if verify_digests(self.checkpoints / str(step)) is None), None)
 
     def step(self) -> int:
         """The newest that was reported."""
@@ -132,7 +132,7 @@ class Job:
 
     def arguments(self) -> list[str]:
         mesh = {2: ["mesh.data=2"], 3: ["mesh.data=3"], 4: ["mesh.data=2", "mesh.fsdp=2"]}[self.count]
-        return [*RUN, f"devices={self.count}", *mesh, f"task.num_steps={self.steps}"]
+        return [*RUN, f"fake_devices={self.count}", *mesh, f"task.num_steps={self.steps}"]
 
     def signal(self, number: int, only: int | None = None) -> None:
         for index, process in enumerate(self.processes):
@@ -236,9 +236,9 @@ def damage(checkpoints: Path, fault: Fault) -> None:
 
 def child(arguments: Sequence[str]) -> None:
     """A process of a job: the command line, with the faults that only it can have."""
-    import trainer.integrity
+    import trainer.reliability.sdc_check
     import trainer.step
-    from launch.run import run
+    from launch.cli import run
 
     inside = [entry.split(":") for entry in os.environ.get("CHAOS", "").split(",") if entry]
     poisoned = [int(step) for kind, step, _ in inside if kind == "not a number"]
@@ -278,7 +278,7 @@ def child(arguments: Sequence[str]) -> None:
 
         return flipping
 
-    import launch.assemble
+    import launch.build
 
     trainer.step._accumulate = poisoned_gradients
     launch.assemble.make_train_step = with_step(trainer.step.make_train_step)
@@ -307,7 +307,7 @@ def with_a_flipped_bit(state):  # type: ignore[no-untyped-def]
 def end_of(job: Job) -> dict:
     """What must be the same: hashes of the last checkpoint, and all losses."""
     told = subprocess.run(
-        [sys.executable, "-m", "launch.run", "inspect", "run=a", "format=json"],
+        [sys.executable, "-m", "launch.cli", "inspect", "run=a", "format=json"],
         cwd=job.folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     found = json.loads(told)

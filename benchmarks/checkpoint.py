@@ -46,9 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     import jax
 
-    from launch.assemble import build_core
-    from models.cost import params_bytes
-    from trainer.checkpoint import CheckpointConfig, Checkpointer
+    from launch.build import build_core
+    from models.flops import params_bytes
+    from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 
     model = f"model={options.model}".split()
     core = build_core(composed([*model, "optimizer=adamw", "model.vocab_size=50304"]), None)
@@ -66,7 +66,7 @@ def main() -> None:
         for index in range(options.rounds + 1):  # the first makes threads and folders, and is not counted
             found = {"dd write": timed(lambda: dd("if=/dev/zero", f"of={plain}", f"count={size >> 22}", "conv=fsync"))}
             folder = Path(temporary, f"run{index}")
-            with Checkpointer(folder, CheckpointConfig(keep=1)) as checkpointer:
+            with Checkpointer(folder, CheckpointConfig(max_to_keep=1)) as checkpointer:
                 start = time.perf_counter()
                 found["held up"] = timed(lambda: checkpointer.save(1, state, **rest))
                 checkpointer.wait()

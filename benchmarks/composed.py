@@ -39,7 +39,7 @@ def drawn(vocab: int, batch: int, length: int, seed: int = 1):
 
 def built(overrides: Iterable[str]) -> tuple[Any, Any]:
     """The core of a command line, and a batch on its devices."""
-    from launch.assemble import build_core
+    from launch.build import build_core
 
     config = composed(overrides)
     core = build_core(config, None)

@@ -44,14 +44,14 @@ def at_once(load: str) -> int:
 
 def written_models(reference: str, dtype: str, folder: str) -> dict[str, str]:
     """The model as a folder and as a file."""
-    from launch.run import run
+    from launch.cli import run
 
     places = {"hf": f"{folder}/hf", "gguf": f"{folder}/model.gguf"}
     steps = [[f"from={reference}", "to=model", f"model.dtype={dtype}"], *(["from=model", f"to={kind}:{path}",
              f"task.dtype={dtype}"] for kind, path in places.items())]  # fmt: skip
     for step in steps:
         with contextlib.redirect_stdout(io.StringIO()):
-            status = run(["convert", *step, f"runs={folder}/runs"])
+            status = run(["convert", *step, f"output_dir={folder}/runs"])
         if status:
             raise SystemExit(status)
     return places
@@ -62,10 +62,10 @@ def engine(path: str, dtype: str, load: str):
     from dataclasses import replace
 
     from models.config import Dtype
-    from models.decode import Engine, EngineConfig, Request
-    from models.huggingface import family_of
-    from models.huggingface_files import Folder, load_params
-    from models.sampling import SamplingConfig
+    from models.decode.engine import Engine, EngineConfig, Request
+    from models.decode.sampling import SamplingConfig
+    from models.formats.huggingface.checkpoint_files import Folder, load_params
+    from models.formats.huggingface.families import family_of
     from models.transformer import abstract_params
 
     folder = Folder(Path(path))
@@ -134,7 +134,7 @@ def llama_cpp(path: str, vocab: int):
 
 
 def measured(load: str, dtype: str, places: dict[str, str], rounds: int) -> dict:
-    from models.huggingface_files import Folder
+    from models.formats.huggingface.checkpoint_files import Folder
 
     common = {"path": places["hf"], "dtype": dtype, "load": load}
     entered = {OURS: Contestant(engine, common), "transformers": Contestant(transformers, common)}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.grouped import grouped, rows_of_block
+from models.grouped_matmul import block_size_for, grouped
 
 # Rows, groups, width before and after.
 SHAPES = [(4096, 8, 256, 512), (8192, 64, 512, 256), (32768, 64, 256, 128)]
@@ -37,7 +37,7 @@ def main() -> None:
                 jnp.asarray(rng.standard_normal(shape), kind)
                 for shape, kind in (((rows, before), dtype), ((groups, before, after), jnp.float32))
             )
-            blocks = None, rows_of_block(rows / groups, "cpu")
+            blocks = None, block_size_for(rows / groups, "cpu")
             ways = [jax.jit(jax.grad(partial(loss, sizes=sizes, block=block), (0, 1))) for block in blocks]
             compare(*(way(x, kernel) for way in ways))
             taken: list[list[float]] = [[], []]

@@ -1,7 +1,7 @@
 """A training step on one GPU: tokens/s, MFU and memory beside PyTorch with its SDPA and `torch.compile`.
 
     python benchmarks/gpu.py [--models llama3_2_1b,llama3_8b,olmoe_1b_7b] [--length 4096] [--rounds 5]
-    python benchmarks/gpu.py --compile h100x1 [model.products=fp8]
+    python benchmarks/gpu.py --compile h100x1 [model.matmul_precision=fp8]
 
 Weights and moments in bf16, AdamW; the batch grows until memory is full. PyTorch runs the dense shapes. FLOPs: six for
 each weight of a product that a token meets, and attention over the half of a row that is seen; what remat computes
@@ -29,7 +29,7 @@ BATCHES = (32, 16, 8, 4, 2, 1)  # rows; the first that fits
 
 def overrides(model: str, rows: int, length: int, given: Sequence[str] = ()) -> list[str]:
     return [
-        f"model={model}", "model.param_dtype=bfloat16", "model.attention.kernel=auto", f"model.remat={REMAT[model]}",
+        f"model={model}", "model.param_dtype=bfloat16", "model.attention.implementation=auto", f"model.remat={REMAT[model]}",
         f"data.seq_len={length}", f"data.batch_size={rows}", "optimizer=adamw", "schedule=constant",
         "schedule.warmup_steps=0", *given,
     ]  # fmt: skip
@@ -39,7 +39,7 @@ def meshwright(model: str, rows: int, length: int, given: Sequence[str]):
     """Its turn gives (loss, bytes of the device that were in use at most)."""
     import jax
 
-    from trainer.spikes import NO_LIMITS
+    from trainer.reliability.loss_spikes import NO_LIMITS
 
     core, batch = built(overrides(model, rows, length, given))
     holds = [core.init_state()]
@@ -130,7 +130,7 @@ def measured(model: str, length: int, rounds: int, given: Sequence[str]) -> dict
 
 
 def table(results: list[dict]) -> str:
-    from models.cost import flops_per_token
+    from models.flops import flops_per_token
     from trainer.metrics import peak
 
     lines = [
@@ -153,12 +153,12 @@ def table(results: list[dict]) -> str:
 
 def compiled(models: list[str], target: str, length: int, given: Sequence[str]) -> str:
     """A row for each step, compiled for a device that is not there."""
-    from launch.planning.compiled import take_no_device, target_devices
-    from launch.planning.shapes import shapes_of
-    from trainer.hardware import parse_target
+    from launch.planning.hardware import parse_target
+    from launch.planning.local_shapes import shapes_of
+    from launch.planning.xla_compile import disable_devices, target_devices
     from trainer.mesh import make_mesh
 
-    take_no_device()
+    disable_devices()
     lines = ["| model | target | kernels in the program | memory |", "|---|---|---|---:|"]
     for model in models:
         config = composed(overrides(model, 1, length, ["mesh.data=1", *given]))

@@ -4,7 +4,7 @@
 
 A small Llama-like model, of which one size is doubled again and again while all else stays. Slopes are of straight
 lines through logarithms: 1 is twice the time for twice the size. Beside the slope of the step's time stands that of its
-FLOPs (`models.cost`), which is what arithmetic says. Devices are pieces of the same cores, among which one batch is cut
+FLOPs (`models.flops`), which is what arithmetic says. Devices are pieces of the same cores, among which one batch is cut
 by `mesh.fsdp`: there arithmetic says 0, and what is more is what cutting costs. Compilation is without a cache.
 """
 
@@ -21,7 +21,7 @@ from turns import Contestant
 
 MODEL = (
     "model.num_layers=4", "model.embed_dim=256", "model.attention.num_heads=4", "model.attention.num_kv_heads=4",
-    "model.attention.head_dim=64", "model.mlp.hidden_dim=768", "model.vocab_size=4096", "model.max_seq_len=16384",
+    "model.attention.head_dim=64", "model.mlp.intermediate_dim=768", "model.vocab_size=4096", "model.max_seq_len=16384",
     "data.seq_len=256", "data.batch_size=8", "schedule=constant", "schedule.warmup_steps=0",
 )  # fmt: skip
 TOKENS = 4096  # of a batch whose rows grow
@@ -34,15 +34,15 @@ def layers(n: int) -> list[str]:
 def width(n: int) -> list[str]:
     heads = n // 64
     return [f"model.embed_dim={n}", f"model.attention.num_heads={heads}", f"model.attention.num_kv_heads={heads}",
-            f"model.mlp.hidden_dim={3 * n}"]  # fmt: skip
+            f"model.mlp.intermediate_dim={3 * n}"]  # fmt: skip
 
 
 def context(n: int) -> list[str]:
-    return [f"data.seq_len={n}", f"data.batch_size={TOKENS // n}", "model.remat=attention"]
+    return [f"data.seq_len={n}", f"data.batch_size={TOKENS // n}", "model.remat=save_attn_out"]
 
 
 def experts(n: int) -> list[str]:
-    return [f"model.experts.num_experts={n}", "model.experts.experts_per_token=2", "model.experts.hidden_dim=384"]
+    return [f"model.moe.num_experts={n}", "model.moe.experts_per_token=2", "model.moe.intermediate_dim=384"]
 
 
 def devices(n: int) -> list[str]:
@@ -62,8 +62,8 @@ def step(overrides: list[str], num_devices: int):
     """Its turn gives (FLOPs, seconds of compilation)."""
     # Before JAX is there: a seat's process is its own.
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices}"
-    from models.cost import flops_per_token
-    from trainer.spikes import NO_LIMITS
+    from models.flops import flops_per_token
+    from trainer.reliability.loss_spikes import NO_LIMITS
 
     core, batch = built([*MODEL, *overrides])
     holds = [core.init_state()]

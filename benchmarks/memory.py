@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--rounds 5] [--only loss,remat,context] [--results FOLDER]
 
-loss: 2,048 tokens of width 256 over 131,072 words, forward and backward, in chunks of `objective.loss_chunk` beside
+loss: 2,048 tokens of width 256 over 131,072 words, forward and backward, in chunks of `objective.loss_chunk_size` beside
 all logits at once and a plain formula. remat: a step of 8 layers of width 512 under each policy. context: a step of
 that model on one row of 1,024 to 4,096 tokens. Memory is that of XLA's buffers (arguments, results, temporaries),
 of the compiled program itself; time is measured in turns.
@@ -18,7 +18,7 @@ from turns import Contestant, Spread
 
 VOCAB, WIDTH, ROWS, LENGTH = 131072, 256, 2, 1024
 MODEL = [
-    "model=gpt2", "model.vocab_size=4096", "model.num_layers=8", "model.embed_dim=512", "model.mlp.hidden_dim=2048",
+    "model=gpt2", "model.vocab_size=4096", "model.num_layers=8", "model.embed_dim=512", "model.mlp.intermediate_dim=2048",
     "model.attention.num_heads=8", "model.attention.num_kv_heads=8", "model.attention.head_dim=64",
     "model.position=rope", "model.dtype=float32", "optimizer=adamw",
 ]  # fmt: skip
@@ -42,17 +42,17 @@ def loss(how: str):
     import jax.numpy as jnp
     import optax
 
-    from models.transformer import Output
+    from models.transformer import ModelOutput
     from trainer.objectives.next_token import NextTokenConfig
 
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (ROWS, LENGTH, WIDTH))
     head = 0.02 * jax.random.normal(keys[1], (WIDTH, VOCAB))
     batch = one_document(np.asarray(jax.random.randint(keys[2], (ROWS, LENGTH + 1), 0, VOCAB)))
-    objective = NextTokenConfig(loss_chunk=LENGTH if how == "all logits" else 128).build(None)
+    objective = NextTokenConfig(loss_chunk_size=LENGTH if how == "all logits" else 128).build(None)
 
     def ours(hidden, head):
-        return objective.of_output(Output(hidden, head, None), batch)[0].total
+        return objective.of_output(ModelOutput(hidden, head, None), batch)[0].total
 
     def plain(hidden, head):
         logits = jnp.einsum("BLD,DV->BLV", hidden, head)
@@ -65,7 +65,7 @@ def loss(how: str):
 
 def step(overrides: list[str], rows: int, length: int):
     """A training step; its turn gives (bytes, loss)."""
-    from trainer.spikes import NO_LIMITS
+    from trainer.reliability.loss_spikes import NO_LIMITS
 
     core, batch = built([*MODEL, f"data.seq_len={length}", f"data.batch_size={rows}", *overrides])
     holds = [core.init_state()]
@@ -85,7 +85,7 @@ def parts() -> dict[str, dict[str, Contestant]]:
             name: Contestant(step, {"overrides": [f"model.remat={name}"], "rows": 4, "length": 512}) for name in REMAT
         },
         "context": {
-            f"{n:,} tokens": Contestant(step, {"overrides": ["model.remat=attention"], "rows": 1, "length": n})
+            f"{n:,} tokens": Contestant(step, {"overrides": ["model.remat=save_attn_out"], "rows": 1, "length": n})
             for n in CONTEXT
         },
     }

@@ -23,13 +23,13 @@ DENSE = [
     "data=2 fsdp=2 tensor=2", "context=4 data=2", "context=2 fsdp=4", "context=2 tensor=4", "context=4 tensor=2",
     "context=2 fsdp=2 tensor=2", "context=2 data=2 tensor=2", "context=2 data=2 fsdp=2",
     "fsdp=2 tensor=4 sharding.residual=[context,tensor]", "context=2 tensor=4 sharding.residual=[context,tensor]",
-    "stage=4 data=2", "stage=2 fsdp=4", "stage=2 fsdp=4 model.pipeline.rounds=2", "stage=2 tensor=2 fsdp=2",
-    "stage=2 context=2 tensor=2", "fsdp=8 optimizer.offload=true model.remat=full model.offload=[border]",
+    "stage=4 data=2", "stage=2 fsdp=4", "stage=2 fsdp=4 model.pipeline.num_repeats=2", "stage=2 tensor=2 fsdp=2",
+    "stage=2 context=2 tensor=2", "fsdp=8 optimizer.offload_state=true model.remat=full model.activation_offload=[layer_input]",
 ]  # fmt: skip
 MOE = [
     "expert=4 data=2", "expert=2 fsdp=4", "expert=4 tensor=2", "expert=2 tensor=2 fsdp=2", "expert=2 context=4",
     "expert=2 context=2 tensor=2", "expert=4 context=2", "fsdp=8",
-    "stage=2 expert=4", "stage=2 expert=2 fsdp=2 model.pipeline.rounds=2",
+    "stage=2 expert=4", "stage=2 expert=2 fsdp=2 model.pipeline.num_repeats=2",
 ]  # fmt: skip
 # Processes, devices of each, and meshes of which at least one axis crosses the border between processes.
 CROSSING = [
@@ -44,7 +44,7 @@ MODELS = {"dense": ("tiny model.num_layers=4", DENSE), "moe": ("tiny_moe model.n
 COMMON = [
     "source=[python_stdlib]", "tokenizer=bytes", "data.packing=best_fit", "data.seq_len=128", "data.batch_size=16",
     "task.sample_tokens=0", "optimizer.learning_rate=3e-4", "schedule=constant", "schedule.warmup_steps=0",
-    "data.eval_batches=1", "model.vocab_size=264",
+    "data.max_eval_batches=1", "model.vocab_size=264",
 ]  # fmt: skip
 LOSS, GRADIENT = 1e-5, 1e-4
 METRICS = ("train/loss", "train/grad_norm")
@@ -104,7 +104,7 @@ def processes(steps: int) -> str:
                 run = lambda more, mesh=mesh, name=name: measured(
                     MODELS[name][0], f"{mesh} {more}", steps, "float32", Path(folder)
                 )
-                one, several = (run(f"devices={count * devices} launcher.num_processes={n}") for n in (1, count))
+                one, several = (run(f"fake_devices={count * devices} launcher.num_processes={n}") for n in (1, count))
                 off = [f"{max(differences(one[key], several[key])):.1e}" for key in METRICS]
                 lines.append(f"| {count} x {devices} | {name} | {mesh} | {' | '.join(off)} |")
                 print(lines[-1], file=sys.stderr, flush=True)
@@ -120,10 +120,10 @@ def measured(model: str, mesh: str, steps: int, dtype: str, folder: Path) -> dic
     """Of each step."""
     run = re.sub("[^a-z0-9]+", "-", f"{model}-{dtype}-{mesh or 'one'}").strip("-")
     axes = [key if "." in key or key.startswith("devices") else f"mesh.{key}" for key in mesh.split()]
-    given = ["devices=8", *([] if "data=" in mesh else ["mesh.data=1"]), *axes] if mesh else ["devices=1"]
-    given = given[1:] if "devices=" in mesh else given
-    command = [sys.executable, "-m", "launch.run", "train", *f"model={model}".split(), f"model.dtype={dtype}"]
-    command += [*COMMON, *given, f"run={run}", f"runs={folder}", f"task.num_steps={steps}"]
+    given = ["fake_devices=8", *([] if "data=" in mesh else ["mesh.data=1"]), *axes] if mesh else ["fake_devices=1"]
+    given = given[1:] if "fake_devices=" in mesh else given
+    command = [sys.executable, "-m", "launch.cli", "train", *f"model={model}".split(), f"model.dtype={dtype}"]
+    command += [*COMMON, *given, f"run={run}", f"output_dir={folder}", f"task.num_steps={steps}"]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         sys.exit(f"{run}: {ended.stderr.strip()}")

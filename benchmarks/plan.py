@@ -20,7 +20,7 @@ CASES = """
 cpu-1 model=gpt2 data.batch_size=4 data.seq_len=256
 cpu-8 model=gpt2 mesh.fsdp=8 data.batch_size=16 data.seq_len=512 model.remat=full
 cpu-8 model=llama3_2_1b mesh.fsdp=4 mesh.tensor=2 data.batch_size=8 data.seq_len=512 model.remat=full
-cpu-8 model=qwen3_0_6b mesh.fsdp=4 mesh.tensor=2 data.batch_size=8 data.seq_len=1024 model.remat=dots
+cpu-8 model=qwen3_0_6b mesh.fsdp=4 mesh.tensor=2 data.batch_size=8 data.seq_len=1024 model.remat=save_dots
 cpu-8 model=olmoe_1b_7b mesh.expert=4 mesh.fsdp=2 data.batch_size=8 data.seq_len=512 model.remat=full
 cpu-8 model=gemma3_1b mesh.data=2 mesh.fsdp=4 data.batch_size=8 data.seq_len=1024 model.remat=full
 cpu-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8 data.seq_len=1024 model.remat=full
@@ -30,11 +30,11 @@ cpu-8 model=llama3_2_1b mesh.stage=4 mesh.data=2 data.batch_size=16 data.seq_len
 h100-1 model=gpt2 data.batch_size=8 data.seq_len=512
 h100-8 model=llama3_2_1b mesh.fsdp=8 data.batch_size=16 data.seq_len=1024
 h100-8 model=llama3_8b mesh.fsdp=8 data.batch_size=8 data.seq_len=2048 model.remat=full
-h100-64 model=llama3_8b mesh.fsdp=32 mesh.tensor=2 data.batch_size=64 data.seq_len=2048 model.remat=dots
+h100-64 model=llama3_8b mesh.fsdp=32 mesh.tensor=2 data.batch_size=64 data.seq_len=2048 model.remat=save_dots
 h100-8 model=olmoe_1b_7b mesh.fsdp=8 data.batch_size=8 data.seq_len=1024 model.remat=full
 h100-32 model=mixtral_8x7b mesh.expert=8 mesh.fsdp=4 data.batch_size=32 data.seq_len=2048 model.remat=full
 h100-64 model=llama3_70b mesh.fsdp=16 mesh.tensor=4 data.batch_size=32 data.seq_len=2048 model.remat=full
-h100-8 model=qwen3_4b mesh.data=2 mesh.fsdp=4 data.batch_size=8 data.seq_len=2048 model.remat=qkv
+h100-8 model=qwen3_4b mesh.data=2 mesh.fsdp=4 data.batch_size=8 data.seq_len=2048 model.remat=save_qkv
 h100-16 model=llama3_8b mesh.stage=4 mesh.fsdp=4 data.batch_size=64 data.seq_len=2048 model.remat=full
 h100-16 model=llama3_8b mesh.stage=4 mesh.data=2 mesh.tensor=2 data.batch_size=64 data.seq_len=2048 model.remat=full
 h100-32 model=mixtral_8x7b mesh.stage=4 mesh.expert=4 mesh.fsdp=2 data.batch_size=64 data.seq_len=2048 model.remat=full
@@ -44,7 +44,7 @@ v5e-8 model=llama3_2_1b mesh.fsdp=8 data.batch_size=16 data.seq_len=1024 model.r
 2*v5e-16 model=llama3_2_1b mesh.data=2 mesh.fsdp=16 data.batch_size=64 data.seq_len=2048 model.remat=full
 v5p-32 model=llama3_8b mesh.fsdp=16 data.batch_size=16 data.seq_len=2048 model.remat=full
 v6e-16 model=olmoe_1b_7b mesh.fsdp=4 mesh.expert=4 data.batch_size=16 data.seq_len=2048 model.remat=full
-v5e-16 model=smollm2_1_7b mesh.data=2 mesh.fsdp=8 data.batch_size=32 data.seq_len=1024 model.remat=dots
+v5e-16 model=smollm2_1_7b mesh.data=2 mesh.fsdp=8 data.batch_size=32 data.seq_len=1024 model.remat=save_dots
 v5p-128 model=llama3_8b mesh.fsdp=16 mesh.tensor=4 data.batch_size=64 data.seq_len=2048 model.remat=full
 v5p-128 model=mixtral_8x7b mesh.expert=8 mesh.fsdp=8 data.batch_size=64 data.seq_len=2048 model.remat=full
 v5p-1024 model=llama3_70b mesh.fsdp=64 mesh.tensor=8 data.batch_size=128 data.seq_len=4096 model.remat=full
@@ -137,9 +137,9 @@ def planned(case: str, *more: str) -> dict | None:
     target, *overrides = case.split()
     kind, _, count = target.partition("-")
     mesh = [] if "mesh.data" in case else ["mesh.data=1"]
-    where = [f"devices={count}", "target=cpu"] if kind == "cpu" else [f"target={target}"]
+    where = [f"fake_devices={count}", "target=cpu"] if kind == "cpu" else [f"target={target}"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "launch.run", "plan", *overrides, *mesh, *where, *more]
+        command = [sys.executable, "-m", "launch.cli", "plan", *overrides, *mesh, *where, *more]
         command += ["format=json", f"task.output={folder}"]
         ended = subprocess.run(command, capture_output=True, text=True)
     if not ended.stdout.startswith("{"):

@@ -55,7 +55,7 @@ def first_line(command: list[str], environment: dict[str, str], beginning: str) 
 
 
 def ours(folder: str) -> tuple[float, str]:
-    command = [sys.executable, "-m", "launch.run", *HELLO, f"runs={folder}/runs"]
+    command = [sys.executable, "-m", "launch.cli", *HELLO, f"output_dir={folder}/runs"]
     return first_line(command, {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}, "start-up")
 
 
@@ -66,7 +66,7 @@ def theirs(folder: str, compiled: bool) -> tuple[float, str]:
 
 def shown_help() -> float:
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "launch.run", "--help"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "launch.cli", "--help"], check=True, capture_output=True)
     return time.perf_counter() - start
 
 

@@ -9,7 +9,7 @@ each of the others take turns, two at a time.
 
 FLOPs: six for each weight of a matrix product and token, and attention over the half of a row that is seen; what is
 computed again is not counted. The rate beside them is that of one large product [2048, 2048] in JAX, measured in turns
-with the steps. Overrides (`model.unroll=0`) are those of `meshwright train`.
+with the steps. Overrides (`model.scan_unroll=0`) are those of `meshwright train`.
 """
 
 import argparse
@@ -90,18 +90,18 @@ def batches(shape: Shape):
 
 def meshwright(folder: str, shape: Shape, precision: str, overrides: Sequence[str] = ()):
     """The trainer's own step, as `meshwright train model=gpt2` compiles it."""
-    from launch.assemble import build_core
-    from models.huggingface_files import Folder, load_params
-    from trainer.spikes import NO_LIMITS
+    from launch.build import build_core
+    from models.formats.huggingface.checkpoint_files import Folder, load_params
+    from trainer.reliability.loss_spikes import NO_LIMITS
 
     rate, b1, b2, eps, weight_decay, clip = OPTIMIZER
     given = [
         "model=gpt2", f"model.vocab_size={shape.vocab}", f"model.max_seq_len={shape.length}",
-        f"model.num_layers={shape.layers}", f"model.embed_dim={shape.width}", f"model.mlp.hidden_dim={4 * shape.width}",
+        f"model.num_layers={shape.layers}", f"model.embed_dim={shape.width}", f"model.mlp.intermediate_dim={4 * shape.width}",
         f"model.attention.num_heads={shape.heads}", f"model.attention.num_kv_heads={shape.heads}",
         f"model.attention.head_dim={shape.width // shape.heads}", f"model.dtype={precision}", "optimizer=adamw",
         f"optimizer.learning_rate={rate}", f"optimizer.b1={b1}", f"optimizer.b2={b2}", f"optimizer.eps={eps}",
-        f"optimizer.weight_decay={weight_decay}", f"optimizer.clip_norm={clip}", "schedule=constant",
+        f"optimizer.weight_decay={weight_decay}", f"optimizer.max_grad_norm={clip}", "schedule=constant",
         "schedule.warmup_steps=0", f"data.seq_len={shape.length}", f"data.batch_size={shape.batch}", *overrides,
     ]  # fmt: skip
     core = build_core(composed(given), None)

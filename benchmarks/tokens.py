@@ -27,10 +27,10 @@ TOKENIZERS = {"bytes": ["tokenizer=bytes"], "sentencepiece": ["tokenizer=sentenc
 
 def prepare(folder: str, tokenizer: str) -> tuple[int, float]:
     """(tokens, seconds) of making the shards; that of a tokenizer is not counted."""
-    from launch.assemble import get_tokenizer, load_corpora
+    from launch.build import get_tokenizer, load_corpora
     from launch.run_folder import run_folder
 
-    config = composed([*COMMON, *TOKENIZERS[tokenizer], f"runs={folder}", f"run={tokenizer}"])
+    config = composed([*COMMON, *TOKENIZERS[tokenizer], f"output_dir={folder}", f"run={tokenizer}"])
     get_tokenizer(config, run_folder(config), print)
     start = time.perf_counter()
     corpora = load_corpora(config, run_folder(config), print)
@@ -40,14 +40,14 @@ def prepare(folder: str, tokenizer: str) -> tuple[int, float]:
 def rows(folder: str, packing: str):
     """Its turn gives how many tokens there were in the batches."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    from data.pipeline import Mixture, OfflineSource
-    from launch.assemble import load_corpora
+    from data.loader import Mixture, TokenLoader
+    from launch.build import load_corpora
     from launch.run_folder import run_folder
 
-    config = composed([*COMMON, *TOKENIZERS["bytes"], f"runs={folder}", "run=bytes", f"data.packing={packing}"])
+    config = composed([*COMMON, *TOKENIZERS["bytes"], f"output_dir={folder}", "run=bytes", f"data.packing={packing}"])
     corpora = load_corpora(config, run_folder(config), lambda text: None)
     mixture = Mixture(corpora.train, config.data, config.seed, None)
-    source = OfflineSource(mixture, batch_size=BATCH, slots=range(BATCH), place=lambda batch: batch, prefetch=2)
+    source = TokenLoader(mixture, batch_size=BATCH, slots=range(BATCH), place=lambda batch: batch, prefetch=2)
     return lambda: sum(int((source.next_batch().segment_ids > 0).sum()) for _ in range(BATCHES))
 
 

@@ -19,13 +19,13 @@ import numpy as np
 from composed import composed
 
 from configs.schema import RunConfig
-from launch.assemble import Corpora, build_core, build_source, load_corpora, model_config
+from launch.build import Corpora, build_core, build_source, load_corpora, model_config
 from launch.run_folder import run_folder
 from models.config import ModelConfig
+from models.mup import at_width
 from models.transformer import init_params, make_apply, param_axes
-from models.width import at_width
+from trainer.reliability.loss_spikes import NO_LIMITS
 from trainer.schedule import LinearConfig
-from trainer.spikes import NO_LIMITS
 from trainer.state import make_state
 from trainer.step import make_train_step
 
@@ -47,7 +47,7 @@ def main() -> None:
     widths = [int(width) for width in options.widths.split(",")]
     rates = [float(rate) for rate in options.rates.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        config = composed([*COMMON, *options.overrides, f"runs={folder}"])
+        config = composed([*COMMON, *options.overrides, f"output_dir={folder}"])
         corpora = load_corpora(config, run_folder(config), print)
         model = model_config(config, corpora.tokenizer)
         source = build_source(config, corpora, build_core(replace(config, model=model), corpora.tokenizer))
@@ -56,7 +56,7 @@ def main() -> None:
     found = {}
     for name, base in ((f"base_width={widths[0]}", widths[0]), ("standard", None)):
         for width in widths:
-            wide = replace(at_width(model, width), base_width=base)
+            wide = replace(at_width(model, width), mup_base_width=base)
             found[name, width] = losses(config, corpora, wide, rates, batches)
             print(f"{name}, width {width}: {' '.join(f'{loss:.3f}' for loss in found[name, width])}", flush=True)
     print(table(widths, rates, found))
@@ -71,7 +71,7 @@ def losses(config: RunConfig, corpora: Corpora, model: ModelConfig, rates: list[
     rows = jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *batches)
 
     def train(rate: jax.Array) -> jax.Array:
-        chain = config.optimizer.build(lambda step: rate * shape(step), axes, model if model.base_width else None)
+        chain = config.optimizer.build(lambda step: rate * shape(step), axes, model if model.mup_base_width else None)
         step = make_train_step(objective, apply, chain)
 
         def body(state, batch):

@@ -101,7 +101,7 @@ class K8sConfig(LauncherConfig):
     tpus_per_host: int = 0  # chips
     cpu: str | None = None  # of a pod, as Kubernetes writes it: 8, 500m
     memory: str | None = None  # of a pod: 64Gi
-    volume: str | None = None  # PersistentVolumeClaim for the run folders; null: runs= is a bucket, or is lost
+    volume: str | None = None  # PersistentVolumeClaim for the run folders; null: output_dir= is a bucket, or is lost
     secret: str | None = None  # the Kubernetes secret that holds the names of env
     service_account: str | None = None
     host_network: bool = False  # pods on their host's network, which several slices and InfiniBand may ask for

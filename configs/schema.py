@@ -12,14 +12,15 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from configs.compatibility import check_compatibility, derive_fields
 from configs.launchers import LAUNCHERS, LauncherConfig, LocalConfig
-from configs.learning import check_learning, settle_learning
-from configs.sweeps import SearchConfig
+from configs.sweeps import SweepSearchConfig
 from configs.tasks import TASKS, ServeConfig, SweepConfig, TaskConfig, TrainConfig
-from data.examples import Records
+from data.loader import DataConfig
+from data.object_store import check_url
 from data.packing import Packing
-from data.pipeline import DataConfig
-from data.sources import (
+from data.records.encoding import DataFormat
+from data.sources.readers import (
     ArrayRecordConfig,
     HuggingFaceConfig,
     JsonlConfig,
@@ -28,8 +29,7 @@ from data.sources import (
     SyntheticConfig,
     TextConfig,
 )
-from data.store import check_url
-from data.tokenizer import (
+from data.tokenizers.kinds import (
     BytesConfig,
     CharactersConfig,
     SentencePieceConfig,
@@ -45,23 +45,22 @@ from data.transforms import (
     TransformConfig,
     Ul2Config,
 )
-from models.config import ModelConfig, Products
-from models.lora import AdapterConfig
-from models.thin import WidthConfig
-from trainer.checkpoint import CheckpointConfig
-from trainer.integrity import IntegrityConfig
+from models.adapters.lora import AdapterConfig
+from models.config import MatmulPrecision, ModelConfig
+from models.pruning import WidthConfig
+from trainer.checkpoint.checkpointer import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.contrastive import ContrastiveConfig
 from trainer.objectives.distillation import DistillationConfig
 from trainer.objectives.kto import KtoConfig
-from trainer.objectives.masked import MaskedConfig, MaskedDiffusionConfig
-from trainer.objectives.multi_token import MultiTokenConfig
+from trainer.objectives.masked_lm import MaskedDiffusionConfig, MaskedLMConfig
+from trainer.objectives.multi_token_prediction import MultiTokenConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.objectives.reward import RewardConfig
-from trainer.optimizer import (
+from trainer.optimizers.optimizer import (
     AdafactorConfig,
     AdamWConfig,
     LionConfig,
@@ -71,6 +70,8 @@ from trainer.optimizer import (
     SgdConfig,
     SoapConfig,
 )
+from trainer.reliability.loss_spikes import LossSpikeConfig
+from trainer.reliability.sdc_check import SDCCheckConfig
 from trainer.schedule import (
     ConstantConfig,
     CosineConfig,
@@ -79,7 +80,6 @@ from trainer.schedule import (
     ScheduleConfig,
     WsdConfig,
 )
-from trainer.spikes import SpikeConfig
 from trainer.tracker import TensorboardConfig, TrackerConfig, WandbConfig
 
 
@@ -99,9 +99,9 @@ class RunConfig:
     """One run, whole. Nobody below `launch` sees this class; functions take their own slice."""
 
     run: str = "default"  # its name: the same name again goes on with the run
-    runs: str = "runs"  # the folder of all runs, or a URL of one in an object store: s3://BUCKET/runs
+    output_dir: str = "runs"  # the folder of all runs, or a URL of one in an object store: s3://BUCKET/runs
     seed: int = 0  # of initialisation, data order, dropout and sampling
-    devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
+    fake_devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
     resume: Resume = Resume.auto
     init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or peft:FOLDER
     init_layers: list[int] = field(default_factory=list)  # of these weights take only these layers, in this order
@@ -123,8 +123,8 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sharding: ShardingRules = field(default_factory=ShardingRules)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
+    loss_spikes: LossSpikeConfig = field(default_factory=LossSpikeConfig)
+    sdc_check: SDCCheckConfig = field(default_factory=SDCCheckConfig)
     trackers: dict[str, TrackerConfig] = field(default_factory=dict)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
@@ -160,7 +160,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "objective": {
         "next_token": NextTokenConfig,
         "multi_token": MultiTokenConfig,
-        "masked": MaskedConfig,
+        "masked": MaskedLMConfig,
         "masked_diffusion": MaskedDiffusionConfig,
         "preference": PreferenceConfig,
         "kto": KtoConfig,
@@ -189,13 +189,13 @@ GROUPS: dict[str, dict[str, type]] = {
     "checkpoint": {"checkpoint": CheckpointConfig},
     "tracker": {"wandb": WandbConfig, "tensorboard": TensorboardConfig},
     "launcher": LAUNCHERS,
-    "sweep": {"search": SearchConfig},
+    "sweep": {"search": SweepSearchConfig},
 }
 
 # Groups of which a run has exactly one class: their schema needs no name of its own.
 _SINGLE = ("model", "adapter", "mesh", "checkpoint", "sweep")
 # Groups that need no YAML: the dataclass is the option.
-_BARE = ("task", "launcher")
+_NO_YAML = ("task", "launcher")
 
 
 def register() -> None:
@@ -204,7 +204,7 @@ def register() -> None:
     store.store(name="run_schema", node=RunConfig)
     for group, classes in GROUPS.items():
         for name, cls in classes.items():
-            if group in _BARE:
+            if group in _NO_YAML:
                 store.store(group=group, name=name, node=cls, package=group)
             else:
                 store.store(group=group, name="schema" if group in _SINGLE else f"{name}_schema", node=cls)
@@ -281,13 +281,13 @@ def validate(config: RunConfig) -> None:
     name = config.run
     if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>| '):
         raise ValueError(f"run={name!r}: is the name of a folder: letters, digits, '.', '_' and '-' only")
-    for key, value in (("runs", config.runs), ("data.prepared", config.data.prepared or "")):
+    for key, value in (("runs", config.output_dir), ("data.cache_dir", config.data.cache_dir or "")):
         check_url(value, key)
     unknown = set(config.reset) - {"optimizer", "data", "step"}
     if unknown:
         raise ValueError(f"reset={config.reset}: {sorted(unknown)[0]!r} is none of optimizer, data, step")
-    if config.devices is not None and config.devices < 1:
-        raise ValueError(f"devices={config.devices}: must be at least 1, or null for the real devices")
+    if config.fake_devices is not None and config.fake_devices < 1:
+        raise ValueError(f"fake_devices={config.fake_devices}: must be at least 1, or null for the real devices")
     sources = config.data.sources
     if config.source_weights:
         if len(config.source_weights) != len(sources):
@@ -317,22 +317,22 @@ def validate(config: RunConfig) -> None:
     if config.init_width.active and config.init_from is None:
         raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
-    products = config.model.products
-    if config.adapter.active and products is not Products.full:
+    products = config.model.matmul_precision
+    if config.adapter.active and products is not MatmulPrecision.full:
         raise ValueError(
-            f"model.products={products.name}: adapter.method={config.adapter.method.name} trains beside weights in a "
-            "form of their own; set model.products=full (adapter=qlora keeps them in 4 bits)"
+            f"model.matmul_precision={products.name}: adapter.method={config.adapter.method.name} trains beside weights in a "
+            "form of their own; set model.matmul_precision=full (adapter=qlora keeps them in 4 bits)"
         )
-    config.spikes.validate()
-    config.integrity.validate()
+    config.loss_spikes.validate()
+    config.sdc_check.validate()
     config.launcher.validate()
     task = config.task
     if isinstance(task, TrainConfig):
         for field_name in ("num_steps", "num_microbatches", "log_every"):
             if getattr(task, field_name) < 1:
                 raise ValueError(f"task.{field_name}={getattr(task, field_name)}: must be at least 1")
-        if task.hang_seconds < 0:
-            raise ValueError(f"task.hang_seconds={task.hang_seconds:g}: must not be negative; 0: never")
+        if task.watchdog_timeout < 0:
+            raise ValueError(f"task.watchdog_timeout={task.watchdog_timeout:g}: must not be negative; 0: never")
         if task.profile_steps and len(task.profile_steps) != 2:
             raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
     if isinstance(task, SweepConfig):
@@ -342,15 +342,15 @@ def validate(config: RunConfig) -> None:
             f"launcher.num_processes={config.launcher.num_processes}: serve runs in one process, with all devices of "
             "its host; leave it out"
         )
-    if not 0 <= config.data.max_bad_share <= 1:
-        raise ValueError(f"data.max_bad_share={config.data.max_bad_share}: is a share, from 0 to 1")
-    if config.data.records in (Records.conversations, Records.labelled) and config.data.packing is Packing.concat:
+    if not 0 <= config.data.max_bad_fraction <= 1:
+        raise ValueError(f"data.max_bad_fraction={config.data.max_bad_fraction}: is a share, from 0 to 1")
+    if config.data.format in (DataFormat.chat, DataFormat.classification) and config.data.packing is Packing.concat:
         raise ValueError(
             "data.packing=concat: would cut conversations and texts at the ends of rows, and answers would be learnt "
             "without their questions; use data.packing=best_fit"
         )
-    settle_learning(config.data, config.objective, config.model)
-    check_learning(config.data, config.objective, config.model, config.adapter)
+    derive_fields(config.data, config.objective, config.model)
+    check_compatibility(config.data, config.objective, config.model, config.adapter)
     for key in ("batch_size", "seq_len"):
         if getattr(config.data, key) < 1:
             raise ValueError(f"data.{key}={getattr(config.data, key)}: must be at least 1")

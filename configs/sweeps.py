@@ -8,10 +8,10 @@ class Method(enum.Enum):
     auto = "auto"  # grid where every key has a list of values, else bayes
     grid = "grid"  # every combination, in order
     random = "random"
-    bayes = "bayes"  # after some random ones, those that promise most (TPE, Bergstra et al. 2011)
+    tpe = "tpe"  # after some random ones, those that promise most (TPE, Bergstra et al. 2011)
 
 
-class Goal(enum.Enum):
+class Mode(enum.Enum):
     min = "min"
     max = "max"
 
@@ -23,19 +23,19 @@ class Pruning(enum.Enum):
 
 
 @dataclass
-class SearchConfig:
+class SweepSearchConfig:
     # By key what `KEY=...` says on the command line: 2,4,8 or 1e-4..1e-2 or log:1e-4..1e-2.
-    over: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
     method: Method = Method.auto
     trials: int | None = None  # in all, those of earlier starts included; null: all of a grid, else 20
-    parallel: int = 1  # trials at once
+    max_concurrent_trials: int = 1  # trials at once
     seed: int = 0  # of what is chosen; all trials have the run's `seed`
     metric: str = "eval/loss"  # of metrics.jsonl, its last value; of train/... the mean over the last 50th of a run
-    goal: Goal = Goal.min
+    mode: Mode = Mode.min
     pruning: Pruning = Pruning.none
-    prune_after: int = 0  # steps that every trial gets
+    warmup_steps: int = 0  # steps that every trial gets
     gpus_per_trial: int = 0  # of this machine's, with launcher=local; 0: each trial sees them all
-    retry: bool = False  # do those that failed again
+    retry_failed: bool = False  # do those that failed again
 
     def validate(self) -> None:
         """Raises: ValueError naming key, value, reason and fix."""
@@ -43,7 +43,7 @@ class SearchConfig:
             value = getattr(self, key)
             if value is not None and value < least:
                 raise ValueError(f"sweep.{key}={value}: must be at least {least}")
-        if not self.over:
+        if not self.parameters:
             raise ValueError(
                 "sweep: no key varies; give one a list of values or a range: model.num_layers=2,4 "
                 "optimizer.learning_rate=log:1e-4..1e-2"

@@ -44,7 +44,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Shown(NamedTuple):
+class RowSlice(NamedTuple):
     """What a row holds of a piece: as many of each."""
 
     tokens: np.ndarray  # i32
@@ -52,7 +52,9 @@ class Shown(NamedTuple):
     mask: np.ndarray  # f32
 
 
-Show = Callable[[np.ndarray, Piece, int], Shown]  # of its tokens and the next one, the piece, and its place in the row
+ShowSlice = Callable[
+    [np.ndarray, Piece, int], RowSlice
+]  # of its tokens and the next one, the piece, and its place in the row
 
 
 class Plan(Protocol):
@@ -78,7 +80,7 @@ def shuffled(seed: int, count: int) -> np.ndarray:
     return np.argsort(hashed(seed, count), kind="stable")
 
 
-def folded(*parts: int) -> int:
+def fold_seed(*parts: int) -> int:
     """One seed from several numbers: each is hashed with those before it."""
     seed = 0
     for part in parts:
@@ -89,15 +91,15 @@ def folded(*parts: int) -> int:
     return seed
 
 
-class Draws:
+class CounterRng:
     """Random numbers that follow from a key, one after the other; the same on every platform and version."""
 
     def __init__(self, *key: int):
-        self._key, self._count = folded(*key), 0
+        self._key, self._count = fold_seed(*key), 0
 
     def _seed(self) -> int:
         self._count += 1
-        return folded(self._key, self._count)
+        return fold_seed(self._key, self._count)
 
     def uniform(self, count: int) -> np.ndarray:
         """[count] f64, at least 0 and below 1."""
@@ -112,7 +114,7 @@ class Draws:
         return shuffled(self._seed(), count)
 
 
-class Growth:
+class TransformLengths:
     """What pieces take in a row: `table` [C, L + 1] i64, of pieces of n tokens, ascending. Which of the C choices holds
     for a piece follows from where it begins.
     """
@@ -121,7 +123,7 @@ class Growth:
         self.table, self.seed = table, seed
 
     def choice(self, document: int, start: int) -> int:
-        return folded(self.seed, document, start) % len(self.table) if len(self.table) > 1 else 0
+        return fold_seed(self.seed, document, start) % len(self.table) if len(self.table) > 1 else 0
 
     def cut(self, document: int, start: int, stop: int, room: int) -> tuple[Piece, int] | None:
         """The longest piece from `start` on that fits, and what it takes; None where it would be a single token of
@@ -182,7 +184,7 @@ class ListedPlan:
 class BestFitPlan(ListedPlan):
     """Each document goes where it leaves the least room, the longest first, among those of a window."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: Growth | None = None):
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: TransformLengths | None = None):
         cuts = (_cuts(d, lengths[d], seq_len, growth) for d in shuffled(seed, len(lengths)))
         super().__init__(_in_windows(cuts, seq_len))
 
@@ -198,7 +200,7 @@ class PairPlan(ListedPlan):
         super().__init__(_in_windows(([(whole(sides * i), size)] for i, size in enumerate(sizes)), seq_len, most))
 
 
-def _cuts(document: int, length: int, seq_len: int, growth: Growth | None) -> Iterator[tuple[Piece, int]]:
+def _cuts(document: int, length: int, seq_len: int, growth: TransformLengths | None) -> Iterator[tuple[Piece, int]]:
     if growth is None:
         for start in range(0, int(length), seq_len):
             stop = min(start + seq_len, int(length))
@@ -215,11 +217,11 @@ def _cuts(document: int, length: int, seq_len: int, growth: Growth | None) -> It
 class GrownConcatPlan(ListedPlan):
     """One after the other, each as long as the room that is left allows."""
 
-    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: Growth):
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: TransformLengths):
         super().__init__(_concat(shuffled(seed, len(lengths)), lengths, seq_len, growth))
 
 
-def _concat(order: np.ndarray, lengths: np.ndarray, seq_len: int, growth: Growth) -> Iterator[list[Piece]]:
+def _concat(order: np.ndarray, lengths: np.ndarray, seq_len: int, growth: TransformLengths) -> Iterator[list[Piece]]:
     row: list[Piece] = []
     room = seq_len
     for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
@@ -264,25 +266,27 @@ def _best_fit(cuts: list[tuple[Piece, int]], seq_len: int, most: int | None = No
     return rows
 
 
-def make_plan(lengths: np.ndarray, *, seq_len: int, packing: Packing, seed: int, growth: Growth | None = None) -> Plan:
+def make_plan(
+    lengths: np.ndarray, *, seq_len: int, packing: Packing, seed: int, growth: TransformLengths | None = None
+) -> Plan:
     """`growth` None: a piece takes as many tokens as it has."""
     if packing is Packing.best_fit:
         return BestFitPlan(lengths, seq_len, seed, growth)
     return ConcatPlan(lengths, seq_len, seed) if growth is None else GrownConcatPlan(lengths, seq_len, seed, growth)
 
 
-def plain(found: np.ndarray, size: int, learnt: np.ndarray | None = None) -> Shown:
+def plain(found: np.ndarray, size: int, learnt: np.ndarray | None = None) -> RowSlice:
     """`size` tokens, each with the next one as its target; `found` may have one more. The last target is masked where
-    there is none; `learnt`: which of the others count.
+    there is none; `loss_mask`: which of the others count.
     """
     targets, mask = np.zeros(size, np.int32), np.zeros(size, np.float32)
     known = min(len(found) - 1, size)
     targets[:known] = found[1 : known + 1]
     mask[:known] = 1 if learnt is None else learnt
-    return Shown(found[:size].astype(np.int32), targets, mask)
+    return RowSlice(found[:size].astype(np.int32), targets, mask)
 
 
-def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int, show: Show | None = None) -> TokenBatch:
+def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int, show: ShowSlice | None = None) -> TokenBatch:
     """One row [L] of each field. A piece's last target is the document's next token, or masked where there is none.
 
     What a corpus says of a token holds for it as a target: the mask moves with it, once. `show`: what else a piece

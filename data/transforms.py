@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data.packing import Draws, Shown, plain
-from data.tokenizer_contract import Tokenizer
+from data.packing import CounterRng, RowSlice, plain
+from data.tokenizers.tokenizer import Tokenizer
 
 Names = tuple[str, ...]  # texts of which a tokenizer has one; the first is given to one that has none
 FIM_PREFIX: Names = ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "[PREFIX]", "<PRE>", "▁<PRE>", "<｜fim▁begin｜>")
@@ -32,7 +32,7 @@ class Transform(Protocol):
     growth: np.ndarray | None  # [C, L + 1]: what a piece of n tokens takes in a row, by choice; None: n tokens
     same_place: bool  # targets are of the token itself, not of the one that follows
 
-    def __call__(self, found: np.ndarray, size: int, draws: Draws, choice: int) -> Shown:
+    def __call__(self, found: np.ndarray, size: int, draws: CounterRng, choice: int) -> RowSlice:
         """`found`: the piece's `size` tokens, and the one that follows them in the document, if any."""
         ...
 
@@ -47,7 +47,7 @@ class TransformConfig:
         """Special tokens without which it cannot be."""
         return []
 
-    def missing(self, special: Mapping[str, int] | Sequence[str], seq_len: int) -> list[str]:
+    def missing_special_tokens(self, special: Mapping[str, int] | Sequence[str], seq_len: int) -> list[str]:
         """Texts of the special tokens that a tokenizer with those of `special` lacks."""
         return [names[0] for names in self.names(seq_len) if not any(name in special for name in names)]
 
@@ -56,9 +56,9 @@ class TransformConfig:
         return None
 
     def _tokens(self, tokenizer: Tokenizer, seq_len: int) -> list[int]:
-        """Ids of the special tokens in the order of `names`. Raises: ValueError where the tokenizer has them not."""
+        """Ids of the special tokens in the order of `special_tokens`. Raises: ValueError where the tokenizer has them not."""
         special = tokenizer.special_tokens
-        if missing := self.missing(special, seq_len):
+        if missing := self.missing_special_tokens(special, seq_len):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
                 f"data.transform.kind={self.kind}: needs the special tokens {', '.join(missing[:3])}{more}, which the "
@@ -86,7 +86,7 @@ class FimConfig(TransformConfig):
     rate: float = 0.5  # of pieces; the others stay as they are
     spm_rate: float = 0.5  # of those, suffix first
 
-    def names(self, seq_len: int) -> list[Names]:
+    def special_tokens(self, seq_len: int) -> list[Names]:
         return [FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> "Fim":
@@ -113,7 +113,7 @@ class Fim:
     growth: np.ndarray
     same_place = False
 
-    def __call__(self, found: np.ndarray, size: int, draws: Draws, choice: int) -> Shown:
+    def __call__(self, found: np.ndarray, size: int, draws: CounterRng, choice: int) -> RowSlice:
         if draws.uniform(1)[0] >= self.config.rate:
             return plain(found, size)
         ids = found[:size]
@@ -150,7 +150,7 @@ class PrefixLm:
     growth = None
     same_place = False
 
-    def __call__(self, found: np.ndarray, size: int, draws: Draws, choice: int) -> Shown:
+    def __call__(self, found: np.ndarray, size: int, draws: CounterRng, choice: int) -> RowSlice:
         shown = plain(found, size)
         border = 1 + draws.below(max(size - 1, 1))  # the first token that is learnt: the target of the one before
         shown.mask[: border - 1] = 0
@@ -186,7 +186,7 @@ def span_numbers(size: np.ndarray | int, denoiser: Denoiser) -> tuple[np.ndarray
     return noise, np.minimum(spans, np.minimum(noise, size - noise))  # fewer, where they would be empty or touch
 
 
-def span_mask(size: int, denoiser: Denoiser, draws: Draws) -> np.ndarray:
+def span_mask(size: int, denoiser: Denoiser, draws: CounterRng) -> np.ndarray:
     """[N] bool: the tokens that are hidden. Spans and what lies between them are random partitions (T5)."""
     noise, spans = map(int, span_numbers(size, denoiser))
     kept, hidden = (_partition(total, spans, draws) for total in (size - noise, noise))
@@ -194,7 +194,7 @@ def span_mask(size: int, denoiser: Denoiser, draws: Draws) -> np.ndarray:
     return np.repeat(np.tile([False, True], spans), lengths)
 
 
-def _partition(total: int, parts: int, draws: Draws) -> np.ndarray:
+def _partition(total: int, parts: int, draws: CounterRng) -> np.ndarray:
     """[parts] lengths of at least 1 that add up to `total`, every way as likely as any other."""
     borders = np.sort(draws.order(total - 1)[: parts - 1]) + 1
     return np.diff(np.concatenate([[0], borders, [total]]))
@@ -278,10 +278,10 @@ class SpanCorruption:
     growth: np.ndarray
     same_place = False
 
-    def __call__(self, found: np.ndarray, size: int, draws: Draws, choice: int) -> Shown:
+    def __call__(self, found: np.ndarray, size: int, draws: CounterRng, choice: int) -> RowSlice:
         ids, denoiser = found[:size].astype(np.int32), self.denoisers[choice]
         if size < 2:
-            return Shown(ids, np.zeros_like(ids), np.zeros(size, np.float32))
+            return RowSlice(ids, np.zeros_like(ids), np.zeros(size, np.float32))
         hidden = span_mask(size, denoiser, draws)
         begins = hidden & ~np.concatenate([[False], hidden[:-1]])
         span = np.cumsum(begins) - 1  # of each token, where it is hidden
@@ -333,7 +333,7 @@ class Mlm:
     growth = None
     same_place = True
 
-    def __call__(self, found: np.ndarray, size: int, draws: Draws, choice: int) -> Shown:
+    def __call__(self, found: np.ndarray, size: int, draws: CounterRng, choice: int) -> RowSlice:
         ids = found[:size].astype(np.int32)
         places = np.flatnonzero(np.isin(ids, self.ordinary))
         count = max(round(len(places) * self.config.rate), min(len(places), 1))
@@ -344,7 +344,7 @@ class Mlm:
         kept = np.where(fate < replaced, self.ordinary[other], ids[chosen])
         tokens[chosen] = np.where(fate < masked, self.mask, kept)
         weights[chosen] = 1
-        return Shown(tokens, ids, weights)
+        return RowSlice(tokens, ids, weights)
 
 
 @dataclass
@@ -368,8 +368,8 @@ class Diffusion:
     growth = None
     same_place = True
 
-    def __call__(self, found: np.ndarray, size: int, draws: Draws, choice: int) -> Shown:
+    def __call__(self, found: np.ndarray, size: int, draws: CounterRng, choice: int) -> RowSlice:
         ids = found[:size].astype(np.int32)
         ratio = LEAST_RATIO + (1 - LEAST_RATIO) * draws.uniform(1)[0]
         masked = draws.uniform(size) < ratio
-        return Shown(np.where(masked, self.mask, ids).astype(np.int32), ids, (masked / ratio).astype(np.float32))
+        return RowSlice(np.where(masked, self.mask, ids).astype(np.int32), ids, (masked / ratio).astype(np.float32))

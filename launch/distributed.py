@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launch.peers import Peers
+from launch.heartbeats import Peers
 
 SILENCE = 30  # seconds after which the others end for a process that no longer answers
 FIRST_PORT, LAST_PORT = 61440, 65535  # where ports made from a job id lie
@@ -27,7 +27,7 @@ class ProcessSettings:
     local_device_ids: list[int] | None = None  # None: all that the process sees
 
 
-def announced(env: Mapping[str, str] | None = None) -> bool:
+def is_multi_process(env: Mapping[str, str] | None = None) -> bool:
     """Whether this process was started as one of several."""
     return settings(os.environ if env is None else env) is not None
 
@@ -133,7 +133,7 @@ IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 THREADS = 8  # for each fake device
 
 
-def let_fake_devices_wait(count: int) -> None:
+def raise_fake_device_timeout(count: int) -> None:
     """Settings for `count` fake devices of this process, before JAX starts.
 
     A collective of XLA's CPU backend holds its thread until all its devices have come. By default those that do not
@@ -166,15 +166,15 @@ def start(devices: int | None) -> None:
         share, rest = divmod(devices, (found.num_processes or 1) if found else 1)
         if rest or not share:
             count = found.num_processes if found else 1
-            raise ValueError(f"devices={devices}: must be a multiple of the {count} processes")
+            raise ValueError(f"fake_devices={devices}: must be a multiple of the {count} processes")
         own = os.environ.get("JAX_NUM_CPU_DEVICES")
         if own and int(own) != share:
-            raise ValueError(f"devices={devices}: JAX_NUM_CPU_DEVICES={own} says otherwise; unset one of the two")
+            raise ValueError(f"fake_devices={devices}: JAX_NUM_CPU_DEVICES={own} says otherwise; unset one of the two")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", share)
     several = devices or found or "JAX_NUM_CPU_DEVICES" in os.environ
     if several and jax.config.values["jax_platforms"] == "cpu":
-        let_fake_devices_wait(max(jax.config.values["jax_num_cpu_devices"], 1))
+        raise_fake_device_timeout(max(jax.config.values["jax_num_cpu_devices"], 1))
     if not jax.config.values["jax_compilation_cache_dir"]:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "meshwright", "compiled"))
@@ -212,10 +212,10 @@ def _bind(coordinator: str) -> dict[str, str]:
 GONE = ("Gloo", "NCCL", "closed by peer", "reset by peer", "Socket closed", "oordination service", "heartbeat")
 
 
-def leave_if_left_alone(error: BaseException) -> None:
+def exit_if_peer_lost(error: BaseException) -> None:
     """Ends this process with 75 where `error` says that another one is gone: whatever waits for that one would hang.
 
-    What that was is told once it is known, which takes at most `launch.peers.PATIENCE` seconds.
+    What that was is told once it is known, which takes at most `launch.heartbeats.PATIENCE` seconds.
     """
     import sys
 
@@ -224,7 +224,7 @@ def leave_if_left_alone(error: BaseException) -> None:
         return
     said = str(error).splitlines()[0]
     if any(word in said for word in GONE):
-        peers.leave_alone(said)
+        peers.exit_lost(said)
 
 
 def stop() -> None:
@@ -239,7 +239,7 @@ def stop() -> None:
         jax.distributed.shutdown()
 
 
-def abandon(code: int) -> None:
+def exit_now(code: int) -> None:
     """Ends this process at once where it is one of several: a joint leaving would wait for those still at work."""
     import sys
 

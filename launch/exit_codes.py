@@ -6,6 +6,6 @@ PREEMPTED = 75  # stopped by a signal after a save: start it again to go on (EX_
 INTERRUPTED = 130
 
 
-def worth_another_start(code: int) -> bool:
+def is_restartable(code: int) -> bool:
     """Preempted, or ended by a signal: below 0 as subprocess tells it, above 128 as shells do."""
     return code == PREEMPTED or code < 0 or (code > 128 and code != INTERRUPTED)

@@ -1,6 +1,6 @@
 """The folder of a run: what stands where in it, who writes it, and whether a config may go on with it.
 
-A run of an object store (`runs=s3://BUCKET/runs`) is worked on in a copy on this machine, below `runs/.store`. What the
+A run of an object store (`output_dir=s3://BUCKET/runs`) is worked on in a copy on this machine, below `runs/.store`. What the
 store holds counts: the copy follows it at each start, and goes there before each checkpoint and at the end.
 """
 
@@ -18,15 +18,15 @@ from typing import Any
 import yaml
 
 from configs.schema import RunConfig, from_saved, to_plain
-from data.store import Store, check_url, is_url
-from models.config import HOW
-from trainer.checkpoint import CheckpointConfig, Checkpointer
-from trainer.stored_checkpoint import StoredCheckpointer
+from data.object_store import Store, check_url, is_url
+from models.config import COMPUTE_KEYS
+from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from trainer.checkpoint.remote_checkpointer import RemoteCheckpointer
 
 # Keys that may not change while a run goes on: they decide the shapes of what was saved, or what its numbers mean.
 SHAPE_KEYS = ("model", "adapter", "tokenizer", "objective.kind", "optimizer.kind")
 # Keys inside them that only say how to compute, not what.
-FREE_KEYS = (*(f"model.{key}" for key in HOW), "model.dtype", "tokenizer.train_bytes")
+FREE_KEYS = (*(f"model.{key}" for key in COMPUTE_KEYS), "model.dtype", "tokenizer.train_max_bytes")
 GIT_FILE = "git.json"  # beside packages that were copied out of their checkout: the state of that
 COPIES = Path("runs") / ".store"  # of the runs of stores, in the folder of the command
 NOT_SENT = ("checkpoints", "jobs", "code", "read")  # folders that a store gets in another way, or never
@@ -96,7 +96,7 @@ class RunFolder:
 
         process = jax.process_index()
         own = "checkpoints" if process == 0 else f"checkpoints_{process}"  # hosts need not see each other's disks
-        return StoredCheckpointer(
+        return RemoteCheckpointer(
             self.store.inside("checkpoints"),
             self.path / ("read" if read_only else own),
             config,
@@ -148,7 +148,7 @@ class RunFolder:
         Raises: ValueError where there is no such run, with the names that there are.
         """
         if not self.config.exists():
-            from launch.messages import did_you_mean
+            from launch.config_errors import did_you_mean
 
             around = self.where.rpartition("/")[0]
             there = [folder.name for folder in folders(around)]
@@ -172,7 +172,7 @@ class RunFolder:
 
 def run_folder(config: RunConfig) -> RunFolder:
     """The folder of this run; of one in a store its copy, as new as what the store holds."""
-    return folder_in(config.runs, config.run)
+    return folder_in(config.output_dir, config.run)
 
 
 def folder_in(runs: str, name: str) -> RunFolder:
@@ -183,7 +183,7 @@ def folder_in(runs: str, name: str) -> RunFolder:
     try:
         folder.fetch()
     except FileNotFoundError as error:
-        raise ValueError(f"runs={runs}: is not there ({error}); make the bucket first") from None
+        raise ValueError(f"output_dir={runs}: is not there ({error}); make the bucket first") from None
     return folder
 
 

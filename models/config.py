@@ -50,7 +50,7 @@ class LayerKind(enum.Enum):
     sliding = "sliding"  # attends to the last `sliding_window` tokens
 
 
-class Mask(enum.Enum):
+class AttentionMask(enum.Enum):
     """Which tokens of its document a token sees."""
 
     causal = "causal"  # itself and those before: a decoder
@@ -58,18 +58,18 @@ class Mask(enum.Enum):
     bidirectional = "bidirectional"  # all: an encoder
 
 
-OTHER_MASKS = (Mask.prefix, Mask.bidirectional)
+OTHER_MASKS = (AttentionMask.prefix, AttentionMask.bidirectional)
 
 
-class Across(enum.Enum):
+class ContextParallel(enum.Enum):
     """How queries come to keys on other devices, where `mesh.context` cuts rows."""
 
     ring = "ring"  # keys travel around, a piece at a time: Liu et al. 2023 [2310.01889]
     all_gather = "all_gather"  # all keys of a row come to each device: Llama 3 (2024, section 3.3.2)
 
 
-class Kernel(enum.Enum):
-    """What computes attention in training, where rows are not cut (models/kernels.py)."""
+class AttentionImplementation(enum.Enum):
+    """What computes attention in training, where rows are not cut (models/attention/kernels.py)."""
 
     xla = "xla"  # plain operations, block by block where rows are long
     auto = "auto"  # the platform's kernel where it can do what the model asks for, else xla
@@ -82,9 +82,9 @@ class RouterScore(enum.Enum):
     sigmoid = "sigmoid"  # of each expert by itself: DeepSeek-V3
 
 
-class Balance(enum.Enum):
+class LoadBalancing(enum.Enum):
     none = "none"
-    loss = "loss"  # an auxiliary loss: Fedus et al. 2021, section 2.2, within each row
+    aux_loss = "aux_loss"  # an auxiliary loss: Fedus et al. 2021, section 2.2, within each row
     bias = "bias"  # a bias that counts in the choice only, moved against the load: DeepSeek-V3, section 2.1.2
 
 
@@ -101,41 +101,41 @@ class Dtype(enum.Enum):
 class Remat(enum.Enum):
     none = "none"  # keep every activation
     full = "full"  # keep layer borders only, compute the rest again
-    dots = "dots"  # keep what products with weights give
-    qkv = "qkv"  # keep queries, keys, values and the attention's result
-    attention = "attention"  # keep the attention's result
+    save_dots = "save_dots"  # keep what products with weights give
+    save_qkv = "save_qkv"  # keep queries, keys, values and the attention's result
+    save_attn_out = "save_attn_out"  # keep the attention's result
 
 
-KEPT = {  # names of `models.remat.kept`
+SAVED_NAMES = {  # names of `models.remat.checkpoint_name`
     Remat.full: (),
-    Remat.attention: ("attention",),
-    Remat.qkv: ("qkv", "attention"),
-    Remat.dots: ("product",),
+    Remat.save_attn_out: ("attention",),
+    Remat.save_qkv: ("qkv", "attention"),
+    Remat.save_dots: ("product",),
     Remat.none: ("product", "qkv", "attention", "weights"),  # "weights": of attention
 }
 
 
-class Products(enum.Enum):
-    """How the weights of layers are multiplied with in training (models/low_precision.py)."""
+class MatmulPrecision(enum.Enum):
+    """How the weights of layers are multiplied with in training (models/quantization/matmul_8bit.py)."""
 
     full = "full"  # in the dtype of activations
     int8 = "int8"
     fp8 = "fp8"
 
 
-class Offload(enum.Enum):
+class ActivationOffload(enum.Enum):
     """Of what is kept for the backward pass: what waits for it in the memory of the host."""
 
-    border = "border"  # what goes from layer to layer
-    qkv = "qkv"  # with model.remat=qkv
-    attention = "attention"  # the attention's result, with model.remat=qkv or attention
+    layer_input = "layer_input"  # what goes from layer to layer
+    qkv_proj = "qkv_proj"  # with model.remat=save_qkv
+    attn_out = "attn_out"  # the attention's result, with model.remat=save_qkv or attention
 
 
 @dataclass
 class RopeConfig:
     theta: float = 10_000.0
     local_theta: float | None = None  # of sliding layers; null: theta
-    fraction: float = 1.0  # of head_dim that is rotated
+    partial_rotary_factor: float = 1.0  # of head_dim that is rotated
     scaling: RopeScaling = RopeScaling.none  # of full layers only where local_theta is set
     factor: float = 1.0
     original_max_seq_len: int = 8192  # llama3, yarn, dynamic, longrope: what the model was first trained on
@@ -149,16 +149,16 @@ class RopeConfig:
     mscale: float = 1.0  # yarn: weight of the temperature; DeepSeek-V2
     mscale_all_dim: float = 0.0  # yarn: of the part that goes into the scale of scores, and over all dims
     interleaved: bool = False  # neighbours (2i, 2i + 1) are rotated together, not halves: DeepSeek
-    pattern: list[bool] = field(default_factory=lambda: [True])  # which layers rotate, repeated; SmolLM3
+    layer_pattern: list[bool] = field(default_factory=lambda: [True])  # which layers rotate, repeated; SmolLM3
 
 
 @dataclass
-class LatentConfig:
+class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values grow out of one narrow vector."""
 
-    kv_rank: int = 0  # width of that vector; 0: plain attention
-    query_rank: int = 0  # the same for queries; 0: queries come straight from the layer's input
-    rope_dim: int = 16  # the last dims of head_dim: rotated, and one key for all heads
+    kv_lora_rank: int = 0  # width of that vector; 0: plain attention
+    q_lora_rank: int = 0  # the same for queries; 0: queries come straight from the layer's input
+    qk_rope_head_dim: int = 16  # the last dims of head_dim: rotated, and one key for all heads
 
 
 @dataclass
@@ -166,62 +166,64 @@ class AttentionConfig:
     num_heads: int = 4
     num_kv_heads: int = 4  # fewer than num_heads: grouped queries
     head_dim: int = 16  # of queries and keys
-    value_dim: int | None = None  # of values; null: head_dim. Latent attention only
-    latent: LatentConfig = field(default_factory=LatentConfig)
+    v_head_dim: int | None = None  # of values; null: head_dim. Latent attention only
+    mla: MLAConfig = field(default_factory=MLAConfig)
     qk_norm: QKNorm = QKNorm.none
     qkv_bias: bool = False
     out_bias: bool = False
-    mask: Mask = Mask.causal
+    mask: AttentionMask = AttentionMask.causal
     sliding_window: int = 4096  # tokens that a sliding layer sees, its own included
-    pattern: list[LayerKind] = field(default_factory=lambda: [LayerKind.full])  # repeated over the layers
-    soft_cap: float | None = None  # cap * tanh(score / cap): Gemma 2
+    layer_types: list[LayerKind] = field(default_factory=lambda: [LayerKind.full])  # repeated over the layers
+    logit_softcap: float | None = None  # cap * tanh(score / cap): Gemma 2
     scale: float | None = None  # of scores; null: head_dim ** -0.5
     sinks: bool = False  # a learned logit for each head in its softmax, which takes weight from all keys: GPT-OSS
     dropout: float = 0.0  # of attention weights
     # Keys and queries whose scores exist at once; 0: those of a whole row. null: 1024 in rows of more than 2048 tokens,
     # and in shorter ones, where no token sees a later one, a quarter of the queries and the keys up to its end
-    block: int | None = None
-    context: Across = Across.ring  # with mesh.context above 1
-    kernel: Kernel = Kernel.xla
+    block_size: int | None = None
+    context_parallel: ContextParallel = ContextParallel.ring  # with mesh.context above 1
+    implementation: AttentionImplementation = AttentionImplementation.xla
 
 
 @dataclass
 class MLPConfig:
-    hidden_dim: int = 256
+    intermediate_dim: int = 256
     gated: bool = True  # activation(x Wg) * (x Wu), then Wd: Shazeer 2020
     activation: Activation = Activation.silu
     bias: bool = False
-    clamp: float | None = None  # the gate is at most this, the other side within plus and minus this: GPT-OSS
+    activation_clamp: float | None = (
+        None  # the gate is at most this, the other side within plus and minus this: GPT-OSS
+    )
     up_offset: float = 0.0  # added to the other side before the product: GPT-OSS 1
 
 
 @dataclass
-class ExpertsConfig:
+class MoEConfig:
     """Mixture of experts in place of the feed-forward layer. Their activation is that of `mlp`."""
 
     num_experts: int = 0  # 0: no layer has any
-    num_dense_layers: int = 0  # the first layers, which keep the plain feed-forward layer: DeepSeek
+    first_num_dense_layers: int = 0  # the first layers, which keep the plain feed-forward layer: DeepSeek
     experts_per_token: int = 2
-    hidden_dim: int = 256  # of each expert
-    shared_hidden_dim: int = 0  # of the experts that every token sees, together; 0: there are none
+    intermediate_dim: int = 256  # of each expert
+    shared_intermediate_dim: int = 0  # of the experts that every token sees, together; 0: there are none
     bias: bool = False  # in the experts: GPT-OSS
     router_bias: bool = False  # GPT-OSS
-    score: RouterScore = RouterScore.softmax
-    normalize: bool = True  # the weights of the chosen experts are divided by their sum
-    scale: float = 1.0  # of these weights, thereafter: DeepSeek
+    router_score: RouterScore = RouterScore.softmax
+    norm_topk_prob: bool = True  # the weights of the chosen experts are divided by their sum
+    routed_scaling_factor: float = 1.0  # of these weights, thereafter: DeepSeek
     num_groups: int = 1  # groups of experts; a token chooses within the best of them only: DeepSeek-V2, section 2.2.2
-    groups_per_token: int = 1
-    group_best: int = 2  # a group is worth its so many best scores together: DeepSeek-V3 2, DeepSeek-V2 1
-    balance: Balance = Balance.loss
-    balance_loss: float = 0.01  # times the auxiliary loss, which is 1 where all experts have the same load
-    z_loss: float = 0.0  # times the squared logsumexp of the router's logits: ST-MoE, section 3.2 (1e-3)
+    topk_groups: int = 1
+    group_score_topk: int = 2  # a group is worth its so many best scores together: DeepSeek-V3 2, DeepSeek-V2 1
+    load_balancing: LoadBalancing = LoadBalancing.aux_loss
+    aux_loss_weight: float = 0.01  # times the auxiliary loss, which is 1 where all experts have the same load
+    router_z_loss_weight: float = 0.0  # times the squared logsumexp of the router's logits: ST-MoE, section 3.2 (1e-3)
     dispatch: Dispatch = Dispatch.dropless
     capacity_factor: float = 1.25  # capacity: an expert's room in a row, in even shares of the row's tokens
 
 
 # Of a model's fields those that say how to compute, not what: a run may go on with others.
-HOW = (
-    "remat", "unroll", "products", "offload", "pipeline", "attention.block", "attention.context", "attention.kernel",
+COMPUTE_KEYS = (
+    "remat", "unroll", "products", "offload", "pipeline", "attention.block_size", "attention.context_parallel", "attention.implementation",
 )  # fmt: skip
 
 
@@ -229,8 +231,10 @@ HOW = (
 class PipelineConfig:
     """With mesh.stage above 1."""
 
-    microbatches: int = 0  # in which rows go through the stages, a multiple of mesh.stage. 0: up to 4 for each stage
-    rounds: int = 1  # groups of layers of each stage; more wait less, and send more
+    num_microbatches: int = (
+        0  # in which rows go through the stages, a multiple of mesh.stage. 0: up to 4 for each stage
+    )
+    num_repeats: int = 1  # groups of layers of each stage; more wait less, and send more
 
 
 @dataclass
@@ -251,21 +255,23 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
-    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
-    further_tokens: int = 0  # modules that predict one token more each: DeepSeek-V3, section 2.2. objective=multi_token
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    mtp_num_layers: int = 0  # modules that predict one token more each: DeepSeek-V3, section 2.2. objective=multi_token
     tied_embeddings: bool = True
     scale_embeddings: bool = False  # by sqrt(embed_dim): Gemma
-    final_soft_cap: float | None = None  # of logits: Gemma 2
+    final_logit_softcap: float | None = None  # of logits: Gemma 2
     dropout: float = 0.0  # of embeddings and of each sub-layer's output
     init_std: float = 0.02
     init_scaled_residual: bool = True  # output projections by 1/sqrt(2 num_layers): GPT-2
-    base_width: int | None = None  # embed_dim at which rate and init_std were chosen (models/width.py); null: this one
+    mup_base_width: int | None = (
+        None  # embed_dim at which rate and init_std were chosen (models/mup.py); null: this one
+    )
     dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
     param_dtype: Dtype = Dtype.float32
-    products: Products = Products.full  # of the weights of layers, in training
+    matmul_precision: MatmulPrecision = MatmulPrecision.full  # of the weights of layers, in training
     remat: Remat = Remat.none
-    unroll: int = 1  # layers in a turn of the loop over them: more run a little faster, and compile longer. 0: all
-    offload: list[Offload] = field(
+    scan_unroll: int = 1  # layers in a turn of the loop over them: more run a little faster, and compile longer. 0: all
+    activation_offload: list[ActivationOffload] = field(
         default_factory=list
     )  # kept activations in the host's memory; remat full and its like
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -273,14 +279,14 @@ class ModelConfig:
     @property
     def width_ratio(self) -> float:
         """How many times as wide as where it was tuned."""
-        return 1.0 if self.base_width is None else self.embed_dim / self.base_width
+        return 1.0 if self.mup_base_width is None else self.embed_dim / self.mup_base_width
 
     @property
     def layers_before_experts(self) -> int:
         """The first layers that a mixture of experts keeps plain, in a stack of their own."""
-        return self.experts.num_dense_layers if self.experts.num_experts else 0
+        return self.moe.first_num_dense_layers if self.moe.num_experts else 0
 
-    def refuse_masks(self, *masks: Mask, why: str) -> None:
+    def refuse_masks(self, *masks: AttentionMask, why: str) -> None:
         """Raises: ValueError where `attention.mask` is one of them."""
         if self.attention.mask in masks:
             raise ValueError(f"model.attention.mask={self.attention.mask.name}: {why}")
@@ -294,52 +300,58 @@ class ModelConfig:
                 f"model.attention.num_kv_heads={a.num_kv_heads}: must divide num_heads={a.num_heads}; valid: {valid}"
             )
         if self.position is Position.rope:
-            rotated = int(a.head_dim * self.rope.fraction) if not a.latent.kv_rank else a.latent.rope_dim
+            rotated = (
+                int(a.head_dim * self.rope.partial_rotary_factor) if not a.mla.kv_lora_rank else a.mla.qk_rope_head_dim
+            )
             if rotated < 2 or rotated % 2:
                 raise ValueError(
-                    f"model.attention.head_dim={a.head_dim}: with model.rope.fraction={self.rope.fraction} "
+                    f"model.attention.head_dim={a.head_dim}: with model.rope.partial_rotary_factor={self.rope.partial_rotary_factor} "
                     f"{rotated} dims would be rotated; they must be even and at least 2"
                 )
-        if not a.pattern:
-            raise ValueError("model.attention.pattern=[]: name at least one of full, sliding")
+        if not a.layer_types:
+            raise ValueError("model.attention.layer_types=[]: name at least one of full, sliding")
         for name in ("short_factors", "long_factors"):
             count, longrope = len(getattr(self.rope, name)), self.rope.scaling is RopeScaling.longrope
             if self.position is Position.rope and longrope and count != rotated // 2:
                 raise ValueError(f"model.rope.{name}: holds {count} numbers, not one for each of {rotated // 2} pairs")
-        if not self.rope.pattern:
-            raise ValueError("model.rope.pattern=[]: say at least once whether layers rotate: [true]")
+        if not self.rope.layer_pattern:
+            raise ValueError("model.rope.layer_pattern=[]: say at least once whether layers rotate: [true]")
         self._validate_latent()
-        if self.experts.num_experts:
+        if self.moe.num_experts:
             self._validate_experts()
         for key, rate in (("dropout", self.dropout), ("attention.dropout", a.dropout)):
             if not 0 <= rate < 1:
                 raise ValueError(f"model.{key}={rate}: must be at least 0 and below 1")
-        if self.further_tokens < 0:
-            raise ValueError(f"model.further_tokens={self.further_tokens}: must not be negative; 0: no modules")
-        if self.unroll < 0:
-            raise ValueError(f"model.unroll={self.unroll}: must not be negative; 1: a loop; 0: no loop")
-        if a.block is not None and a.block < 0:
-            raise ValueError(f"model.attention.block={a.block}: must not be negative; 0: whole rows; null: by length")
-        away = () if self.remat in (Remat.none, Remat.dots) else ("border", *KEPT[self.remat])
-        for name in self.offload:
+        if self.mtp_num_layers < 0:
+            raise ValueError(f"model.mtp_num_layers={self.mtp_num_layers}: must not be negative; 0: no modules")
+        if self.scan_unroll < 0:
+            raise ValueError(f"model.scan_unroll={self.scan_unroll}: must not be negative; 1: a loop; 0: no loop")
+        if a.block_size is not None and a.block_size < 0:
+            raise ValueError(
+                f"model.attention.block_size={a.block_size}: must not be negative; 0: whole rows; null: by length"
+            )
+        away = () if self.remat in (Remat.none, Remat.save_dots) else ("border", *SAVED_NAMES[self.remat])
+        for name in self.activation_offload:
             if name.name not in away:
                 raise ValueError(
-                    f"model.offload: model.remat={self.remat.name} keeps no {name.name} that could lie elsewhere; "
+                    f"model.activation_offload: model.remat={self.remat.name} keeps no {name.name} that could lie elsewhere; "
                     f"valid: {', '.join(away) or 'nothing'}; border goes with remat=full, qkv, attention"
                 )
-        if self.base_width is not None and self.base_width < 1:
-            raise ValueError(f"model.base_width={self.base_width}: must be at least 1; null: the model's own width")
+        if self.mup_base_width is not None and self.mup_base_width < 1:
+            raise ValueError(
+                f"model.mup_base_width={self.mup_base_width}: must be at least 1; null: the model's own width"
+            )
         for key in ("num_layers", "embed_dim", "max_seq_len"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)}: must be at least 1")
 
     def _validate_latent(self) -> None:
         a = self.attention
-        if not a.latent.kv_rank:
-            if a.value_dim not in (None, a.head_dim):
+        if not a.mla.kv_lora_rank:
+            if a.v_head_dim not in (None, a.head_dim):
                 raise ValueError(
-                    f"model.attention.value_dim={a.value_dim}: differs from head_dim={a.head_dim}, which needs latent "
-                    "attention; set model.attention.latent.kv_rank, or value_dim=null"
+                    f"model.attention.v_head_dim={a.v_head_dim}: differs from head_dim={a.head_dim}, which needs latent "
+                    "attention; set model.attention.mla.kv_lora_rank, or value_dim=null"
                 )
             return
         if a.num_kv_heads != a.num_heads:
@@ -347,44 +359,44 @@ class ModelConfig:
                 f"model.attention.num_kv_heads={a.num_kv_heads}: latent attention has a key for each query head; "
                 f"set num_kv_heads={a.num_heads}"
             )
-        if not 0 < a.latent.rope_dim <= a.head_dim:
+        if not 0 < a.mla.qk_rope_head_dim <= a.head_dim:
             raise ValueError(
-                f"model.attention.latent.rope_dim={a.latent.rope_dim}: is a part of head_dim={a.head_dim}; "
+                f"model.attention.mla.qk_rope_head_dim={a.mla.qk_rope_head_dim}: is a part of head_dim={a.head_dim}; "
                 f"valid: 2 to {a.head_dim}"
             )
         if a.qk_norm is not QKNorm.none or a.qkv_bias or self.position is not Position.rope:
             raise ValueError(
-                "model.attention.latent.kv_rank: latent attention goes with rotary positions, qk_norm=none and "
+                "model.attention.mla.kv_lora_rank: latent attention goes with rotary positions, qk_norm=none and "
                 "qkv_bias=false only"
             )
 
     def _validate_experts(self) -> None:
-        e = self.experts
+        e = self.moe
         if not 1 <= e.experts_per_token <= e.num_experts:
             raise ValueError(
-                f"model.experts.experts_per_token={e.experts_per_token}: must be 1 to num_experts={e.num_experts}"
+                f"model.moe.experts_per_token={e.experts_per_token}: must be 1 to num_experts={e.num_experts}"
             )
-        if not 0 <= e.num_dense_layers < self.num_layers:
+        if not 0 <= e.first_num_dense_layers < self.num_layers:
             raise ValueError(
-                f"model.experts.num_dense_layers={e.num_dense_layers}: must leave layers with experts; valid: 0 to "
+                f"model.moe.first_num_dense_layers={e.first_num_dense_layers}: must leave layers with experts; valid: 0 to "
                 f"{self.num_layers - 1}, or num_experts=0"
             )
         if e.num_experts % e.num_groups:
             valid = [n for n in range(1, e.num_experts + 1) if e.num_experts % n == 0]
             raise ValueError(
-                f"model.experts.num_groups={e.num_groups}: must divide num_experts={e.num_experts}; valid: {valid}"
+                f"model.moe.num_groups={e.num_groups}: must divide num_experts={e.num_experts}; valid: {valid}"
             )
         size = e.num_experts // e.num_groups
-        if not 1 <= e.groups_per_token <= e.num_groups or e.groups_per_token * size < e.experts_per_token:
+        if not 1 <= e.topk_groups <= e.num_groups or e.topk_groups * size < e.experts_per_token:
             least = -(-e.experts_per_token // size)
             raise ValueError(
-                f"model.experts.groups_per_token={e.groups_per_token}: of {e.num_groups} groups of {size} experts, "
+                f"model.moe.topk_groups={e.topk_groups}: of {e.num_groups} groups of {size} experts, "
                 f"experts_per_token={e.experts_per_token} must come; valid: {least} to {e.num_groups}"
             )
-        if e.num_groups > 1 and not 1 <= e.group_best <= size:
-            raise ValueError(f"model.experts.group_best={e.group_best}: a group has {size}; valid: 1 to {size}")
+        if e.num_groups > 1 and not 1 <= e.group_score_topk <= size:
+            raise ValueError(f"model.moe.group_score_topk={e.group_score_topk}: a group has {size}; valid: 1 to {size}")
         for key in ("balance_loss", "z_loss"):
             if getattr(e, key) < 0:
-                raise ValueError(f"model.experts.{key}={getattr(e, key)}: must not be negative; 0 turns it off")
+                raise ValueError(f"model.moe.{key}={getattr(e, key)}: must not be negative; 0 turns it off")
         if e.capacity_factor <= 0:
-            raise ValueError(f"model.experts.capacity_factor={e.capacity_factor}: must be above 0, as 1.25")
+            raise ValueError(f"model.moe.capacity_factor={e.capacity_factor}: must be above 0, as 1.25")

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.config import Activation, MLPConfig, ModelConfig, Norm, Products, RopeConfig, RopeScaling
-from models.low_precision import contract_in_8_bits
-from models.products import Kernel, contract
-from models.remat import kept
-from models.width import init_factor
+from models.config import Activation, MatmulPrecision, MLPConfig, ModelConfig, Norm, RopeConfig, RopeScaling
+from models.matmul import WeightView, einsum_f32
+from models.mup import init_factor
+from models.quantization.matmul_8bit import quantized_einsum
+from models.remat import checkpoint_name
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str, ...], std: float | None, config: ModelConfig):
@@ -32,13 +32,13 @@ def param(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str, ...], std: floa
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def with_bias(dtype: jnp.dtype, y: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(dtype: jnp.dtype, y: jax.Array, bias: jax.Array) -> jax.Array:
     """`y + bias` in `dtype`, added in f32; bias has the last dims of y."""
     return (y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)).astype(dtype)
 
 
 def _bias_forward(dtype, y, bias):
-    return with_bias(dtype, y, bias), (jnp.zeros((), y.dtype), bias)
+    return add_bias(dtype, y, bias), (jnp.zeros((), y.dtype), bias)
 
 
 def _bias_backward(dtype, saved, dy):
@@ -50,30 +50,30 @@ def _bias_backward(dtype, saved, dy):
     return dy.astype(like.dtype), dbias.astype(bias.dtype)
 
 
-with_bias.defvjp(_bias_forward, _bias_backward)
+add_bias.defvjp(_bias_forward, _bias_backward)
 
 
-class Projection(nnx.Module):
+class Linear(nnx.Module):
     """`einsum(spec, x, kernel) + bias`, accumulated in f32 and returned in x's dtype."""
 
     def __init__(self, rngs, config: ModelConfig, spec: str, shape, axes, *, std: float, bias_dims: int = 0):
-        self.spec, self.products = spec, config.products
+        self.spec, self.products = spec, config.matmul_precision
         self.kernel = param(rngs, shape, axes, std, config)
         self.bias = param(rngs, shape[-bias_dims:], axes[-bias_dims:], 0, config) if bias_dims else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         dtype = x.dtype if self.bias is None else jnp.float32
-        if self.products is Products.full or isinstance(kernel, Kernel):
-            y = contract(self.spec, x, kernel, dtype)
+        if self.products is MatmulPrecision.full or isinstance(kernel, WeightView):
+            y = einsum_f32(self.spec, x, kernel, dtype)
         else:
-            y = contract_in_8_bits(self.products, self.spec, x, kernel)
+            y = quantized_einsum(self.products, self.spec, x, kernel)
         if self.bias is not None:
-            y = with_bias(x.dtype, y, self.bias[...])
-        return kept("product", y)
+            y = add_bias(x.dtype, y, self.bias[...])
+        return checkpoint_name("product", y)
 
 
-class Normalize(nnx.Module):
+class Normalization(nnx.Module):
     """RMS or layer normalisation over the trailing dims of `shape`, computed in f32."""
 
     def __init__(self, rngs, config: ModelConfig, shape: Sequence[int], axes: tuple[str, ...], *, start: float = 1.0):
@@ -122,7 +122,7 @@ def inverse_frequencies(
     `length`: of the rows, or of the cache. Dynamic scaling and LongRoPE go by it, never by what the rows hold: a
     document gets the same numbers whatever stands beside it. transformers goes by the last position of a batch.
     """
-    rotated = int(head_dim * config.fraction)
+    rotated = int(head_dim * config.partial_rotary_factor)
     if scaled and config.scaling is RopeScaling.dynamic:
         grown = config.factor * max(length / config.original_max_seq_len, 1) - (config.factor - 1)
         theta = theta * grown ** (rotated / (rotated - 2))
@@ -193,7 +193,7 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def noisy(x_BLD: jax.Array, segments_BL: jax.Array, alpha: float, rng: jax.Array | None) -> jax.Array:
+def neftune_noise(x_BLD: jax.Array, segments_BL: jax.Array, alpha: float, rng: jax.Array | None) -> jax.Array:
     """Embeddings with uniform noise within plus and minus alpha / sqrt(tokens of the document * D), padding without.
 
     NEFTune (Jain et al. 2023 [2310.05914], algorithm 1); documents that share a row have each its own length.
@@ -212,8 +212,8 @@ def activate(mlp: MLPConfig, gate: jax.Array | None, up: jax.Array) -> jax.Array
     if gate is None:
         return act(up).astype(dtype)
     gate = gate.astype(jnp.float32)
-    if mlp.clamp is not None:
-        gate, up = jnp.minimum(gate, mlp.clamp), jnp.clip(up, -mlp.clamp, mlp.clamp)
+    if mlp.activation_clamp is not None:
+        gate, up = jnp.minimum(gate, mlp.activation_clamp), jnp.clip(up, -mlp.activation_clamp, mlp.activation_clamp)
     return (act(gate) * (up + mlp.up_offset if mlp.up_offset else up)).astype(dtype)
 
 
@@ -223,12 +223,12 @@ class MLP(nnx.Module):
     def __init__(self, rngs, config: ModelConfig, out_std: float, hidden_dim: int | None = None):
         """`hidden_dim` None: as wide as `config.mlp` says."""
         mlp: MLPConfig = config.mlp
-        D, F, std, bias = config.embed_dim, hidden_dim or mlp.hidden_dim, config.init_std, int(mlp.bias)
+        D, F, std, bias = config.embed_dim, hidden_dim or mlp.intermediate_dim, config.init_std, int(mlp.bias)
         self.config = mlp
-        widen = lambda: Projection(rngs, config, "BLD,DF->BLF", (D, F), ("embed", "mlp"), std=std, bias_dims=bias)
+        widen = lambda: Linear(rngs, config, "BLD,DF->BLF", (D, F), ("embed", "mlp"), std=std, bias_dims=bias)
         self.up = widen()
         self.gate = widen() if mlp.gated else None
-        self.down = Projection(rngs, config, "BLF,FD->BLD", (F, D), ("mlp", "embed"), std=out_std, bias_dims=bias)
+        self.down = Linear(rngs, config, "BLF,FD->BLD", (F, D), ("mlp", "embed"), std=out_std, bias_dims=bias)
 
     def __call__(self, x_BLD: jax.Array, constrain) -> jax.Array:
         gate_BLF = None if self.gate is None else self.gate(x_BLD)

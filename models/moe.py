@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.config import Balance, Dispatch, ExpertsConfig, MLPConfig, ModelConfig, RouterScore
-from models.grouped import grouped, rows_of_block
-from models.layers import MLP, Projection, activate, param
-from models.partition import TOKENS, Constrain, Cut
-from models.products import as_array, contract
-from models.remat import kept
+from models.config import Dispatch, LoadBalancing, MLPConfig, ModelConfig, MoEConfig, RouterScore
+from models.grouped_matmul import block_size_for, grouped
+from models.layers import MLP, Linear, activate, param
+from models.logical_axes import TOKENS, Cut, ShardingConstraint
+from models.matmul import as_array, einsum_f32
+from models.remat import checkpoint_name
 
-# The optimizer reads the sign of a balancing bias's gradient only (trainer/roles.py). Small, so that it counts for
+# The optimizer reads the sign of a balancing bias's gradient only (trainer/optimizers/param_groups.py). Small, so that it counts for
 # nothing in the norm of all gradients.
 BIAS_GRADIENT = 2.0**-20
 
@@ -44,12 +44,12 @@ class Routing(NamedTuple):
     logits_BLE: jax.Array  # f32
 
 
-def route(logits_BLE: jax.Array, bias_E: jax.Array | None, config: ExpertsConfig) -> Routing:
+def route(logits_BLE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> Routing:
     """The experts of each token and their weights. `bias_E` counts in the choice and not in the weights.
 
     Softmax: Shazeer et al. 2017; sigmoid, bias and groups: DeepSeek-V3, sections 2.1.2 and 2.1.3.
     """
-    if config.score is RouterScore.softmax:
+    if config.router_score is RouterScore.softmax:
         scores_BLE = shares_BLE = jax.nn.softmax(logits_BLE, axis=-1)
     else:
         scores_BLE = jax.nn.sigmoid(logits_BLE)
@@ -58,30 +58,30 @@ def route(logits_BLE: jax.Array, bias_E: jax.Array | None, config: ExpertsConfig
     if bias_E is not None:
         choice_BLE = choice_BLE + jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None, None]
     if config.num_groups > 1:
-        choice_BLE = _within_best_groups(choice_BLE, config)
+        choice_BLE = group_limited_topk(choice_BLE, config)
     _, chosen_BLk = jax.lax.top_k(choice_BLE, config.experts_per_token)
     # Compare and sum instead of a gather, whose gradient would be a scatter.
     weights_BLk = jnp.sum(jnp.where(_is_chosen(chosen_BLk, config), scores_BLE[:, :, None], 0.0), axis=-1)
-    if config.normalize:
+    if config.norm_topk_prob:
         weights_BLk = weights_BLk / (weights_BLk.sum(-1, keepdims=True) + 1e-20)
-    return Routing(chosen_BLk, weights_BLk * config.scale, shares_BLE, logits_BLE)
+    return Routing(chosen_BLk, weights_BLk * config.routed_scaling_factor, shares_BLE, logits_BLE)
 
 
-def _is_chosen(chosen_BLk: jax.Array, config: ExpertsConfig) -> jax.Array:
+def _is_chosen(chosen_BLk: jax.Array, config: MoEConfig) -> jax.Array:
     """[B, L, k, E] bool, never held in memory where it is reduced at once."""
     return chosen_BLk[..., None] == jnp.arange(config.num_experts)[None, None, None]
 
 
-def _within_best_groups(choice_BLE: jax.Array, config: ExpertsConfig) -> jax.Array:
+def group_limited_topk(choice_BLE: jax.Array, config: MoEConfig) -> jax.Array:
     grouped = choice_BLE.reshape(*choice_BLE.shape[:2], config.num_groups, -1)
-    worth = jax.lax.top_k(grouped, config.group_best)[0].sum(-1)
-    _, best = jax.lax.top_k(worth, config.groups_per_token)
+    worth = jax.lax.top_k(grouped, config.group_score_topk)[0].sum(-1)
+    _, best = jax.lax.top_k(worth, config.topk_groups)
     kept = (best[..., None] == jnp.arange(config.num_groups)[None, None, None]).any(axis=2)
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_BLE.shape)
 
 
 def auxiliary(
-    routing: Routing, bias_E: jax.Array | None, real_BL: jax.Array, capacity: int | None, config: ExpertsConfig
+    routing: Routing, bias_E: jax.Array | None, real_BL: jax.Array, capacity: int | None, config: MoEConfig
 ) -> Auxiliary:
     """Terms of one layer. `real_BL`: tokens of documents, not padding.
 
@@ -98,9 +98,9 @@ def auxiliary(
     )
     balance_B = jnp.sum(load_BE * mean(routing.shares_BLE), axis=-1)
     z_B = mean(jnp.square(jax.nn.logsumexp(routing.logits_BLE, axis=-1, keepdims=True)))[:, 0]
-    loss_B = config.z_loss * z_B
-    if config.balance is Balance.loss:
-        loss_B = loss_B + config.balance_loss * balance_B
+    loss_B = config.router_z_loss_weight * z_B
+    if config.load_balancing is LoadBalancing.aux_loss:
+        loss_B = loss_B + config.aux_loss_weight * balance_B
     if bias_E is not None:
         # Adds nothing; its gradient says for each expert by how much its load is above the mean.
         pull_B = jnp.sum(bias_E.astype(jnp.float32)[None] * (load_BE - 1), axis=-1)
@@ -113,7 +113,7 @@ def auxiliary(
     return Auxiliary(loss_B, metrics)
 
 
-def capacity_of(config: ExpertsConfig, length: int) -> int | None:
+def capacity_of(config: MoEConfig, length: int) -> int | None:
     """Tokens of a row of `length` that an expert takes; None: all that come."""
     if config.dispatch is Dispatch.dropless:
         return None
@@ -125,7 +125,7 @@ class ExpertProjection(nnx.Module):
     """A kernel, and perhaps a bias, for each expert; `compute` multiplies with them."""
 
     def __init__(self, rngs, config: ModelConfig, sizes: tuple[int, int], axes: tuple[str, str], std: float):
-        E, bias = config.experts.num_experts, config.experts.bias
+        E, bias = config.moe.num_experts, config.moe.bias
         self.kernel = param(rngs, (E, *sizes), ("experts", *axes), std, config)
         self.bias = param(rngs, (E, sizes[1]), ("experts", axes[1]), 0, config) if bias else None
 
@@ -134,22 +134,26 @@ class Experts(nnx.Module):
     """A feed-forward layer of many, of which each token sees a few, and perhaps one that all tokens see."""
 
     def __init__(self, rngs, config: ModelConfig, out_std: float):
-        experts, D, std = config.experts, config.embed_dim, config.init_std
-        E, F = experts.num_experts, experts.hidden_dim
+        experts, D, std = config.moe, config.embed_dim, config.init_std
+        E, F = experts.num_experts, experts.intermediate_dim
         self.config = config
-        self.router = Projection(
+        self.router = Linear(
             rngs, config, "BLD,DE->BLE", (D, E), ("embed", "router"), std=std, bias_dims=int(experts.router_bias)
         )
-        self.balance_bias = param(rngs, (E,), ("router",), 0, config) if experts.balance is Balance.bias else None
+        self.balance_bias = (
+            param(rngs, (E,), ("router",), 0, config) if experts.load_balancing is LoadBalancing.bias else None
+        )
         self.up = ExpertProjection(rngs, config, (D, F), ("embed", "mlp"), std)
         self.gate = ExpertProjection(rngs, config, (D, F), ("embed", "mlp"), std) if config.mlp.gated else None
         self.down = ExpertProjection(rngs, config, (F, D), ("mlp", "embed"), out_std)
-        shared = experts.shared_hidden_dim
+        shared = experts.shared_intermediate_dim
         self.shared = MLP(rngs, config, out_std, shared) if shared else None
 
-    def __call__(self, x_BLD: jax.Array, real_BL: jax.Array, constrain: Constrain) -> tuple[jax.Array, Auxiliary]:
+    def __call__(
+        self, x_BLD: jax.Array, real_BL: jax.Array, constrain: ShardingConstraint
+    ) -> tuple[jax.Array, Auxiliary]:
         """The sum of the outputs [B, L, D], and what routing adds to loss and metrics. Padding goes to no expert."""
-        config = self.config.experts
+        config = self.config.moe
         bias_E = None if self.balance_bias is None else self.balance_bias[...]
         routing = route(self._logits(x_BLD), bias_E, config)
         capacity = capacity_of(config, x_BLD.shape[1])
@@ -164,7 +168,7 @@ class Experts(nnx.Module):
                 capacity=capacity,
                 num_experts=config.num_experts,
                 mlp=self.config.mlp,
-                parts=constrain.parts("experts"),
+                parts=constrain.num_shards("experts"),
                 platform=constrain.platform,
             ),
             (rows, rows, rows, *axes),
@@ -206,7 +210,7 @@ def _compute(
 
     Where the experts' mesh axes cut the rows too, tokens travel: with a capacity each to the device of its expert and
     back (two all-to-alls); without one, all tokens of these devices to each of them (all-gather), where each computes
-    its experts' part of the sum (reduce-scatter), for how many go where is not known beforehand. `parts`: in which the
+    its experts' part of the sum (reduce-scatter), for how many go where is not known beforehand. `num_shards`: in which the
     experts lie on the mesh.
     """
     mine, rows = cut.get("experts", ()), cut.get("batch", ())
@@ -249,11 +253,11 @@ def _dropless(x_BLD, chosen_BLk, weights_BLk, weights, mlp: MLPConfig, parts: in
     slots_1S = jnp.where(jnp.arange(nowhere)[None] < num_mine, order_1P, nowhere)
     back_1P = jnp.where(rank_1P < num_mine, rank_1P, nowhere)
     x_SD = _take(x_BLD.reshape(1, B * L, D), slots_1S, back_1P, k)[0]
-    block = rows_of_block(nowhere / (here * parts), platform)
+    block = block_size_for(nowhere / (here * parts), platform)
     expert_S = jnp.minimum(jnp.take(chosen_1P[0], order_1P[0]), here - 1)
 
     def apply(x, kernel, bias):
-        y = kept("product", grouped(x, kernel, sizes, x.dtype, block))
+        y = checkpoint_name("product", grouped(x, kernel, sizes, x.dtype, block))
         return y if bias is None else y + bias[expert_S].astype(y.dtype)
 
     hidden_SF = activate(mlp, None if gate is None else apply(x_SD, gate, gate_bias), apply(x_SD, up, up_bias))
@@ -287,7 +291,7 @@ def _with_capacity(
         x_BECD = jax.lax.all_to_all(x_BECD, travel_along, split_axis=1, concat_axis=0, tiled=True)
 
     def apply(spec, x, kernel, bias):
-        y = kept("product", contract(spec, x, kernel, x.dtype))
+        y = checkpoint_name("product", einsum_f32(spec, x, kernel, x.dtype))
         return y if bias is None else y + bias[None, :, None].astype(y.dtype)
 
     widen = partial(apply, "BECD,EDF->BECF", x_BECD)

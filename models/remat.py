@@ -5,35 +5,35 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from models.config import KEPT, Dtype, ModelConfig, Remat
+from models.config import SAVED_NAMES, Dtype, ModelConfig, Remat
 
 
-def kept(name: str, x: jax.Array) -> jax.Array:
-    """x, as what a layer may keep under this name. In the forward rule of a `custom_vjp`: `named`."""
-    return _kept(name, x)  # type: ignore[return-value]
+def checkpoint_name(name: str, x: jax.Array) -> jax.Array:
+    """x, as what a layer may keep under this name. In the forward rule of a `custom_vjp`: `checkpoint_name_fwd`."""
+    return _checkpoint_name(name, x)  # type: ignore[return-value]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kept(name: str, x: jax.Array) -> jax.Array:
+def _checkpoint_name(name: str, x: jax.Array) -> jax.Array:
     return x
 
 
-def named(name: str, x: jax.Array) -> jax.Array:
-    """`kept`, without a gradient.
+def checkpoint_name_fwd(name: str, x: jax.Array) -> jax.Array:
+    """`checkpoint_name`, without a gradient.
 
     bf16 is kept as its bits: XLA's CPU backend writes no bf16 into a stack, but converts the stack of all layers to f32
     and back for each layer.
     """
     if x.dtype != jnp.bfloat16:
-        return checkpoint_name(x, name)
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+        return jax.ad_checkpoint.checkpoint_name(x, name)
+    bits = jax.ad_checkpoint.checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-_kept.defvjp(lambda name, x: (named(name, x), None), lambda name, _, dy: (dy,))
+_checkpoint_name.defvjp(lambda name, x: (checkpoint_name_fwd(name, x), None), lambda name, _, dy: (dy,))
 
 
 def remat(body: Callable[..., Any], config: ModelConfig, platform: str) -> Callable[..., Any]:
@@ -41,7 +41,7 @@ def remat(body: Callable[..., Any], config: ModelConfig, platform: str) -> Calla
     in_bits = platform == "cpu" and config.dtype is Dtype.bfloat16
     if config.remat is Remat.none and not in_bits:
         return body
-    names, away = (*KEPT[config.remat], "border"), [name.name for name in config.offload]
+    names, away = (*SAVED_NAMES[config.remat], "border"), [name.name for name in config.activation_offload]
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[name for name in names if name not in away],
         names_which_can_be_offloaded=away,

@@ -2,7 +2,7 @@
 
 Flax NNX modules are used for construction only. At the border everything is a nested dict of arrays: `init_params`
 makes it, `param_axes` names its dims, `make_apply` gives a pure function of it. Layers are stacked on a leading
-`layers` dim and run by one scan, so that compile time does not grow with depth unless `model.unroll` asks for it; where
+`layers` dim and run by one scan, so that compile time does not grow with depth unless `model.scan_unroll` asks for it; where
 the first layers of a mixture of experts are plain, they are a stack of their own before it.
 
 Shape letters: B batch, L length, S key length, D model, N query heads, V vocab.
@@ -17,36 +17,38 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention import UNLIMITED
-from models.cache import Cache
+from models.attention.ops import UNLIMITED
+from models.attention.self_attention import Attention, LatentAttention
+from models.captures import Captures, CaptureSpec, init_captures, record
 from models.config import ModelConfig, NormPlacement, Position, Remat
-from models.context import Context, PerLayer, make_context, per_layer, shown_tokens
-from models.further import FURTHER, Further
-from models.inside import Asked, Inside, nothing_shown, show
-from models.layers import MLP, Normalize, dropout, noisy, param
+from models.forward_context import Context, LayerFlags, bidirectional_tokens, layer_flags, make_context
+from models.kv_cache import Cache
+from models.layers import MLP, Normalization, dropout, neftune_noise, param
+from models.logical_axes import RESIDUAL, TOKENS, ShardingConstraint, no_constraint
+from models.matmul import TransposedWeight, as_array, einsum_f32, transposed
 from models.moe import Auxiliary, Experts
-from models.partition import RESIDUAL, TOKENS, Constrain, no_constraint
-from models.pipeline import Schedule, run_in_stages, schedule_of
-from models.products import RowsFirst, as_array, contract, transposed
-from models.remat import kept, remat
-from models.self_attention import Attention, LatentAttention
-from models.width import final_norm_factor
+from models.mtp import MTP, MTPBlock
+from models.mup import final_norm_factor
+from models.pipeline_parallel import Schedule, run_in_stages, schedule_of
+from models.remat import checkpoint_name, remat
 
 Params = Any  # a nested dict of arrays
 
 
-class Output(NamedTuple):
+class ModelOutput(NamedTuple):
     """What a forward pass gives: logits are `softcap(hidden @ head)`, made where they are needed and in pieces.
 
     Of a model with `outputs` the head has so many columns, which are no words.
     """
 
     hidden_BLD: jax.Array
-    head_DV: jax.Array  # in the parameters' dtype: cast at use, so that its gradient is summed in it; or `RowsFirst`
+    head_DV: (
+        jax.Array
+    )  # in the parameters' dtype: cast at use, so that its gradient is summed in it; or `TransposedWeight`
     logit_soft_cap: float | None
     auxiliary: Auxiliary | None = None  # of a mixture of experts
     further_KBLD: jax.Array | None = None  # of the modules for further tokens, where they were asked for
-    inside: Inside | None = None  # of the layers that were asked for
+    inside: Captures | None = None  # of the layers that were asked for
 
 
 class Apply(Protocol):
@@ -66,8 +68,8 @@ class Apply(Protocol):
         rng: jax.Array | None = None,
         prefix_BL: jax.Array | None = None,
         further: bool = False,
-        asked: Asked | None = None,
-    ) -> Output: ...
+        asked: CaptureSpec | None = None,
+    ) -> ModelOutput: ...
 
 
 class Block(nnx.Module):
@@ -78,15 +80,15 @@ class Block(nnx.Module):
         if config.init_scaled_residual:
             out_std /= (2 * config.num_layers) ** 0.5
         self.config = config
-        self.attention = (LatentAttention if config.attention.latent.kv_rank else Attention)(rngs, config, out_std)
+        self.attention = (LatentAttention if config.attention.mla.kv_lora_rank else Attention)(rngs, config, out_std)
         self.mlp = (MLP if dense else Experts)(rngs, config, out_std)
         before = config.norm_placement is not NormPlacement.post
         after = config.norm_placement is not NormPlacement.pre
-        norm = lambda use: Normalize(rngs, config, (config.embed_dim,), ("embed",)) if use else None
+        norm = lambda use: Normalization(rngs, config, (config.embed_dim,), ("embed",)) if use else None
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
         self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
 
-    def __call__(self, x_BLD, context: Context, layer: PerLayer, cached, rng):
+    def __call__(self, x_BLD, context: Context, layer: LayerFlags, cached, rng):
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         norm = lambda module, x: x if module is None else module(x)
         # Between products that are cut by heads or hidden width, rows lie in pieces: norms and sums are not repeated,
@@ -104,7 +106,7 @@ class Block(nnx.Module):
         return context.constrain(x_BLD, RESIDUAL), cached, terms, weights_BNLS
 
 
-class Ends(nnx.Module):
+class EmbedAndHead(nnx.Module):
     """What stands around the layers: embeddings, the last norm, the head."""
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
@@ -114,14 +116,14 @@ class Ends(nnx.Module):
         learned = config.position is Position.learned
         table = (config.max_seq_len, D), ("positions", "embed")
         self.position_embedding = param(rngs, *table, std, config) if learned else None
-        self.final_norm = Normalize(rngs, config, (D,), ("embed",), start=final_norm_factor(config))
+        self.final_norm = Normalization(rngs, config, (D,), ("embed",), start=final_norm_factor(config))
         logits = not (config.tied_embeddings or config.outputs)
         self.head = param(rngs, (D, V), ("embed", "vocab"), std, config) if logits else None
         # At 0 a score says nothing yet, whatever the width.
         scores = (D, config.outputs), ("embed", "outputs")
         self.score = param(rngs, *scores, 0, config) if config.outputs else None
 
-    def embed(self, tokens_BL, positions_BL, rng: jax.Array | None, constrain: Constrain) -> jax.Array:
+    def embed(self, tokens_BL, positions_BL, rng: jax.Array | None, constrain: ShardingConstraint) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype.name)
         # Whole vectors for the look-up: gathering from a table that is split along them defeats the partitioner.
         table_VD = constrain(as_array(self.embedding[...]).astype(dtype), ("vocab", None))
@@ -132,18 +134,18 @@ class Ends(nnx.Module):
             x_BLD = x_BLD + self.position_embedding[...][positions_BL].astype(dtype)
         return dropout(x_BLD, config.dropout, rng)
 
-    def output(self, x_BLD: jax.Array, constrain: Constrain = no_constraint) -> Output:
+    def output(self, x_BLD: jax.Array, constrain: ShardingConstraint = no_constraint) -> ModelOutput:
         if self.score is not None:
-            return Output(self.final_norm(x_BLD), as_array(self.score[...]), None)
+            return ModelOutput(self.final_norm(x_BLD), as_array(self.score[...]), None)
         head_DV = transposed(self.embedding[...]) if self.head is None else self.head[...]
-        if not isinstance(head_DV, RowsFirst):
+        if not isinstance(head_DV, TransposedWeight):
             # Gathered here, once: the loss reads it for each piece of a row anew. Decoding reads it once a token,
             # unpinned.
             head_DV = constrain(as_array(head_DV), ("embed", "vocab"))
-        return Output(self.final_norm(x_BLD), head_DV, self.config.final_soft_cap)
+        return ModelOutput(self.final_norm(x_BLD), head_DV, self.config.final_logit_softcap)
 
 
-class Stack(NamedTuple):
+class LayerStack(NamedTuple):
     """Layers of one kind, which one scan runs."""
 
     name: str  # in the tree of parameters
@@ -152,29 +154,29 @@ class Stack(NamedTuple):
     dense: bool
 
 
-def stacks(config: ModelConfig) -> list[Stack]:
+def stacks(config: ModelConfig) -> list[LayerStack]:
     """In the order of the layers; `layers` is always one of them."""
     first = config.layers_before_experts
-    rest = Stack("layers", first, config.num_layers, not config.experts.num_experts)
-    return [Stack("dense_layers", 0, first, True), rest] if first else [rest]
+    rest = LayerStack("layers", first, config.num_layers, not config.moe.num_experts)
+    return [LayerStack("dense_layers", 0, first, True), rest] if first else [rest]
 
 
-def all_stacks(config: ModelConfig) -> list[Stack]:
+def all_stacks(config: ModelConfig) -> list[LayerStack]:
     """With that of the modules for further tokens, which no forward pass runs unasked."""
     own, n = stacks(config), config.num_layers
-    return [*own, Stack(FURTHER, n, n + config.further_tokens, own[-1].dense)] if config.further_tokens else own
+    return [*own, LayerStack(MTP, n, n + config.mtp_num_layers, own[-1].dense)] if config.mtp_num_layers else own
 
 
-def _abstract_ends(config: ModelConfig) -> Ends:
-    return nnx.eval_shape(lambda: Ends(nnx.Rngs(0), config))
+def _abstract_ends(config: ModelConfig) -> EmbedAndHead:
+    return nnx.eval_shape(lambda: EmbedAndHead(nnx.Rngs(0), config))
 
 
-def _block(rngs: nnx.Rngs, config: ModelConfig, stack: Stack) -> nnx.Module:
+def _block(rngs: nnx.Rngs, config: ModelConfig, stack: LayerStack) -> nnx.Module:
     block = Block(rngs, config, stack.dense)
-    return Further(rngs, config, block) if stack.name == FURTHER else block
+    return MTPBlock(rngs, config, block) if stack.name == MTP else block
 
 
-def _abstract_block(config: ModelConfig, stack: Stack) -> nnx.Module:
+def _abstract_block(config: ModelConfig, stack: LayerStack) -> nnx.Module:
     return nnx.eval_shape(lambda: _block(nnx.Rngs(0), config, stack))
 
 
@@ -182,16 +184,16 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh weights as a nested dict; those of the layers have a leading dim `layers`, in each of `all_stacks`.
 
     Normal with `init_std`, output projections scaled by depth, biases 0, norms 1 (GPT-2, section 2.3); with
-    `base_width` by width, too (models/width.py).
+    `base_width` by width, too (models/mup.py).
     """
     ends_key, layers_key = jax.random.split(key)
-    ends = nnx.to_pure_dict(nnx.state(Ends(nnx.Rngs(ends_key), config), nnx.Param))
+    ends = nnx.to_pure_dict(nnx.state(EmbedAndHead(nnx.Rngs(ends_key), config), nnx.Param))
     keys = jax.random.split(layers_key, config.num_layers)
-    if config.further_tokens:  # beside the others, which are the same without them
-        more = jax.random.split(jax.random.fold_in(layers_key, config.num_layers), config.further_tokens)
+    if config.mtp_num_layers:  # beside the others, which are the same without them
+        more = jax.random.split(jax.random.fold_in(layers_key, config.num_layers), config.mtp_num_layers)
         keys = jnp.concatenate([keys, more])
 
-    def init_stack(stack: Stack) -> Params:
+    def init_stack(stack: LayerStack) -> Params:
         block = lambda key: nnx.to_pure_dict(nnx.state(_block(nnx.Rngs(key), config, stack), nnx.Param))
         return jax.vmap(block)(keys[stack.start : stack.stop])
 
@@ -216,17 +218,19 @@ def param_axes(config: ModelConfig) -> Params:
     return {**named(_abstract_ends(config), ()), **blocks}
 
 
-def make_apply(config: ModelConfig, constrain: Constrain = no_constraint, *, neftune_alpha: float = 0.0) -> Apply:
-    """The forward pass over whole rows as a pure function of the parameters; see `noisy` for `neftune_alpha`."""
+def make_apply(
+    config: ModelConfig, constrain: ShardingConstraint = no_constraint, *, neftune_alpha: float = 0.0
+) -> Apply:
+    """The forward pass over whole rows as a pure function of the parameters; see `neftune_noise` for `neftune_alpha`."""
 
-    def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, **options) -> Output:
+    def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, **options) -> ModelOutput:
         given = {"config": config, "constrain": constrain, "neftune_alpha": neftune_alpha}
         return forward(params, tokens_BL, positions_BL, segment_ids_BL, **given, **options)
 
     return apply
 
 
-def _ends(params: Params, config: ModelConfig) -> Ends:
+def _ends(params: Params, config: ModelConfig) -> EmbedAndHead:
     of_layers = [stack.name for stack in all_stacks(config)]
     weights = nnx.State({name: value for name, value in params.items() if name not in of_layers})
     return nnx.merge(nnx.split(_abstract_ends(config))[0], weights)
@@ -239,30 +243,32 @@ def forward(
     segment_ids_BL: jax.Array,
     *,
     config: ModelConfig,
-    constrain: Constrain = no_constraint,
+    constrain: ShardingConstraint = no_constraint,
     rng: jax.Array | None = None,
     prefix_BL: jax.Array | None = None,
     further: bool = False,
-    asked: Asked | None = None,
+    asked: CaptureSpec | None = None,
     neftune_alpha: float = 0.0,
-) -> Output:
+) -> ModelOutput:
     """One pass over whole rows."""
     ends = _ends(params, config)
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
-    x_BLD = noisy(ends.embed(tokens_BL, positions_BL, embed_rng, constrain), segment_ids_BL, neftune_alpha, embed_rng)
+    x_BLD = neftune_noise(
+        ends.embed(tokens_BL, positions_BL, embed_rng, constrain), segment_ids_BL, neftune_alpha, embed_rng
+    )
     x_BLD = constrain(x_BLD, RESIDUAL)
-    rows = Rows(positions_BL, segment_ids_BL, shown_tokens(config, segment_ids_BL, prefix_BL))
-    inside, terms = nothing_shown(asked, x_BLD, config.attention.num_heads), None
+    rows = Rows(positions_BL, segment_ids_BL, bidirectional_tokens(config, segment_ids_BL, prefix_BL))
+    inside, terms = init_captures(asked, x_BLD, config.attention.num_heads), None
     for stack in stacks(config):  # that of the experts is the last
-        scanned = params[stack.name], *_beside(config, stack)
+        scanned = params[stack.name], *_scan_inputs(config, stack)
         schedule = schedule_of(config.pipeline, constrain, len(x_BLD), stack.stop - stack.start)
         run = _run_layers if schedule is None or stack.name != "layers" else partial(_run_in_stages, schedule)
         x_BLD, inside, terms = run(config, stack, asked, constrain, scanned, x_BLD, inside, rows, layer_rng)
     x_BLD, further_KBLD, num_layers = constrain(x_BLD, TOKENS), None, stack.stop - stack.start
     if further:
         context = _context(config, rows, asked, constrain)
-        further_KBLD, more = _run_further(params[FURTHER], x_BLD, tokens_BL, ends, context, layer_rng)
-        terms, num_layers = jax.tree.map(jnp.add, terms, more), num_layers + config.further_tokens
+        further_KBLD, more = _run_mtp(params[MTP], x_BLD, tokens_BL, ends, context, layer_rng)
+        terms, num_layers = jax.tree.map(jnp.add, terms, more), num_layers + config.mtp_num_layers
     return ends.output(x_BLD, constrain)._replace(
         auxiliary=jax.tree.map(lambda leaf: leaf / num_layers, terms), further_KBLD=further_KBLD, inside=inside
     )
@@ -276,25 +282,27 @@ class Rows(NamedTuple):
     shown_BL: jax.Array | None
 
 
-def _context(config: ModelConfig, rows: Rows, asked: Asked | None, constrain: Constrain) -> Context:
+def _context(config: ModelConfig, rows: Rows, asked: CaptureSpec | None, constrain: ShardingConstraint) -> Context:
     context = make_context(config, *rows, 0, rows.positions_BL.shape[1], constrain)
     return context._replace(shows_attention=asked is not None and asked.attention)
 
 
-def _beside(config: ModelConfig, stack: Stack) -> tuple[PerLayer, jax.Array]:
+def _scan_inputs(config: ModelConfig, stack: LayerStack) -> tuple[LayerFlags, jax.Array]:
     """What a scan over the layers of a stack reads beside their weights, the number of each layer among it."""
-    of_all = per_layer(config), np.arange(config.num_layers)
+    of_all = layer_flags(config), np.arange(config.num_layers)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[stack.start : stack.stop]), of_all)
 
 
-def _run_layers(config, stack: Stack, asked, constrain: Constrain, scanned, x_BLD, inside, rows: Rows, rng):
+def _run_layers(
+    config, stack: LayerStack, asked, constrain: ShardingConstraint, scanned, x_BLD, inside, rows: Rows, rng
+):
     """(activations, what was asked for, sums of the experts' terms) after consecutive layers of a stack."""
     graph = nnx.split(_abstract_block(config, stack))[0]
     context = _context(config, rows, asked, constrain)
 
     def layer(x_BLD, scanned):
         weights, layer, index = scanned
-        x_BLD = kept("border", x_BLD)
+        x_BLD = checkpoint_name("layer_input", x_BLD)
         key = None if rng is None else jax.random.fold_in(rng, index)
         x_BLD, _, *rest = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
         return x_BLD, *rest
@@ -304,7 +312,7 @@ def _run_layers(config, stack: Stack, asked, constrain: Constrain, scanned, x_BL
     def body(carried, scanned):
         x_BLD, terms, weights_BNLS = layer(carried[0], scanned)
         # Not inside what is computed anew: buffers that are only written to need no copy for each layer.
-        return (x_BLD, show(asked, carried[1], scanned[-1], x_BLD, weights_BNLS)), terms
+        return (x_BLD, record(asked, carried[1], scanned[-1], x_BLD, weights_BNLS)), terms
 
     (x_BLD, inside), terms = jax.lax.scan(body, (x_BLD, inside), scanned, unroll=config.unroll or True)
     return x_BLD, inside, jax.tree.map(lambda leaf: leaf.sum(0), terms)
@@ -331,14 +339,14 @@ def _run_in_stages(schedule: Schedule, config, stack, asked, constrain, scanned,
     return x_BLD, rows_first(inside), sums
 
 
-def _run_further(weights: Params, x_BLD, tokens_BL, ends: Ends, context: Context, rng: jax.Array | None):
+def _run_mtp(weights: Params, x_BLD, tokens_BL, ends: EmbedAndHead, context: Context, rng: jax.Array | None):
     """(hidden states for the head [K, B, L, D], sums of the experts' terms). Of the last places of a row and of each
     document they read what is not theirs; nothing may be learnt there.
     """
     config = ends.config
     stack = all_stacks(config)[-1]
     graph = nnx.split(_abstract_block(config, stack))[0]
-    layer = PerLayer(jnp.int32(UNLIMITED), jnp.asarray(False), jnp.asarray(True))
+    layer = LayerFlags(jnp.int32(UNLIMITED), jnp.asarray(False), jnp.asarray(True))
 
     def body(carried, scanned):
         x_BLD, tokens_BL, positions_BL = carried
@@ -363,21 +371,21 @@ def forward_cached(
     cache: Cache,
     *,
     config: ModelConfig,
-    constrain: Constrain = no_constraint,
+    constrain: ShardingConstraint = no_constraint,
     first_row: jax.Array | int = 0,
     shown: jax.Array | int | None = None,
-) -> tuple[Output, Cache]:
+) -> tuple[ModelOutput, Cache]:
     """One pass with the keys and values of earlier tokens; each row is one document.
 
     Rows of the batch are those of the cache from `first_row` on. The layers of `params` are a tuple, one tree each
-    (see `models.decode.decoding_params`): a scan would copy what it cuts out of a stack. `shown`: the length of a
+    (see `models.decode.engine.decoding_params`): a scan would copy what it cuts out of a stack. `shown`: the length of a
     prompt that sees all of itself, and is read in one piece.
     """
     ends = _ends(params, config)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), RESIDUAL)
     room = cache[0].keys.shape[2]
     context = make_context(config, positions_BL, jnp.ones_like(tokens_BL), shown, first_row, room, constrain)
-    of_all, filled = per_layer(config), []
+    of_all, filled = layer_flags(config), []
     for stack in stacks(config):
         graph = nnx.split(_abstract_block(config, stack))[0]
         for index in range(stack.start, stack.stop):
@@ -388,8 +396,8 @@ def forward_cached(
     return ends.output(constrain(x_BLD, TOKENS)), tuple(filled)
 
 
-def logits(output: Output) -> jax.Array:
+def logits(output: ModelOutput) -> jax.Array:
     """[B, L, V] f32, whole: for decoding and for tests; training makes them in pieces."""
-    x_BLV = contract("BLD,DV->BLV", output.hidden_BLD, output.head_DV, jnp.dtype("float32"))
+    x_BLV = einsum_f32("BLD,DV->BLV", output.hidden_BLD, output.head_DV, jnp.dtype("float32"))
     cap = output.logit_soft_cap
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)

@@ -5,12 +5,12 @@ import os
 import signal
 import tempfile
 
-from launch.distributed import let_fake_devices_wait
+from launch.distributed import raise_fake_device_timeout
 
 # These must stand before jax starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-let_fake_devices_wait(int(os.environ["JAX_NUM_CPU_DEVICES"]))
+raise_fake_device_timeout(int(os.environ["JAX_NUM_CPU_DEVICES"]))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "meshwright-test-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["WANDB_MODE"] = "offline"

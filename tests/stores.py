@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data import store
+from data import object_store as store
 
 
 class FlakyFileSystem(MemoryFileSystem):

@@ -1,6 +1,6 @@
 """Training adapters instead of parameters: the base is a frozen model, and what trains is put on it where it is used.
 
-Neither the step nor an objective knows of it: an objective that is `Adapted` gives them the model's own tree.
+Neither the step nor an objective knows of it: an objective that is `AdapterObjective` gives them the model's own tree.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.lora import AdapterConfig, Base, adapted, adapter_axes, init_adapters, merged, stored_axes, stored_base
+from models.adapters.lora import (
+    AdapterConfig,
+    QuantizeBase,
+    adapter_axes,
+    bind_adapters,
+    init_adapters,
+    merge,
+    quantized_axes_of,
+    quantized_base,
+)
 from trainer.mesh import with_shardings
 from trainer.objective import Batch, Mean, Objective, Params
 
@@ -20,20 +29,22 @@ Shard = Callable[..., Any]  # (axes, shapes) to shardings; strict=False: what ca
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class AdapterLayout:
     """How the adapters of a run stand on their base."""
 
     config: AdapterConfig
     model_axes: Params  # of the model's own parameters
-    whole: Params  # these as `jax.ShapeDtypeStruct`s with shardings: the base as it is read, and what a merge gives
+    full_params: (
+        Params  # these as `jax.ShapeDtypeStruct`s with shardings: the base as it is read, and what a merge gives
+    )
     shard: Shard
 
     @cached_property
     def stored(self) -> Params:
         """Shapes and shardings of the base as it is kept."""
-        shapes = jax.eval_shape(self._store, self.whole)
+        shapes = jax.eval_shape(self._store, self.full_params)
         # Of the scales of blocks there may be fewer than devices, where the weight itself can be cut.
-        return with_shardings(shapes, self.shard(stored_axes(self.model_axes, shapes), shapes, strict=False))
+        return with_shardings(shapes, self.shard(quantized_axes_of(self.model_axes, shapes), shapes, strict=False))
 
     @cached_property
     def axes(self) -> Params:
@@ -51,17 +62,17 @@ class Adaptation:
         return init_adapters(self.config, self.model_axes, key, base)
 
     def _store(self, params: Params) -> Params:
-        return stored_base(self.config, self.model_axes, params)
+        return quantized_base(self.config, self.model_axes, params)
 
-    def store(self, params: Params) -> Params:
+    def quantize_base(self, params: Params) -> Params:
         """The base as it is kept."""
-        if self.config.base is Base.full:
+        if self.config.quantize_base is QuantizeBase.none:
             return params
         return jax.jit(self._store, out_shardings=_shardings(self.stored))(params)
 
-    def join(self, base: Params, adapters: Params, rng: jax.Array | None = None) -> Params:
+    def apply_adapters(self, base: Params, adapters: Params, rng: jax.Array | None = None) -> Params:
         """The model's own tree, for its `apply`; with `rng`, for one pass of training."""
-        return adapted(self.config, self.model_axes, base, adapters, rng)
+        return bind_adapters(self.config, self.model_axes, base, adapters, rng)
 
     def merge(self, base: Params, adapters: Params) -> Params:
         """Plain parameters, in the dtype of the model's: what is evaluated, written with and exported."""
@@ -69,9 +80,9 @@ class Adaptation:
 
     @cached_property
     def _merge(self) -> Callable[[Params, Params], Params]:
-        dtype = jax.tree.leaves(self.whole)[0].dtype
-        join = partial(merged, self.config, self.model_axes, dtype=jnp.dtype(dtype))
-        return jax.jit(join, out_shardings=_shardings(self.whole))
+        dtype = jax.tree.leaves(self.full_params)[0].dtype
+        join = partial(merge, self.config, self.model_axes, dtype=jnp.dtype(dtype))
+        return jax.jit(join, out_shardings=_shardings(self.full_params))
 
     @property
     def num_trainable(self) -> int:
@@ -83,17 +94,17 @@ def _shardings(abstract: Params) -> Any:
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdapterObjective:
     """An `Objective` over adapters, from one over the model's own parameters."""
 
     objective: Objective
-    join: Callable[..., Params]  # `Adaptation.join`
+    apply_adapters: Callable[..., Params]  # `AdapterLayout.join`
 
     def loss(
         self, apply: Any, params: Params, frozen: Mapping[str, Any], batch: Batch, rng: jax.Array | None
     ) -> tuple[Mean, dict[str, Mean]]:
         join_rng, rng = (None, None) if rng is None else (jax.random.fold_in(rng, 1), rng)
-        return self.objective.loss(apply, self.join(frozen[BASE], params, join_rng), frozen, batch, rng)
+        return self.objective.loss(apply, self.apply_adapters(frozen[BASE], params, join_rng), frozen, batch, rng)
 
     def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
         return self.objective.batch_spec(batch_size, seq_len)

@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 import jax
 
-from trainer.checkpoint import Checkpointer
-from trainer.goodput import Ledger
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.loop import Hook, StopTraining
 from trainer.objective import BatchSource, Params
+from trainer.reliability.goodput import GoodputRecorder
 from trainer.state import TrainState
 
 PREEMPTED = "preempted"  # by the machine's owner, or a second process of the run: requeue it
@@ -57,7 +57,7 @@ class EvaluateEvery:
         num_steps: int,
         evaluate: Callable[[TrainState], dict[str, float]],
         on_metrics: Callable[[int, dict[str, float]], None],
-        ledger: Ledger,
+        ledger: GoodputRecorder,
     ):
         """`evaluate(state)` returns metrics with `eval/loss` among them."""
         self._every, self._num_steps = every, num_steps
@@ -108,7 +108,7 @@ class SaveEvery:
         num_steps: int,
         config: Mapping[str, Any],
         tokenizer: Mapping[str, bytes],
-        ledger: Ledger,
+        ledger: GoodputRecorder,
         remembers: Mapping[str, Stateful] | None = None,
         evaluation: EvaluateEvery | None = None,
         on_saved: Callable[[int, float], None] | None = None,
@@ -125,7 +125,7 @@ class SaveEvery:
         self._on_saved = on_saved
 
     def due(self, step: int) -> bool:
-        return due(step, every=self._checkpointer.config.every, num_steps=self._num_steps)
+        return due(step, every=self._checkpointer.config.save_interval_steps, num_steps=self._num_steps)
 
     def may_save(self, step: int) -> bool:
         """Whether this step is saved, if it is not by a signal."""
@@ -158,7 +158,7 @@ class SaveEvery:
             self._on_saved(step, time.perf_counter() - begin)
 
 
-def recall(saved: Mapping[str, Any], remembers: Mapping[str, Stateful]) -> None:
+def restore_hook_states(saved: Mapping[str, Any], remembers: Mapping[str, Stateful]) -> None:
     """Gives `extra` of a checkpoint back to those who wrote it; one that is new keeps its fresh state."""
     for name, part in remembers.items():
         if name in saved:
@@ -175,7 +175,7 @@ class SampleEvery:
         num_steps: int,
         params_of: Callable[[TrainState], Params],
         sample: Callable[[int, Params], None],
-        ledger: Ledger,
+        ledger: GoodputRecorder,
     ):
         self._every, self._num_steps = every, num_steps
         self._params_of, self._sample, self._ledger = params_of, sample, ledger

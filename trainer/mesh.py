@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from data.batch import ColumnBatch, TokenBatch
 from models.config import ModelConfig
-from models.partition import Constrain, NoConstraint
+from models.logical_axes import NoConstraint, ShardingConstraint
 
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")  # neighbours along the last are closest
 BATCH_DIMS = ("layers", "experts")  # dims over which a stacked parameter is many parameters
@@ -89,7 +89,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     kinds = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        outer = across_slices(sizes, slices)
+        outer = dcn_shape(sizes, slices)
         inner = [size // slow for size, slow in zip(sizes, outer, strict=True)]
         split = {"allow_split_physical_axes": True}
         return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, list(devices), **split), AXES, axis_types=kinds)
@@ -100,12 +100,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         return Mesh(laid_out, AXES, axis_types=kinds)
 
 
-def in_words(sizes: Mapping[str, int]) -> str:
+def describe_mesh(sizes: Mapping[str, int]) -> str:
     """`fsdp 4 x tensor 2`, or `one device`."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
 
 
-def across_slices(sizes: Sequence[int], slices: int) -> list[int]:
+def dcn_shape(sizes: Sequence[int], slices: int) -> list[int]:
     """Of each of `AXES`, the part that lies between slices: of the first ones, until all slices are dealt out."""
     outer = []
     for size in sizes:
@@ -266,7 +266,7 @@ def field_shardings(batch: Batch, sharding: NamedSharding) -> Batch:
     return ColumnBatch(*tokens, columns=jax.tree.map(lambda _: of(rows), batch.columns))
 
 
-def row_order(length: int, pieces: int) -> np.ndarray:
+def balanced_token_order(length: int, pieces: int) -> np.ndarray:
     """[L] i64: in which order the tokens of a row lie where each of so many devices shall have as much to do.
 
     A causal token's work grows with what is before it. Of a row in 2 C stretches device i gets i and 2 C - 1 - i, as
@@ -291,7 +291,9 @@ def check_batch(batch_size: int, num_microbatches: int, mesh: Mesh | AbstractMes
     factor = _axis_size(mesh, axes) * num_microbatches
     if batch_size > 0 and batch_size % factor == 0:
         return
-    parts = [f"mesh.{axis}={mesh.shape[axis]}" for axis in axes] + [f"task.num_microbatches={num_microbatches}"]
+    parts = [f"mesh.{axis}={mesh.shape[axis]}" for axis in axes] + [
+        f"task.gradient_accumulation_steps={num_microbatches}"
+    ]
     below, above = batch_size // factor * factor, (batch_size // factor + 1) * factor
     valid = ", ".join(str(v) for v in (below, above) if v > 0)
     raise ValueError(
@@ -311,33 +313,33 @@ def with_pipeline(model: ModelConfig, rows: int, mesh: Mesh | AbstractMesh, rule
     stages, pipeline = _axis_size(mesh, axes), model.pipeline
     if stages == 1:
         return model
-    if pipeline.rounds < 1 or pipeline.microbatches < 0:
+    if pipeline.num_repeats < 1 or pipeline.num_microbatches < 0:
         raise ValueError(
-            f"model.pipeline: rounds={pipeline.rounds} must be at least 1, microbatches={pipeline.microbatches} at "
+            f"model.pipeline: rounds={pipeline.num_repeats} must be at least 1, microbatches={pipeline.num_microbatches} at "
             "least 0"
         )
     key = "*".join(f"mesh.{axis}" for axis in axes)
     layers = model.num_layers - model.layers_before_experts
-    if layers % (stages * pipeline.rounds):
-        sizes = [str(d) for d in _divisors(mesh.size) if layers % (d * pipeline.rounds) == 0]
+    if layers % (stages * pipeline.num_repeats):
+        sizes = [str(d) for d in _divisors(mesh.size) if layers % (d * pipeline.num_repeats) == 0]
         raise ValueError(
-            f"{key}={stages}: does not deal out {layers} layers in model.pipeline.rounds={pipeline.rounds} rounds of "
+            f"{key}={stages}: does not deal out {layers} layers in model.pipeline.num_repeats={pipeline.num_repeats} rounds of "
             f"equal parts; valid {key} with {mesh.size} devices: {', '.join(sizes) or 'none'}; or other rounds"
         )
     others = [axis for axis in rules.axes_of("batch", "sharding") if axis not in axes]
     share = rows // _axis_size(mesh, others)
     valid = [m for m in range(stages, share + 1, stages) if share % m == 0]
-    found = pipeline.microbatches or max((m for m in valid if m <= MICROBATCHES * stages), default=0)
+    found = pipeline.num_microbatches or max((m for m in valid if m <= MICROBATCHES * stages), default=0)
     if found not in valid:
         numbers = ", ".join(map(str, valid)) or "none; give more rows"
         raise ValueError(
-            f"model.pipeline.microbatches={found}: must be a multiple of {key}={stages} that divides the {share} rows "
+            f"model.pipeline.num_microbatches={found}: must be a multiple of {key}={stages} that divides the {share} rows "
             f"of one of {_axis_size(mesh, others)} copies; valid: {numbers}"
         )
-    return replace(model, pipeline=replace(pipeline, microbatches=found))
+    return replace(model, pipeline=replace(pipeline, num_microbatches=found))
 
 
-def check_length(seq_len: int, mesh: Mesh, rules: ShardingRules) -> None:
+def check_seq_len(seq_len: int, mesh: Mesh, rules: ShardingRules) -> None:
     """Each row must cut into equal pieces, along axes that cut nothing else of a layer.
 
     Raises: ValueError with the nearest valid values.
@@ -367,21 +369,21 @@ def _names(entry: str | Sequence[str]) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def make_constrain(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Constrain:
+def make_constrain(mesh: Mesh | AbstractMesh, rules: ShardingRules) -> ShardingConstraint:
     """`constrain(x, ('batch', 'length', 'embed'))` for activations inside a model.
 
     The rows' axes are taken first, so `embed` of an activation stays whole where `fsdp` already cuts its
     rows. A dim that does not divide stays whole: the batches of generation come in any size.
     """
-    return NoConstraint(_platform(mesh)) if mesh.size == 1 else MeshConstrain(mesh, rules)
+    return NoConstraint(_platform(mesh)) if mesh.size == 1 else MeshShardingConstraint(mesh, rules)
 
 
 def _platform(mesh: Mesh | AbstractMesh) -> str:
     return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
-class MeshConstrain:
-    """`Constrain` over a mesh."""
+class MeshShardingConstraint:
+    """`ShardingConstraint` over a mesh."""
 
     def __init__(self, mesh: Mesh | AbstractMesh, rules: ShardingRules, *, without: Sequence[str] = ()):
         """`without`: mesh axes that cut nothing here."""
@@ -390,8 +392,8 @@ class MeshConstrain:
         self.stages = self.shown_stages = _axis_size(mesh, self._stage_axes)
         self.platform = _platform(mesh)
 
-    def parts(self, name: str) -> int:
-        """See `models.partition.Constrain`."""
+    def num_shards(self, name: str) -> int:
+        """See `models.logical_axes.ShardingConstraint`."""
         axes = self.rules.axes_of(name, "sharding")
         return _axis_size(self.mesh, [axis for axis in axes if axis not in self.without])
 
@@ -406,7 +408,7 @@ class MeshConstrain:
     def per_device(
         self, function: Callable[..., jax.Array], axes: Sequence[LogicalAxes | None], *args: jax.Array | None
     ) -> jax.Array:
-        """See `models.partition.Constrain`. An argument that is wanted whole is gathered from its pieces first."""
+        """See `models.logical_axes.ShardingConstraint`. An argument that is wanted whole is gathered from its pieces first."""
         specs, cut = [], {}
         for x, logical in zip(args, axes, strict=True):
             spec = PartitionSpec() if x is None or logical is None else self._spec(x, logical)
@@ -422,13 +424,13 @@ class MeshConstrain:
         return run(*args)
 
     def along_stages(self, x: jax.Array) -> jax.Array:
-        """See `models.partition.Constrain`."""
+        """See `models.logical_axes.ShardingConstraint`."""
         spec = PartitionSpec(_names(self._stage_axes), *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def each_stage(self, function: Callable[..., Any], *args: Any) -> Any:
-        """See `models.partition.Constrain`."""
-        one = MeshConstrain(self.mesh, self.rules, without=self._stage_axes)
+    def vmap_stages(self, function: Callable[..., Any], *args: Any) -> Any:
+        """See `models.logical_axes.ShardingConstraint`."""
+        one = MeshShardingConstraint(self.mesh, self.rules, without=self._stage_axes)
         run = jax.vmap(partial(function, one), spmd_axis_name=_names(self._stage_axes))
         return jax.tree.map(self.along_stages, run(*args))
 
@@ -449,11 +451,11 @@ def process_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 def place_batch(batch: Batch, sharding: NamedSharding, batch_size: int, *, balanced: bool = False) -> Batch:
     """Global arrays [batch_size, ...] from this process's rows, whole and in the order of `process_rows`.
 
-    `sharding`: of token fields, see `batch_sharding`. `balanced`: all token fields in `row_order`, for losses to which
+    `sharding`: of token fields, see `batch_sharding`. `balanced`: all token fields in `balanced_token_order`, for losses to which
     the order is nothing.
     """
     if balanced and sharding.spec[1:]:
-        order = row_order(batch.tokens.shape[-1], _axis_size(sharding.mesh, _names(sharding.spec[1])))
+        order = balanced_token_order(batch.tokens.shape[-1], _axis_size(sharding.mesh, _names(sharding.spec[1])))
         batch = batch._replace(
             **{name: field[..., order] for name, field in zip(TokenBatch._fields, batch[:5], strict=True)}
         )

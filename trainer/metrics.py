@@ -2,7 +2,7 @@
 
 `perf/tokens_per_second` counts the positions of the global batch, padding included, for the machine computes
 them all. `perf/mfu` is model FLOP/s over peak FLOP/s: the FLOPs that the architecture needs for a forward and
-a backward pass (`models/cost.py` states how they are counted; recomputation under remat is not counted), over
+a backward pass (`models/flops.py` states how they are counted; recomputation under remat is not counted), over
 the dense bf16 peak of all devices. For a CPU, which publishes no such figure, the peak is that of a large
 matrix product, measured at start-up in the dtype of the run.
 """
@@ -55,7 +55,7 @@ class Peak:
     """The most that all devices of the run could compute."""
 
     flops_per_second: float  # 0: unknown, and then no MFU is reported
-    convention: str  # one line for people
+    description: str  # one line for people
 
 
 def published_peak(device_kind: str) -> float | None:

@@ -17,10 +17,10 @@ import numpy as np
 import optax
 
 from data.batch import DTYPES, ColumnBatch, TokenBatch
-from data.examples import Records
+from data.records.encoding import DataFormat
 from models.config import ModelConfig
 from models.transformer import Apply
-from trainer.beside import Extra
+from trainer.objective_params import ParamSpec
 
 Params = Any  # a nested dict of arrays
 TEACHER = "teacher"  # among the frozen models: a `FrozenModel` that is learnt from
@@ -69,7 +69,7 @@ class Objective(Protocol):
         ...
 
 
-class Caching(Protocol):
+class PrecomputesColumns(Protocol):
     """An objective that reads a frozen model only through numbers that can be kept for each row."""
 
     def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
@@ -93,17 +93,17 @@ class ObjectiveConfig:
     neftune_alpha: float = 0.0  # noise on embeddings in training [NEFTune, 2310.05914]: 5 to 15; 0: none
 
     @property
-    def records(self) -> tuple[Records, ...]:
+    def records(self) -> tuple[DataFormat, ...]:
         """What it can learn from."""
-        return (Records.documents, Records.conversations)
+        return (DataFormat.text, DataFormat.chat)
 
     @property
-    def of_tokens(self) -> bool:
+    def is_token_level(self) -> bool:
         """Whether tokens are learnt; else a text is judged as a whole."""
         return True
 
     @property
-    def by_token(self) -> bool:
+    def is_token_wise(self) -> bool:
         """Whether each token is learnt by itself, so that the order in which those of a row lie is nothing to it."""
         return False
 
@@ -138,19 +138,19 @@ class ObjectiveConfig:
 
     @property
     def moves_reference(self) -> bool:
-        """Whether the frozen model `REFERENCE` is kept in the optimizer's state instead, see `trainer.moving`."""
+        """Whether the frozen model `REFERENCE` is kept in the optimizer's state instead, see `trainer.reference_sync`."""
         return False
 
-    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def wrap_optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         """The optimizer with what the loss keeps beside it."""
         return optimizer
 
     @property
-    def cached(self) -> str | None:
+    def precomputed_model(self) -> str | None:
         """Which frozen model is asked about each row once, before training, and is not needed thereafter."""
         return None
 
-    def extras(self, model: ModelConfig) -> dict[str, Extra]:
+    def extra_params(self, model: ModelConfig) -> dict[str, ParamSpec]:
         """What the loss learns beside the parameters of `model`."""
         return {}
 

@@ -71,15 +71,15 @@ class CosineConfig(ScheduleConfig):
     """Half a cosine wave down to `final_fraction` (Loshchilov and Hutter 2017, without restarts)."""
 
     kind: str = "cosine"
-    final_fraction: float = 0.1  # of the peak, at num_steps
+    min_lr_ratio: float = 0.1  # of the peak, at num_steps
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)
-        _check_fraction("final_fraction", self.final_fraction)
+        _check_fraction("final_fraction", self.min_lr_ratio)
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
         wave = 0.5 * (1 + jnp.cos(jnp.pi * self.progress(step, num_steps)))
-        return self.final_fraction + (1 - self.final_fraction) * wave
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * wave
 
 
 @dataclass
@@ -87,14 +87,14 @@ class LinearConfig(ScheduleConfig):
     """A straight line down to `final_fraction`."""
 
     kind: str = "linear"
-    final_fraction: float = 0.0  # of the peak, at num_steps
+    min_lr_ratio: float = 0.0  # of the peak, at num_steps
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)
-        _check_fraction("final_fraction", self.final_fraction)
+        _check_fraction("final_fraction", self.min_lr_ratio)
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
-        return 1 - (1 - self.final_fraction) * self.progress(step, num_steps)
+        return 1 - (1 - self.min_lr_ratio) * self.progress(step, num_steps)
 
 
 class Decay(enum.Enum):
@@ -111,11 +111,11 @@ class WsdConfig(ScheduleConfig):
     decay_fraction: float = 0.2  # of num_steps, at the end
     decay_steps: int | None = None  # the same in updates; wins over decay_fraction
     decay: Decay = Decay.linear  # shape of the decay
-    final_fraction: float = 0.0  # of the peak, at num_steps
+    min_lr_ratio: float = 0.0  # of the peak, at num_steps
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)
-        _check_fraction("final_fraction", self.final_fraction)
+        _check_fraction("final_fraction", self.min_lr_ratio)
         _check_fraction("decay_fraction", self.decay_fraction)
         most = num_steps - self.warmup_steps
         if not 0 <= self._num_decay(num_steps) <= most:
@@ -138,7 +138,7 @@ class WsdConfig(ScheduleConfig):
             Decay.cosine: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
             Decay.one_minus_sqrt: 1 - jnp.sqrt(progress),
         }[self.decay]
-        return self.final_fraction + (1 - self.final_fraction) * shape
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * shape
 
 
 @dataclass

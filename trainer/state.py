@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from trainer.host_offload import in_host_memory
 from trainer.mesh import partition, replicated, with_shardings
-from trainer.offload import in_host_memory
 
 Params = Any  # a nested dict of arrays
 

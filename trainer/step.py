@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from models.transformer import Apply
-from trainer.moving import moving_models
+from trainer.host_offload import on_device
 from trainer.objective import Batch, Mean, Objective, Params
-from trainer.offload import on_device
+from trainer.reference_sync import reference_from_state
 from trainer.schedule import Schedule
 from trainer.state import TrainState
 
@@ -46,7 +46,7 @@ def make_train_step(
         state: TrainState, frozen: Mapping[str, Any], batch: Batch, limits: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
-        frozen = {**frozen, **moving_models(state.opt_state)}
+        frozen = {**frozen, **reference_from_state(state.opt_state)}
         grads, means = _accumulate(loss_sum, state.params, frozen, batch, rng, num_microbatches)
         weight = means["loss"].weight
         # One division by the weight of the whole batch: exact in tokens, however they fell on microbatches.
@@ -120,7 +120,7 @@ def split_rows(x: jax.Array, num_microbatches: int) -> jax.Array:
             (rows // num_microbatches + 1) * num_microbatches,
         )
         raise ValueError(
-            f"task.num_microbatches={num_microbatches}: does not divide the batch of {rows} rows; "
+            f"task.gradient_accumulation_steps={num_microbatches}: does not divide the batch of {rows} rows; "
             f"nearest valid data.batch_size: {', '.join(str(v) for v in (below, above) if v)}"
         )
     return x.reshape(rows // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1)

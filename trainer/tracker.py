@@ -39,7 +39,7 @@ class Tracker(Protocol):
     def finish(self, exit_code: int = 0) -> None: ...
 
 
-class Silent:
+class NoopTracker:
     """A tracker that does nothing; the others override what they can show."""
 
     def log_config(self, config: Mapping[str, Any]) -> None:
@@ -99,7 +99,7 @@ class TensorboardConfig(TrackerConfig):
         return TensorboardTracker(run_folder / "tensorboard", flush_seconds=self.flush_seconds, start_step=start_step)
 
 
-class JsonlTracker(Silent):
+class JsonlTracker(NoopTracker):
     """`metrics.jsonl`: an object a line: `step`, `time` (seconds since 1970), metrics; null if not finite."""
 
     def __init__(self, path: Path, *, start_step: int = 0):
@@ -148,7 +148,7 @@ def drop_rows(path: Path, *, after: int) -> None:
     os.replace(half, path)
 
 
-class WandbTracker(Silent):
+class WandbTracker(NoopTracker):
     """One W&B run for all starts of a run, by an id that is kept in the run's folder."""
 
     def __init__(self, config: WandbConfig, *, run_folder: Path, run_name: str):
@@ -222,7 +222,7 @@ def without_secrets(config: Any, key: str = "") -> Any:
     return "***" if _SECRET.search(key) and config is not None else config
 
 
-class TensorboardTracker(Silent):
+class TensorboardTracker(NoopTracker):
     """Event files in `tensorboard/`, written without TensorFlow."""
 
     def __init__(self, folder: Path, *, flush_seconds: int = 10, start_step: int = 0):
@@ -330,7 +330,7 @@ def build_trackers(
     """
     import jax
 
-    from trainer.progress import ConsoleTracker
+    from trainer.console import ConsoleTracker
 
     if jax.process_index() != 0:
         return Trackers()

@@ -61,7 +61,7 @@ class Job:
 
     def command(self, python: str | None = None) -> list[str]:
         """What each process runs. -P: the working folder is not searched for packages, the frozen code is."""
-        return [python or self.python, "-P", "-m", "launch.run", self.task, *self.arguments]
+        return [python or self.python, "-P", "-m", "launch.cli", self.task, *self.arguments]
 
     def environment(self, code: str | None = None) -> dict[str, str]:
         """What the processes get beside secrets; it may stand in scripts. `code`: where the frozen code lies there."""
@@ -127,11 +127,11 @@ class Launcher(Protocol):
 
 def job_of(config: RunConfig, overrides: list[str], folder: Path) -> Job:
     given = [o for o in overrides if not o.startswith(("task=", "launcher.dry_run="))]
-    arguments = [*flags(sys.argv[1:]), *given]
+    arguments = [*cli_flags(sys.argv[1:]), *given]
     return Job(folder, config.run, config.task.kind, arguments, config.launcher, sys.executable, os.getcwd())
 
 
-def flags(arguments: Sequence[str]) -> list[str]:
+def cli_flags(arguments: Sequence[str]) -> list[str]:
     """Hydra's own flags, such as `--config-dir DIR`, without the one that makes a sweep of it."""
     given = [a for a in arguments if a.startswith("-") or ("=" not in a and not a.startswith("~"))]
     return [a for a in given if a not in ("-m", "--multirun")]
@@ -260,13 +260,13 @@ def assignments(variables: Mapping[str, str]) -> list[str]:
 
 
 def worth_another_start(code: str) -> str:
-    """`exit_codes.worth_another_start` as a condition of bash, of a word such as `$code`."""
+    """`exit_codes.is_restartable` as a condition of bash, of a word such as `$code`."""
     killed = f"[ {code} -gt 128 ] && [ {code} -ne {exit_codes.INTERRUPTED} ]"
     return f"{{ [ {code} -eq {exit_codes.PREEMPTED} ] || {{ {killed}; }}; }}"
 
 
 def restarted(process: str, max_restarts: int) -> list[str]:
-    """Lines of bash that run `process` and start it again as `worth_another_start` says, unless `$job/stop` is there.
+    """Lines of bash that run `process` and start it again as `is_restartable` says, unless `$job/stop` is there.
 
     SIGTERM is passed on to it and ends the restarts. The last code is in `$code`.
     """
@@ -285,7 +285,7 @@ def restarted(process: str, max_restarts: int) -> list[str]:
     ]
 
 
-def called(
+def run_command(
     command: Sequence[str], given: str | None = None, *, shown: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Calls a command of a cluster. `given`: its input. `shown`: what it prints goes to this terminal.
@@ -298,9 +298,9 @@ def called(
         raise ValueError(f"{command[0]}: is not on this machine; the launcher works through it") from None
 
 
-def carried_out(command: Sequence[str], given: str | None = None) -> str:
+def check_output(command: Sequence[str], given: str | None = None) -> str:
     """What a command prints. Raises: ValueError with what it says, where it fails."""
-    found = called(command, given)
+    found = run_command(command, given)
     if found.returncode:
         said = found.stderr.strip() or found.stdout.strip()
         raise ValueError(f"{shlex.join(command[:4])} ...: refused: {said}")

@@ -15,11 +15,11 @@ import yaml
 from configs.launchers import K8sConfig
 from launch import exit_codes
 from launch.distributed import FIRST_PORT
-from launch.launchers.job import Job, Recipe, called, carried_out, packed, public_name
+from launch.launchers.job import Job, Recipe, check_output, packed, public_name, run_command
 from launch.launchers.supervisor import left_running, say
 
 MANIFEST, PACKED = "jobset.yaml", "code.tar.gz"
-CODE, WORK = "/meshwright/code", "/meshwright/work"  # in a pod; runs= lies below WORK
+CODE, WORK = "/meshwright/code", "/meshwright/work"  # in a pod; output_dir= lies below WORK
 MAX_PACKED = 1_000_000  # bytes of a ConfigMap; the API server takes 1 MiB
 INDEX = "batch.kubernetes.io/job-completion-index"
 HOSTS = "hosts"  # the one kind of pods that a JobSet of ours has
@@ -186,7 +186,7 @@ def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
             )
         (job.folder / PACKED).write_bytes(code)
     for command in recipe.commands:
-        carried_out(command)
+        check_output(command)
     for job in jobs:
         job.noted(name=name(job))
         print(f"run {job.run!r}: job {job.number} is the JobSet {name(job)}", flush=True)
@@ -216,7 +216,7 @@ OVER = ("completed", "failed", "gone")
 
 def state(job: Job) -> str:
     command = [*kubectl(job), "get", "jobset", name(job), "--output=json"]
-    found = called(command)
+    found = run_command(command)
     if found.returncode:
         return "gone" if "NotFound" in found.stderr else f"unknown: {found.stderr.strip()}"
     return described(json.loads(found.stdout))
@@ -246,11 +246,11 @@ def logs(job: Job, *, follow: bool) -> int:
     labels = {"jobset-name": name(job), "replicatedjob-name": HOSTS, "job-index": "0"}
     selector = ",".join([*(f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()), f"{INDEX}=0"])
     flags = [f"--selector={selector}", "--container=process", "--tail=-1", *(["--follow"] if follow else [])]
-    return called([*kubectl(job), "logs", *flags], shown=True).returncode
+    return run_command([*kubectl(job), "logs", *flags], shown=True).returncode
 
 
 def stop(job: Job) -> str:
     """Its processes get SIGTERM, and `launcher.grace` seconds to save."""
-    carried_out([*kubectl(job), "delete", "jobset", name(job), "--wait=false"])
-    carried_out([*kubectl(job), "delete", "configmap", code_map(job), "--ignore-not-found"])
+    check_output([*kubectl(job), "delete", "jobset", name(job), "--wait=false"])
+    check_output([*kubectl(job), "delete", "configmap", code_map(job), "--ignore-not-found"])
     return f"deleted the JobSet {name(job)}; its processes save and end"

@@ -12,7 +12,7 @@ import yaml
 
 from configs.launchers import SkypilotConfig
 from launch.distributed import FIRST_PORT
-from launch.launchers.job import Job, Recipe, called, carried_out, public_name, restarted
+from launch.launchers.job import Job, Recipe, check_output, public_name, restarted, run_command
 
 FILE = "task.yaml"
 HOME = "~/meshwright"  # on a node: where processes are called
@@ -106,24 +106,24 @@ def _run(job: Job) -> str:
 def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
     """Raises: ValueError where sky refuses."""
     for job, command in zip(jobs, recipe.commands, strict=True):
-        carried_out(command)
+        check_output(command)
         job = job.noted(cluster=cluster(job))
         print(f"run {job.run!r}: job {job.number} runs on the cluster {cluster(job)}", flush=True)
     return logs(jobs[0], follow=True) if jobs[0].launcher.follow and len(jobs) == 1 else 0
 
 
 def status(job: Job) -> str:
-    return f"cluster {cluster(job)}:\n{carried_out(['sky', 'queue', cluster(job)])}"
+    return f"cluster {cluster(job)}:\n{check_output(['sky', 'queue', cluster(job)])}"
 
 
 def logs(job: Job, *, follow: bool) -> int:
     """Of its newest task. Ctrl-C leaves it running. The exit code, as sky has it: 0 where the task succeeded."""
     try:
-        return called(["sky", "logs", *([] if follow else ["--no-follow"]), cluster(job)], shown=True).returncode
+        return run_command(["sky", "logs", *([] if follow else ["--no-follow"]), cluster(job)], shown=True).returncode
     except KeyboardInterrupt:
         return 0
 
 
 def stop(job: Job) -> str:
-    carried_out(["sky", "cancel", "--yes", "--all", cluster(job)])
+    check_output(["sky", "cancel", "--yes", "--all", cluster(job)])
     return f"cancelled; the cluster is deleted after {of(job).autostop} minutes, at once with: sky down {cluster(job)}"

@@ -13,7 +13,16 @@ from pathlib import Path
 from configs.launchers import Runtime, SlurmConfig
 from launch import exit_codes
 from launch.launchers.following import Tail, show_log
-from launch.launchers.job import MARK, Job, Recipe, assignments, called, carried_out, public_name, worth_another_start
+from launch.launchers.job import (
+    MARK,
+    Job,
+    Recipe,
+    assignments,
+    check_output,
+    public_name,
+    run_command,
+    worth_another_start,
+)
 from launch.launchers.supervisor import left_running, say
 
 SCRIPT = "job.sbatch"
@@ -45,7 +54,7 @@ def script(jobs: Sequence[Job]) -> str:
     given = {name: value for name, value in jobs[0].environment().items() if name not in (MARK, "PYTHONPATH")}
     variables = [f'{MARK}="${{job##*/}}"', 'PYTHONPATH="$job/code"', *assignments(given)]
     used_up = f"not restarted: launcher.max_restarts={launcher.max_restarts} is used up"
-    process = [launcher.python or ("python3" if launcher.image else jobs[0].python), "-P", "-m", "launch.run"]
+    process = [launcher.python or ("python3" if launcher.image else jobs[0].python), "-P", "-m", "launch.cli"]
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in options(jobs)),
@@ -134,7 +143,7 @@ def _srun(job: Job) -> list[str]:
 
 def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
     """Raises: ValueError where sbatch refuses."""
-    number = carried_out(recipe.commands[0]).split(";")[0]  # NUMBER;CLUSTER
+    number = check_output(recipe.commands[0]).split(";")[0]  # NUMBER;CLUSTER
     if len(jobs) > 1:
         jobs = [job.noted(id=f"{number}_{i}", log=f"{jobs[0].log}_{i}") for i, job in enumerate(jobs)]
     else:
@@ -169,7 +178,7 @@ def _follow(jobs: Sequence[Job]) -> int:
 
 def state(job: Job) -> str:
     """As SLURM tells it, with nodes or the reason for waiting; GONE where it has forgotten the job."""
-    found = called(["scontrol", "show", "job", "--oneliner", job.handle["id"]])
+    found = run_command(["scontrol", "show", "job", "--oneliner", job.handle["id"]])
     if found.returncode:
         if "Invalid job id" in found.stderr:
             return "GONE"
@@ -212,7 +221,7 @@ def stop(job: Job) -> str:
     """One that waits is cancelled; one that runs saves first, and is not queued again."""
     (job.folder / STOP).touch()
     if state(job).startswith("RUNNING"):
-        carried_out(["scancel", "--signal=TERM", job.handle["id"]])
+        check_output(["scancel", "--signal=TERM", job.handle["id"]])
         return f"told SLURM job {job.handle['id']} to save and end"
-    carried_out(["scancel", job.handle["id"]])
+    check_output(["scancel", job.handle["id"]])
     return f"cancelled SLURM job {job.handle['id']}"

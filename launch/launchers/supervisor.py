@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.store import Store, is_url
+from data.object_store import Store, is_url
 from launch import exit_codes
 from launch.launchers.job import Job, secrets
-from launch.startup import began
+from launch.startup_timing import began
 
 GRACE_SECONDS = 10.0  # for the others, when one has died: they may wait for it in a collective for ever
 
@@ -51,7 +51,7 @@ def supervise(
         before = saved_step()
         ended = attempt(count)
         too_few = halved and count > 1 and ended.code == exit_codes.WRONG_INPUT  # the mesh does not divide
-        if ended.asked or not (too_few or exit_codes.worth_another_start(ended.code)):
+        if ended.asked or not (too_few or exit_codes.is_restartable(ended.code)):
             return as_exit_code(ended.code)
         if restarts == max_restarts:
             if max_restarts:
@@ -141,7 +141,7 @@ def first_end(codes: Mapping[int, int]) -> tuple[int, int]:
 
 def saved_step_of(job: Job) -> Callable[[], int | None]:
     checkpoints = job.folder.parents[1] / "checkpoints"
-    runs = next((a.partition("=")[2] for a in reversed(job.arguments) if a.startswith("runs=")), "")
+    runs = next((a.partition("=")[2] for a in reversed(job.arguments) if a.startswith("output_dir=")), "")
     store = Store(f"{runs}/{job.run}/checkpoints") if is_url(runs) else None
 
     def newest() -> int | None:

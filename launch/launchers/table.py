@@ -13,7 +13,7 @@ from launch.launchers.job import (
     MARK,
     Job,
     Launcher,
-    flags,
+    cli_flags,
     freeze,
     job_of,
     jobs_folder,
@@ -33,7 +33,7 @@ LAUNCHERS: dict[str, Launcher] = {
 
 FAR = ("k8s", "tpu_vm", "skypilot")  # whose processes see nothing of this machine's disk
 # Tasks that only look, and those whose runs are what is launched.
-HERE = ("plan", "sweep", "ladder", "inspect", "runs", "status", "logs", "stop")
+HERE = ("plan", "sweep", "scaling_ladder", "inspect", "runs", "status", "logs", "stop")
 
 
 def launches(config: RunConfig) -> bool:
@@ -43,7 +43,7 @@ def launches(config: RunConfig) -> bool:
         return False
     if isinstance(launcher, LocalConfig):
         supervised = launcher.num_processes > 1 or launcher.max_restarts or not launcher.follow or launcher.dry_run
-        return bool(supervised) and not distributed.announced()
+        return bool(supervised) and not distributed.is_multi_process()
     return bool(launcher.kind)
 
 
@@ -62,21 +62,21 @@ def launch(asked: Sequence[tuple[RunConfig, list[str]]]) -> int:
             f"run={twice}: several jobs of the sweep have this name; give each its own, from what differs: "
             "'run=lr_${optimizer.learning_rate}'"
         )
-    folders = [flag for flag in flags(sys.argv[1:]) if flag.startswith(("--config-", "-cd", "-cp"))]
+    folders = [flag for flag in cli_flags(sys.argv[1:]) if flag.startswith(("--config-", "-cd", "-cp"))]
     if folders and launcher.kind in FAR:
         raise ValueError(
             f"{folders[0]}: is of this machine, and launcher={launcher.kind} has no disk in common with it"
         )
     module = LAUNCHERS[launcher.kind]
     if launcher.dry_run:
-        jobs = [job_of(*one, next_folder(jobs_folder(one[0].runs, one[0].run))) for one in asked]
+        jobs = [job_of(*one, next_folder(jobs_folder(one[0].output_dir, one[0].run))) for one in asked]
         print(module.recipe(jobs).shown(jobs[0].folder))
         return 0
     if not isinstance(launcher, K8sConfig):  # whose secrets stand in the cluster
         secrets(launcher, os.environ)  # before anything is written
     jobs: list[Job] = []
     for config, overrides in asked:
-        job = job_of(config, overrides, take_folder(jobs_folder(config.runs, config.run)))
+        job = job_of(config, overrides, take_folder(jobs_folder(config.output_dir, config.run)))
         freeze(job, config)
         jobs.append(job)
     recipe = module.recipe(jobs)

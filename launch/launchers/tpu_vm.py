@@ -2,7 +2,7 @@
 
 A script on every worker starts its process, and again where that helps, so that this machine may be switched off. It
 gets the secrets on its input. What only this machine can do, while it follows: ask for another slice when a spot slice
-was taken away. Run folders are on the workers' disks unless `runs=` says where they share one.
+was taken away. Run folders are on the workers' disks unless `output_dir=` says where they share one.
 """
 
 import json
@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from configs.launchers import TpuVmConfig
 from launch import exit_codes
 from launch.launchers import supervisor
-from launch.launchers.job import Job, Recipe, assignments, called, carried_out, packed, public_name, restarted, secrets
+from launch.launchers.job import (
+    Job,
+    Recipe,
+    assignments,
+    check_output,
+    packed,
+    public_name,
+    restarted,
+    run_command,
+    secrets,
+)
 from launch.launchers.supervisor import Ended, left_running, say
 
 SCRIPT, PACKED = "worker.sh", "code.tar.gz"
@@ -142,7 +152,7 @@ def attempt(job: Job) -> Ended:
         found = state(job)
         if found != READY:
             return Ended(exit_codes.PREEMPTED, f"the TPU {tpu(job)} was taken away: {found}")
-        code = carried_out(ssh(job, "0", f"cat {HOME}/{place(job)}/exit_code 2> /dev/null || true"))
+        code = check_output(ssh(job, "0", f"cat {HOME}/{place(job)}/exit_code 2> /dev/null || true"))
         if code:  # of a script that starts its process again by itself: no other start is worth it
             return Ended(int(code), f"worker 0 ended with {code}", asked=True)
         time.sleep(PAUSE)  # the connection was lost
@@ -154,15 +164,15 @@ def start(job: Job) -> None:
     make, _, folder, copy, unpack, work = commands(job)
     found = state(job)
     if found in OVER:
-        carried_out(queued(job, "delete", "--force"))
+        check_output(queued(job, "delete", "--force"))
         found = ""
     if not found:
-        carried_out(make)
+        check_output(make)
     wait_for_slice(job)
     for command in (folder, copy, unpack):
-        carried_out(command)
+        check_output(command)
     for worker in range(num_workers(job)):
-        carried_out([word.replace(f"--worker={WORKER}", f"--worker={worker}") for word in work], values)
+        check_output([word.replace(f"--worker={WORKER}", f"--worker={worker}") for word in work], values)
 
 
 def wait_for_slice(job: Job) -> None:
@@ -180,7 +190,7 @@ def wait_for_slice(job: Job) -> None:
 def state(job: Job) -> str:
     """Of the queued resource; empty where there is none."""
     try:
-        return carried_out(queued(job, "describe", "--format=value(state.state)"))
+        return check_output(queued(job, "describe", "--format=value(state.state)"))
     except ValueError as error:
         if "NOT_FOUND" in str(error):
             return ""
@@ -188,7 +198,7 @@ def state(job: Job) -> str:
 
 
 def num_workers(job: Job) -> int:
-    return len(json.loads(carried_out(_vm(job, "describe", tpu(job), "--format=json")))["networkEndpoints"])
+    return len(json.loads(check_output(_vm(job, "describe", tpu(job), "--format=json")))["networkEndpoints"])
 
 
 def status(job: Job) -> str:
@@ -196,20 +206,20 @@ def status(job: Job) -> str:
     if found != READY:
         return f"TPU {tpu(job)}: {found or 'not there'}"
     look = f'cd {HOME}/{place(job)}; [ -e exit_code ] && echo "ended with $(cat exit_code)" || echo running'
-    return f"TPU {tpu(job)}: {carried_out(ssh(job, '0', look))}"
+    return f"TPU {tpu(job)}: {check_output(ssh(job, '0', look))}"
 
 
 def logs(job: Job, *, follow: bool) -> int:
     """Of worker 0."""
     show = "tail -n +1 -F log --pid=$(cat supervisor)" if follow else "cat log"
-    return called(ssh(job, "0", f"cd {HOME}/{place(job)} && {show}"), shown=True).returncode
+    return run_command(ssh(job, "0", f"cd {HOME}/{place(job)} && {show}"), shown=True).returncode
 
 
 def stop(job: Job) -> str:
     """The slice stays, and costs: the answer says how to delete it."""
-    carried_out(ssh(job, "all", told_to_stop(job)))
+    check_output(ssh(job, "all", stop_requested(job)))
     return f"told all workers to save and end; delete the TPU with: {shlex.join(queued(job, 'delete', '--force'))}"
 
 
-def told_to_stop(job: Job) -> str:
+def stop_requested(job: Job) -> str:
     return f"cd {HOME}/{place(job)} && touch stop && kill -TERM $(cat pid)"

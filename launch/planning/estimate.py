@@ -1,7 +1,7 @@
 """A plan by arithmetic: memory, traffic and time of one training step, from shapes alone.
 
 The training step itself is traced, as one device would run it (`shapes.local_shapes`), and walked
-(`trainer/footprint.py`); what devices send each other follows from how parameters and activations are cut.
+(`launch/planning/jaxpr_cost.py`); what devices send each other follows from how parameters and activations are cut.
 """
 
 import math
@@ -14,7 +14,9 @@ import numpy as np
 
 from configs.schema import RunConfig
 from configs.tasks import TrainConfig
-from launch.planning.shapes import (
+from launch.planning.hardware import Hardware, Target
+from launch.planning.jaxpr_cost import Cost, LiveBuffer, Rules, jaxpr_cost
+from launch.planning.local_shapes import (
     Shapes,
     bytes_on_device,
     gathered_copies,
@@ -24,12 +26,10 @@ from launch.planning.shapes import (
     share_of,
     teacher_of,
 )
-from models import kernels
-from models.config import Dispatch, Kernel, ModelConfig, Remat
-from models.cost import flops_per_token, num_active_params, num_params
-from models.pipeline import Schedule, schedule_over
-from trainer.footprint import Held, Rules, Work, work
-from trainer.hardware import Hardware, Target
+from models.attention import kernels
+from models.config import AttentionImplementation, Dispatch, ModelConfig, Remat
+from models.flops import flops_per_token, num_active_params, num_params
+from models.pipeline_parallel import Schedule, schedule_over
 from trainer.mesh import AXES, abstract_mesh, with_pipeline
 
 # What remains of the data sheets' figures in programs that are large and well shaped.
@@ -83,12 +83,12 @@ class Plan:
     parameters: dict[str, int]
     active_parameters: int
     trainable_parameters: int
-    flops_per_token: float  # of the model, see `models/cost.py`
+    flops_per_token: float  # of the model, see `models/flops.py`
     memory: Memory
     traffic: list[Traffic]
     compute_seconds: float  # products alone, on the units of multiplication
     device_seconds: float  # with what waits for memory: of each step of the program the slower of both
-    work: Work
+    work: Cost
 
     @property
     def capacity(self) -> float:
@@ -131,7 +131,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
     assert isinstance(task, TrainConfig)
     mesh = abstract_mesh(config.mesh, target.num_devices)
     sizes = dict(mesh.shape)
-    rows = config.data.batch_size // task.num_microbatches
+    rows = config.data.batch_size // task.gradient_accumulation_steps
     config = replace(config, model=with_pipeline(config.model, rows, mesh, config.sharding))
     teacher = teacher or teacher_of(config)
     whole = shapes_of(config, mesh, teacher)
@@ -147,7 +147,7 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
         mesh=sizes,
         remat=model.remat.name,
         batch_size=config.data.batch_size,
-        num_microbatches=task.num_microbatches,
+        num_microbatches=task.gradient_accumulation_steps,
         schedule=schedule_over(model.pipeline, whole.core.constrain),
         tokens_per_step=tokens,
         parameters=num_params(model),
@@ -173,7 +173,7 @@ def _elsewhere(config: RunConfig, model: ModelConfig, sizes: Mapping[str, int], 
 
 def _walked(
     config: RunConfig, hardware: Hardware, whole: Shapes, local: Shapes, jaxpr: Any, sizes: Mapping[str, int]
-) -> Work:
+) -> Cost:
     shares = _shares(whole, local)
     speed = hardware.flops * MATMUL[hardware.platform]
     bandwidth = hardware.memory_bandwidth * MEMORY
@@ -185,7 +185,7 @@ def _walked(
         rows_of_groups=1 / copies,
     )
     count = [len(jax.tree.leaves(part)) for part in local.arguments]
-    return work(jaxpr, [True] * count[0] + [False] * sum(count[1:]), rules)
+    return jaxpr_cost(jaxpr, [True] * count[0] + [False] * sum(count[1:]), rules)
 
 
 _last: dict[str, tuple[Shapes, Any]] = {}
@@ -194,9 +194,11 @@ _last: dict[str, tuple[Shapes, Any]] = {}
 def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None, platform: str) -> tuple[Shapes, Any]:
     """One device's share and the jaxpr of its step. Meshes that differ only in who keeps what have them in common."""
     sizes = dict(mesh.shape)
-    if kernels.chosen(config.model, config.data.seq_len, platform) is not Kernel.xla:
+    if kernels.select_implementation(config.model, config.data.seq_len, platform) is not AttentionImplementation.xla:
         # As if by blocks of plain operations, which hold and compute as much: a kernel's inside is not seen.
-        attention = replace(config.model.attention, kernel=Kernel.xla, block=kernels.BLOCKS[0])
+        attention = replace(
+            config.model.attention, implementation=AttentionImplementation.xla, block_size=kernels.BLOCKS[0]
+        )
         config = replace(config, model=replace(config.model, attention=attention))
     key = repr((share_of(config, sizes), teacher, gathered_copies(config, sizes), platform))
     if key not in _last:
@@ -213,7 +215,7 @@ def _shares(whole: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], f
     kept = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))
     shares = {}
     for name, tree in mine.items():
-        rounds = whole.core.model.pipeline.rounds if name == "layers" and whole.core.constrain.stages > 1 else 0
+        rounds = whole.core.model.pipeline.num_repeats if name == "layers" and whole.core.constrain.stages > 1 else 0
         for leaf, its_whole in zip(jax.tree.leaves(tree), jax.tree.leaves(all_of_it[name]), strict=True):
             for shape in _forms(leaf.shape, rounds):
                 shares[shape, leaf.dtype] = kept(its_whole) / math.prod(leaf.shape)
@@ -249,12 +251,12 @@ def _allow(kinds: dict[str, float], whole: Shapes, local: Shapes, platform: str)
     kinds["gradients"] += max(0.0, held - sum(kinds.values()))
 
 
-def _memory(whole: Shapes, local: Shapes, found: Work, platform: str) -> Memory:
+def _memory(whole: Shapes, local: Shapes, found: Cost, platform: str) -> Memory:
     parameters = {leaf.shape for leaf in jax.tree.leaves(local.core.abstract.params)}
     vocabulary = local.core.model.vocab_size
     kinds = dict.fromkeys(("gradients", "activations", "logits", "temporary"), 0.0)
 
-    def kind(held: Held) -> str:
+    def kind(held: LiveBuffer) -> str:
         if held.value.shape in parameters and np.issubdtype(held.value.dtype, np.floating):
             return "gradients"
         if len(held.value.shape) > 2 and vocabulary in held.value.shape:
@@ -290,12 +292,12 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
     assert isinstance(task, TrainConfig)
     item = 4 if model.dtype.name == "float32" else 2
     stages, pipeline = product(sizes, config.sharding.layers), model.pipeline
-    steps = turns = task.num_microbatches
+    steps = turns = task.gradient_accumulation_steps
     layers, own_layers, at_once, rounds = model.num_layers, model.num_layers / stages, 1.0, 1
     if stages > 1:  # each turn runs a round's layers on a microbatch; the few layers before the stages are left out
-        rounds, at_once = pipeline.rounds, stages / pipeline.microbatches
+        rounds, at_once = pipeline.num_repeats, stages / pipeline.num_microbatches
         layers = (layers - model.layers_before_experts) // (stages * rounds)
-        turns *= pipeline.microbatches * rounds + stages - 1
+        turns *= pipeline.num_microbatches * rounds + stages - 1
 
     def add(axis: str, kind: str, what: str, count: float, size: float, *, hidden: bool) -> None:
         """`size`: bytes of what each collective gathers, or reduces, whole."""
@@ -328,7 +330,7 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
     passes = 2 if model.remat is Remat.none else 3  # forward, backward, and forward again
     for axis in config.sharding.heads:
         # With rows in pieces between layers reduced and scattered, then gathered: as many bytes.
-        count = turns * layers * 2 * (2 if model.remat is Remat.dots else passes)
+        count = turns * layers * 2 * (2 if model.remat is Remat.save_dots else passes)
         add(axis, "all-reduce", "activations", count, activation, hidden=False)
     for axis in config.sharding.layers:
         n = sizes[axis]
@@ -341,11 +343,11 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
     a = model.attention
     for axis in config.sharding.length:
         # Keys and values go around the ring; in the backward pass their gradients with them, in f32.
-        wide = row / model.embed_dim * a.num_kv_heads * (a.head_dim + (a.value_dim or a.head_dim))
+        wide = row / model.embed_dim * a.num_kv_heads * (a.head_dim + (a.v_head_dim or a.head_dim))
         wide /= product(sizes, config.sharding.kv_heads)
         add(axis, "collective-permute", "keys and values", turns * layers * (passes - 1), wide, hidden=True)
         add(axis, "collective-permute", "and their gradients", turns * layers, wide * (1 + 4 / item), hidden=True)
-    experts = model.experts
+    experts = model.moe
     if experts.num_experts:
         with_experts = layers if stages > 1 else layers - model.layers_before_experts
         for axis in config.sharding.experts:
@@ -359,7 +361,7 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
     return found
 
 
-def _to_host(whole: Shapes, found: Work, hardware: Hardware) -> list[Traffic]:
+def _to_host(whole: Shapes, found: Cost, hardware: Hardware) -> list[Traffic]:
     """Between a device and the memory of its host, there and back."""
     kept = bytes_on_device(whole.core.abstract.opt_state, on_host=True)
     both = ("optimizer", 2 * kept, False), ("activations", 2 * found.sent_away, True)

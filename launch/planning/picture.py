@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from launch.planning.estimate import Plan
-from trainer.mesh import in_words
+from trainer.mesh import describe_mesh
 
 COLOURS = {
     "parameters": "#4c78a8", "optimizer": "#72b7b2", "frozen": "#9ecae9", "gradients": "#f58518",
@@ -100,6 +100,6 @@ def _mesh(axes, plan: Plan) -> None:  # type: ignore[no-untyped-def]
     axes.set_xticks([])
     axes.set_yticks([])
     more = f"; the first {shown * columns:,} of {n:,} are drawn" if shown < rows else ""
-    text = f"mesh: {in_words(dict(used))}. Between white lines: one group along {used[-1][0]}"
+    text = f"mesh: {describe_mesh(dict(used))}. Between white lines: one group along {used[-1][0]}"
     text += f"; shades: places along {next_axis[0]}" if next_axis else ""
     axes.set_title(text + more, loc="left", fontsize=11)

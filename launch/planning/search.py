@@ -10,12 +10,12 @@ from typing import NamedTuple
 from configs.schema import RunConfig
 from configs.tasks import TrainConfig
 from launch.planning.estimate import Plan, estimate
-from launch.planning.shapes import product, teacher_of
-from models.config import ModelConfig, Offload, Remat
-from trainer.hardware import Target, present
+from launch.planning.hardware import Target, present
+from launch.planning.local_shapes import product, teacher_of
+from models.config import ActivationOffload, ModelConfig, Remat
 from trainer.mesh import AXES, MeshConfig, mesh_sizes
 
-REMATS = (Remat.none, Remat.dots, Remat.full)  # the less is computed again, the faster
+REMATS = (Remat.none, Remat.save_dots, Remat.full)  # the less is computed again, the faster
 LOOKED_INTO = 3  # meshes of which every setting is tried: those that begin best
 ROWS = (1, 2, 4, 8)  # of a batch for each device that has rows of its own, where the batch is free
 MICROBATCHES = (1, 2, 4, 8, 16)
@@ -87,7 +87,7 @@ def candidates(config: RunConfig, target: Target) -> Iterator[MeshConfig]:
     stages = [s for s in (1, 2, 4) if layers % s == 0 and n % s == 0 and (s == 1 or n // s >= fast)]
     most = math.gcd(model.attention.num_kv_heads, model.attention.num_heads)
     tensors = [t for t in (1, 2, 4, 8, 16) if n % t == 0 and t <= fast and most % t == 0]
-    count = model.experts.num_experts or 1
+    count = model.moe.num_experts or 1
     dividing = [e for e in (1, 2, 4, 8, 16, 32, 64) if count % e == 0 and n % e == 0]
     experts = [e for e in dividing if count // e <= 32] or dividing[-1:]
     for stage, tensor, expert in itertools.product(stages, tensors, experts):
@@ -110,7 +110,7 @@ def _smallest(config: RunConfig, target: Target, mesh: MeshConfig, free: Free, t
     sharing = _sharing(config, mesh)
     batch = sharing if free.batch else config.data.batch_size
     turns, remat = list(_settings(config, batch // sharing, free))[-1]
-    chosen = changed(config, mesh, batch, turns, remat)
+    chosen = with_mesh(config, mesh, batch, turns, remat)
     return Choice(chosen, estimate(chosen, target, teacher))
 
 
@@ -121,7 +121,7 @@ def _with_mesh(
     sharing = _sharing(config, mesh)
     for batch in [rows * sharing for rows in ROWS] if free.batch else [config.data.batch_size]:
         for turns, remat in _settings(config, batch // sharing, free):
-            chosen = changed(config, mesh, batch, turns, remat)
+            chosen = with_mesh(config, mesh, batch, turns, remat)
             choice = Choice(chosen, estimate(chosen, target, teacher))
             if choice.plan.fits:
                 yield choice
@@ -136,25 +136,29 @@ def _settings(config: RunConfig, rows: int, free: Free) -> Iterator[tuple[int, R
     remats = REMATS if free.remat else (config.model.remat,)
     # A free batch is made smaller instead of being cut.
     turns = [n for n in MICROBATCHES if rows and rows % n == 0] if free.turns and not free.batch else []
-    yield from ((n, remat) for n in turns or [config.task.num_microbatches] for remat in remats)
+    yield from ((n, remat) for n in turns or [config.task.gradient_accumulation_steps] for remat in remats)
 
 
 def offloading(config: RunConfig) -> RunConfig:
     """The config with full remat, the optimizer's state and the borders of layers in the memory of the host."""
     config = copy.deepcopy(config)
-    config.optimizer.offload, config.model.offload, config.model.remat = True, [Offload.border], Remat.full
+    config.optimizer.offload_state, config.model.activation_offload, config.model.remat = (
+        True,
+        [ActivationOffload.layer_input],
+        Remat.full,
+    )
     return config
 
 
-def changed(config: RunConfig, mesh: MeshConfig, batch: int, turns: int, remat: Remat) -> RunConfig:
+def with_mesh(config: RunConfig, mesh: MeshConfig, batch: int, turns: int, remat: Remat) -> RunConfig:
     config = copy.deepcopy(config)
     assert isinstance(config.task, TrainConfig)
-    config.mesh, config.data.batch_size, config.task.num_microbatches = mesh, batch, turns
+    config.mesh, config.data.batch_size, config.task.gradient_accumulation_steps = mesh, batch, turns
     config.model.remat = remat
     return config
 
 
-def settled(config: RunConfig, model: ModelConfig, say: Callable[[str], None]) -> RunConfig:
+def resolve_auto_mesh(config: RunConfig, model: ModelConfig, say: Callable[[str], None]) -> RunConfig:
     """The config with the mesh that `mesh=auto` stands for, for `model` on the devices of this job.
 
     Raises: ValueError where none goes together with model and batch.

@@ -63,9 +63,11 @@ def read_law(path: Path) -> Law:
     """Of a ladder's JSON. Raises: ValueError where it holds no law of parameters and tokens that has an optimum."""
     told = json.loads(path.read_text()).get("law", {}) if path.is_file() else None
     if told is None:
-        raise ValueError(f"task.law={path}: there is no such file; meshwright ladder writes it")
+        raise ValueError(f"task.scaling_law={path}: there is no such file; meshwright scaling_ladder writes it")
     if set(told) != set(Law._fields) or min(told["alpha"], told["beta"]) <= 0:
-        raise ValueError(f"task.law={path}: holds no law of parameters and tokens by which the loss falls with both")
+        raise ValueError(
+            f"task.scaling_law={path}: holds no law of parameters and tokens by which the loss falls with both"
+        )
     return Law(**told)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.scaling.ladder import Recommendation, Size, recommend
 from launch.scaling.law import Law, Point
-from trainer.coordinates import LOGITS
+from launch.scaling.rungs import Recommendation, Size, recommend
+from trainer.activation_stats import LOGITS
 
 
 def draw_coordinates(

@@ -18,11 +18,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from launch.serving.answers import ALIVE, DONE, Chat, Shape, Text, Whole, sent, usage
-from launch.serving.bodies import Body, ChatBody, CompletionBody
 from launch.serving.errors import ApiError, from_validation
-from launch.serving.guards import BodyGuard, HostGuard, KeyGuard
-from launch.serving.metrics import CLIENT_GONE, Measured
+from launch.serving.middleware import BodyGuard, HostGuard, KeyGuard
+from launch.serving.prometheus_metrics import CLIENT_GONE, Measured
+from launch.serving.request_schema import Body, ChatBody, CompletionBody
+from launch.serving.responses import ALIVE, DONE, Chat, FullText, Shape, Text, sent, usage
 from launch.serving.scheduler import Scheduler
 from launch.serving.service import Job, Served, Service
 
@@ -210,7 +210,7 @@ async def _respond(request: HttpRequest, body: Body, job: Job, shape: Shape) -> 
 
 
 async def _answer(job: Job, shape: Shape, head: dict[str, Any]) -> dict[str, Any]:
-    wholes = [Whole() for _ in job.tickets]
+    wholes = [FullText() for _ in job.tickets]
     async for found in job.pieces():
         if found is not None:
             index, piece = found

@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from models.decode import Event, Request
+from models.decode.engine import Event, Request
 
 
 class EngineLike(Protocol):
-    """What is asked of `models.decode.Engine`."""
+    """What is asked of `models.decode.engine.Engine`."""
 
     reused_tokens: int
     prompt_tokens: int

@@ -6,15 +6,15 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from data.chat import chat_ids, text_after_turn
-from data.tokenizer_contract import Tokenizer
-from launch.serving.answers import Choice, Piece
-from launch.serving.bodies import Body, ChatBody, CompletionBody
+from data.records.chat_encoding import chat_ids, text_after_turn
+from data.tokenizers.tokenizer import Tokenizer
+from launch.generation import encode_prompt
 from launch.serving.errors import ApiError, from_value_error
-from launch.serving.metrics import Metrics
+from launch.serving.prometheus_metrics import Metrics
+from launch.serving.request_schema import Body, ChatBody, CompletionBody
+from launch.serving.responses import Choice, TextDelta
 from launch.serving.scheduler import QueueFull, Scheduler, Stopped, Ticket
-from launch.writing import encode_prompt
-from models.decode import Event, Request
+from models.decode.engine import Event, Request
 
 COMPLETION_TOKENS = 16  # of /v1/completions where none are asked for, as OpenAI has it
 HEARTBEAT = 15.0  # seconds of silence in a stream
@@ -49,7 +49,7 @@ class Job:
     def completion_tokens(self) -> int:
         return sum(choice.num_tokens for choice in self.choices)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece] | None]:
+    async def pieces(self) -> AsyncIterator[tuple[int, TextDelta] | None]:
         """What is written as it comes, with the index of its choice; None where nothing has come for a while.
 
         Raises: ApiError after the time limit, and where the engine stops.
@@ -77,7 +77,7 @@ class Job:
         else:
             self.service.took(time.monotonic() - self.begun)
 
-    def _push(self, index: int, event: Event) -> Piece:
+    def _push(self, index: int, event: Event) -> TextDelta:
         now, metrics, choice = time.monotonic(), self.service.metrics, self.choices[index]
         if index not in self.first:
             self.first[index] = now

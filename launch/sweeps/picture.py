@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from configs.sweeps import Goal, SearchConfig
-from launch.sweeps.screen import short
+from configs.sweeps import Mode, SweepSearchConfig
+from launch.sweeps.progress_display import short
 from launch.sweeps.space import Range, Space
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial, best_of, better, ranked
 
@@ -20,7 +20,7 @@ COLUMNS = 3
 PRUNED_COLOUR, FAILED_COLOUR, LINE, BEST = "#8c8c8c", "#e45756", "#4c78a8", "#e4572e"
 
 
-def draw_sweep(trials: Sequence[Trial], space: Space, search: SearchConfig, path: Path, *, title: str) -> bool:
+def draw_sweep(trials: Sequence[Trial], space: Space, search: SweepSearchConfig, path: Path, *, title: str) -> bool:
     """1400 pixels wide, 400 for each row of panels. Returns: whether there was anything to draw."""
     trials = [trial for trial in trials if trial.ended]
     if not any(trial.latest is not None for trial in trials):
@@ -31,7 +31,7 @@ def draw_sweep(trials: Sequence[Trial], space: Space, search: SearchConfig, path
     from matplotlib.figure import Figure
 
     scale = _Scale(trials, search)
-    colours = ScalarMappable(Normalize(*scale.coloured), "viridis" if search.goal is Goal.min else "viridis_r")
+    colours = ScalarMappable(Normalize(*scale.coloured), "viridis" if search.mode is Mode.min else "viridis_r")
     curves = any(len(trial.reports) > 1 for trial in trials)
     count = 1 + curves + len(space)
     rows = math.ceil(count / COLUMNS)
@@ -65,7 +65,7 @@ def draw_sweep(trials: Sequence[Trial], space: Space, search: SearchConfig, path
 class _Scale:
     """Limits in which the good trials can be told apart: what is far worse stands at the edge."""
 
-    def __init__(self, trials: Sequence[Trial], search: SearchConfig):
+    def __init__(self, trials: Sequence[Trial], search: SweepSearchConfig):
         values = np.array([better(search, t.latest) for t in trials if t.latest is not None])
         done = np.array([better(search, t.value) for t in trials if t.value is not None])
         best, usual = float(values.min()), float(np.quantile(values, 0.75))
@@ -85,7 +85,7 @@ class _Scale:
 
 
 def _points(
-    axes: "Axes", placed: Sequence[tuple[float, Trial]], search: SearchConfig, scale: _Scale, colours: Any
+    axes: "Axes", placed: Sequence[tuple[float, Trial]], search: SweepSearchConfig, scale: _Scale, colours: Any
 ) -> None:
     """Each trial at its place: what is done in the colour of its value, the others marked."""
     best = best_of([trial for _, trial in placed], search)
@@ -96,13 +96,13 @@ def _points(
         elif trial.state == PRUNED:
             axes.plot(x, y, "v", color="none", markeredgecolor=PRUNED_COLOUR, markersize=7)
         else:
-            marker = ("^" if search.goal is Goal.min else "v") if beyond else "o"
+            marker = ("^" if search.mode is Mode.min else "v") if beyond else "o"
             axes.plot(x, y, marker, color=colours.to_rgba(trial.value), markersize=8, markeredgecolor="white")
         if best is not None and trial.number == best.number:
             axes.plot(x, y, "o", color="none", markeredgecolor=BEST, markersize=15, markeredgewidth=2)
 
 
-def _by_trial(axes: "Axes", trials: Sequence[Trial], search: SearchConfig, scale: _Scale, colours: Any) -> None:
+def _by_trial(axes: "Axes", trials: Sequence[Trial], search: SweepSearchConfig, scale: _Scale, colours: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     done = [trial for trial in trials if trial.state == DONE]
@@ -115,9 +115,9 @@ def _by_trial(axes: "Axes", trials: Sequence[Trial], search: SearchConfig, scale
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _curves(axes: "Axes", trials: Sequence[Trial], search: SearchConfig, scale: _Scale, colours: Any) -> None:
+def _curves(axes: "Axes", trials: Sequence[Trial], search: SweepSearchConfig, scale: _Scale, colours: Any) -> None:
     values = [value for trial in trials for value in trial.reports.values()]
-    good, bad = (0.0, 0.97) if search.goal is Goal.min else (0.03, 1.0)  # a start from far off would flatten the rest
+    good, bad = (0.0, 0.97) if search.mode is Mode.min else (0.03, 1.0)  # a start from far off would flatten the rest
     low, high = np.quantile(values, good), np.quantile(values, bad)
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)
     for trial in reversed(ranked(trials, search)):  # the best one on top
@@ -133,7 +133,7 @@ def _curves(axes: "Axes", trials: Sequence[Trial], search: SearchConfig, scale: 
 
 
 def _slice(
-    axes: "Axes", trials: Sequence[Trial], key: str, part: Any, search: SearchConfig, scale: _Scale, colours: Any
+    axes: "Axes", trials: Sequence[Trial], key: str, part: Any, search: SweepSearchConfig, scale: _Scale, colours: Any
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -174,7 +174,7 @@ def _legend(trials: Sequence[Trial]) -> list[Any]:
     return kinds
 
 
-def _title(title: str, trials: Sequence[Trial], search: SearchConfig) -> str:
+def _title(title: str, trials: Sequence[Trial], search: SweepSearchConfig) -> str:
     best = best_of(trials, search)
     said = f"{title}: {len(trials)} trials"
     if best is None:

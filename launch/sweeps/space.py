@@ -46,7 +46,7 @@ def varies(override: str) -> bool:
         return False  # Hydra will say it
 
 
-def apart(overrides: Sequence[str]) -> list[str]:
+def split_varying_keys(overrides: Sequence[str]) -> list[str]:
     """A command line on which keys that vary stand together: `++task.sweep.over={KEY:'VALUES',...}`.
 
     Raises: ValueError where a key that varies is added by +, which Hydra's grammar has no place for.

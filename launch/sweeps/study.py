@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.sweeps import Goal, Method, Pruning, SearchConfig
+from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
 from launch.sweeps.space import Range, Space, grid, spelt
 
 DONE, PRUNED, FAILED, RUNNING, WAITING = "done", "pruned", "failed", "running", "waiting"
@@ -53,13 +53,13 @@ class Trial:
         return self.state in (DONE, PRUNED, FAILED)
 
 
-def chosen_method(search: SearchConfig, space: Space) -> Method:
+def chosen_method(search: SweepSearchConfig, space: Space) -> Method:
     if search.method is not Method.auto:
         return search.method
-    return Method.bayes if any(isinstance(part, Range) for part in space.values()) else Method.grid
+    return Method.tpe if any(isinstance(part, Range) for part in space.values()) else Method.grid
 
 
-def points_of(search: SearchConfig, space: Space) -> list[dict[str, str]]:
+def points_of(search: SweepSearchConfig, space: Space) -> list[dict[str, str]]:
     """Of a grid; none of another method.
 
     Raises: ValueError where the grid has no end, or more points than are wanted.
@@ -86,7 +86,7 @@ def imported() -> Any:
 class Study:
     """The trials of one sweep. `folder` None: nothing is written."""
 
-    def __init__(self, folder: Path | None, name: str, search: SearchConfig, space: Space, num_steps: int):
+    def __init__(self, folder: Path | None, name: str, search: SweepSearchConfig, space: Space, num_steps: int):
         optuna = self._optuna = imported()
         self.name, self.search, self.space = name, search, space
         self.method = chosen_method(search, space)
@@ -100,14 +100,14 @@ class Study:
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
-            direction="minimize" if search.goal is Goal.min else "maximize",
+            direction="minimize" if search.mode is Mode.min else "maximize",
             pruner=_pruner(optuna, search, num_steps),
             load_if_exists=True,
         )
         known = len(self._study.get_trials(deepcopy=False))
         for point in points[known:]:  # a kill between two of them leaves the rest to the next start
             self._study.enqueue_trial(point)
-        if search.retry:
+        if search.retry_failed:
             self._retry()
         again = sum("again" in trial.user_attrs for trial in self._all())
         asked = sum(trial.state.name != "WAITING" for trial in self._all())
@@ -178,7 +178,7 @@ class Study:
     def _sampler(self, number: int) -> Any:
         samplers = self._optuna.samplers
         seed = int(np.random.SeedSequence([self.search.seed, number]).generate_state(1)[0])
-        if self.method is not Method.bayes:
+        if self.method is not Method.tpe:
             return samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Optuna may change
@@ -219,7 +219,7 @@ class Study:
         for step, value in sorted(reports.items()):
             if step not in known:
                 opened.report(value, step)
-                prune = prune or (step > self.search.prune_after and opened.should_prune())
+                prune = prune or (step > self.search.warmup_steps and opened.should_prune())
         return prune
 
     def tell(self, trial: Trial, state: str, *, value: float | None = None, message: str = "") -> Trial:
@@ -232,21 +232,21 @@ class Study:
         return self.trial(trial.number)
 
 
-def _pruner(optuna: Any, search: SearchConfig, num_steps: int) -> Any:
+def _pruner(optuna: Any, search: SweepSearchConfig, num_steps: int) -> Any:
     if search.pruning is Pruning.median:
-        return optuna.pruners.MedianPruner(n_startup_trials=FEW, n_warmup_steps=search.prune_after, n_min_trials=FEW)
+        return optuna.pruners.MedianPruner(n_startup_trials=FEW, n_warmup_steps=search.warmup_steps, n_min_trials=FEW)
     if search.pruning is Pruning.hyperband:
-        least = search.prune_after or max(1, num_steps // 27)
+        least = search.warmup_steps or max(1, num_steps // 27)
         return optuna.pruners.HyperbandPruner(min_resource=least, max_resource=max(num_steps, least))
     return optuna.pruners.NopPruner()
 
 
-def better(search: SearchConfig, value: float) -> float:
+def better(search: SweepSearchConfig, value: float) -> float:
     """The value so that smaller is better."""
-    return value if search.goal is Goal.min else -value
+    return value if search.mode is Mode.min else -value
 
 
-def ranked(trials: Sequence[Trial], search: SearchConfig) -> list[Trial]:
+def ranked(trials: Sequence[Trial], search: SweepSearchConfig) -> list[Trial]:
     """Done ones from the best, then pruned ones by how far they were, then the others."""
     order = (DONE, PRUNED, RUNNING, FAILED, WAITING)
 
@@ -257,6 +257,6 @@ def ranked(trials: Sequence[Trial], search: SearchConfig) -> list[Trial]:
     return sorted(trials, key=key)
 
 
-def best_of(trials: Sequence[Trial], search: SearchConfig) -> Trial | None:
+def best_of(trials: Sequence[Trial], search: SweepSearchConfig) -> Trial | None:
     done = [trial for trial in trials if trial.state == DONE]
     return ranked(done, search)[0] if done else None

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import RunConfig
-from configs.sweeps import SearchConfig
+from configs.sweeps import SweepSearchConfig
 from configs.tasks import TrainConfig
 from launch import exit_codes
-from launch.launchers.job import Job, flags, jobs_folder, newest
+from launch.config_errors import did_you_mean
+from launch.launchers.job import Job, cli_flags, jobs_folder, newest
 from launch.launchers.supervisor import in_words
 from launch.launchers.table import LAUNCHERS
-from launch.messages import did_you_mean
 from launch.run_folder import RunFolder, run_folder
-from launch.startup import began
+from launch.startup_timing import began
 from launch.sweeps.study import Trial
 from trainer.hooks import STOPPED_EARLY
 from trainer.loop import DONE
 
-PROGRAM = (sys.executable, "-P", "-m", "launch.run")  # -P: as a job's; the working folder is no place for packages
+PROGRAM = (sys.executable, "-P", "-m", "launch.cli")  # -P: as a job's; the working folder is no place for packages
 WITH_THE_COMMAND = ("local", "ray")  # launchers whose processes end with the command that started them
 PARTS = 50  # of a run: of train/... a value is the mean over one
 STARTS = 3  # of a trial that is preempted without being asked
@@ -130,7 +130,7 @@ class Running:
             self.child.send_signal(signal.SIGTERM)
             return f"is not stopped: {error}"
 
-    def outcome(self, search: SearchConfig) -> Outcome:
+    def outcome(self, search: SweepSearchConfig) -> Outcome:
         """Of a command that has ended."""
         code = self.child.wait()
         self.measured.look()
@@ -147,7 +147,7 @@ class Running:
         killed = code < 0 or code > 128
         return Outcome(False, message=(not killed and last_words(self.log)) or in_words(code), code=code)
 
-    def _measured(self, search: SearchConfig) -> Outcome:
+    def _measured(self, search: SweepSearchConfig) -> Outcome:
         value = self.measured.value()
         if value is not None:
             return Outcome(True, value=value)
@@ -167,20 +167,20 @@ def finished(folder: RunFolder) -> bool:
 
 
 def newest_job(config: RunConfig) -> Job | None:
-    folder = newest(jobs_folder(config.runs, config.run))
+    folder = newest(jobs_folder(config.output_dir, config.run))
     return Job.load(folder) if folder is not None and (folder / "job.json").exists() else None
 
 
 def command(arguments: Sequence[str], trial: Trial) -> list[str]:
     """The words of a trial after `meshwright`."""
-    return ["train", *flags(sys.argv[1:]), *arguments, *trial.arguments, f"run={trial.run}"]
+    return ["train", *cli_flags(sys.argv[1:]), *arguments, *trial.arguments, f"run={trial.run}"]
 
 
 def start(
     trial: Trial,
     config: RunConfig,
     arguments: Sequence[str],
-    search: SearchConfig,
+    search: SweepSearchConfig,
     *,
     log: Path,
     code: Path | None = None,
@@ -194,7 +194,7 @@ def start(
     words = command(arguments, trial)
     rejoin = rejoin and config.launcher.kind not in WITH_THE_COMMAND and newest_job(config) is not None
     if rejoin:
-        words = ["logs", f"runs={config.runs}", f"run={trial.run}", "follow=true"]
+        words = ["logs", f"output_dir={config.output_dir}", f"run={trial.run}", "follow=true"]
     root = str((code or Path(__file__).resolve().parents[2]).absolute())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     if gpus:
@@ -240,7 +240,7 @@ def is_alive(process: dict[str, Any]) -> bool:
     return began(process["pid"]) == process.get("began")
 
 
-def let_end(trial: Trial, say: Callable[[str], None]) -> None:
+def wait_for_orphan(trial: Trial, say: Callable[[str], None]) -> None:
     """Waits for the process of a trial that outlived its sweep.
 
     Raises: ValueError where it does not end.
@@ -267,25 +267,25 @@ def last_words(log: Path) -> str:
     return (ours or lines or [""])[-1]
 
 
-def gpu_shares(search: SearchConfig, kind: str) -> list[list[str]]:
+def gpu_shares(search: SweepSearchConfig, kind: str) -> list[list[str]]:
     """The GPUs of each place of a trial; empty lists where all are for all.
 
     Raises: ValueError where there are too few.
     """
     if not search.gpus_per_trial:
-        return [[] for _ in range(search.parallel)]
+        return [[] for _ in range(search.max_concurrent_trials)]
     if kind != "local":
         raise ValueError(
             f"sweep.gpus_per_trial={search.gpus_per_trial}: is of this machine's; launcher={kind} has keys of its own"
         )
     seen = gpus_here()
-    if len(seen) < search.gpus_per_trial * search.parallel:
+    if len(seen) < search.gpus_per_trial * search.max_concurrent_trials:
         raise ValueError(
-            f"sweep.gpus_per_trial={search.gpus_per_trial}: {search.parallel} trials at once need "
-            f"{search.gpus_per_trial * search.parallel} GPUs, and this machine shows {len(seen)}; lower sweep.parallel"
+            f"sweep.gpus_per_trial={search.gpus_per_trial}: {search.max_concurrent_trials} trials at once need "
+            f"{search.gpus_per_trial * search.max_concurrent_trials} GPUs, and this machine shows {len(seen)}; lower sweep.max_concurrent_trials"
         )
     share = search.gpus_per_trial
-    return [seen[place * share : (place + 1) * share] for place in range(search.parallel)]
+    return [seen[place * share : (place + 1) * share] for place in range(search.max_concurrent_trials)]
 
 
 def gpus_here() -> list[str]:

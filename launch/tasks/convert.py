@@ -14,30 +14,38 @@ import numpy as np
 from configs.schema import RunConfig, to_plain
 from configs.tasks import ConvertConfig, TrainConfig
 from data.batch import DTYPES, TokenBatch
-from data.chat import configured
-from data.examples import Records
 from data.packing import Packing
-from data.tokenizer import TokenizerConfig, save_tokenizer
-from data.tokenizer_contract import PROBES
-from data.tokenizer_gguf import write_tokenizer as tokenizer_header
-from launch.assemble import build_core, is_chief, say, wait_for_all
-from launch.origins import Origin, find_origin, published_kind, with_changes
-from launch.published import write_tokenizer
+from data.records.chat_encoding import configured
+from data.records.encoding import DataFormat
+from data.tokenizers.gguf_tokenizer import write_tokenizer as tokenizer_header
+from data.tokenizers.huggingface_export import write_tokenizer
+from data.tokenizers.kinds import TokenizerConfig, save_tokenizer
+from data.tokenizers.tokenizer import PROBES
+from launch.build import build_core, is_main_process, log, sync_processes
+from launch.load_run import SavedRun, open_run
 from launch.run_folder import environment, run_folder
-from launch.saved_run import SavedRun, open_run
-from models import gguf_files, peft_files
+from launch.weights_source import WeightsSource, published_kind, resolve_weights, with_changes
 from models.config import ModelConfig
-from models.cost import num_params
-from models.further import FURTHER
-from models.gguf import architecture_for
-from models.huggingface import family_for, family_of, read_model, shape_of
-from models.huggingface_files import BESIDE, Checkpoint, Folder, first_difference, load_params, save_params
+from models.flops import num_params
+from models.formats.gguf import files as gguf_files
+from models.formats.gguf.metadata import architecture_for
+from models.formats.huggingface import peft as peft_files
+from models.formats.huggingface.checkpoint_files import (
+    BESIDE,
+    Checkpoint,
+    Folder,
+    first_difference,
+    load_params,
+    save_params,
+)
+from models.formats.huggingface.families import architecture_name, family_for, family_of, read_model
+from models.mtp import MTP
 from models.transformer import logits, make_apply
+from trainer.console import progress_bar
 from trainer.objective import Params
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.reward import RewardConfig
-from trainer.optimizer import SgdConfig
-from trainer.progress import progress_bar
+from trainer.optimizers.optimizer import SgdConfig
 
 CARRIED = "published"  # the folder in a run folder with what came beside the weights
 
@@ -46,7 +54,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     """Raises: ValueError where the two ends are not one published checkpoint and one run."""
     task = config.task
     assert isinstance(task, ConvertConfig)
-    origin, target = task.origin or "", task.target or ""
+    origin, target = task.input or "", task.output or ""
     (from_kind, _), (to_kind, path) = published_kind(origin), published_kind(target)
     if not origin or not target or (from_kind is None) == (to_kind is None):
         raise ValueError(
@@ -64,7 +72,7 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
     folder = run_folder(config)
     if folder.config.exists():
         raise ValueError(f"to={folder.name}: this run exists already; give another name")
-    origin = find_origin(reference, config.runs, say, key="from")
+    origin = resolve_weights(reference, config.output_dir, log, key="from")
     if config.adapter.active:
         raise ValueError(f"adapter.method={config.adapter.method.name}: a conversion trains nothing; leave it out")
     # Plain descent keeps no state: the checkpoint is the weights and nothing else.
@@ -88,32 +96,32 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         differs = first_difference(origin.checkpoint, origin.model, state.params)
     if differs is not None:
         raise RuntimeError(f"{reference}: {differs} is not what was read from it; nothing was written")
-    if is_chief():
+    if is_main_process():
         folder.write_start(config, [])
         save_tokenizer(tokenizer, folder.tokenizer)
         (folder.path / CARRIED).mkdir(exist_ok=True)
-        for name, content in origin.beside.items():
+        for name, content in origin.extra_files.items():
             (folder.path / CARRIED / name).write_bytes(content)
-    with folder.checkpointer(config.checkpoint, say=say) as checkpointer:
+    with folder.checkpointer(config.checkpoint, say=log) as checkpointer:
         saved = {"run": to_plain(config), "environment": environment(), "mesh": dict(core.mesh.shape)}
         checkpointer.save(0, state, source={}, config=saved, tokenizer=tokenizer.files())
         checkpointer.wait()
     parameters = num_params(core.model)["total"]
     how = "adapters merged into their base" if origin.checkpoint is None else "every tensor equal bit for bit"
-    say(f"run {folder.name!r}: {parameters:,} parameters of {reference}, {how}")
-    say(f"next:\n  meshwright generate run={folder.name} prompt='The '")
-    say(f"  meshwright train run=mine init_from={folder.name} source=[text] data.sources.text.paths=[YOUR_FOLDER]")
+    log(f"run {folder.name!r}: {parameters:,} parameters of {reference}, {how}")
+    log(f"next:\n  meshwright generate run={folder.name} prompt='The '")
+    log(f"  meshwright train run=mine init_from={folder.name} source=[text] data.sources.text.paths=[YOUR_FOLDER]")
     return 0
 
 
-def judging(config: RunConfig, origin: Origin) -> RunConfig:
+def judging(config: RunConfig, origin: WeightsSource) -> RunConfig:
     """The run of a published reward model, which has one output, or of one that tells classes."""
     if origin.model.outputs == 1:
-        data = dataclasses.replace(config.data, records=Records.pairs)
+        data = dataclasses.replace(config.data, format=DataFormat.preference)
         return dataclasses.replace(config, objective=RewardConfig(), data=data)
-    named = json.loads(origin.beside["config.json"]).get("id2label") or {}
+    named = json.loads(origin.extra_files["config.json"]).get("id2label") or {}
     classes = [named.get(str(i), f"LABEL_{i}") for i in range(origin.model.outputs)]
-    data = dataclasses.replace(config.data, records=Records.labelled, classes=classes, packing=Packing.best_fit)
+    data = dataclasses.replace(config.data, format=DataFormat.classification, classes=classes, packing=Packing.best_fit)
     return dataclasses.replace(config, objective=ClassificationConfig(), data=data)
 
 
@@ -125,7 +133,7 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
         raise ValueError(f"task.dtype={task.dtype}: must be one of {', '.join(SAVED_DTYPES[kind])} in {kind}:")
     saved = without_further(open_run(config, overrides))
     half = path.with_name(path.name + ".tmp")
-    if is_chief() and half.exists():
+    if is_main_process() and half.exists():
         shutil.rmtree(half) if half.is_dir() else half.unlink()
     carried = saved.folder.path / CARRIED
     before = json.loads((carried / "config.json").read_text()) if (carried / "config.json").exists() else {}
@@ -136,32 +144,32 @@ def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], k
         written = WRITERS[kind](half, saved, params, before, dtype, task)
     except ValueError as error:
         raise ValueError(f"from={saved.folder.name}: {error}") from None
-    wait_for_all("written")
+    sync_processes("written")
     same = "" if written.checkpoint is None else compare_logits(half, saved, params, written.checkpoint, written.model)
-    wait_for_all("compared")
-    if not is_chief():
+    sync_processes("compared")
+    if not is_main_process():
         return 0
     if path.exists():
         path.rmdir()
     half.rename(path)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    say(f"{kind}:{path}: {written.name}, {parameters:,} parameters in {dtype}, read back and equal{same}")
+    log(f"{kind}:{path}: {written.name}, {parameters:,} parameters in {dtype}, read back and equal{same}")
     return 0
 
 
 def without_further(saved: SavedRun) -> SavedRun:
     """The run as others know its model: without modules for further tokens."""
     core = saved.core
-    if not core.model.further_tokens:
+    if not core.model.mtp_num_layers:
         return saved
-    say(f"run {saved.folder.name!r}: its {core.model.further_tokens} modules for further tokens are left out")
+    log(f"run {saved.folder.name!r}: its {core.model.mtp_num_layers} modules for further tokens are left out")
     abstract = dataclasses.replace(core.abstract, params=_without(core.abstract.params))
-    model = dataclasses.replace(core.model, further_tokens=0)
+    model = dataclasses.replace(core.model, mtp_num_layers=0)
     return dataclasses.replace(saved, core=dataclasses.replace(core, model=model, abstract=abstract))
 
 
 def _without(params: Params) -> Params:
-    return {name: value for name, value in params.items() if name != FURTHER}
+    return {name: value for name, value in params.items() if name != MTP}
 
 
 class Written(NamedTuple):
@@ -223,24 +231,24 @@ def write_folder(
     """A folder that transformers, vLLM and others load."""
     model, carried = saved.core.model, saved.folder.path / CARRIED
     family = family_for(model)
-    if before and shape_of(read_model(before)) == shape_of(model):
+    if before and architecture_name(read_model(before)) == architecture_name(model):
         family = family_of(before)
-    shard_bytes = int(task.shard_gigabytes * 1e9)
+    shard_bytes = int(task.max_shard_size_gb * 1e9)
     with progress_bar("writing") as progress:
         save_params(half, model, params, family, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
-    wait_for_all("weights")
+    sync_processes("weights")
     written = Folder(half)
     read_back = read_model(written.config)
     differs = first_difference(written, read_back, params)  # of every process, since each has its share of them
-    if differs is not None or shape_of(read_back) != shape_of(model):
+    if differs is not None or architecture_name(read_back) != architecture_name(model):
         raise RuntimeError(
             f"{half}: {differs or 'config.json'} is not what was written; it stays there to be looked at"
         )
-    if is_chief():
+    if is_main_process():
         for name in BESIDE:
             if (carried / name).exists():
                 shutil.copyfile(carried / name, half / name)
-        say(write_tokenizer(half, saved.tokenizer, before))
+        log(write_tokenizer(half, saved.tokenizer, before))
         if saved.config.data.classes:
             name_classes(half / "config.json", saved.config.data.classes)
     return Written(written.config["architectures"][0], written, read_back)
@@ -264,11 +272,11 @@ def write_file(
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     with progress_bar("writing") as progress:
         gguf_files.save_params(half, model, params, row, metadata, dtype=dtype, progress=progress)
-    written = gguf_files.File(half) if is_chief() else None
+    written = gguf_files.File(half) if is_main_process() else None
     differs = gguf_files.first_wrong(written, model, params, row, dtype=dtype)
     if differs is not None:
         raise RuntimeError(f"{half}: {differs} is not what was written; it stays there to be looked at")
-    wait_for_all("weights")
+    sync_processes("weights")
     there = gguf_files.File(half)
     return Written(row.name, there, there.model)
 
@@ -285,9 +293,9 @@ def write_adapters(
     if origin.startswith("hf:"):
         family = family_of(Folder(Path(origin.removeprefix("hf:"))).config)
     else:
-        say(f"the base is the run {origin}: convert from={origin} to=hf:FOLDER writes it, for PEFT to load these upon")
+        log(f"the base is the run {origin}: convert from={origin} to=hf:FOLDER writes it, for PEFT to load these upon")
     peft_files.save_adapters(half, model, adapter, adapters, family, base=origin.removeprefix("hf:"), dtype=dtype)
-    differs = peft_files.first_difference(half, model, adapter, adapters, family) if is_chief() else None
+    differs = peft_files.first_difference(half, model, adapter, adapters, family) if is_main_process() else None
     if differs is not None:
         raise RuntimeError(f"{half}: {differs} is not what was written; it stays there to be looked at")
     return Written(f"adapters of {family.architecture}, rank {adapter.rank}", None, model)

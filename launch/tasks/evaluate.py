@@ -7,13 +7,13 @@ from pathlib import Path
 
 from configs.schema import Format, RunConfig
 from configs.tasks import EvaluateConfig
-from data.problems import Problem, read_problems
-from data.tokenizer_contract import Tokenizer
-from launch.assemble import build_evaluation, is_chief, load_corpora, say
-from launch.saved_run import SavedRun, open_run
-from models.config import Mask
-from trainer.progress import progress_bar
-from trainer.scoring import Text, accuracy, make_score, score_texts
+from data.evaluation.multiple_choice import MultipleChoice, read_multiple_choice
+from data.tokenizers.tokenizer import Tokenizer
+from launch.build import build_evaluation, is_main_process, load_corpora, log
+from launch.load_run import SavedRun, open_run
+from models.config import AttentionMask
+from trainer.console import progress_bar
+from trainer.loglikelihood import Text, accuracy, make_score, score_texts
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
@@ -21,8 +21,8 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     task = config.task
     assert isinstance(task, EvaluateConfig)
     files = {
-        Path(name).stem: read_problems(Path(name), limit=task.limit, limit_each=task.limit_each)
-        for name in task.problems
+        Path(name).stem: read_multiple_choice(Path(name), limit=task.limit, limit_each=task.limit_per_group)
+        for name in task.eval_tasks
     }
     saved = open_run(config, overrides, dtype=task.dtype)
     if not files:
@@ -30,20 +30,20 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     return on_problems(saved, files, prefix_ids(saved.tokenizer, task.prefix), config.format)
 
 
-def on_problems(saved: SavedRun, files: dict[str, list[Problem]], prefix: list[int], form: Format) -> int:
+def on_problems(saved: SavedRun, files: dict[str, list[MultipleChoice]], prefix: list[int], form: Format) -> int:
     """Which answer the model finds likeliest; a line as soon as a file is done."""
     texts = {name: problem_texts(saved.tokenizer, problems, prefix) for name, problems in files.items()}
     width = max(map(len, files))
     too_long = max(len(text.ids) for of_file in texts.values() for text in of_file)
     model, mesh = saved.core.model, saved.core.mesh
     if model.position.name == "learned" and too_long > model.max_seq_len:
-        raise ValueError(f"task.problems: one has {too_long} tokens, and positions end at {model.max_seq_len}")
-    model.refuse_masks(Mask.bidirectional, why="an encoder gives texts no probability; evaluate it on sources")
-    prompts = model.attention.mask is Mask.prefix
+        raise ValueError(f"task.eval_tasks: one has {too_long} tokens, and positions end at {model.max_seq_len}")
+    model.refuse_masks(AttentionMask.bidirectional, why="an encoder gives texts no probability; evaluate it on sources")
+    prompts = model.attention.mask is AttentionMask.prefix
     score, params = make_score(saved.core.apply, constrain=saved.core.constrain, prefix=prompts), saved.params()
     found: dict[str, dict[str, float]] = {}
     if form is not Format.json:
-        say(f"run {saved.folder.name!r} at step {saved.step}, {model.dtype.name}")
+        log(f"run {saved.folder.name!r} at step {saved.step}, {model.dtype.name}")
     for name, problems in files.items():
         with progress_bar(name, len(texts[name]), quiet=form is Format.json) as advance:
             flat = iter(score_texts(score, params, texts[name], rows_multiple=mesh.size, progress=advance))
@@ -54,8 +54,8 @@ def on_problems(saved: SavedRun, files: dict[str, list[Problem]], prefix: list[i
         found[name] = accuracy(scores, [problem.gold for problem in problems], characters)
         if form is not Format.json:
             values = (f"{key} {value:.4f}" for key, value in found[name].items() if key not in ("stderr", "n"))
-            say(f"{name:{width}}  {', '.join(values)}; stderr {found[name]['stderr']:.4f}, n {found[name]['n']:,}")
-    if form is Format.json and is_chief():
+            log(f"{name:{width}}  {', '.join(values)}; stderr {found[name]['stderr']:.4f}, n {found[name]['n']:,}")
+    if form is Format.json and is_main_process():
         print(json.dumps({"run": saved.folder.name, "step": saved.step, "problems": found}, indent=2))
     return 0
 
@@ -70,7 +70,7 @@ def prefix_ids(tokenizer: Tokenizer, prefix: str | None) -> list[int]:
     return [tokenizer.special_tokens[prefix]]
 
 
-def problem_texts(tokenizer: Tokenizer, problems: list[Problem], prefix: list[int]) -> list[Text]:
+def problem_texts(tokenizer: Tokenizer, problems: list[MultipleChoice], prefix: list[int]) -> list[Text]:
     """Context and continuation are tokenised apart and joined, so that the border is the same for every option."""
     texts = []
     for problem in problems:
@@ -84,16 +84,16 @@ def problem_texts(tokenizer: Tokenizer, problems: list[Problem], prefix: list[in
 def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     data = dataclasses.replace(
         saved.config.data,
-        eval_batches=task.batches or saved.config.data.eval_batches,
+        max_eval_batches=task.max_eval_batches or saved.config.data.max_eval_batches,
         batch_size=saved.core.batch_size,
     )
     merged = dataclasses.replace(saved.config, data=data)
     quiet = config.format is Format.json
-    corpora = load_corpora(merged, saved.folder, (lambda text: None) if quiet else say)
+    corpora = load_corpora(merged, saved.folder, (lambda text: None) if quiet else log)
     if not corpora.heldout:
-        raise ValueError("data: no source holds out text; set data.sources.NAME.heldout_fraction above 0")
+        raise ValueError("data: no source holds out text; set data.sources.NAME.validation_fraction above 0")
     found = build_evaluation(merged, corpora, saved.core, saved.frozen())(saved.scored_params())
-    if not is_chief():
+    if not is_main_process():
         return 0
     if quiet:
         print(json.dumps({"run": saved.folder.name, "step": saved.step, **found}, indent=2))
@@ -108,7 +108,7 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
             }
             for source in [*corpora.heldout, ""]
         }
-        if not saved.config.objective.of_tokens:
+        if not saved.config.objective.is_token_level:
             rows = {name: {"n" if c == "tokens" else c: v for c, v in row.items()} for name, row in rows.items()}
         print_table("source", rows, columns)
     return 0

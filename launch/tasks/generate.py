@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from configs.schema import Format, RunConfig
 from configs.tasks import GenerateConfig
-from data.chat import TEMPLATES, chat_ids, check_messages, text_after_turn
-from data.chat_template import render
-from data.tokenizer_contract import Tokenizer
-from launch.assemble import is_chief
-from launch.saved_run import open_writer
-from launch.writing import unmasking_of, write
-from models.decode import Completion
-from models.sampling import SamplingConfig
+from data.records.chat_encoding import TEMPLATES, chat_ids, check_messages, text_after_turn
+from data.records.chat_template import render
+from data.tokenizers.tokenizer import Tokenizer
+from launch.build import is_main_process
+from launch.generation import generate_batches, unmasking_of
+from launch.load_run import open_writer
+from models.decode.engine import Completion
+from models.decode.sampling import SamplingConfig
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
@@ -45,10 +45,10 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         stop += ending
     begun = [prompt for prompt in begun for _ in range(task.num_samples)]
     given = [prompt for prompt in given for _ in range(task.num_samples)]
-    stream = len(given) == 1 and config.format is Format.table and is_chief()
+    stream = len(given) == 1 and config.format is Format.table and is_main_process()
     if stream and chat is None:
         show(str(given[0]))
-    results = write(
+    results = generate_batches(
         saved.params(),
         saved.core.model,
         saved.tokenizer,
@@ -61,7 +61,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     )
     if chat is not None:
         results = [(text.lstrip(), completion) for text, completion in results]
-    if is_chief():
+    if is_main_process():
         print_all(begun, results, config.format, chat is not None, stream)
     return 0
 
@@ -91,11 +91,11 @@ class Conversation(NamedTuple):
 
 
 def conversation(config: RunConfig, task: GenerateConfig) -> Conversation | None:
-    """What `chat=`, `task.system=` and `task.chat_file=` say; None without them.
+    """What `chat=`, `task.system=` and `task.messages_file=` say; None without them.
 
     Raises: ValueError where they contradict each other, and for messages that are none.
     """
-    if config.chat is None and task.chat_file is None:
+    if config.chat is None and task.messages_file is None:
         if task.system is not None:
             raise ValueError(f"task.system={task.system!r}: opens a chat, and there is none; add chat='Hello'")
         return None
@@ -105,8 +105,8 @@ def conversation(config: RunConfig, task: GenerateConfig) -> Conversation | None
             "gone on with as it is"
         )
     messages, tools = [], None
-    if task.chat_file is not None:
-        messages, tools = read_chat(Path(task.chat_file))
+    if task.messages_file is not None:
+        messages, tools = read_chat(Path(task.messages_file))
     system = [] if task.system is None else [{"role": "system", "content": task.system}]
     said = [] if config.chat is None else [{"role": "user", "content": config.chat}]
     messages = [*system, *messages, *said]
@@ -116,7 +116,7 @@ def conversation(config: RunConfig, task: GenerateConfig) -> Conversation | None
 
 def read_chat(path: Path) -> Conversation:
     """Messages, and tools where the file has any. Raises: ValueError naming the file."""
-    key = f"task.chat_file={path}"
+    key = f"task.messages_file={path}"
     if not path.is_file():
         raise ValueError(f"{key}: there is no such file")
     try:

@@ -9,13 +9,13 @@ import numpy as np
 
 from configs.schema import Format, RunConfig
 from data.batch import ColumnBatch, TokenBatch, flat_rows
-from data.examples import marked_text
-from data.pipeline import batch_hash
-from data.tokenizer_contract import Tokenizer
-from launch.assemble import build_source, is_chief, load_corpora
-from launch.saved_run import SavedRun, open_run
-from models.cost import num_params, params_bytes
-from trainer.digest import state_hash
+from data.loader import batch_hash
+from data.records.encoding import marked_text
+from data.tokenizers.tokenizer import Tokenizer
+from launch.build import build_source, is_main_process, load_corpora
+from launch.load_run import SavedRun, open_run
+from models.flops import num_params, params_bytes
+from trainer.checkpoint.checksums import state_hash
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
@@ -35,7 +35,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     }
     if saved.config.data.sources:
         found |= next_batch(saved)
-    if not is_chief():
+    if not is_main_process():
         return 0
     if config.format is Format.json:
         print(json.dumps(found, indent=2))
@@ -59,7 +59,7 @@ def next_batch(saved: SavedRun) -> dict[str, Any]:
     batch = source.global_batch()
     found = {"data_position": position["next_index"], "next_batch_sha256": batch_hash(batch)}
     transform = original.data.transform.build(corpora.tokenizer, original.data.seq_len)
-    if original.data.rules() is not None or transform is not None:
+    if original.data.encoding() is not None or transform is not None:
         in_place = transform is not None and transform.same_place
         found["next_example"] = first_example(corpora.tokenizer, batch, in_place=in_place)
     return found

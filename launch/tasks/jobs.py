@@ -30,7 +30,7 @@ def stop(config: RunConfig, overrides: list[str]) -> int:
 
 def newest_job(config: RunConfig) -> Job:
     """Raises: ValueError where the run has none."""
-    folder = newest(jobs_folder(config.runs, config.run))
+    folder = newest(jobs_folder(config.output_dir, config.run))
     if folder is None or not (folder / "job.json").exists():
-        raise ValueError(f"run={config.run}: has no job in {config.runs}; only what a launcher started is one")
+        raise ValueError(f"run={config.run}: has no job in {config.output_dir}; only what a launcher started is one")
     return Job.load(folder)

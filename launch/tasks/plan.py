@@ -10,21 +10,21 @@ import jax
 
 from configs.schema import Format, RunConfig
 from configs.tasks import PlanConfig
-from data.store import is_url
-from launch.assemble import say
-from launch.messages import named_keys
-from launch.origins import adopt
-from launch.planning.compiled import Compiled, compile_step, take_no_device
+from data.object_store import is_url
+from launch.build import log
+from launch.config_errors import named_keys
 from launch.planning.estimate import estimate
+from launch.planning.hardware import Target, parse_target
+from launch.planning.local_shapes import with_vocabulary
 from launch.planning.picture import draw_plan
 from launch.planning.search import Choice, Free, search
-from launch.planning.shapes import with_vocabulary
+from launch.planning.xla_compile import Compiled, compile_step, disable_devices
 from launch.run_folder import run_folder, write_whole
 from launch.scaling.law import CHINCHILLA, CHINCHILLA_SOURCE, compute_optimal, read_law
-from trainer.hardware import Target, parse_target
-from trainer.mesh import in_words
+from launch.weights_source import inherit_model_config
+from trainer.mesh import describe_mesh
 
-CONVENTION = "6 x weights of products + 3 x attention over half of the row (models/cost.py); peak is dense bf16"
+CONVENTION = "6 x weights of products + 3 x attention over half of the row (models/flops.py); peak is dense bf16"
 TOP = 3  # of a search, compiled with compile=true and shown in any case
 
 
@@ -32,14 +32,14 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     """Prints the plan, and writes it with a picture to `task.output`."""
     task = config.task
     assert isinstance(task, PlanConfig)
-    take_no_device()
-    target = parse_target(task.target, config.devices or jax.device_count())
-    config = with_vocabulary(adopt(config, overrides, run_folder(config), say))
+    disable_devices()
+    target = parse_target(task.target, config.fake_devices or jax.device_count())
+    config = with_vocabulary(inherit_model_config(config, overrides, run_folder(config), log))
     named = named_keys(overrides)
     free = Free(
         mesh=not any(key.partition(".")[0] == "mesh" for key in named),
         remat=task.search and "model.remat" not in named,
-        turns=task.search and "task.num_microbatches" not in named,
+        turns=task.search and "task.gradient_accumulation_steps" not in named,
         batch="data.batch_size" not in named,
     )
     choices = _chosen(config, target, free, task)
@@ -52,7 +52,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     others = [choice for choice in choices if choice is not best] if task.search else []
     title = _title(best, overrides)
     found = describe(best, task, told)
-    folder = Path(task.output or Path("runs" if is_url(config.runs) else config.runs) / "plans")
+    folder = Path(task.output or Path("runs" if is_url(config.output_dir) else config.output_dir) / "plans")
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title)
     if task.search:
@@ -89,12 +89,16 @@ def _title(choice: Choice, overrides: list[str]) -> str:
 def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dict[str, Any]:
     """All that is known, as plain values: bytes, seconds, dollars."""
     plan, config, hardware = choice.plan, choice.config, choice.plan.target.hardware
-    tokens = task.tokens or float(task.num_steps * plan.tokens_per_step)
+    tokens = task.num_tokens or float(task.num_steps * plan.tokens_per_step)
     seconds = tokens / plan.tokens_per_second
     hours = seconds / 3600 * plan.target.num_devices
-    price = hardware.price if task.price is None else task.price
+    price = hardware.price if task.price_per_device_hour is None else task.price_per_device_hour
     flops = tokens * plan.flops_per_token
-    law, source = (CHINCHILLA, CHINCHILLA_SOURCE) if task.law is None else (read_law(Path(task.law)), task.law)
+    law, source = (
+        (CHINCHILLA, CHINCHILLA_SOURCE)
+        if task.scaling_law is None
+        else (read_law(Path(task.scaling_law)), task.scaling_law)
+    )
     optimum = compute_optimal(flops, law)
     found: dict[str, Any] = {
         "target": plan.target.name,
@@ -140,10 +144,14 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
         "overrides": [
             *(f"mesh.{axis}={size}" for axis, size in plan.mesh.items()),
             f"data.batch_size={plan.batch_size}",
-            f"task.num_microbatches={plan.num_microbatches}",
+            f"task.gradient_accumulation_steps={plan.num_microbatches}",
             f"model.remat={plan.remat}",
-            *([f"model.offload=[{','.join(o.name for o in config.model.offload)}]"] if config.model.offload else []),
-            *(["optimizer.offload=true"] if config.optimizer.offload else []),
+            *(
+                [f"model.activation_offload=[{','.join(o.name for o in config.model.activation_offload)}]"]
+                if config.model.activation_offload
+                else []
+            ),
+            *(["optimizer.offload_state=true"] if config.optimizer.offload_state else []),
         ],
     }
     if compiled is not None:
@@ -186,7 +194,7 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
     if plan.trainable_parameters != plan.parameters["total"]:
         console.print(f"            {plan.trainable_parameters:,} trainable")
     console.print(f"FLOPs       {plan.flops_per_token:.4g} a token: {CONVENTION}")
-    console.print(f"mesh        {in_words(plan.mesh)}; remat {plan.remat}; {plan.num_microbatches} microbatches")
+    console.print(f"mesh        {describe_mesh(plan.mesh)}; remat {plan.remat}; {plan.num_microbatches} microbatches")
     if plan.schedule is not None:
         console.print(f"stages      {plan.schedule.in_words}")
     row = found["seq_len"]
@@ -246,7 +254,7 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
     for other in others:
         p = other.plan
         console.print(
-            f"next best   {in_words(p.mesh)}; remat {p.remat}; batch {p.batch_size}, {p.num_microbatches} microbatches"
+            f"next best   {describe_mesh(p.mesh)}; remat {p.remat}; batch {p.batch_size}, {p.num_microbatches} microbatches"
             f": {gb(p.memory.total)}, MFU {p.mfu:.1%}"
         )
     if not plan.fits:

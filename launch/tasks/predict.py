@@ -15,17 +15,17 @@ import numpy as np
 from configs.schema import RunConfig
 from configs.tasks import PredictConfig
 from data.batch import TokenBatch
-from data.conversations import BadRow, Conversation, find_format, to_conversation
-from data.examples import Overlong, Rules, encode_whole
-from data.records import BadRecords
-from data.sources import JsonlConfig
-from data.tokenizer_contract import Tokenizer
-from launch.assemble import is_chief, say, wait_for_all
-from launch.saved_run import SavedRun, open_run
+from data.records.chat_formats import BadRow, Conversation, find_format, to_conversation
+from data.records.encoding import EncodingConfig, OnOverflow, encode_whole
+from data.records.record import BadRecords
+from data.sources.readers import JsonlConfig
+from data.tokenizers.tokenizer import Tokenizer
+from launch.build import is_main_process, log, sync_processes
+from launch.load_run import SavedRun, open_run
+from trainer.console import progress_bar
 from trainer.objectives.classification import Classification
 from trainer.objectives.contrastive import Contrastive
 from trainer.objectives.reward import Reward
-from trainer.progress import progress_bar
 
 Said = Conversation | str
 ROUND = 32  # lengths of rows are multiples of it, so that few programs are compiled
@@ -50,9 +50,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             "classify and embed make runs that do"
         )
     found_NO = judge(saved, objective, said, task.batch_size)
-    if is_chief():
+    if is_main_process():
         write_found(found_NO, objective, saved.config.data.classes, task.output)
-    wait_for_all("predicted")
+    sync_processes("predicted")
     return 0
 
 
@@ -77,7 +77,7 @@ def read_file(path: Path) -> Iterator[Said]:
 def judge(saved: SavedRun, objective: Any, said: list[Said], batch_size: int) -> np.ndarray:
     """[N, O] f32, in the order given; texts of like length are read together."""
     core, data = saved.core, saved.config.data
-    rules = Rules(data.loss_on, Overlong.cut, data.seq_len, data.records)
+    rules = EncodingConfig(data.loss_mask, OnOverflow.truncate, data.seq_len, data.format)
     ids = [encoded(saved.tokenizer, one, rules, index) for index, one in enumerate(said)]
     rows = math.ceil(batch_size / core.mesh.size) * core.mesh.size
     read = jax.jit(lambda params, batch: objective.read(core.apply, params, batch))
@@ -92,7 +92,7 @@ def judge(saved: SavedRun, objective: Any, said: list[Said], batch_size: int) ->
     return np.stack([found[i] for i in range(len(ids))])
 
 
-def encoded(tokenizer: Tokenizer, said: Said, rules: Rules, index: int) -> np.ndarray:
+def encoded(tokenizer: Tokenizer, said: Said, rules: EncodingConfig, index: int) -> np.ndarray:
     try:
         return encode_whole(tokenizer, said, rules).ids
     except BadRow as error:
@@ -112,14 +112,14 @@ def padded(ids: list[np.ndarray], rows: int) -> TokenBatch:
 def write_found(found_NO: np.ndarray, objective: Any, classes: list[str], output: str | None) -> None:
     if output is not None and Path(output).suffix == ".npy":
         np.save(output, found_NO, allow_pickle=False)
-        say(f"{output}: {found_NO.shape[0]:,} rows of {found_NO.shape[1]:,}")
+        log(f"{output}: {found_NO.shape[0]:,} rows of {found_NO.shape[1]:,}")
         return
     lines = [json.dumps(as_object(row, objective, classes), ensure_ascii=False) for row in found_NO]
     if output is None:
         print("\n".join(lines))
     else:
         Path(output).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        say(f"{output}: {len(lines):,} lines")
+        log(f"{output}: {len(lines):,} lines")
 
 
 def as_object(row: np.ndarray, objective: Any, classes: list[str]) -> dict[str, Any]:

@@ -3,18 +3,18 @@
 from pathlib import Path
 
 from configs.schema import RunConfig
-from launch.assemble import is_chief, load_corpora
-from launch.origins import adopt, adopt_tokenizer
+from launch.build import is_main_process, load_corpora
 from launch.run_folder import run_folder
+from launch.weights_source import inherit_model_config, inherit_tokenizer
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
     """Makes what is missing; `train` with the same run name, sources and tokenizer finds it all done."""
-    folder, say = run_folder(config), lambda text: print(text, flush=True) if is_chief() else None
-    config = adopt(config, overrides, folder, say)
-    adopt_tokenizer(config, overrides, folder, say)
+    folder, say = run_folder(config), lambda text: print(text, flush=True) if is_main_process() else None
+    config = inherit_model_config(config, overrides, folder, say)
+    inherit_tokenizer(config, overrides, folder, say)
     corpora = load_corpora(config, folder, say)
-    if is_chief():
+    if is_main_process():
         for name, manifest in corpora.manifests.items():
             print(f"{name}: {Path(manifest.folder) / 'manifest.json'}")
             for file, reasons in manifest.bad.items():

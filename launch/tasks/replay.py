@@ -10,12 +10,12 @@ import numpy as np
 
 from configs.schema import Format, RunConfig
 from configs.tasks import ReplayConfig
-from launch import incidents
-from launch.assemble import Core, is_chief, load_corpora, say
-from launch.beginning import find_parts
+from launch import rollbacks as incidents
+from launch.build import Core, is_main_process, load_corpora, log
+from launch.initial_state import build_run
 from launch.run_folder import RunFolder, run_folder
 from trainer.objective import Params
-from trainer.spikes import NO_LIMITS, WATCHED
+from trainer.reliability.loss_spikes import NO_LIMITS, WATCHED
 
 EXCERPT = 160  # characters of a row that are shown
 
@@ -28,18 +28,18 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     task = config.task
     assert isinstance(task, ReplayConfig)
     folder = run_folder(config)
-    saved = dataclasses.replace(folder.saved_config(), runs=config.runs, run=config.run)
-    name, incident = chosen(folder, task.incident)
+    saved = dataclasses.replace(folder.saved_config(), output_dir=config.output_dir, run=config.run)
+    name, incident = chosen(folder, task.rollback)
     with ExitStack() as stack:
-        checkpointer = stack.enter_context(folder.checkpointer(read_only=True, say=say))
+        checkpointer = stack.enter_context(folder.checkpointer(read_only=True, say=log))
         first = incident["rolled_back_to"]
         if first not in checkpointer.steps():
             raise ValueError(
-                f"task.incident={name}: the run went back to step {first}, whose checkpoint is gone "
-                f"(checkpoint.keep={saved.checkpoint.keep}); the batch is in {folder.incidents / name}.npz"
+                f"task.rollback={name}: the run went back to step {first}, whose checkpoint is gone "
+                f"(checkpoint.max_to_keep={saved.checkpoint.max_to_keep}); the batch is in {folder.incidents / name}.npz"
             )
-        corpora = load_corpora(saved, folder, say)
-        saved, core, _, frozen, source = find_parts(saved, corpora, checkpointer)
+        corpora = load_corpora(saved, folder, log)
+        saved, core, _, frozen, source = build_run(saved, corpora, checkpointer)
         stack.callback(source.close)
         state = checkpointer.restore(first, core.abstract).state
         source.set_state(checkpointer.read_json(first, "source"))
@@ -53,12 +53,12 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             values = {key: float(jax.device_get(metrics[key])) for key in WATCHED}
             told.append({"step": step, **values})
             if config.format is not Format.json:
-                say(f"step {step}: " + ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
+                log(f"step {step}: " + ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
     same = {key: str(value) for key, value in values.items()} == incident["values"]
-    rows = worst_rows(core, params, frozen.models, batch, task.rows) if saved.objective.of_tokens else []
+    rows = worst_rows(core, params, frozen.models, batch, task.rows) if saved.objective.is_token_level else []
     start = incident["batch_rows"][0]
     shown = [{"row": start + row, "loss": loss, "text": text_of(corpora.tokenizer, batch, row)} for row, loss in rows]
-    if is_chief():
+    if is_main_process():
         if config.format is Format.json:
             print(json.dumps({"incident": name, "same": same, "updates": told, "rows": shown}, indent=2))
         else:
@@ -77,7 +77,7 @@ def chosen(folder: RunFolder, name: str | None) -> tuple[str, dict[str, Any]]:
     if not there:
         raise ValueError(f"run={folder.name}: never went back; {folder.incidents} is empty")
     if name is not None and name not in there:
-        raise ValueError(f"task.incident={name}: no such incident of {folder.name}; there are: {', '.join(there)}")
+        raise ValueError(f"task.rollback={name}: no such incident of {folder.name}; there are: {', '.join(there)}")
     name = name or [*there][-1]
     return name, there[name]
 

@@ -15,12 +15,12 @@ from trainer.tracker import START
 
 def run(config: RunConfig, overrides: list[str]) -> int:
     """Prints the table, newest run last. An empty or absent folder is said, not an error."""
-    rows = [describe(folder) for folder in folders(config.runs)]
+    rows = [describe(folder) for folder in folders(config.output_dir)]
     rows.sort(key=lambda row: row["updated"])
     if config.format is Format.json:
         print(json.dumps(rows, indent=2))
     elif not rows:
-        print(f"no runs in {config.runs}; begin with: meshwright train experiment=hello")
+        print(f"no runs in {config.output_dir}; begin with: meshwright train experiment=hello")
     else:
         _print_table(rows)
     return 0

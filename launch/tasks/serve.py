@@ -11,10 +11,10 @@ import jax
 from configs.schema import RunConfig
 from configs.tasks import ServeConfig
 from launch import exit_codes
-from launch.assemble import say
-from launch.saved_run import SavedRun, open_writer
-from models.decode import Engine, EngineConfig, Request
-from models.sampling import SamplingConfig
+from launch.build import log
+from launch.load_run import SavedRun, open_writer
+from models.decode.engine import Engine, EngineConfig, Request
+from models.decode.sampling import SamplingConfig
 
 if TYPE_CHECKING:  # only this task pays for the server's packages
     from launch.serving.scheduler import Scheduler
@@ -32,7 +32,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     assert isinstance(task, ServeConfig)
     key = check(task, os.environ)
     try:
-        from launch.serving.guards import is_loopback
+        from launch.serving.middleware import is_loopback
         from launch.serving.scheduler import Scheduler
         from launch.serving.server import serve
         from launch.serving.service import Served
@@ -59,11 +59,17 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             api_key=key,
             loopback=loopback,
         )
-        scheduler = Scheduler(engine, slots=task.slots, max_queue=task.max_queue)
+        scheduler = Scheduler(engine, slots=task.max_num_seqs, max_queue=task.max_queue_size)
         # uvicorn raises again the signal that it ended with: then it has done its work.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        serve(served, scheduler, listening, task.grace, lambda: announce(saved, served, scheduler, task, listening))
+        serve(
+            served,
+            scheduler,
+            listening,
+            task.shutdown_timeout,
+            lambda: announce(saved, served, scheduler, task, listening),
+        )
         return exit_codes.FAILED if scheduler.failed else 0
     finally:
         listening.close()
@@ -84,8 +90,10 @@ def check(task: ServeConfig, environ: Mapping[str, str]) -> str | None:
         raise ValueError(f"task.port={task.port}: must be at most 65535; 0 takes a free one")
     if not task.timeout > 0:
         raise ValueError(f"task.timeout={task.timeout}: must be above 0, in seconds")
-    if task.max_length is not None and task.max_length < 2:
-        raise ValueError(f"task.max_length={task.max_length}: must be at least 2, a prompt and an answer of a token")
+    if task.max_model_len is not None and task.max_model_len < 2:
+        raise ValueError(
+            f"task.max_model_len={task.max_model_len}: must be at least 2, a prompt and an answer of a token"
+        )
     if task.api_key_env is None:
         return None
     key = environ.get(task.api_key_env, "").strip()
@@ -118,17 +126,17 @@ def listen(host: str, port: int) -> socket.socket:
 def make_engine(saved: SavedRun, task: ServeConfig) -> Engine:
     """Of the run's weights, with all its programs compiled."""
     model = saved.core.model
-    length = task.max_length or min(model.max_seq_len, LONGEST)
+    length = task.max_model_len or min(model.max_seq_len, LONGEST)
     if length > model.max_seq_len:
         raise ValueError(
-            f"task.max_length={length}: longer than model.max_seq_len={model.max_seq_len}, for which the run was made"
+            f"task.max_model_len={length}: longer than model.max_seq_len={model.max_seq_len}, for which the run was made"
         )
     chunk = 64 if jax.default_backend() == "cpu" else 512
-    settings = EngineConfig(slots=task.slots, length=length, chunk=chunk)
+    settings = EngineConfig(slots=task.max_num_seqs, length=length, chunk=chunk)
     engine = Engine(
         saved.params(), model, settings, vocab_size=saved.tokenizer.vocab_size, constrain=saved.core.constrain
     )
-    say(f"serve: read {saved.folder.name} at step {saved.step}; compiling")
+    log(f"serve: read {saved.folder.name} at step {saved.step}; compiling")
     warm_up(engine)
     return engine
 
@@ -161,9 +169,9 @@ def announce(
         if served.tokenizer.chat_template is not None
         else "has no chat template: it goes on with texts, /v1/chat/completions refuses"
     )
-    say(f"serve: {served.name} at step {served.step}, {count / 1e6:.4g}M parameters; {template}")
-    say(
-        f"serve: {task.slots} slots of {served.length} tokens, {task.max_queue} more requests may wait; "
+    log(f"serve: {served.name} at step {served.step}, {count / 1e6:.4g}M parameters; {template}")
+    log(
+        f"serve: {task.max_num_seqs} slots of {served.length} tokens, {task.max_queue_size} more requests may wait; "
         + ("the API key is asked for" if served.api_key is not None else "no API key")
     )
-    say(f"serve: {address} (page), {address}/v1 (base URL of clients); Ctrl-C ends it")
+    log(f"serve: {address} (page), {address}/v1 (base URL of clients); Ctrl-C ends it")

@@ -27,13 +27,13 @@ from configs.schema import RunConfig, to_typed
 from configs.sweeps import Pruning
 from configs.tasks import SweepConfig, TrainConfig
 from launch import exit_codes
+from launch.config_errors import explain, named_keys
 from launch.launchers.job import freeze_code
 from launch.launchers.supervisor import say
-from launch.messages import explain, named_keys
 from launch.run_folder import write_whole
-from launch.sweeps.conduct import Conductor
 from launch.sweeps.picture import draw_sweep
-from launch.sweeps.screen import Screen, as_row, print_table, spelt_command
+from launch.sweeps.progress_display import ProgressDisplay, as_row, print_table, spelt_command
+from launch.sweeps.runner import SweepRunner
 from launch.sweeps.space import Space, kinds, read_space
 from launch.sweeps.study import WAITING, Study, Trial, best_of, chosen_method, imported, points_of
 from launch.sweeps.trials import command, gpu_shares, identity, is_alive
@@ -47,20 +47,22 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     """Runs the trials that are wanted and not done yet, then shows all. Returns the exit code."""
     task = config.task
     assert isinstance(task, SweepConfig)
-    search, folder = task.sweep, Path(config.runs) / "sweeps" / config.run
+    search, folder = task.sweep, Path(config.output_dir) / "sweeps" / config.run
     imported()
-    if "://" in config.runs:
-        raise ValueError(f"runs={config.runs}: a sweep reads the run folders; mount the bucket and name its folder")
+    if "://" in config.output_dir:
+        raise ValueError(
+            f"output_dir={config.output_dir}: a sweep reads the run folders; mount the bucket and name its folder"
+        )
     arguments = [*(o for o in overrides if not o.lstrip("+~").startswith(DROPPED)), *grouped(config)]
     definition = defined(config, arguments)
     saved = read_definition(folder)
     if saved:
         refuse_drift(saved, definition, config.run)
-        search.over = saved["over"]  # in the order of the first start, which the choices depend on
-    space = checked_space(search.over, arguments, config.run)
+        search.parameters = saved["over"]  # in the order of the first start, which the choices depend on
+    space = checked_space(search.parameters, arguments, config.run)
     points_of(search, space)
     check_pruning(task)
-    check_launcher(config, search.parallel)
+    check_launcher(config, search.max_concurrent_trials)
     shares = gpu_shares(search, config.launcher.kind)
     if config.launcher.dry_run:
         return dry_run(config, task, arguments, space)
@@ -69,12 +71,12 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, config.run):
         study = Study(folder, config.run, search, space, task.num_steps)
-        write_whole(folder / "sweep.json", json.dumps(definition | {"over": search.over}, indent=2) + "\n")
+        write_whole(folder / "sweep.json", json.dumps(definition | {"over": search.parameters}, indent=2) + "\n")
         begun = sum(trial.ended for trial in study.trials())
         method = chosen_method(search, space).name
         ended = f", {begun} of them ended" if begun else ""
         print(f"sweep {config.run!r}: {study.wanted} trials{ended}, {method} over {', '.join(space)}", flush=True)
-        conductor = Conductor(
+        conductor = SweepRunner(
             study,
             search,
             arguments,
@@ -83,7 +85,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             freeze_code(folder),
             shares,
             on_end=lambda trial: write_results(folder, study, arguments),
-            screen=Screen(config.run, search),
+            screen=ProgressDisplay(config.run, search),
         )
         code = conductor.conduct()
         write_results(folder, study, arguments)
@@ -161,8 +163,8 @@ def check_launcher(config: RunConfig, parallel: int) -> None:
     shared = {TpuVmConfig: "name", SkypilotConfig: "cluster"}.get(type(launcher))
     if parallel > 1 and shared is not None and getattr(launcher, shared):
         raise ValueError(
-            f"sweep.parallel={parallel}: launcher.{shared}={getattr(launcher, shared)} has one trial at a time; leave "
-            "sweep.parallel out"
+            f"sweep.max_concurrent_trials={parallel}: launcher.{shared}={getattr(launcher, shared)} has one trial at a time; leave "
+            "sweep.max_concurrent_trials out"
         )
 
 
@@ -171,10 +173,10 @@ def check_pruning(task: SweepConfig) -> None:
     search = task.sweep
     if search.pruning is Pruning.none:
         return
-    if search.metric.startswith("eval/") and not 0 < task.evaluate_every < task.num_steps:
+    if search.metric.startswith("eval/") and not 0 < task.eval_every < task.num_steps:
         raise ValueError(
             f"sweep.pruning={search.pruning.name}: {search.metric} is measured at the end of a trial only; give "
-            f"task.evaluate_every=N, fewer than task.num_steps={task.num_steps}"
+            f"task.eval_every=N, fewer than task.num_steps={task.num_steps}"
         )
 
 
@@ -193,13 +195,13 @@ def defined(config: RunConfig, arguments: Sequence[str]) -> dict[str, Any]:
     assert isinstance(task, SweepConfig)
     search = task.sweep
     return {
-        "over": dict(search.over),
+        "over": dict(search.parameters),
         "method": search.method.name,
         "seed": search.seed,
         "metric": search.metric,
-        "goal": search.goal.name,
+        "goal": search.mode.name,
         "pruning": search.pruning.name,
-        "prune_after": search.prune_after,
+        "prune_after": search.warmup_steps,
         "arguments": sorted(a for a in arguments if not a.lstrip("+~").startswith(FREE)),
     }
 
@@ -235,7 +237,7 @@ def refuse_drift(saved: dict[str, Any], now: dict[str, Any], name: str) -> None:
 
 def refuse_strangers(config: RunConfig) -> None:
     """Raises: ValueError where the first trial would go on with a run that is no trial of this sweep."""
-    there = sorted(Path(config.runs).glob(f"{config.run}-[0-9][0-9][0-9]"))
+    there = sorted(Path(config.output_dir).glob(f"{config.run}-[0-9][0-9][0-9]"))
     if there:
         raise ValueError(f"run={config.run}: {there[0]} is there, of another sweep; choose another name with run=NAME")
 
@@ -264,7 +266,7 @@ def dry_run(config: RunConfig, task: SweepConfig, arguments: Sequence[str], spac
     search = task.sweep
     study = Study(None, config.run, search, space, task.num_steps)
     method = chosen_method(search, space)
-    print(f"# {study.wanted} trials, {method.name} over {', '.join(space)}, {search.parallel} at once")
+    print(f"# {study.wanted} trials, {method.name} over {', '.join(space)}, {search.max_concurrent_trials} at once")
     count = study.wanted if method.name != "bayes" else study.num_random
     shown: list[Trial] = []
     while len(shown) < count and (trial := study.next()) is not None:

@@ -12,45 +12,46 @@ import jax
 
 from configs.schema import RunConfig, to_plain
 from configs.tasks import TrainConfig
-from data.chat import chat_ids, text_after_turn
-from data.examples import Records
-from data.pipeline import OfflineSource
-from launch import distributed, exit_codes, incidents
-from launch.assemble import (
+from data.loader import TokenLoader
+from data.records.chat_encoding import chat_ids, text_after_turn
+from data.records.encoding import DataFormat
+from launch import distributed, exit_codes
+from launch import rollbacks as incidents
+from launch.build import (
     Core,
     Corpora,
+    all_gather_values,
     build_evaluation,
-    gathered,
-    is_chief,
+    is_main_process,
     load_corpora,
-    say,
-    wait_for_all,
+    log,
+    sync_processes,
 )
-from launch.beginning import Frozen, Start, begin, check_resume, find_parts, recall_tokenizer
-from launch.origins import adopt, adopt_tokenizer, model_digest
+from launch.generation import append_samples, generate_batches, unmasking_of
+from launch.initial_state import Frozen, InitialState, build_run, check_resume, init_or_resume, restore_tokenizer
 from launch.run_folder import RunFolder, environment, run_folder, write_whole
-from launch.startup import compile_watched, startup
-from launch.writing import append_samples, unmasking_of, write
-from models import kernels
-from models.config import Kernel, Mask
-from models.cost import flops_per_token, num_params
-from models.pipeline import schedule_over
-from models.sampling import SamplingConfig
+from launch.startup_timing import compile_watched, startup
+from launch.weights_source import inherit_model_config, inherit_tokenizer, model_digest
+from models.attention import kernels
+from models.config import AttentionImplementation, AttentionMask
+from models.decode.sampling import SamplingConfig
+from models.flops import flops_per_token, num_params
+from models.pipeline_parallel import schedule_over
 from trainer import hooks
-from trainer.checkpoint import Checkpointer
-from trainer.goodput import Ledger
-from trainer.integrity import Corrupted, IntegrityWatch
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.loop import DONE, Hook, fit
-from trainer.mesh import in_words
+from trainer.loss_plot import draw_loss
+from trainer.mesh import describe_mesh
 from trainer.metrics import TrainMetrics, peak
-from trainer.moving import moving_models
 from trainer.objective import BatchSource, Params
-from trainer.optimizer import eval_params
-from trainer.plot import draw_loss
-from trainer.spikes import NO_LIMITS, Rollback, SpikeWatch, Spoiled
+from trainer.optimizers.optimizer import eval_params
+from trainer.reference_sync import reference_from_state
+from trainer.reliability.goodput import GoodputRecorder
+from trainer.reliability.loss_spikes import NO_LIMITS, Rollback, SpikeWatch, TooManyRollbacks
+from trainer.reliability.sdc_check import IntegrityWatch, SilentDataCorruption
+from trainer.reliability.watchdog import Watchdog
 from trainer.state import TrainState
 from trainer.tracker import START, Trackers, build_trackers
-from trainer.watchdog import Watchdog
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
@@ -67,23 +68,23 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
     task = config.task
     assert isinstance(task, TrainConfig)
     folder = run_folder(config)
-    config = adopt(config, overrides, folder, say)
+    config = inherit_model_config(config, overrides, folder, log)
     with ExitStack() as stack:
-        checkpointer = stack.enter_context(folder.checkpointer(config.checkpoint, say=say))
+        checkpointer = stack.enter_context(folder.checkpointer(config.checkpoint, say=log))
         check_resume(config, folder, checkpointer)
-        adopt_tokenizer(config, overrides, folder, say)
-        recall_tokenizer(folder, checkpointer)
-        ledger = Ledger(folder.path / "goodput.json" if is_chief() else None)
+        inherit_tokenizer(config, overrides, folder, log)
+        restore_tokenizer(folder, checkpointer)
+        ledger = GoodputRecorder(folder.path / "goodput.json" if is_main_process() else None)
         with ledger.phase("data_preparation"), startup.phase("data"):
-            corpora = load_corpora(config, folder, say)
+            corpora = load_corpora(config, folder, log)
         with ledger.phase("start"), startup.phase("state"):
-            config, core, base, frozen, source = find_parts(config, corpora, checkpointer)
-            hold_kernel(config, core)
+            config, core, base, frozen, source = build_run(config, corpora, checkpointer)
+            verify_attention_kernel(config, core)
             stack.callback(source.close)
-            start = begin(config, core, source, checkpointer, base)
-            if is_chief():
+            start = init_or_resume(config, core, source, checkpointer, base)
+            if is_main_process():
                 folder.write_start(config, overrides)  # not before: a start that is refused changes nothing
-                if "step" in start.forgotten:
+                if "step" in start.reset:
                     folder.set_metrics_aside()
                 folder.send()
             describe(config, core, start.line)
@@ -91,22 +92,22 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
         return session.train(start)
 
 
-def hold_kernel(config: RunConfig, core: Core) -> None:
+def verify_attention_kernel(config: RunConfig, core: Core) -> None:
     """An accelerator's kernel of attention computes what the plain form does, borders of documents and all.
 
     Raises: ValueError where it does not on these devices.
     """
-    kernel = kernels.chosen(core.model, config.data.seq_len, core.constrain.platform)
-    if kernel is Kernel.xla or core.constrain.platform == "cpu":
+    kernel = kernels.select_implementation(core.model, config.data.seq_len, core.constrain.platform)
+    if kernel is AttentionImplementation.xla or core.constrain.platform == "cpu":
         return
-    off = kernels.largest_difference(kernel, core.model)
+    off = kernels.max_error_vs_reference(kernel, core.model)
     if not off < kernels.TOLERANCE:
-        asked, device = core.model.attention.kernel.name, jax.devices()[0].device_kind
+        asked, device = core.model.attention.implementation.name, jax.devices()[0].device_kind
         raise ValueError(
-            f"model.attention.kernel={asked}: on {device}, {kernel.name} differs by {off:.1%} from plain attention to "
-            "packed documents; set model.attention.kernel=xla"
+            f"model.attention.implementation={asked}: on {device}, {kernel.name} differs by {off:.1%} from plain attention to "
+            "packed documents; set model.attention.implementation=xla"
         )
-    say(f"attention: {kernel.name}, within {off:.1%} of the plain form on packed documents")
+    log(f"attention: {kernel.name}, within {off:.1%} of the plain form on packed documents")
 
 
 def tokens_per_step(config: RunConfig, core: Core) -> int:
@@ -116,19 +117,19 @@ def tokens_per_step(config: RunConfig, core: Core) -> int:
 
 def describe(config: RunConfig, core: Core, line: str) -> None:
     """What is about to run, in three lines."""
-    shape = in_words(core.mesh.shape)
+    shape = describe_mesh(core.mesh.shape)
     tokens = tokens_per_step(config, core)
     parameters = num_params(core.model)["total"]
     kind = f"{jax.device_count()} {jax.devices()[0].platform} devices, {jax.process_count()} processes"
-    say(line)
+    log(line)
     if core.adaptation is not None:
         trained, a = core.adaptation.num_trainable, config.adapter
-        kept = "" if a.base.name == "full" else f" on a base of {a.base.name}"
+        kept = "" if a.quantize_base.name == "full" else f" on a base of {a.quantize_base.name}"
         share = f"{trained:,} trainable parameters, {trained / parameters:.2%} of the model"
-        say(f"adapter: {a.method.name}, rank {a.rank}, scale {a.scale:g}{kept}: {share}")
-    say(f"model: {parameters:,} parameters; {tokens:,} tokens a step; mesh: {shape} ({kind})")
+        log(f"adapter: {a.method.name}, rank {a.rank}, scale {a.scale:g}{kept}: {share}")
+    log(f"model: {parameters:,} parameters; {tokens:,} tokens a step; mesh: {shape} ({kind})")
     if schedule := schedule_over(core.model.pipeline, core.constrain):
-        say(f"stages: {schedule.in_words}")
+        log(f"stages: {schedule.in_words}")
 
 
 @dataclass
@@ -139,9 +140,9 @@ class Session:
     folder: RunFolder
     corpora: Corpora
     core: Core
-    source: OfflineSource
+    source: TokenLoader
     checkpointer: Checkpointer
-    ledger: Ledger
+    ledger: GoodputRecorder
     frozen: Frozen
 
     @property
@@ -149,7 +150,7 @@ class Session:
         assert isinstance(self.config.task, TrainConfig)
         return self.config.task
 
-    def train(self, start: Start) -> int | None:
+    def train(self, start: InitialState) -> int | None:
         """Returns: the exit code, or None where the run went back."""
         state, first_step = start.state, int(start.state.step)
         self.ledger.resume(first_step)
@@ -159,7 +160,7 @@ class Session:
             flops_per_token=flops_per_token(self.core.model, self.config.data.seq_len, adapters),
             peak=peak(self.core.model.dtype.name),
         )
-        say(metrics.peak.convention)
+        log(metrics.peak.description)
         trackers = build_trackers(
             self.config.trackers,
             run_folder=self.folder.path,
@@ -167,16 +168,16 @@ class Session:
             num_steps=self.task.num_steps,
             start_step=first_step,
             log_every=self.task.log_every,
-            say=say,
+            say=log,
         )
         code: int | None = 1
         try:
             trackers.log_config(to_plain(self.config))
             if self.ledger.starts > 1:  # where curves were broken
                 trackers.log(first_step, {START: float(self.ledger.starts)})
-            watch = SpikeWatch(self.config.spikes, say=say, before=self.checkpointer.before)
-            every_hook, stopper, saver = self.hooks(metrics, watch, trackers, start.remembered)
-            if "step" in start.forgotten:
+            watch = SpikeWatch(self.config.loss_spikes, say=log, before=self.checkpointer.before)
+            every_hook, stopper, saver = self.hooks(metrics, watch, trackers, start.hook_states)
+            if "step" in start.reset:
                 saver.save(first_step, state, self.source)  # those before it are set aside: a kill must find one
             with stopper:
                 report = self.report(metrics, watch, trackers, first_step)
@@ -184,33 +185,33 @@ class Session:
             code = exit_codes.PREEMPTED if reason == hooks.PREEMPTED else 0
             self.finish(state, reason, trackers)
         except Rollback as rollback:
-            code = self.go_back(rollback)
+            code = self.handle_rollback(rollback)
             return code
-        except Corrupted as error:
-            code = self.go_back_to_sound(error)
+        except SilentDataCorruption as error:
+            code = self.handle_corruption(error)
             return code
         except jax.errors.JaxRuntimeError as error:
-            distributed.leave_if_left_alone(error)  # at once: what is being saved waits for the others
+            distributed.exit_if_peer_lost(error)  # at once: what is being saved waits for the others
             raise
-        except Spoiled as error:
+        except TooManyRollbacks as error:
             self.checkpointer.wait()
-            say(f"meshwright: {error}")
+            log(f"meshwright: {error}")
             return exit_codes.FAILED
         finally:
             trackers.finish(code or 0)
-        if code == 0 and is_chief():
-            print(closing_words(self.config, self.folder, reason))
+        if code == 0 and is_main_process():
+            print(print_next_steps(self.config, self.folder, reason))
         return code
 
-    def go_back(self, rollback: Rollback) -> int | None:
+    def handle_rollback(self, rollback: Rollback) -> int | None:
         """Writes what happened and sets aside the checkpoints since, so that the next start begins before it.
 
         Returns: None, or an exit code where that was done often enough.
         """
-        limit, before = self.config.spikes.limit, len(incidents.of(self.folder))
+        limit, before = self.config.loss_spikes.max_rollbacks, len(incidents.of(self.folder))
         if before >= limit:
-            say(
-                f"meshwright: spikes.limit={limit}: the run went back so often; look at {self.folder.incidents}, and "
+            log(
+                f"meshwright: loss_spikes.max_rollbacks={limit}: the run went back so often; look at {self.folder.incidents}, and "
                 "begin again with a smaller optimizer.learning_rate or other data"
             )
             return exit_codes.FAILED
@@ -218,23 +219,23 @@ class Session:
         if first_row is None:
             first_row = int(self.checkpointer.read_json(rollback.to, "source")["next_index"])
         told, arrays = incidents.describe(self.source, rollback, first_row)
-        wait_for_all("rollback")  # all have counted the incidents before
-        if is_chief():
+        sync_processes("rollback")  # all have counted the incidents before
+        if is_main_process():
             path = incidents.write(self.folder, before, told, arrays)
             self.folder.send()
-            say(
+            log(
                 f"rollback {before + 1} of at most {limit}: from step {rollback.step} to the checkpoint of step "
                 f"{rollback.to}; rows {told['rows'][0]} to {told['rows'][1]} of the data are left out; see {path}"
             )
-        self.checkpointer.set_aside_newer(rollback.to)
+        self.checkpointer.discard_after(rollback.to)
         return None
 
-    def go_back_to_sound(self, error: Corrupted) -> int:
+    def handle_corruption(self, error: SilentDataCorruption) -> int:
         """Sets aside the checkpoints since the last check that passed: nobody knows what they hold."""
         before = self.checkpointer.before(error.sound + 1)
-        aside = self.checkpointer.set_aside_newer(-1 if before is None else before)
+        aside = self.checkpointer.discard_after(-1 if before is None else before)
         since = f"; checkpoints of steps {', '.join(map(str, aside))} are set aside" if aside else ""
-        say(
+        log(
             f"meshwright: before step {error.step}: {error}{since}; leaving with {exit_codes.PREEMPTED}, to go on from "
             f"{'the beginning' if before is None else f'step {before}'}: if it comes again, take that device out"
         )
@@ -254,14 +255,14 @@ class Session:
             lowered = self.core.train_step.lower(state, frozen, batch, NO_LIMITS)
             about = {
                 "model": model_digest(self.core.model),
-                "mesh": in_words(self.core.mesh.shape),
+                "mesh": describe_mesh(self.core.mesh.shape),
                 "rows": batch.tokens.shape,
             }
-            compiled = compile_watched(lowered, about, tell=is_chief())
+            compiled = compile_watched(lowered, about, tell=is_main_process())
         watchdog = Watchdog(
-            self.task.hang_seconds,
-            on_hang=self.task.on_hang,
-            doing=lambda: self.ledger.doing,
+            self.task.watchdog_timeout,
+            on_hang=self.task.watchdog_action,
+            doing=lambda: self.ledger.current_phase,
             say=lambda text: print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True),
             stacks=self.folder.path / "stacks" / f"process_{jax.process_index()}.txt",
             others=lambda: "" if distributed.peers is None else distributed.peers.compared(),
@@ -274,7 +275,7 @@ class Session:
             if distributed.peers is not None:
                 distributed.peers.beat(step)
 
-        first, checked, integrity = int(state.step), compiled, self.config.integrity
+        first, checked, integrity = int(state.step), compiled, self.config.sdc_check
         if integrity.every:
             checked = IntegrityWatch(integrity, self.core.train_step, self.core.abstract).guard(compiled, first)
         try:
@@ -299,8 +300,8 @@ class Session:
         def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
             if step == first_step + 1:
                 startup.first_step_done(sum(timing[part] for part in ("data_wait", "dispatch", "device_wait")))
-                say(startup.told(gathered(list(startup.seconds.values()))))
-            self.ledger.move("step", "data_wait", timing["data_wait"])
+                log(startup.told(all_gather_values(list(startup.seconds.values()))))
+            self.ledger.reassign("step", "data_wait", timing["data_wait"])
             self.ledger.at_step(step)
             trackers.log(step, metrics(step, values, timing))
             watch.observe(step, values)
@@ -320,20 +321,22 @@ class Session:
         evaluation = None
         if self.corpora.heldout:
             evaluation = hooks.EvaluateEvery(
-                task.evaluate_every,
+                task.eval_every,
                 num_steps=num_steps,
-                evaluate=lambda state: compute(average(state), moving_models(state.opt_state)),
+                evaluate=lambda state: compute(average(state), reference_from_state(state.opt_state)),
                 on_metrics=trackers.log,
                 ledger=ledger,
             )
             every_hook.append(evaluation)
             remembers["evaluation"] = evaluation
-        elif task.patience:
-            raise ValueError(f"task.patience={task.patience}: no source holds out text to evaluate on")
+        elif task.early_stopping_patience:
+            raise ValueError(
+                f"task.early_stopping_patience={task.early_stopping_patience}: no source holds out text to evaluate on"
+            )
         writes = task.sample_tokens and not self.core.model.outputs
-        encodes = self.core.model.attention.mask is Mask.bidirectional
+        encodes = self.core.model.attention.mask is AttentionMask.bidirectional
         if writes and encodes and unmasking_of(self.config, self.corpora.tokenizer) is None:
-            say("samples: none; an encoder writes no text (task.sample_tokens=0 says so)")
+            log("samples: none; an encoder writes no text (task.sample_tokens=0 says so)")
         elif writes:
             sampler = hooks.SampleEvery(
                 task.sample_every,
@@ -345,11 +348,11 @@ class Session:
             every_hook.append(sampler)
             remembers["sample"] = sampler
         early = None
-        if evaluation is not None and task.patience:
+        if evaluation is not None and task.early_stopping_patience:
             early = hooks.EarlyStopping(
                 evaluation,
-                patience=task.patience,
-                min_delta=task.min_delta,
+                patience=task.early_stopping_patience,
+                min_delta=task.early_stopping_min_delta,
                 save=lambda step, state, source: saver.save(step, state, source),
             )
             remembers["early_stopping"] = early
@@ -376,7 +379,7 @@ class Session:
         if task.profile_steps:
             first, last = task.profile_steps
             every_hook.append(hooks.profile(first, last, self.folder.path / "profile"))
-        hooks.recall(remembered, remembers)
+        hooks.restore_hook_states(remembered, remembers)
         return every_hook, stopper, saver
 
     def sample(self, step: int, params: Params, trackers: Trackers) -> None:
@@ -386,12 +389,12 @@ class Session:
             max_new_tokens=task.sample_tokens, temperature=task.sample_temperature, seed=self.config.seed
         )
         prompt, given, stop = task.sample_prompt, task.sample_prompt, None
-        chats = self.config.data.records is not Records.documents and tokenizer.chat_template is not None
+        chats = self.config.data.format is not DataFormat.text and tokenizer.chat_template is not None
         if chats:
             prompt = prompt or "Hello"
             given, stop = chat_ids(tokenizer, [{"role": "user", "content": prompt}]), text_after_turn(tokenizer)
-        [(text, _)] = write(
-            self.core.plain(params, self.frozen.models),
+        [(text, _)] = generate_batches(
+            self.core.merged_params(params, self.frozen.models),
             self.core.model,
             tokenizer,
             [given],
@@ -400,7 +403,7 @@ class Session:
             constrain=self.core.constrain,
             unmasking=unmasking_of(self.config, tokenizer),
         )
-        if is_chief():
+        if is_main_process():
             append_samples(self.folder.samples, step, [prompt], [text])
             trackers.log_text(step, "sample", f"{prompt}\n\n{text.strip()}" if chats else prompt + text)
 
@@ -408,7 +411,7 @@ class Session:
         """The last save is committed; the picture and the summary are written; how time was spent is told."""
         with self.ledger.phase("checkpoint"):
             self.checkpointer.wait()
-        if not is_chief():
+        if not is_main_process():
             return
         if draw_loss(self.folder.metrics, self.folder.picture, title=self.config.run):
             trackers.log_image(int(state.step), "loss", self.folder.picture)
@@ -438,7 +441,7 @@ def last_evaluation(folder: RunFolder) -> dict[str, float]:
     }
 
 
-def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
+def print_next_steps(config: RunConfig, folder: RunFolder, reason: str) -> str:
     """How it ended and the three commands to try next."""
     task = config.task
     assert isinstance(task, TrainConfig)
@@ -446,13 +449,13 @@ def closing_words(config: RunConfig, folder: RunFolder, reason: str) -> str:
     arguments = " ".join(a for a in sys.argv[1:] if not a.startswith(("task=", "task.num_steps=")))
     resume = f"meshwright train {arguments}".rstrip() + f" task.num_steps={2 * task.num_steps}"
     prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
-    chats = config.tokenizer.chat_template is not None or config.data.records is Records.conversations
+    chats = config.tokenizer.chat_template is not None or config.data.format is DataFormat.chat
     use = "generate", "chat='Hello'" if chats else f"prompt='{prompt} '"
-    if not config.objective.of_tokens:
+    if not config.objective.is_token_level:
         use = "predict", "task.texts=['Hello']"
     elif config.objective.kind == "masked":  # an encoder writes nothing
         use = "evaluate", ""
-    where = "" if config.runs == "runs" else f" runs={config.runs}"
+    where = "" if config.output_dir == "runs" else f" output_dir={config.output_dir}"
     return (
         f"run {config.run!r} is in {folder.where}{how}; its loss curve: {folder.picture}\n"
         "next:\n"

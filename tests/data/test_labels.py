@@ -4,26 +4,35 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.conversations import BadRow
-from data.examples import BadRecords, LossOn, Overlong, Records, Rules, encode_labelled, encode_whole, read_examples
-from data.labels import Labelled, to_label, to_match
+from data.loader import DataConfig, PairRows, batch_hash, make_rows
 from data.packing import Packing, make_plan
 from data.packing import build_row as row_of
-from data.pipeline import DataConfig, PairRows, batch_hash, make_rows
-from data.prepare import TokenCorpus, prepare_source
-from data.sources import JsonlConfig
-from data.tokenizer import Bytes
+from data.records.chat_formats import BadRow
+from data.records.encoding import (
+    BadRecords,
+    DataFormat,
+    EncodingConfig,
+    LossMask,
+    OnOverflow,
+    encode_labelled,
+    encode_whole,
+    read_examples,
+)
+from data.records.labels import Labelled, to_label, to_match
+from data.sources.readers import JsonlConfig
+from data.tokenize_shards import TokenCorpus, prepare_source
+from data.tokenizers.kinds import Bytes
 
 CLASSES = ("ham", "spam")
 
 
-def rules(records: Records, length: int = 16, **changes) -> Rules:
-    return Rules(LossOn.assistant, Overlong.cut, length, records, **changes)
+def rules(records: DataFormat, length: int = 16, **changes) -> EncodingConfig:
+    return EncodingConfig(LossMask.assistant, OnOverflow.truncate, length, records, **changes)
 
 
 def write(path, rows) -> JsonlConfig:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return JsonlConfig(paths=[str(path)], heldout_fraction=0.0)
+    return JsonlConfig(paths=[str(path)], validation_fraction=0.0)
 
 
 @pytest.mark.parametrize("value,want", [("ham", 0), ("spam", 1), (0, 0), (1, 1), (True, 1)])
@@ -75,20 +84,24 @@ def test_matches_are_found_by_their_usual_names():
 
 def test_a_text_keeps_its_end_when_it_is_cut():
     tokenizer = Bytes()
-    whole = encode_whole(tokenizer, "a long text indeed, too long", rules(Records.labelled))
-    assert len(whole.ids) == 16 and whole.ids[-1] == tokenizer.eos_id and whole.shortened
+    whole = encode_whole(tokenizer, "a long text indeed, too long", rules(DataFormat.classification))
+    assert len(whole.ids) == 16 and whole.ids[-1] == tokenizer.eos_id and whole.truncated
     with pytest.raises(BadRow, match=r"longer than data\.seq_len=16"):
-        encode_whole(tokenizer, "a long text indeed", rules(Records.labelled)._replace(overlong=Overlong.drop))
+        encode_whole(
+            tokenizer, "a long text indeed", rules(DataFormat.classification)._replace(overlong=OnOverflow.drop)
+        )
 
 
 def test_the_class_is_the_target_of_the_last_token_and_never_read(tmp_path):
     tokenizer = Bytes()
-    made = encode_labelled(tokenizer, Labelled("hi", 1), rules(Records.labelled))
+    made = encode_labelled(tokenizer, Labelled("hi", 1), rules(DataFormat.classification))
     assert made.ids.tolist() == [*tokenizer.encode("hi"), tokenizer.eos_id, 1]
     source = write(
         tmp_path / "a.jsonl", [{"text": "hi", "label": 1}, {"text": "yes", "label": 0}, {"text": "", "label": 0}]
     )
-    manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=rules(Records.labelled, classes=CLASSES))
+    manifest = prepare_source(
+        source, tokenizer, tmp_path / "made", rules=rules(DataFormat.classification, classes=CLASSES)
+    )
     corpus = TokenCorpus(manifest, "train")
     assert sorted(corpus.lengths.tolist()) == [3, 4]  # with the end of text, without the class
     plan = make_plan(corpus.lengths, seq_len=16, packing=Packing.best_fit, seed=0)
@@ -104,8 +117,8 @@ def test_the_class_is_the_target_of_the_last_token_and_never_read(tmp_path):
 def test_matches_stand_together_in_rows_of_all_their_texts(tmp_path):
     rows = [{"anchor": f"a{i}", "positive": f"b{i}", "negative": f"c{i}"} for i in range(8)]
     source = write(tmp_path / "a.jsonl", rows)
-    config = DataConfig(seq_len=8, records=Records.matches, negatives=1)
-    manifest = prepare_source(source, Bytes(), tmp_path / "made", rules=config.rules())
+    config = DataConfig(seq_len=8, format=DataFormat.retrieval, negatives=1)
+    manifest = prepare_source(source, Bytes(), tmp_path / "made", rules=config.encoding())
     made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a")
     assert len(made) == 8 and made[3].tokens.shape == (3, 8)
     texts = [Bytes().decode(row[:2].tolist()) for row in made[3].tokens]
@@ -116,9 +129,9 @@ def test_margins_reach_the_batch_and_pairs_without_one_are_counted(tmp_path):
     rows = [{"prompt": "1?", "chosen": f"good {i}", "rejected": "no", "margin": i / 4} for i in range(6)]
     bad = [{"prompt": "1?", "chosen": "a", "rejected": "b"}, {**rows[0], "margin": "much"}, {**rows[0], "margin": True}]
     source = write(tmp_path / "a.jsonl", [*rows, *bad])
-    config = DataConfig(seq_len=64, records=Records.pairs, margins=True)
+    config = DataConfig(seq_len=64, format=DataFormat.preference, margins=True)
     tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=config.rules())
+    manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=config.encoding())
     assert sum(e["count"] for e in manifest.bad[str(tmp_path / "a.jsonl")].values()) == 3
     made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a")
     assert isinstance(made, PairRows) and [made[i].columns["margin"].tolist() for i in (0, 5)] == [[0.0], [1.25]]
@@ -130,9 +143,9 @@ def test_pairs_share_rows_as_far_as_they_fit(tmp_path):
         {"prompt": "?", "chosen": "a" * n, "rejected": "b" * m, "margin": n}
         for n, m in zip(range(1, 9), range(8, 0, -1), strict=True)
     ]
-    config = DataConfig(seq_len=32, records=Records.pairs, margins=True)
+    config = DataConfig(seq_len=32, format=DataFormat.preference, margins=True)
     tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    manifest = prepare_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", rules=config.rules())
+    manifest = prepare_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", rules=config.encoding())
     corpus = TokenCorpus(manifest, "train")
     alone = make_rows(corpus, config, 0, "a")
     packed = make_rows(corpus, replace(config, pairs_per_row=3), 0, "a")
@@ -157,6 +170,8 @@ def test_pairs_share_rows_as_far_as_they_fit(tmp_path):
 def test_malformed_records_are_named_and_the_rest_is_read(tmp_path):
     rows = [{"text": "a", "label": "ham"}, {"text": 3, "label": "ham"}, '{"text": ', {"label": "ham"}, "[1]"]
     source, bad = write(tmp_path / "a.jsonl", rows), BadRecords()
-    read = lambda: read_examples(source, source.units()[0], bad, Bytes(), rules(Records.labelled, classes=CLASSES))
+    read = lambda: read_examples(
+        source, source.units()[0], bad, Bytes(), rules(DataFormat.classification, classes=CLASSES)
+    )
     assert len(list(read())) == 1 and bad.count == 4
     assert all(entry["first"].startswith("line ") for entry in bad.found[str(tmp_path / "a.jsonl")].values())

@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from data.chat import with_template
-from data.examples import LossOn, Overlong, Rules
+from data.loader import PackedRows, batch_hash
 from data.packing import Packing
-from data.pipeline import PackedRows, batch_hash
-from data.prepare import TokenCorpus, prepare_source, prepared_folder
-from data.records import RecordFormat
-from data.sources import JsonlConfig, SyntheticConfig
-from data.tokenizer import Bytes
+from data.records.chat_encoding import with_template
+from data.records.encoding import EncodingConfig, LossMask, OnOverflow
+from data.records.record import RecordFormat
+from data.sources.readers import JsonlConfig, SyntheticConfig
+from data.tokenize_shards import TokenCorpus, prepare_source, shard_folder
+from data.tokenizers.kinds import Bytes
 
 L = 64
-RULES = Rules(LossOn.assistant, Overlong.whole_turns, L)
+RULES = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, L)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def source_of(tmp_path, records, **fields):
 
 def test_shards_of_documents_are_what_they_always_were(tmp_path):
     source = SyntheticConfig(num_documents=30)
-    folder = prepared_folder(tmp_path, "x", source, Bytes())
+    folder = shard_folder(tmp_path, "x", source, Bytes())
     manifest = prepare_source(source, Bytes(), folder)
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -66,20 +66,20 @@ def test_rows_learn_the_answers_and_their_ends_only(tmp_path, tokenizer):
 
 def test_every_choice_that_changes_tokens_or_mask_has_a_folder(tmp_path, tokenizer):
     source = source_of(tmp_path, [record(0)])
-    folder = lambda source=source, tokenizer=tokenizer, rules=RULES: prepared_folder(
+    folder = lambda source=source, tokenizer=tokenizer, rules=RULES: shard_folder(
         tmp_path, "x", source, tokenizer, rules
     )
     assert folder() == folder()
     others = [
         folder(rules=None),
-        folder(rules=RULES._replace(loss_on=LossOn.last)),
-        folder(rules=RULES._replace(overlong=Overlong.cut)),
+        folder(rules=RULES._replace(loss_on=LossMask.last_turn)),
+        folder(rules=RULES._replace(overlong=OnOverflow.truncate)),
         folder(rules=RULES._replace(max_length=L - 1)),
-        folder(source=JsonlConfig(paths=source.paths, format=RecordFormat.messages)),
+        folder(source=JsonlConfig(paths=source.paths, chat_format=RecordFormat.messages)),
         folder(tokenizer=tokenizer.with_policy(chat_template=tokenizer.chat_template + " ")),
     ]
     assert len({folder(), *others}) == 1 + len(others)
-    named = JsonlConfig(paths=source.paths, format=RecordFormat.messages)
+    named = JsonlConfig(paths=source.paths, chat_format=RecordFormat.messages)
     assert folder(rules=None) == folder(source=named, rules=None), "documents have no format"
 
 
@@ -87,7 +87,7 @@ def test_the_fingerprint_is_of_tokens_and_mask(tmp_path, tokenizer):
     source = source_of(tmp_path, map(record, range(3)))
     made = [
         prepare_source(source, tokenizer, tmp_path / loss_on.name, rules=RULES._replace(loss_on=loss_on))
-        for loss_on in LossOn
+        for loss_on in LossMask
     ]
     contents = [manifest.content["shards"][0]["content"] for manifest in made]
     assert contents[0] == contents[1] != contents[2], "of one turn, the last is all"

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batch import TokenBatch
-from data.packing import Draws, Growth, Packing, folded, hashed, make_plan
-from data.pipeline import DataConfig, Mixture, OfflineSource, PackedRows, heldout_batches, make_rows, stack
-from data.tokenizer import Bytes, BytesConfig, Characters, SentencePieceConfig, build_tokenizer, from_files
+from data.loader import DataConfig, Mixture, PackedRows, TokenLoader, heldout_batches, make_rows, stack
+from data.packing import CounterRng, Packing, TransformLengths, fold_seed, hashed, make_plan
+from data.tokenizers.kinds import Bytes, BytesConfig, Characters, SentencePieceConfig, build_tokenizer, from_files
 from data.transforms import (
     UL2,
     Denoiser,
@@ -36,7 +36,7 @@ END = 256
 
 
 def tokenizer(config: TransformConfig, seq_len: int = L):
-    return build_tokenizer(BytesConfig(), lambda: iter(()), lambda known: config.missing(known, seq_len))
+    return build_tokenizer(BytesConfig(), lambda: iter(()), lambda known: config.missing_special_tokens(known, seq_len))
 
 
 def build(config: TransformConfig, seq_len: int = L):
@@ -107,7 +107,7 @@ def test_the_plan_knows_the_length_of_what_a_piece_becomes(config):
 def test_draws_change_with_the_epoch_and_not_with_the_batch(config):
     mixture = Mixture({"a": CORPUS}, DataConfig(batch_size=B, seq_len=L, transform=config), 0, transform=build(config))
     count = len(mixture.rows["a"])
-    small = OfflineSource(mixture, batch_size=2, slots=[0, 1], place=lambda b: b, prefetch=0)
+    small = TokenLoader(mixture, batch_size=2, slots=[0, 1], place=lambda b: b, prefetch=0)
     apart = [small.next_batch() for _ in range(4)]
     whole = stack([mixture[i] for i in range(B)])
     for field in TokenBatch._fields:
@@ -138,8 +138,8 @@ def test_the_fingerprint_tells_the_transform(config):
 
 def test_draws_are_pinned():
     # A run that goes on after an upgrade must hide what it would have hidden.
-    assert folded(7) == int(hashed(7, 1)[0]) and folded(7, 9) == int(hashed(folded(7) ^ 9, 1)[0])
-    draws = Draws(1, 2, 3)
+    assert fold_seed(7) == int(hashed(7, 1)[0]) and fold_seed(7, 9) == int(hashed(fold_seed(7) ^ 9, 1)[0])
+    draws = CounterRng(1, 2, 3)
     assert [draws.below(1000) for _ in range(3)] == [506, 407, 767]
     assert draws.order(5).tolist() == [3, 1, 2, 0, 4]
 
@@ -147,7 +147,7 @@ def test_draws_are_pinned():
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(8, 24), st.sampled_from(list(Packing)))
 @settings(max_examples=50, deadline=None)
 def test_growing_pieces_never_overflow(lengths, seq_len, packing):
-    growth = Growth(build(Ul2Config(), seq_len).growth, 3)
+    growth = TransformLengths(build(Ul2Config(), seq_len).growth, 3)
     plan = make_plan(np.array(lengths), seq_len=seq_len, packing=packing, seed=0, growth=growth)
     for row in range(plan.num_rows):
         pieces = plan.pieces(row)
@@ -177,7 +177,7 @@ def test_infilling_keeps_the_document():
     for key in range(600):
         size = 40 + key % 7
         text = np.append(np.random.default_rng(key).integers(0, 256, size - 1), END)
-        shown = transform(text, size, Draws(key), 0)
+        shown = transform(text, size, CounterRng(key), 0)
         again, form = parts_of(shown.tokens, special)
         assert np.array_equal(again, text if form == "plain" else text[:-1])
         assert np.array_equal(shown.targets[:-1], shown.tokens[1:]), "all of it is learnt"
@@ -191,7 +191,7 @@ def test_infilling_keeps_the_document():
 def test_a_piece_that_was_cut_ends_where_its_middle_meets_its_suffix():
     config = FimConfig(rate=1.0, spm_rate=0.0)
     text = np.arange(20)
-    shown = build(config)(text, 19, Draws(0), 0)  # token 19 follows it in the document
+    shown = build(config)(text, 19, CounterRng(0), 0)  # token 19 follows it in the document
     again, form = parts_of(shown.tokens, tokenizer(config).special_tokens)
     assert form == "psm" and np.array_equal(again, text[:19]) and shown.tokens[-1] == END
 
@@ -204,7 +204,7 @@ def test_a_prefix_is_not_learnt_and_its_border_is_an_even_draw():
     text = np.arange(size)
     borders = []
     for key in range(4000):
-        shown = transform(text, size, Draws(key), 0)
+        shown = transform(text, size, CounterRng(key), 0)
         assert np.array_equal(shown.tokens, text)
         first = int(np.argmax(shown.mask)) + 1  # the first token that is learnt
         assert shown.mask.tolist() == [0] * (first - 1) + [1] * (size - first) + [0]
@@ -230,13 +230,13 @@ def test_as_much_is_hidden_in_as_many_spans_as_in_t5(density, mean):
         noise, spans = t5_numbers(length, density, mean)
         assert tuple(map(int, span_numbers(length, denoiser))) == (noise, spans)
         for key in range(5):
-            mask = span_mask(length, denoiser, Draws(key, length))
+            mask = span_mask(length, denoiser, CounterRng(key, length))
             edges = np.diff(mask.astype(int), prepend=0)
             assert mask.sum() == noise and (edges == 1).sum() == spans and not mask[0] and mask[-1]
 
 
 def test_spans_are_even_partitions():
-    found = [tuple(np.flatnonzero(span_mask(10, Denoiser(2, 0.4), Draws(key)))) for key in range(9000)]
+    found = [tuple(np.flatnonzero(span_mask(10, Denoiser(2, 0.4), CounterRng(key)))) for key in range(9000)]
     ways = {way: found.count(way) for way in set(found)}
     assert len(ways) == math.comb(5, 1) * math.comb(3, 1)  # 6 kept and 4 hidden tokens, each in two parts
     assert min(ways.values()) > 500 and max(ways.values()) < 700
@@ -283,7 +283,7 @@ def test_corrupted_text_and_its_targets_make_the_document(config):
 
 
 def test_sequential_denoising_hides_the_end():
-    mask = span_mask(40, UL2[-1], Draws(0))
+    mask = span_mask(40, UL2[-1], CounterRng(0))
     assert np.array_equal(np.flatnonzero(mask), np.arange(30, 40))
 
 
@@ -297,7 +297,7 @@ def test_masked_language_modelling_hides_its_shares_and_no_special_token():
     text[::20] = END
     counts = dict.fromkeys(("mask", "other", "same"), 0)
     for key in range(300):
-        shown = transform(text, 200, Draws(key), 0)
+        shown = transform(text, 200, CounterRng(key), 0)
         hidden = shown.mask > 0
         assert hidden.sum() == round((text != END).sum() * 0.15) and np.array_equal(shown.targets, text)
         assert np.array_equal(shown.tokens[~hidden], text[~hidden]) and (text[hidden] != END).all()
@@ -318,7 +318,7 @@ def test_the_weights_of_diffusion_integrate_every_ratio():
     mask = transform.mask
     sums = dict.fromkeys(itertools.product([False, True], repeat=n), 0.0)
     for key in range(count):
-        shown = transform(np.arange(n), n, Draws(9, key), 0)
+        shown = transform(np.arange(n), n, CounterRng(9, key), 0)
         assert np.array_equal(shown.tokens == mask, shown.mask > 0) and np.array_equal(shown.targets, np.arange(n))
         sums[tuple(shown.mask > 0)] += float(shown.mask.max())
     for pattern, total in sums.items():
@@ -351,9 +351,9 @@ def test_tokenizers_get_the_tokens_that_they_lack_and_keep_them(kind):
 def test_a_trained_tokenizer_has_them_inside_its_size_and_known_ones_are_found():
     text = ["the cat sat on the mat and the dog lay on the rug"] * 20
     config = SentencePieceConfig(vocab_size=320, special_tokens=["[MASK]"])
-    made = build_tokenizer(config, lambda: iter(text), lambda known: MlmConfig().missing(known, L))
+    made = build_tokenizer(config, lambda: iter(text), lambda known: MlmConfig().missing_special_tokens(known, L))
     assert "<|mask|>" not in made.special_tokens and MlmConfig().build(made, L).mask == made.special_tokens["[MASK]"]
-    fim = build_tokenizer(config, lambda: iter(text), lambda known: FimConfig().missing(known, L))
+    fim = build_tokenizer(config, lambda: iter(text), lambda known: FimConfig().missing_special_tokens(known, L))
     assert fim.special_tokens.keys() >= {"<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"}
     assert fim.vocab_size == made.vocab_size
 

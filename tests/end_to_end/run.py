@@ -25,7 +25,7 @@ TINY = [
 
 
 def environment(**extra: str) -> dict[str, str]:
-    # The fake devices of conftest are for tests in its own process; here `devices=` says how many there are.
+    # The fake devices of conftest are for tests in its own process; here `fake_devices=` says how many there are.
     settled = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "PJRT_NPROC")
     kept = {key: value for key, value in os.environ.items() if key not in settled}
     return kept | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "120"} | extra
@@ -33,7 +33,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 def start(folder: Path, *arguments: str, **extra: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.run", *arguments],
+        [sys.executable, "-m", "launch.cli", *arguments],
         cwd=folder,
         env=environment(**extra),
         stdout=subprocess.PIPE,

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 def test_a_chat_goes_through_the_template(folder):
     said = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}], "tools": None}
     (folder / "said.json").write_text(json.dumps(said))
-    more = ["task.system=Be [brief], ok", "task.chat_file=said.json", "task.max_new_tokens=4", "format=json"]
+    more = ["task.system=Be [brief], ok", "task.messages_file=said.json", "task.max_new_tokens=4", "format=json"]
     out, _ = meshwright(folder, "generate", "run=chat", "chat=It's {me}", *more)
     row = json.loads(out)
     want = "System: Be [brief], ok\n\nUser: one\n\nAssistant: two<|endoftext|>\n\nUser: It's {me}\n\nAssistant:"
@@ -35,8 +35,11 @@ MISTAKES = {
     "a run without a template": (["run=base", "chat=Hi"], "init_from=base tokenizer.chat_template=plain"),
     "a chat and a prompt": (["run=chat", "chat=Hi", "prompt=x"], "a chat and a prompt exclude each other"),
     "a system without a chat": (["run=chat", "task.system=x"], "add chat='Hello'"),
-    "a file that is not there": (["run=chat", "task.chat_file=no.json"], "task.chat_file=no.json: there is no such"),
-    "roles of another format": (["run=chat", "task.chat_file=bad.json"], "messages[0].role='human'"),
+    "a file that is not there": (
+        ["run=chat", "task.messages_file=no.json"],
+        "task.messages_file=no.json: there is no such",
+    ),
+    "roles of another format": (["run=chat", "task.messages_file=bad.json"], "messages[0].role='human'"),
 }
 
 
@@ -80,7 +83,7 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_checkpoint_only(folder):
 
 
 def test_a_checkpoint_with_an_altered_tokenizer_is_refused(folder):
-    from trainer.checkpoint import Checkpointer
+    from trainer.checkpoint.checkpointer import Checkpointer
 
     file = folder / "runs" / "base" / "checkpoints" / "2" / "tokenizer" / "metadata"
     before = file.read_bytes()

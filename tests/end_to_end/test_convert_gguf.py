@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tokenizer_gguf import KEY, NORMAL, write_tokenizer
-from models.gguf import architecture_for
-from models.gguf_files import File, save_params
+from data.tokenizers.gguf_tokenizer import KEY, NORMAL, write_tokenizer
+from models.formats.gguf.files import File, save_params
+from models.formats.gguf.metadata import architecture_for
 from tests.data.test_tokenizer_gguf import CORPUS, CUTS, byte_level
 from tests.end_to_end.run import losses, meshwright
 from tests.models.llama_cpp import complete

@@ -12,7 +12,7 @@ KEPT = [a for a in TINY if not a.startswith(("model", "tokenizer"))]
 STUDENT = [
     *KEPT,
     "phase=distill", "source=[synthetic]", "objective.teacher=teacher", "init_from=teacher", "init_layers=[0,3]",
-    f"task.num_steps={STEPS}", "checkpoint.every=4",
+    f"task.num_steps={STEPS}", "checkpoint.save_interval_steps=4",
 ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_a_run_that_stops_and_goes_on_keeps_its_teacher(home):
 
 
 def test_a_mesh_changes_nothing(home):
-    mesh = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_steps=4"]
+    mesh = ["fake_devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_steps=4"]
     meshwright(home, "train", "run=mesh", *STUDENT, *mesh)
     for step, loss in losses(home, "mesh").items():
         assert loss == pytest.approx(losses(home, "a")[step], rel=1e-5), step
@@ -51,9 +51,9 @@ def test_a_mesh_changes_nothing(home):
 
 def test_a_narrower_student_learns_from_the_layers_of_its_teacher(home):
     narrow = [
-        "init_width.embed_dim=32", "init_width.hidden_dim=64", "init_width.num_heads=2", "init_width.num_kv_heads=2",
-        "objective.match.layers=[[0,1],[1,3]]", "objective.match.teacher_dim=64",
-        "objective.match.attention_weight=0.5",
+        "init_width.embed_dim=32", "init_width.intermediate_dim=64", "init_width.num_heads=2", "init_width.num_kv_heads=2",
+        "objective.feature_loss.layer_mapping=[[0,1],[1,3]]", "objective.feature_loss.teacher_dim=64",
+        "objective.feature_loss.attention_loss_weight=0.5",
     ]  # fmt: skip
     out, _ = meshwright(home, "train", "run=narrow", *STUDENT, *narrow)
     assert "thinned to embed 32 of 64" in out
@@ -71,7 +71,13 @@ def test_a_narrower_student_learns_from_the_layers_of_its_teacher(home):
     meshwright(home, "train", "run=after", "init_from=narrow", *KEPT, "source=[synthetic]", "task.num_steps=2")
 
 
-CACHED = [*STUDENT, "objective.top_k=8", "objective.cache=true", "objective.cache_dtype=float32", "objective.weight=1"]
+CACHED = [
+    *STUDENT,
+    "objective.top_k=8",
+    "objective.cache_teacher_logits=true",
+    "objective.cache_dtype=float32",
+    "objective.weight=1",
+]
 
 
 def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(home):
@@ -85,7 +91,7 @@ def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(hom
     finally:
         (home / "runs" / "elsewhere").rename(home / "runs" / "teacher")
     assert "asked about" not in out
-    mesh = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_microbatches=2"]
+    mesh = ["fake_devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.gradient_accumulation_steps=2"]
     out, _ = meshwright(home, "train", "run=cached_mesh", *CACHED, *mesh)
     assert "asked about" not in out
     for run in ("cached", "cached_mesh"):
@@ -101,8 +107,8 @@ def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(hom
 
 MISTAKES = {
     "a width that is no width": (["init_width.embed_dim=65"], "init_width.embed_dim=65: the model has 64"),
-    "no number of tokens": (["objective.cache=true"], "say how many, as objective.top_k=64"),
-    "layers that the teacher lacks": (["objective.match.layers=[[0,4]]"], "the teacher has no layer 4"),
+    "no number of tokens": (["objective.cache_teacher_logits=true"], "say how many, as objective.top_k=64"),
+    "layers that the teacher lacks": (["objective.feature_loss.layer_mapping=[[0,4]]"], "the teacher has no layer 4"),
     "no teacher": (["objective.teacher=null"], "objective.teacher=null: name a run"),
     "a teacher that is not there": (["objective.teacher=nobody"], "objective.teacher=nobody: there is no run"),
     "other tokens": (

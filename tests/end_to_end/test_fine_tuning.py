@@ -12,11 +12,11 @@ SFT = [
     "phase=sft",
     "tokenizer.chat_template=plain",
     "data.sources.jsonl.paths=[chats.jsonl]",
-    "data.sources.jsonl.heldout_fraction=0.2",
+    "data.sources.jsonl.validation_fraction=0.2",
     "data.seq_len=64",
     "task.sample_tokens=0",
     f"task.num_steps={STEPS}",
-    "checkpoint.every=3",
+    "checkpoint.save_interval_steps=3",
 ]
 BAD = ['{"messages": [', '{"messages": []}', json.dumps({"messages": [{"role": "user", "content": "x"}]})]
 
@@ -66,7 +66,7 @@ def test_a_run_that_stops_and_goes_on_ends_as_the_unbroken_one(unbroken, tmp_pat
 
 def test_a_mesh_with_microbatches_learns_the_same(unbroken, tmp_path):
     chats(tmp_path)
-    mesh = ["devices=4", "mesh.data=2", "mesh.fsdp=2", "task.num_microbatches=2"]
+    mesh = ["fake_devices=4", "mesh.data=2", "mesh.fsdp=2", "task.gradient_accumulation_steps=2"]
     meshwright(tmp_path, "train", "run=a", *SFT, *mesh)
     mine, theirs = losses(tmp_path, "a"), losses(unbroken[0], "a")
     assert all(abs(mine[step] - loss) <= 1e-5 * loss for step, loss in theirs.items())
@@ -81,18 +81,18 @@ def test_it_begins_from_a_pretrained_run_and_is_evaluated_on_other_conversations
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "prepared").glob("jsonl-*/shard*")}
     meshwright(tmp_path, "train", *adopted, "run=tuned", "init_from=base", "task.num_steps=3")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / "prepared").glob("jsonl-*/shard*")} == made
-    others = ["source=[jsonl]", "data.sources.jsonl.paths=[others.jsonl]", "data.sources.jsonl.heldout_fraction=0.5"]
+    others = ["source=[jsonl]", "data.sources.jsonl.paths=[others.jsonl]", "data.sources.jsonl.validation_fraction=0.5"]
     out, _ = meshwright(tmp_path, "evaluate", "run=tuned", "format=json", *others)
     characters = sum(len(line) for line in (tmp_path / "others.jsonl").read_text().splitlines())
     assert 0 < json.loads(out)["eval/jsonl/tokens"] < characters / 8, "of conversations only the answers count"
 
 
 MISTAKES = {
-    "too many bad records": ([], BAD * 4, "data.max_bad_share=0.1: 12 of 72 records of source jsonl cannot be used"),
+    "too many bad records": ([], BAD * 4, "data.max_bad_fraction=0.1: 12 of 72 records of source jsonl cannot be used"),
     "no template": (["tokenizer.chat_template=null"], [], "this tokenizer has no chat template; give it one"),
     "cutting conversations": (["data.packing=concat"], [], "data.packing=concat: would cut conversations"),
-    "a share above one": (["data.max_bad_share=2"], [], "data.max_bad_share=2.0: is a share"),
-    "a format that is none": (["data.sources.jsonl.format=alpaca"], [], "must be one of auto, messages, sharegpt"),
+    "a share above one": (["data.max_bad_fraction=2"], [], "data.max_bad_fraction=2.0: is a share"),
+    "a format that is none": (["data.sources.jsonl.chat_format=alpaca"], [], "must be one of auto, messages, sharegpt"),
     "rows too short for all": (["data.seq_len=8"], [], "no text to train on; chats.jsonl: longer than data.seq_len=8"),
 }
 

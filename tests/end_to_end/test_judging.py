@@ -12,10 +12,10 @@ KEPT = [a for a in TINY if not a.startswith(("data.seq_len", "model", "tokenizer
 COMMON = [
     *KEPT,
     "init_from=base",
-    "data.sources.jsonl.heldout_fraction=0.2",
+    "data.sources.jsonl.validation_fraction=0.2",
     "optimizer.learning_rate=3e-3",
     f"task.num_steps={STEPS}",
-    "checkpoint.every=3",
+    "checkpoint.save_interval_steps=3",
 ]
 PHASES = {
     "classify": [
@@ -90,9 +90,9 @@ def test_a_run_that_stops_and_goes_on_is_the_same_bit_for_bit(home, phase):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_mesh_and_microbatches_change_nothing(home, phase):
-    mesh = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_steps=4"]
+    mesh = ["fake_devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_steps=4"]
     if phase != "embed":  # whose matches are told from those of their microbatch
-        mesh.append("task.num_microbatches=2")
+        mesh.append("task.gradient_accumulation_steps=2")
     meshwright(home, "train", f"run=mesh_{phase}", *COMMON, *PHASES[phase], *mesh)
     want = losses(home, phase)
     for step, loss in losses(home, f"mesh_{phase}").items():
@@ -153,7 +153,7 @@ def test_a_judge_is_published_and_comes_back(home):
 MISTAKES = {
     "no classes": (["train", "run=wrong", *COMMON, *PHASES["classify"], "data.classes=[]"], "name at least two"),
     "other records": (
-        ["train", "run=wrong", *COMMON, *PHASES["reward"], "data.records=documents"],
+        ["train", "run=wrong", *COMMON, *PHASES["reward"], "data.format=text"],
         "phase=reward sets both",
     ),
     "concat": (["train", "run=wrong", *COMMON, *PHASES["classify"], "data.packing=concat"], "data.packing=best_fit"),

@@ -10,8 +10,8 @@ STEPS = 8
 KEPT = [a for a in TINY if not a.startswith(("data.seq_len", "source"))]
 KTO = [
     *KEPT, "phase=kto", "init_from=base", "tokenizer.chat_template=plain", "data.sources.jsonl.paths=[judged.jsonl]",
-    "data.sources.jsonl.heldout_fraction=0.2", "data.seq_len=64", "optimizer.learning_rate=3e-3",
-    f"task.num_steps={STEPS}", "checkpoint.every=3",
+    "data.sources.jsonl.validation_fraction=0.2", "data.seq_len=64", "optimizer.learning_rate=3e-3",
+    f"task.num_steps={STEPS}", "checkpoint.save_interval_steps=3",
 ]  # fmt: skip
 BAD = [
     '{"prompt": "1?", "completion": "yes"}',
@@ -51,7 +51,7 @@ def test_what_is_good_becomes_likelier_and_what_is_not_less(home):
 def test_a_run_that_stops_and_goes_on_is_the_same_and_a_cached_reference_too(home):
     for until in (4, STEPS):
         meshwright(home, "train", "run=stopped", *KTO, f"task.num_steps={until}")
-    meshwright(home, "train", "run=cached", *KTO, "objective.cache_reference=true")
+    meshwright(home, "train", "run=cached", *KTO, "objective.precompute_ref_log_probs=true")
     assert losses(home, "stopped") == losses(home, "a")
     mine, theirs = inspect(home, "stopped"), inspect(home, "a")
     for key in ("params_sha256", "optimizer_sha256", "next_batch_sha256"):
@@ -61,15 +61,15 @@ def test_a_run_that_stops_and_goes_on_is_the_same_and_a_cached_reference_too(hom
 
 
 def test_a_mesh_changes_nothing(home):
-    meshwright(home, "train", "run=mesh", *KTO, "devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    meshwright(home, "train", "run=mesh", *KTO, "fake_devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     for step, loss in losses(home, "mesh").items():
         assert loss == pytest.approx(losses(home, "a")[step], rel=1e-5), step
 
 
 MISTAKES = {
     "no reference": (["init_from=null", "tokenizer=bytes"], "compares with the weights that the run begins with"),
-    "other records": (["data.records=pairs"], "objective=kto needs data.records=completions"),
-    "too many bad": (["data.max_bad_share=0.01"], "data.max_bad_share=0.01: 3 of"),
+    "other records": (["data.format=preference"], "objective=kto needs data.format=unpaired_preference"),
+    "too many bad": (["data.max_bad_fraction=0.01"], "data.max_bad_fraction=0.01: 3 of"),
 }
 
 

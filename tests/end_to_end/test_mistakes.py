@@ -20,16 +20,16 @@ MISTAKES = {
         "mesh=4: holds other keys and takes no value of its own; give mesh.KEY",
     ),
     "adapters and products in 8 bits": (
-        ["adapter=lora", "model.products=int8"],
-        "model.products=int8: adapter.method=lora trains beside weights",
+        ["adapter=lora", "model.matmul_precision=int8"],
+        "model.matmul_precision=int8: adapter.method=lora trains beside weights",
     ),
     "a word that is none of the menu": (["model.remat=half"], "model.remat=half: must be one of none, full"),
     "a batch that does not divide": (
-        ["devices=4", "data.batch_size=6"],
+        ["fake_devices=4", "data.batch_size=6"],
         "data.batch_size=6: must be a multiple of 4 (mesh.data=4",
     ),
-    "a mesh that does not fit": (["devices=8", "mesh.fsdp=3"], "mesh.fsdp=3"),
-    "heads that do not divide": (["devices=8", "mesh.data=1", "mesh.tensor=8"], "mesh.tensor=8"),
+    "a mesh that does not fit": (["fake_devices=8", "mesh.fsdp=3"], "mesh.fsdp=3"),
+    "heads that do not divide": (["fake_devices=8", "mesh.data=1", "mesh.tensor=8"], "mesh.tensor=8"),
     "a folder that is not there": (["source=[text]", "data.sources.text.paths=[nowhere]"], "'nowhere' is not there"),
     "a source without its path": (["source=[text]"], "data.sources.text.paths=???"),
     "a warm-up longer than the run": (["schedule.warmup_steps=50", "task.num_steps=10"], "schedule.warmup_steps=50"),
@@ -48,7 +48,7 @@ def test_a_mistake_is_named(tmp_path, arguments, said):
 
 
 def test_a_mistake_ends_all_processes_at_once(tmp_path):
-    wrong = ["source=[text]", "data.sources.text.paths=[nowhere]", "launcher.num_processes=2", "devices=2"]
+    wrong = ["source=[text]", "data.sources.text.paths=[nowhere]", "launcher.num_processes=2", "fake_devices=2"]
     _, err = meshwright(tmp_path, "train", *TINY, *wrong, "mesh.data=2", expect=2)
     assert "'nowhere' is not there" in err
 
@@ -85,7 +85,7 @@ def test_bad_input_is_counted_in_the_summary(tmp_path):
         "run=a",
         "source=[text]",
         f"data.sources.text.paths=[{texts}]",
-        "data.sources.text.heldout_fraction=0.2",
+        "data.sources.text.validation_fraction=0.2",
         "task.num_steps=2",
     )
     import json

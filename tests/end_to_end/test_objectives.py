@@ -8,7 +8,7 @@ from tests.end_to_end.run import TINY, inspect, losses, meshwright
 
 STEPS = 8
 RUN = [*TINY, "model.vocab_size=288", "data.sources.synthetic.num_documents=200", f"task.num_steps={STEPS}"]
-MESH = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_steps=3"]
+MESH = ["fake_devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.num_steps=3"]
 SHOWN = {  # in the text of the next example
     "mlm": "<|mask|>⟦",
     "ul2": "⟦<extra_id_0>",
@@ -93,11 +93,11 @@ MISTAKES = {
     "an encoder does not predict": (["model.attention.mask=bidirectional"], "such a model sees; set"),
     "another transform": (["phase=mlm", "transform=diffusion"], "learns what transform=mlm hides"),
     "a causal model": (["phase=mlm", "model.attention.mask=causal"], "set model.attention.mask=bidirectional"),
-    "no modules": (["objective=multi_token"], "model.further_tokens=0: objective=multi_token trains modules"),
-    "modules for nothing": (["model.further_tokens=1"], "does not train them; take objective=multi_token"),
+    "no modules": (["objective=multi_token"], "model.mtp_num_layers=0: objective=multi_token trains modules"),
+    "modules for nothing": (["model.mtp_num_layers=1"], "does not train them; take objective=multi_token"),
     "conversations": (
-        ["transform=fim", "data.records=conversations", "data.packing=best_fit"],
-        "is for data.records=documents",
+        ["transform=fim", "data.format=chat", "data.packing=best_fit"],
+        "is for data.format=text",
     ),
 }
 

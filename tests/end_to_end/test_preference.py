@@ -14,12 +14,12 @@ DPO = [
     "init_from=base",
     "tokenizer.chat_template=plain",
     "data.sources.jsonl.paths=[pairs.jsonl]",
-    "data.sources.jsonl.heldout_fraction=0.2",
+    "data.sources.jsonl.validation_fraction=0.2",
     "data.seq_len=64",
     "optimizer.learning_rate=3e-3",
     "task.sample_tokens=0",
     f"task.num_steps={STEPS}",
-    "checkpoint.every=3",
+    "checkpoint.save_interval_steps=3",
 ]
 BAD = [
     '{"prompt": "1?", "chosen": "yes"}',
@@ -87,17 +87,17 @@ def test_a_run_that_stops_and_goes_on_keeps_its_reference(home):
 
 
 def test_a_mesh_and_microbatches_change_nothing(home):
-    mesh = ["devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "data.batch_size=8", "task.num_steps=4"]
+    mesh = ["fake_devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "data.batch_size=8", "task.num_steps=4"]
     plain = ["data.batch_size=8", "task.num_steps=4"]
     meshwright(home, "train", "run=eight", *DPO, *plain)
-    meshwright(home, "train", "run=mesh", *DPO, *mesh, "task.num_microbatches=2")
+    meshwright(home, "train", "run=mesh", *DPO, *mesh, "task.gradient_accumulation_steps=2")
     want = losses(home, "eight")
     for step, loss in losses(home, "mesh").items():
         assert loss == pytest.approx(want[step], rel=1e-5), step
 
 
 def test_adapters_have_the_base_as_their_reference(home):
-    lora = [*DPO, "adapter=lora", "adapter.rank=4", "adapter.targets=[attention,mlp]"]
+    lora = [*DPO, "adapter=lora", "adapter.rank=4", "adapter.target_modules=[attention,mlp]"]
     meshwright(home, "train", "run=lora", *lora)
     assert losses(home, "lora")[1] == pytest.approx(0.6931472, abs=1e-5)
     assert losses(home, "lora")[STEPS] < 0.69
@@ -107,7 +107,7 @@ def test_adapters_have_the_base_as_their_reference(home):
 
 
 def test_a_reference_that_is_asked_in_advance_is_not_held_and_changes_nothing(home):
-    cached = [*DPO, "objective.cache_reference=true"]
+    cached = [*DPO, "objective.precompute_ref_log_probs=true"]
     out, _ = meshwright(home, "train", "run=cached", *cached, "task.num_steps=4")
     assert "reference: asked about" in out
     out, _ = meshwright(home, "train", "run=cached", *cached)
@@ -120,13 +120,18 @@ def test_a_reference_that_is_asked_in_advance_is_not_held_and_changes_nothing(ho
     assert last["eval/reward_margin"] == pytest.approx(online["eval/reward_margin"], rel=1e-5)
     other, _ = meshwright(home, "train", "run=longer", *cached, "data.seq_len=80", "task.num_steps=2")
     assert "reference: asked about" in other  # another length, another table
-    lora = ["adapter=lora", "adapter.rank=4", "adapter.targets=[attention]", "task.num_steps=2"]
+    lora = ["adapter=lora", "adapter.rank=4", "adapter.target_modules=[attention]", "task.num_steps=2"]
     meshwright(home, "train", "run=cached_lora", *cached, *lora)
     assert losses(home, "cached_lora")[1] == pytest.approx(0.6931472, abs=1e-5)
 
 
 def test_a_reference_that_moves_is_part_of_the_checkpoint(home):
-    moving = [*DPO, "objective.reference_every=3", "objective.wpo=true", "task.num_microbatches=2"]
+    moving = [
+        *DPO,
+        "objective.ref_model_sync_steps=3",
+        "objective.use_weighting=true",
+        "task.gradient_accumulation_steps=2",
+    ]
     meshwright(home, "train", "run=moving", *moving)
     for until in (4, STEPS):
         meshwright(home, "train", "run=moving_stopped", *moving, f"task.num_steps={until}")
@@ -141,17 +146,20 @@ def test_a_reference_that_moves_is_part_of_the_checkpoint(home):
 
 MISTAKES = {
     "adapters on a reference that moves": (
-        ["objective.reference_every=2", "adapter=lora"],
-        "set objective.reference_every=0",
+        ["objective.ref_model_sync_steps=2", "adapter=lora"],
+        "set objective.ref_model_sync_steps=0",
     ),
     "a cache of nothing": (
-        ["objective.loss=cpo", "objective.cache_reference=true"],
-        "objective.loss=cpo has no reference",
+        ["objective.loss_type=cpo", "objective.precompute_ref_log_probs=true"],
+        "objective.loss_type=cpo has no reference",
     ),
     "no reference": (["init_from=null", "source=[jsonl]"], "compares with the weights that the run begins with"),
-    "plain text": (["data.records=documents"], "needs data.records=pairs"),
-    "smoothing": (["objective.loss=ipo", "objective.label_smoothing=0.1"], "has no meaning for objective.loss=ipo"),
-    "too many bad": (["data.max_bad_share=0.01"], "data.max_bad_share=0.01: 4 of"),
+    "plain text": (["data.format=text"], "needs data.format=preference"),
+    "smoothing": (
+        ["objective.loss_type=ipo", "objective.label_smoothing=0.1"],
+        "has no meaning for objective.loss_type=ipo",
+    ),
+    "too many bad": (["data.max_bad_fraction=0.01"], "data.max_bad_fraction=0.01: 4 of"),
 }
 
 
@@ -165,5 +173,7 @@ def test_mistakes_are_named(home, case):
 
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
 def test_losses_without_a_reference_need_none(home, loss):
-    meshwright(home, "train", f"run={loss}", *DPO, f"objective.loss={loss}", "objective.beta=1", "task.num_steps=2")
+    meshwright(
+        home, "train", f"run={loss}", *DPO, f"objective.loss_type={loss}", "objective.beta=1", "task.num_steps=2"
+    )
     assert not json.loads((home / "runs" / loss / "summary.json").read_text()).get("reference")

@@ -11,8 +11,8 @@ from tests.launch.programs import files_with
 
 pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
 
-RUN = ["train", "run=a", *TINY, "source=[synthetic]", "data.packing=best_fit", "devices=2", "mesh.fsdp=2"]
-RUN += ["task.num_steps=60", "checkpoint.every=5"]
+RUN = ["train", "run=a", *TINY, "source=[synthetic]", "data.packing=best_fit", "fake_devices=2", "mesh.fsdp=2"]
+RUN += ["task.num_steps=60", "checkpoint.save_interval_steps=5"]
 SECRET = "sentinel-6f6f6f"
 
 

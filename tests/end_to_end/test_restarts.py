@@ -8,8 +8,8 @@ from launch.launchers.local import free_port
 from tests.end_to_end.run import TINY, inspect, losses, meshwright, metrics, start, wait_for
 from tests.launch.processes import children
 
-RUN = ["train", "run=a", *TINY, "source=[synthetic]", "data.packing=best_fit", "devices=2", "mesh.fsdp=2"]
-RUN += ["task.num_steps=60", "checkpoint.every=10", "launcher.num_processes=2"]
+RUN = ["train", "run=a", *TINY, "source=[synthetic]", "data.packing=best_fit", "fake_devices=2", "mesh.fsdp=2"]
+RUN += ["task.num_steps=60", "checkpoint.save_interval_steps=10", "launcher.num_processes=2"]
 
 
 def test_a_killed_process_brings_all_back_and_the_run_ends_the_same(tmp_path):

@@ -24,7 +24,9 @@ def folder(tmp_path_factory):
 def test_a_run_is_served_until_it_is_told_to_end(folder):
     asked = ["prompt=the cat", "task.max_new_tokens=12", "task.temperature=0"]
     written, _ = meshwright(folder, "generate", "run=a", *asked)
-    server = start(folder, "serve", "run=a", "task.port=0", "task.slots=2", "task.api_key_env=KEY", KEY="open sesame")
+    server = start(
+        folder, "serve", "run=a", "task.port=0", "task.max_num_seqs=2", "task.api_key_env=KEY", KEY="open sesame"
+    )
     said = ""
     for line in server.stdout:
         said += line
@@ -50,8 +52,8 @@ def test_serving_others_without_a_key_or_in_many_processes_is_refused(folder):
     assert "task.host=0.0.0.0" in err and "task.api_key_env=" in err
     _, err = meshwright(folder, "serve", "run=a", "launcher.num_processes=2", expect=2)
     assert "launcher.num_processes=2" in err and "one process" in err
-    _, err = meshwright(folder, "serve", "run=a", "task.port=0", "task.max_length=9000", expect=2)
-    assert "task.max_length=9000" in err
+    _, err = meshwright(folder, "serve", "run=a", "task.port=0", "task.max_model_len=9000", expect=2)
+    assert "task.max_model_len=9000" in err
 
 
 def test_other_tasks_do_not_load_the_server_and_its_absence_is_said_in_words():

@@ -13,8 +13,8 @@ from tests.launch.processes import called_in, environment_of
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "SLURM is there")
 
-RUN = [*TINY, "source=[synthetic]", "data.packing=best_fit", "devices=2", "mesh.fsdp=2", "task.num_steps=60"]
-RUN += ["checkpoint.every=5"]
+RUN = [*TINY, "source=[synthetic]", "data.packing=best_fit", "fake_devices=2", "mesh.fsdp=2", "task.num_steps=60"]
+RUN += ["checkpoint.save_interval_steps=5"]
 SECRET = "sentinel-77aa31"
 
 
@@ -37,7 +37,7 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_the_same(cluster, tmp_path
     process = start(broken, "train", "run=a", *RUN, *on_two_nodes(), **cluster.environment, CLUSTER_TOKEN=SECRET)
     checkpoint = broken / "runs" / "a" / "checkpoints" / "5" / "digests.json"
     assert wait_for(checkpoint.exists, process)
-    processes = [environment_of(pid) for pid in called_in(broken, "launch.run")]
+    processes = [environment_of(pid) for pid in called_in(broken, "launch.cli")]
     tokens = {env["SLURM_PROCID"]: env.get("CLUSTER_TOKEN") for env in processes if "SLURM_PROCID" in env}
     assert tokens == {"0": SECRET, "1": SECRET}
     cluster.lose("n2")
@@ -104,4 +104,4 @@ def test_a_sweep_runs_as_one_array(cluster, tmp_path):
 
 
 def on_one_node() -> list[str]:
-    return ["devices=2", "launcher=slurm", "launcher.follow=false"]
+    return ["fake_devices=2", "launcher=slurm", "launcher.follow=false"]

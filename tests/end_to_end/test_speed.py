@@ -12,16 +12,16 @@ from tests.end_to_end.run import ROOT, TINY, environment, losses, meshwright
 def test_a_kernel_trains_as_plain_attention_does(tmp_path):
     common = [*TINY, "data.seq_len=128", "source=[python_stdlib]", "data.packing=best_fit", "task.num_steps=3"]
     meshwright(tmp_path, "train", "run=plain", *common)
-    meshwright(tmp_path, "train", "run=kernel", "model.attention.kernel=splash", *common)
+    meshwright(tmp_path, "train", "run=kernel", "model.attention.implementation=splash", *common)
     plain, kernel = losses(tmp_path, "plain"), losses(tmp_path, "kernel")
     assert plain.keys() == kernel.keys() == {1, 2, 3}
     assert all(abs(kernel[step] / plain[step] - 1) < 1e-5 for step in plain)
     # Rows of problems are of other lengths than the kernel takes, and another machine has none of its kind.
     (tmp_path / "pets.jsonl").write_text('{"query": "the cat", "choices": ["sat", "qzx"], "gold": 0}\n')
-    out, _ = meshwright(tmp_path, "evaluate", "run=kernel", "task.problems=[pets.jsonl]", "format=json")
+    out, _ = meshwright(tmp_path, "evaluate", "run=kernel", "task.eval_tasks=[pets.jsonl]", "format=json")
     assert json.loads(out)["problems"]["pets"]["n"] == 1
-    _, err = meshwright(tmp_path, "train", "run=triton", "model.attention.kernel=triton", *common, expect=2)
-    assert "model.attention.kernel=triton: cannot do model.dtype=float32" in err
+    _, err = meshwright(tmp_path, "train", "run=triton", "model.attention.implementation=triton", *common, expect=2)
+    assert "model.attention.implementation=triton: cannot do model.dtype=float32" in err
 
 
 def run_step(folder, only: str) -> dict:

@@ -10,9 +10,9 @@ from tests.end_to_end.run import TINY, losses, meshwright, metrics
 
 STEPS = 100
 RUN = [
-    *TINY, "source=[text]", "data.sources.text.paths=[poison.txt]", "checkpoint.every=10", "spikes.window=64",
-    "spikes.deviations=20",
-    "optimizer.learning_rate=3e-3", "data.eval_batches=1",
+    *TINY, "source=[text]", "data.sources.text.paths=[poison.txt]", "checkpoint.save_interval_steps=10", "loss_spikes.window=64",
+    "loss_spikes.num_std=20",
+    "optimizer.learning_rate=3e-3", "data.max_eval_batches=1",
 ]  # fmt: skip
 
 
@@ -30,17 +30,17 @@ def dropped(folder, run):
 
 
 def test_a_dropped_update_is_the_same_in_a_run_that_was_stopped_before_it(folder):
-    meshwright(folder, "train", "run=whole", *RUN, "spikes.policy=skip", f"task.num_steps={STEPS}")
+    meshwright(folder, "train", "run=whole", *RUN, "loss_spikes.policy=skip", f"task.num_steps={STEPS}")
     found = dropped(folder, "whole")
     assert len(found) == 1 and found[0] > 60
-    meshwright(folder, "train", "run=broken", *RUN, "spikes.policy=skip", f"task.num_steps={found[0] - 2}")
-    out, _ = meshwright(folder, "train", "run=broken", *RUN, "spikes.policy=skip", f"task.num_steps={STEPS}")
+    meshwright(folder, "train", "run=broken", *RUN, "loss_spikes.policy=skip", f"task.num_steps={found[0] - 2}")
+    out, _ = meshwright(folder, "train", "run=broken", *RUN, "loss_spikes.policy=skip", f"task.num_steps={STEPS}")
     assert dropped(folder, "broken") == found and f"step {found[0]}: update dropped: loss" in out
     assert losses(folder, "broken") == losses(folder, "whole")
 
 
 def test_a_run_goes_back_and_leaves_the_data_out(folder):
-    out, _ = meshwright(folder, "train", "run=back", *RUN, "spikes.policy=rollback", f"task.num_steps={STEPS}")
+    out, _ = meshwright(folder, "train", "run=back", *RUN, "loss_spikes.policy=rollback", f"task.num_steps={STEPS}")
     incident, *more = sorted((folder / "runs" / "back" / "incidents").glob("*.json"))
     told = json.loads(incident.read_text())
     to, step, (first, end) = told["rolled_back_to"], told["step"], told["rows"]
@@ -49,7 +49,7 @@ def test_a_run_goes_back_and_leaves_the_data_out(folder):
     assert not dropped(folder, "back")  # the rows of the run, once it had gone back
     batch = np.load(incident.with_suffix(".npz"))
     assert batch["tokens"].shape == (8, 32) and (batch["tokens"] > ord("d")).any()
-    out, _ = meshwright(folder, "replay", "run=back", f"task.incident={incident.stem}", "task.rows=1", "format=json")
+    out, _ = meshwright(folder, "replay", "run=back", f"task.rollback={incident.stem}", "task.rows=1", "format=json")
     again = json.loads(out[out.index("{") :])
     [worst] = again["rows"]
     assert again["same"] and [row["step"] for row in again["updates"]] == list(range(to + 1, step + 1))

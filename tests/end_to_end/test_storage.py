@@ -14,11 +14,11 @@ pytest.importorskip("fsspec", reason="pip install -e '.[test]'")
 import fsspec
 
 from tests.stores import s3_server
-from trainer.digest import DIGESTS
+from trainer.checkpoint.checksums import DIGESTS
 
 DATA = ["source=[jsonl]", "data.sources.jsonl.paths=[s3://bucket/texts]", "data.packing=best_fit"]
-RUN = [*TINY, *DATA, "checkpoint.every=2", "task.evaluate_every=0", "data.eval_batches=1"]
-RUNS = "runs=s3://bucket/runs"
+RUN = [*TINY, *DATA, "checkpoint.save_interval_steps=2", "task.eval_every=0", "data.max_eval_batches=1"]
+RUNS = "output_dir=s3://bucket/runs"
 
 
 @pytest.fixture(scope="module")

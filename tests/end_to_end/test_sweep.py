@@ -9,7 +9,7 @@ import pytest
 from tests.end_to_end.run import TINY, losses, meshwright, metrics, start, wait_for
 from tests.end_to_end.slurm_cluster import Cluster, why_not
 
-RUN = [*TINY, "source=[synthetic]", "data.packing=best_fit", "data.eval_batches=1"]
+RUN = [*TINY, "source=[synthetic]", "data.packing=best_fit", "data.max_eval_batches=1"]
 RATES = "optimizer.learning_rate=log:1e-4..1e-1"
 
 
@@ -18,7 +18,7 @@ def results(folder: Path, name: str) -> list[dict]:
 
 
 def test_a_trial_is_what_its_command_does_by_hand(tmp_path):
-    given = [RATES, "sweep.trials=2", "sweep.method=random", "sweep.parallel=2", "task.num_steps=3"]
+    given = [RATES, "sweep.trials=2", "sweep.method=random", "sweep.max_concurrent_trials=2", "task.num_steps=3"]
     out, _ = meshwright(tmp_path, "sweep", *RUN, "run=a", *given)
     rows = sorted(results(tmp_path, "a"), key=lambda row: row["value"])
     assert [row["state"] for row in rows] == ["done", "done"] and rows[0]["params"] != rows[1]["params"]

@@ -19,7 +19,7 @@ SOURCES = [
     "source_weights=[5,3,2]",
 ]
 STEPS = 30
-RUN = [*TINY, *SOURCES, f"task.num_steps={STEPS}", "checkpoint.every=4", "data.packing=best_fit"]
+RUN = [*TINY, *SOURCES, f"task.num_steps={STEPS}", "checkpoint.save_interval_steps=4", "data.packing=best_fit"]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_sigterm_saves_and_asks_to_be_requeued(unbroken, tmp_path):
 
 @pytest.mark.parametrize("mesh", [["mesh.data=2", "mesh.fsdp=4"], ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]])
 def test_any_mesh_sees_the_same_batches_and_losses(unbroken, tmp_path, mesh):
-    meshwright(tmp_path, "train", "run=a", *RUN, "devices=8", *mesh)
+    meshwright(tmp_path, "train", "run=a", *RUN, "fake_devices=8", *mesh)
     close(losses(tmp_path, "a"), losses(unbroken[0], "a"))
     assert inspect(tmp_path, "a")["next_batch_sha256"] == inspect(unbroken[0], "a")["next_batch_sha256"]
 
@@ -109,7 +109,7 @@ def close(mine, theirs):
 
 
 def test_two_processes_train_and_one_goes_on(unbroken, tmp_path):
-    mesh = ["devices=2", "mesh.fsdp=2"]
+    mesh = ["fake_devices=2", "mesh.fsdp=2"]
     meshwright(tmp_path, "train", "run=a", *RUN, *mesh, "task.num_steps=12", "launcher.num_processes=2")
     assert (tmp_path / "runs" / "a" / "jobs" / "1" / "process_1.log").exists()
     assert inspect(tmp_path, "a")["saved_on"]["fsdp"] == 2
@@ -143,19 +143,19 @@ def test_it_writes_and_evaluates(unbroken):
         '{"query": "the cat", "choices": ["sat", "qzx"], "gold": 0}\n'
         '{"query": "the cat sat", "choices": ["on", "zq"], "gold": 0}\n'
     )
-    out, _ = meshwright(folder, "evaluate", "run=a", "task.problems=[pets.jsonl]", "format=json")
+    out, _ = meshwright(folder, "evaluate", "run=a", "task.eval_tasks=[pets.jsonl]", "format=json")
     assert json.loads(out)["problems"]["pets"]["n"] == 2
-    out, _ = meshwright(folder, "evaluate", "run=a", "task.problems=[pets.jsonl]")
+    out, _ = meshwright(folder, "evaluate", "run=a", "task.eval_tasks=[pets.jsonl]")
     assert "pets" in out and "stderr" in out
     (folder / "pairs.jsonl").write_text('{"sentence_good": "the cat sat", "sentence_bad": "the cat qzx"}\n')
-    scored = ["evaluate", "run=a", "task.problems=[pairs.jsonl]"]
+    scored = ["evaluate", "run=a", "task.eval_tasks=[pairs.jsonl]"]
     plain, _ = meshwright(folder, *scored)
     with_prefix, _ = meshwright(folder, *scored, "task.prefix='<|endoftext|>'")
     assert "acc 1.0000" in plain and "acc 1.0000" in with_prefix
     _, err = meshwright(folder, *scored, "task.prefix=nothing", expect=2)
     assert "task.prefix='nothing': is no special token" in err
-    _, err = meshwright(folder, "evaluate", "run=a", "task.problems=[pest.jsonl]", expect=2)
-    assert "task.problems=pest.jsonl: there is no such file" in err
+    _, err = meshwright(folder, "evaluate", "run=a", "task.eval_tasks=[pest.jsonl]", expect=2)
+    assert "task.eval_tasks=pest.jsonl: there is no such file" in err
     out, _ = meshwright(folder, "runs", "format=json")
     assert [row["run"] for row in json.loads(out)] == ["a"]
 

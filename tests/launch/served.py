@@ -12,14 +12,14 @@ import httpx
 import jax
 import uvicorn
 
-from data.chat import with_template
-from data.tokenizer import Bytes
-from data.tokenizer_contract import Tokenizer
+from data.records.chat_encoding import with_template
+from data.tokenizers.kinds import Bytes
+from data.tokenizers.tokenizer import Tokenizer
 from launch.serving.api import create_app
 from launch.serving.scheduler import EngineLike, Scheduler
 from launch.serving.service import Served
 from models.config import ModelConfig
-from models.decode import Engine, EngineConfig, Event, Request
+from models.decode.engine import Engine, EngineConfig, Event, Request
 from models.transformer import Params, init_params
 
 LENGTH = 256

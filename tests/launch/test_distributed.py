@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from launch.distributed import IN_ORDER, ProcessSettings, first_host, let_fake_devices_wait, settings
+from launch.distributed import IN_ORDER, ProcessSettings, first_host, raise_fake_device_timeout, settings
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -93,9 +93,9 @@ def test_fake_devices_get_threads_and_what_was_set_before_stays(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     monkeypatch.delenv("PJRT_NPROC", raising=False)
     for _ in range(2):
-        let_fake_devices_wait(100)
+        raise_fake_device_timeout(100)
     assert os.environ["XLA_FLAGS"] == f"{IN_ORDER} --xla_cpu_enable_fast_math=false"
     assert os.environ["PJRT_NPROC"] == "800"
     monkeypatch.setenv("PJRT_NPROC", "3")
-    let_fake_devices_wait(100)
+    raise_fake_device_timeout(100)
     assert os.environ["PJRT_NPROC"] == "3"

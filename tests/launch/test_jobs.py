@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from configs.schema import GROUPS, to_plain
-from launch.exit_codes import worth_another_start
+from launch.exit_codes import is_restartable
 from launch.launchers import local, supervisor
 from launch.launchers.job import (
     MARK,
     Job,
+    cli_flags,
     code_files,
-    flags,
     freeze,
     jobs_folder,
     packed,
@@ -89,7 +89,7 @@ def test_who_was_killed_went_first_whatever_the_others_said():
     assert supervisor.first_end({0: 1, 1: -9}) == (1, -9)
     assert supervisor.first_end({0: 75, 1: 2}) == (1, 2)
     assert supervisor.first_end({0: 75, 1: 75}) == (0, 75)
-    assert [code for code in (0, 1, 2, 75, 130, 137, 143, -9) if worth_another_start(code)] == [75, 137, 143, -9]
+    assert [code for code in (0, 1, 2, 75, 130, 137, 143, -9) if is_restartable(code)] == [75, 137, 143, -9]
 
 
 def test_local_processes_start_again_and_the_mark_reaches_them(tmp_path, capfd):
@@ -117,8 +117,8 @@ def test_an_elastic_job_on_this_machine_goes_on_with_one_process(tmp_path, capfd
 
 
 def test_a_job_freezes_the_code_the_commit_and_the_config(tmp_path):
-    config = composed("run=a", f"runs={tmp_path}", "launcher.num_processes=2")
-    folder = take_folder(jobs_folder(config.runs, config.run))
+    config = composed("run=a", f"output_dir={tmp_path}", "launcher.num_processes=2")
+    folder = take_folder(jobs_folder(config.output_dir, config.run))
     one = Job(folder, "a", "train", ["run=a"], config.launcher, sys.executable, str(tmp_path), {"pid": 7})
     freeze(one, config)
     assert folder == tmp_path / "a" / "jobs" / "1" and take_folder(folder.parent).name == "2"
@@ -146,7 +146,7 @@ def test_a_dry_run_of_every_launcher_writes_nothing(tmp_path, capsys, monkeypatc
         overrides += ["launcher.env=[SECRET_KEY,PLAIN=seen]"]
         assert launch([(composed(*overrides), overrides)]) == 0
         shown = capsys.readouterr().out
-        assert "launch.run" in shown and "PLAIN" in shown and "sentinel" not in shown, kind
+        assert "launch.cli" in shown and "PLAIN" in shown and "sentinel" not in shown, kind
         assert "launcher.dry_run" not in shown, "the commands shown are those that would run"
     assert list(tmp_path.iterdir()) == []
 
@@ -204,7 +204,7 @@ def test_jobs_of_a_sweep_need_names_of_their_own(tmp_path, monkeypatch):
 
 def test_flags_of_hydra_go_along_but_not_the_one_that_sweeps():
     line = ["model=tiny", "-m", "--config-dir", "mine", "--config-name=x", "~schedule", "+a=1"]
-    assert flags(line) == ["--config-dir", "mine", "--config-name=x"]
+    assert cli_flags(line) == ["--config-dir", "mine", "--config-name=x"]
 
 
 def test_names_for_clusters_are_those_of_dns():

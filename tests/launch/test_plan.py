@@ -10,14 +10,14 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from configs.schema import register, to_typed
-from launch.planning.compiled import collectives, compile_step, wanted
+from launch.cli import run
 from launch.planning.estimate import USABLE, estimate
+from launch.planning.hardware import HARDWARE, Target, of_kind, parse_target, topology_shape
+from launch.planning.local_shapes import bytes_on_device, shapes_of, with_vocabulary
 from launch.planning.picture import draw_plan
-from launch.planning.search import Free, candidates, offloading, search, settled
-from launch.planning.shapes import bytes_on_device, shapes_of, with_vocabulary
-from launch.run import run
+from launch.planning.search import Free, candidates, offloading, resolve_auto_mesh, search
+from launch.planning.xla_compile import collectives, compile_step, memory_from_error
 from launch.scaling.law import compute_optimal
-from trainer.hardware import HARDWARE, Target, of_kind, parse_target, topology_shape
 from trainer.mesh import AXES, abstract_mesh
 from trainer.metrics import published_peak
 
@@ -92,7 +92,7 @@ def test_slices_are_as_cubic_as_can_be(kind, count, shape):
         ["mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"],
         ["mesh.data=2", "mesh.context=4"],
         ["model=tiny_moe", "mesh.data=1", "mesh.expert=4", "mesh.fsdp=2"],
-        ["model.num_layers=4", "mesh.data=1", "mesh.fsdp=4", "mesh.stage=2", "model.pipeline.rounds=2"],
+        ["model.num_layers=4", "mesh.data=1", "mesh.fsdp=4", "mesh.stage=2", "model.pipeline.num_repeats=2"],
     ],
 )
 def test_arguments_are_those_of_xla_to_the_byte(overrides):
@@ -123,7 +123,7 @@ def test_rows_in_pieces_between_layers_are_kept_in_pieces():
 def test_what_waits_on_the_host_takes_nothing_of_the_device_but_time():
     options = ["mesh.data=1", "mesh.fsdp=4", "model.remat=full", "data.seq_len=256"]
     here, away = (
-        estimate(config_of(*options, f"optimizer.offload={more}", f"model.offload=[{name}]"), cpus(4))
+        estimate(config_of(*options, f"optimizer.offload_state={more}", f"model.activation_offload=[{name}]"), cpus(4))
         for more, name in (("false", ""), ("true", "border"))
     )
     copied = {t.what: t.bytes for t in away.traffic if t.axis == "host"}
@@ -140,7 +140,7 @@ def test_what_waits_on_the_host_takes_nothing_of_the_device_but_time():
 def test_a_plan_counts_what_stages_keep_send_and_wait_for(rounds):
     options = ["model.num_layers=8", "model.remat=full", "mesh.data=1", "data.batch_size=32"]
     one = estimate(config_of(*options), cpus(1))
-    plan = estimate(config_of(*options, "mesh.stage=4", f"model.pipeline.rounds={rounds}"), cpus(4))
+    plan = estimate(config_of(*options, "mesh.stage=4", f"model.pipeline.num_repeats={rounds}"), cpus(4))
     layers = sum(n for part, n in one.parameters.items() if part in ("attention", "mlp"))
     ends = one.parameters["total"] - layers
     assert plan.memory.parameters == pytest.approx(4 * (layers / 4 + ends), rel=0.01)
@@ -225,9 +225,9 @@ def test_what_does_not_fit_a_tpu_says_what_it_would_take():
     other = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (123.84G) exceeds"
     )
-    assert wanted(one, 5e9) == 20.5 * 1024**3
-    assert wanted(other, 5e9) == 5e9 + 123.84 * 1024**3
-    assert wanted("INVALID_ARGUMENT: Used 3G of", 5e9) is None
+    assert memory_from_error(one, 5e9) == 20.5 * 1024**3
+    assert memory_from_error(other, 5e9) == 5e9 + 123.84 * 1024**3
+    assert memory_from_error("INVALID_ARGUMENT: Used 3G of", 5e9) is None
 
 
 def test_a_search_finds_what_fits_and_says_the_smallest_where_nothing_does():
@@ -245,7 +245,7 @@ def test_a_search_keeps_on_the_host_what_fits_nowhere_else():
     alone = Target(HARDWARE["v5e"], 1)
     room = replace(alone.hardware, memory=1.1 * estimate(offloading(config), alone).memory.total / USABLE)
     best = search(config, Target(room, 1), Free(remat=True))[0]
-    assert best.plan.fits and best.config.optimizer.offload and best.config.model.offload
+    assert best.plan.fits and best.config.optimizer.offload_state and best.config.model.activation_offload
     assert not search(config, Target(room, 1), Free())[0].plan.fits
 
 
@@ -272,12 +272,12 @@ def test_every_mesh_of_a_search_has_all_devices_and_cuts_evenly():
 
 def test_a_mesh_is_chosen_for_the_devices_that_are_there():
     config, lines = config_of("mesh=auto"), []
-    chosen = settled(config, config.model, lines.append)
+    chosen = resolve_auto_mesh(config, config.model, lines.append)
     assert math.prod(getattr(chosen.mesh, axis) for axis in AXES) == jax.device_count()
     assert not chosen.mesh.auto and lines[0].startswith("mesh=auto: ")
     assert chosen.model == config.model and chosen.data == config.data
     plain = config_of()
-    assert settled(plain, plain.model, lines.append) is plain
+    assert resolve_auto_mesh(plain, plain.model, lines.append) is plain
 
 
 def test_chinchilla_would_have_been_trained_so():
@@ -306,7 +306,7 @@ PHASES = {
     "masked_diffusion": [],
     "prefix_lm": [],
     "span_corruption": [],
-    "multi_token": ["model.further_tokens=1"],
+    "multi_token": ["model.mtp_num_layers=1"],
 }
 
 
@@ -314,7 +314,7 @@ PHASES = {
 def test_each_phase_is_planned_from_the_command_line(phase, tmp_path, capsys):
     small = [o for o in SMALL if not o.startswith("source")]
     command = ["plan", f"phase={phase}", *small, *PHASES[phase], "mesh.fsdp=8", "mesh.data=1", "format=json"]
-    assert run([*command, f"task.output={tmp_path}", f"runs={tmp_path}"]) == 0
+    assert run([*command, f"task.output={tmp_path}", f"output_dir={tmp_path}"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["memory"]["parameters"] > 0 and found["seconds"]["step"] > 0
     written = list(Path(tmp_path).glob("*.json"))
@@ -322,7 +322,16 @@ def test_each_phase_is_planned_from_the_command_line(phase, tmp_path, capsys):
 
 
 def test_adapters_keep_a_base_and_little_else(tmp_path, capsys):
-    command = ["plan", "phase=sft", "adapter=lora", *SMALL, "mesh.data=1", "devices=8", "mesh.fsdp=8", "format=json"]
+    command = [
+        "plan",
+        "phase=sft",
+        "adapter=lora",
+        *SMALL,
+        "mesh.data=1",
+        "fake_devices=8",
+        "mesh.fsdp=8",
+        "format=json",
+    ]
     assert run([*command, f"task.output={tmp_path}"]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert memory["frozen"] > 0 and memory["optimizer"] < 2.1 * memory["parameters"]

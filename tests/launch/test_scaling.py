@@ -10,12 +10,12 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from configs.schema import register, to_typed
-from launch.run import run
-from launch.scaling.ladder import counted_params, recommend, rungs, sizes, with_keys
+from launch.cli import run
 from launch.scaling.law import CHINCHILLA, Law, Point, _value, compute_optimal, fit_law, left_out, read_law, spread
 from launch.scaling.picture import draw_law
-from launch.tasks import ladder
-from models.cost import flops_per_token
+from launch.scaling.rungs import counted_params, recommend, rungs, sizes, with_keys
+from launch.tasks import scaling_ladder as ladder
+from models.flops import flops_per_token
 
 HOFFMANN = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)  # 2203.15556, equation 10
 SIZES, RATIOS = (1e7, 3e7, 1e8, 3e8, 1e9), (5.0, 20.0, 80.0)
@@ -34,7 +34,7 @@ def points(law: Law, noise: float = 0.0, sizes=SIZES, ratios=RATIOS, seed: int =
 def config_of(*overrides):
     register()
     with initialize_config_module(config_module="configs", version_base="1.3"):
-        return to_typed(compose("root", overrides=["task=ladder", *TINY, *overrides]))
+        return to_typed(compose("root", overrides=["task=scaling_ladder", *TINY, *overrides]))
 
 
 def test_the_published_constants_are_found_again_in_losses_that_they_gave():
@@ -96,7 +96,7 @@ def test_a_law_by_which_nothing_falls_recommends_nothing():
 
 
 def test_a_recommendation_costs_the_budget_and_no_other_size_is_better():
-    config = config_of("model.vocab_size=512", "task.aspect=32")
+    config = config_of("model.vocab_size=512", "task.aspect_ratio=32")
     budget = 1e16
     family = sizes(config, config.model, budget)
     best = recommend(CHINCHILLA, [CHINCHILLA._replace(alpha=0.36), HOFFMANN], family, budget)
@@ -116,11 +116,17 @@ def test_rungs_keep_the_keys_of_the_command_and_their_own_come_last():
     found = rungs(config)
     assert [rung.run for rung in found] == ["default-w32-t5", "default-w32-t20", "default-w64-t5", "default-w64-t20"]
     assert found[0].keys == {
-        "embed_dim": 32, "attention.num_heads": 2, "attention.num_kv_heads": 2, "mlp.hidden_dim": 128,
+        "embed_dim": 32, "attention.num_heads": 2, "attention.num_kv_heads": 2, "mlp.intermediate_dim": 128,
     }  # fmt: skip
     assert found[0].tokens == found[0].num_steps * 8 * 32
     assert found[0].tokens == pytest.approx(5 * found[0].parameters, rel=0.01)
-    given = ["task=ladder", "optimizer.learning_rate=1e-2", "task.budget=1e20", "task.log_every=5", "run=x"]
+    given = [
+        "task=scaling_ladder",
+        "optimizer.learning_rate=1e-2",
+        "task.compute_budget=1e20",
+        "task.log_every=5",
+        "run=x",
+    ]
     made = ladder.arguments(config, given, found[0])
     assert made[:3] == ["optimizer.learning_rate=1e-2", "task.log_every=5", "task.sample_tokens=0"]
     assert made[-1] == "run=default-w32-t5" and f"task.num_steps={found[0].num_steps}" in made
@@ -129,11 +135,11 @@ def test_rungs_keep_the_keys_of_the_command_and_their_own_come_last():
 @pytest.mark.parametrize(
     ("key", "said"),
     [("task.widths=[]", "at least one"), ("task.widths=[72]", "whole heads"), ("init_from=x", "begin at random"),
-     ("task.budget=-1", "must be above 0")],
+     ("task.compute_budget=-1", "must be above 0")],
 )  # fmt: skip
 def test_a_ladder_that_cannot_be_is_refused(key, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(["ladder", *TINY, key]) == 2
+    assert run(["scaling_ladder", *TINY, key]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -154,7 +160,7 @@ def test_finished_rungs_are_kept_and_make_a_law(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(ladder.subprocess, "Popen", child)
     monkeypatch.setattr(ladder, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=512))
-    command = ["ladder", *TINY, "task.widths=[32,64,128]", "run=l", "budget=1e13", "task.aspect=null"]
+    command = ["scaling_ladder", *TINY, "task.widths=[32,64,128]", "run=l", "budget=1e13", "task.aspect_ratio=null"]
     assert run(command) == 0 and len(started) == 9
     told = json.loads((tmp_path / "runs/ladders/l.json").read_text())
     assert told["law"] == pytest.approx(HOFFMANN._asdict(), rel=1e-3)
@@ -164,7 +170,7 @@ def test_finished_rungs_are_kept_and_make_a_law(tmp_path, monkeypatch, capsys):
     assert run(command) == 0 and len(started) == 9 and "(kept)" in capsys.readouterr().out
     assert run([*command, "optimizer.learning_rate=0.5"]) == 2
     assert "optimizer.learning_rate=0.5" in capsys.readouterr().err
-    law = "task.law=runs/ladders/l.json"
+    law = "task.scaling_law=runs/ladders/l.json"
     plan = ["plan", "model=tiny", "model.vocab_size=512", "data.batch_size=8", "mesh.data=8", "format=json", law]
     assert run(plan) == 0
     found = json.loads(capsys.readouterr().out)
@@ -176,7 +182,7 @@ def test_finished_rungs_are_kept_and_make_a_law(tmp_path, monkeypatch, capsys):
 def test_a_rung_that_fails_ends_the_ladder_with_its_code(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ladder.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: 2))
-    assert run(["ladder", *TINY, "task.widths=[32,64,128]"]) == 2
+    assert run(["scaling_ladder", *TINY, "task.widths=[32,64,128]"]) == 2
     assert "default-w32-t10: ended with 2" in capsys.readouterr().err
 
 
@@ -192,7 +198,7 @@ def test_a_law_of_compute_is_drawn_too(tmp_path):
 
 def test_coordinates_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["coordinates", *TINY, "task.widths=[32,64]", "model.num_layers=1", "task.num_steps=2", "run=c"]
+    command = ["coord_check", *TINY, "task.widths=[32,64]", "model.num_layers=1", "task.num_steps=2", "run=c"]
     assert run([*command, "optimizer.learning_rate=1e-2"]) == 0
     told = json.loads((tmp_path / "runs/coordinates/c.json").read_text())
     assert set(told["slopes"]) == {"base_width=32", "standard"}

@@ -8,12 +8,12 @@ import httpx
 import openai
 import pytest
 
-from data.chat import chat_ids, text_after_turn
-from data.tokenizer import Bytes
-from launch.writing import encode_prompt, write
-from models.decode import Request
-from models.partition import no_constraint
-from models.sampling import SamplingConfig
+from data.records.chat_encoding import chat_ids, text_after_turn
+from data.tokenizers.kinds import Bytes
+from launch.generation import encode_prompt, generate_batches
+from models.decode.engine import Request
+from models.decode.sampling import SamplingConfig
+from models.logical_axes import no_constraint
 from tests.launch.served import Scripted, engine, model, serving, tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -50,7 +50,7 @@ def streamed(client: httpx.Client, path: str, **body) -> list[dict]:
 def alone(prompt, stop=(), **settings) -> str:
     params, config = model()
     sampling = SamplingConfig(**{"temperature": 0.0, **settings})
-    return write(params, config, tokenizer(), [prompt], sampling, stop=stop, constrain=no_constraint)[0][0]
+    return generate_batches(params, config, tokenizer(), [prompt], sampling, stop=stop, constrain=no_constraint)[0][0]
 
 
 def test_a_greedy_completion_is_what_generate_writes(client):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.sweeps import SearchConfig
-from launch.run import run
+from configs.sweeps import SweepSearchConfig
+from launch.cli import run
 from launch.sweeps import trials
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial
 from launch.sweeps.trials import Measured, Running, command, gpu_shares, start
@@ -32,13 +32,13 @@ TINY = ["model=tiny", "schedule=constant", "schedule.warmup_steps=0", "task.num_
 def quick(tmp_path, monkeypatch):
     """Trials by the stand-in; gives the folder of runs."""
     monkeypatch.setattr(trials, "PROGRAM", (sys.executable, sweeps.__file__))
-    monkeypatch.setattr("launch.sweeps.conduct.PAUSE", 0.02)
+    monkeypatch.setattr("launch.sweeps.runner.PAUSE", 0.02)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs"
 
 
 def swept(*arguments: str) -> int:
-    return run(["sweep", *TINY, "runs=runs", *arguments])
+    return run(["sweep", *TINY, "output_dir=runs", *arguments])
 
 
 def results(runs: Path, name: str) -> list[dict]:
@@ -56,8 +56,8 @@ MISTAKES = {
     "a schedule that does not fit": (["seed=1,2", "schedule=wsd", "schedule.decay_fraction=3"], "decay_fraction=3"),
     "nothing that varies": ([], "sweep: no key varies"),
     "a key given twice": (["seed=1,2", "++seed=3"], "seed: has one value and varies in the sweep as well"),
-    "pruning without evaluations": (["seed=1,2", "sweep.pruning=median"], "give task.evaluate_every=N"),
-    "runs in a bucket": (["seed=1,2", "runs=s3://a/b"], "runs=s3://a/b: a sweep reads the run folders"),
+    "pruning without evaluations": (["seed=1,2", "sweep.pruning=median"], "give task.eval_every=N"),
+    "runs in a bucket": (["seed=1,2", "output_dir=s3://a/b"], "output_dir=s3://a/b: a sweep reads the run folders"),
     "a misspelt key of the sweep": (["seed=1,2", "sweep.trails=3"], "did you mean 'task.sweep.trials'"),
 }
 
@@ -71,20 +71,20 @@ def test_a_mistake_is_named_before_anything_starts(quick, capfd, arguments, said
 
 
 def test_trials_run_and_the_best_is_told(quick, capfd):
-    assert swept("run=a", f"{RATE}=1e-4,1e-2,1e-1", "sweep.parallel=2") == 0
+    assert swept("run=a", f"{RATE}=1e-4,1e-2,1e-1", "sweep.max_concurrent_trials=2") == 0
     rows = results(quick, "a")
     assert [row["value"] for row in rows] == [4 + 1 / 6, 1 / 6, 1 + 1 / 6]
     assert [row["state"] for row in rows] == [DONE] * 3
     out = capfd.readouterr().out
     assert "best: a-001, eval/loss 0.16667" in out
     assert out.index("a-001  ") < out.index("a-002  ") < out.index("a-000  ")  # the table, best first
-    assert f"runs=runs {RATE}=0.01 run=a-best" in out
+    assert f"output_dir=runs {RATE}=0.01 run=a-best" in out
     assert (quick / "sweeps" / "a" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert not (quick / "sweeps" / "a" / "process.json").exists()
 
 
 def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(quick, capfd, monkeypatch):
-    given = (f"{RATE}=log:1e-5..1", f"{LAYERS}=1,2", "sweep.trials=3", "sweep.method=bayes")
+    given = (f"{RATE}=log:1e-5..1", f"{LAYERS}=1,2", "sweep.trials=3", "sweep.method=tpe")
     assert swept("run=whole", *given) == 0
     monkeypatch.setenv("SECONDS_OF_A_STEP", "0.05")
 
@@ -112,7 +112,7 @@ def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(qu
 def test_what_would_not_compare_is_refused():
     begun = {"over": {RATE: "log:1e-5..1"}, "method": "random", "seed": 0, "arguments": ["model=tiny", "seed=1"]}
     for change, said in {
-        ("method", "bayes"): "sweep.method=bayes: the sweep 'a' was begun with sweep.method=random",
+        ("method", "bayes"): "sweep.method=tpe: the sweep 'a' was begun with sweep.method=random",
         ("over", RATE): f"{RATE}=2,4: the sweep 'a' was begun with {RATE}=log:1e-5..1",
         ("over", LAYERS): f"{LAYERS}=2,4: the sweep 'a' was begun without it",
         ("arguments", "seed=2"): "seed=2: the sweep 'a' was begun with seed=1",
@@ -137,7 +137,7 @@ def test_a_sweep_gets_more_trials_but_no_others(quick, capfd):
     before = results(quick, "a")
     assert swept(*given, "sweep.trials=2", "task.num_steps=7") == 2
     assert "task.num_steps=7: the sweep 'a' was begun with task.num_steps=6" in capfd.readouterr().err
-    assert swept(*given, "sweep.trials=3", "sweep.parallel=2", "launcher.max_restarts=0") == 0
+    assert swept(*given, "sweep.trials=3", "sweep.max_concurrent_trials=2", "launcher.max_restarts=0") == 0
     after = results(quick, "a")
     compared = lambda rows: [(row["params"], row["value"], row["seconds"]) for row in rows]
     assert len(after) == 3 and compared(after[:2]) == compared(before)
@@ -158,7 +158,7 @@ def test_two_processes_do_not_carry_out_one_sweep(quick, capfd):
 
 
 def test_a_trial_may_fail_or_be_preempted_and_the_others_go_on(quick, capfd):
-    given = ("run=a", f"{RATE}=1e-2", f"{LAYERS}=1,3,5,6,2", "sweep.parallel=2")
+    given = ("run=a", f"{RATE}=1e-2", f"{LAYERS}=1,3,5,6,2", "sweep.max_concurrent_trials=2")
     assert swept(*given) == 0
     rows = results(quick, "a")
     assert [row["state"] for row in rows] == [DONE, FAILED, DONE, FAILED, DONE]
@@ -166,14 +166,14 @@ def test_a_trial_may_fail_or_be_preempted_and_the_others_go_on(quick, capfd):
     assert rows[3]["message"] == "eval/loss is not finite"
     assert "a-001 failed: model.num_layers=3: is not wanted here; its log:" in capfd.readouterr().out
     assert (quick / "a-002" / "starts").read_text() == "start\n" * 2  # preempted once
-    assert swept(*given, "sweep.retry=true") == 0
+    assert swept(*given, "sweep.retry_failed=true") == 0
     again = results(quick, "a")
     assert again[:5] == rows and [row["params"] for row in again[5:]] == [rows[1]["params"], rows[3]["params"]]
 
 
 def test_values_that_do_not_go_together_are_a_failed_trial(quick):
     varied = ["task.num_steps=9,6", "schedule.warmup_steps=0,8"]  # each right beside the other's first value
-    given = ["model=tiny", "runs=runs", "run=a", "schedule=constant", f"{RATE}=1e-2", *varied]
+    given = ["model=tiny", "output_dir=runs", "run=a", "schedule=constant", f"{RATE}=1e-2", *varied]
     assert run(["sweep", *given]) == 0
     rows = results(quick, "a")
     assert [row["state"] for row in rows] == [DONE, DONE, DONE, FAILED]
@@ -200,8 +200,8 @@ def test_a_metric_that_no_run_measures_is_named(quick, capfd):
 
 def test_trials_that_promise_nothing_are_pruned(quick, monkeypatch):
     monkeypatch.setenv("SECONDS_OF_A_STEP", "0.05")
-    given = [f"{RATE}=1e-2,2e-2,5e-3,1e-5", "task.num_steps=20", "task.evaluate_every=1"]
-    assert swept("run=a", *given, "sweep.pruning=median", "sweep.prune_after=4") == 0
+    given = [f"{RATE}=1e-2,2e-2,5e-3,1e-5", "task.num_steps=20", "task.eval_every=1"]
+    assert swept("run=a", *given, "sweep.pruning=median", "sweep.warmup_steps=4") == 0
     rows = results(quick, "a")
     assert [row["state"] for row in rows] == [DONE, DONE, DONE, PRUNED]
     assert 4 < rows[3]["step"] < 20 and rows[3]["value"] is None
@@ -255,9 +255,9 @@ def test_a_preset_holds_a_space_and_the_command_line_adds_to_it(quick):
 
 def test_gpus_are_shared_out_among_the_places(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    search = SearchConfig(parallel=2, gpus_per_trial=2)
+    search = SweepSearchConfig(max_concurrent_trials=2, gpus_per_trial=2)
     assert gpu_shares(search, "local") == [["4", "5"], ["6", "7"]]
-    search.parallel = 3
+    search.max_concurrent_trials = 3
     with pytest.raises(ValueError, match="3 trials at once need 6 GPUs, and this machine shows 4"):
         gpu_shares(search, "local")
     with pytest.raises(ValueError, match="launcher=slurm has keys of its own"):
@@ -271,7 +271,7 @@ TPU = ["launcher=tpu_vm", "launcher.accelerator=v6e-16", "launcher.runtime=r", "
     ("options", "parallel", "said"),
     [
         (TPU, 1, "launcher.name=null: each trial would ask for a TPU of its own"),
-        ([*TPU, "launcher.name=mine"], 2, "sweep.parallel=2: launcher.name=mine has one trial at a time"),
+        ([*TPU, "launcher.name=mine"], 2, "sweep.max_concurrent_trials=2: launcher.name=mine has one trial at a time"),
         (["launcher=skypilot", "launcher.cluster=mine"], 2, "launcher.cluster=mine has one trial at a time"),
         (["launcher=slurm", "launcher.follow=false"], 1, "launcher.follow=false: a sweep stays with its trials"),
     ],
@@ -296,15 +296,15 @@ def queued(tmp_path, monkeypatch):
     one.folder.mkdir(parents=True)
     one.noted(id="17", log=str(one.log))
     monkeypatch.setattr(trials, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
-    config = composed("launcher=slurm", "run=s-000", "runs=runs")
+    config = composed("launcher=slurm", "run=s-000", "output_dir=runs")
     return Trial(0, "s-000", "running", {}, process={"pid": 1}), config, calls
 
 
 def test_a_job_that_an_earlier_sweep_left_in_a_cluster_is_followed_and_stopped_there(queued, tmp_path):
     trial, config, calls = queued
-    one: Running = start(trial, config, [], SearchConfig(), log=tmp_path / "log", rejoin=True)
+    one: Running = start(trial, config, [], SweepSearchConfig(), log=tmp_path / "log", rejoin=True)
     try:
-        assert one.rejoined and one.child.args[-4:] == ["logs", "runs=runs", "run=s-000", "follow=true"]
+        assert one.rejoined and one.child.args[-4:] == ["logs", "output_dir=runs", "run=s-000", "follow=true"]
         assert one.stop() == "told SLURM job 17 to save and end"
         assert calls.read_text() == "--signal=TERM 17\n" and one.child.poll() is None
         assert one.stop() == ""  # once
@@ -312,7 +312,7 @@ def test_a_job_that_an_earlier_sweep_left_in_a_cluster_is_followed_and_stopped_t
     finally:
         one.child.kill()
         one.child.wait()
-    assert one.outcome(SearchConfig()).again
+    assert one.outcome(SweepSearchConfig()).again
 
 
 def test_trials_run_the_code_as_it_was(quick, tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from configs.schema import register
-from configs.sweeps import Goal, Method, Pruning, SearchConfig
+from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
 from launch.sweeps.picture import draw_sweep
-from launch.sweeps.space import Range, Space, Values, apart, grid, kinds, read_space, spelt, varies
+from launch.sweeps.space import Range, Space, Values, grid, kinds, read_space, spelt, split_varying_keys, varies
 from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, points_of, ranked
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
@@ -17,7 +17,7 @@ WIDE: dict = {RATE: Range(1e-5, 1.0, True, False), LAYERS: Range(1, 8, False, Tr
 
 
 def study(folder: Path | None, **settings) -> Study:
-    search = SearchConfig(**{"over": {"a": "b"}, "method": Method.random, "trials": 8} | settings)
+    search = SweepSearchConfig(**{"over": {"a": "b"}, "method": Method.random, "trials": 8} | settings)
     return Study(folder, "s", search, WIDE, num_steps=100)
 
 
@@ -34,7 +34,7 @@ def carried_out(one: Study, most: int = 1000) -> list[dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("method", [Method.random, Method.bayes])
+@pytest.mark.parametrize("method", [Method.random, Method.tpe])
 def test_a_sweep_that_was_cut_off_proposes_what_an_unbroken_one_does(tmp_path, method):
     unbroken = carried_out(study(None, method=method, trials=12))
     first = carried_out(study(tmp_path, method=method, trials=12), most=5)
@@ -59,16 +59,16 @@ def test_proposals_lie_in_the_space_and_fill_it():
 def test_bayes_finds_more_than_chance():
     for seed in range(2):
         best = {}
-        for method in (Method.bayes, Method.random):
+        for method in (Method.tpe, Method.random):
             one = study(None, method=method, trials=40, seed=seed)
             carried_out(one)
             found = [trial.value for trial in one.trials()[20:]]
             best[method] = sum(found) / len(found)
-        assert best[Method.bayes] < 0.5 * best[Method.random]
+        assert best[Method.tpe] < 0.5 * best[Method.random]
 
 
 def test_what_was_tried_is_not_tried_again():
-    search = SearchConfig(method=Method.random, trials=50)
+    search = SweepSearchConfig(method=Method.random, trials=50)
     one = Study(None, "s", search, {"a": Values(("1", "2")), "b": Values(("x", "y", "z"))}, num_steps=10)
     found = []
     while (trial := one.next()) is not None:
@@ -82,7 +82,7 @@ def test_a_grid_is_every_combination_in_order(tmp_path):
     space = {"a": Values(("1", "2")), "b": Values(("x", "y"))}
     wanted = [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}, {"a": "2", "b": "y"}]
     assert list(grid(space)) == wanted
-    search, found = SearchConfig(), []
+    search, found = SweepSearchConfig(), []
     for _ in range(2):  # the second start goes on
         one = Study(tmp_path, "g", search, space, num_steps=10)
         while len(found) < 3 and (trial := one.next()) is not None:
@@ -123,7 +123,7 @@ def test_a_number_has_four_figures_and_stays_in_its_range():
 )
 def test_what_varies_is_told_from_what_does_not(override, several):
     assert varies(override) is several
-    assert (override in apart([override])) is not several
+    assert (override in split_varying_keys([override])) is not several
 
 
 @pytest.fixture(scope="module")
@@ -168,24 +168,24 @@ def test_a_key_tells_whether_its_range_is_of_whole_numbers(plain):
 def test_a_grid_is_taken_whole_and_has_no_ranges():
     seeds: Space = {"seed": Values(("1", "2", "3"))}
     with pytest.raises(ValueError, match=r"sweep.trials=2: the grid has 3 points; leave it out for all of them"):
-        points_of(SearchConfig(trials=2), seeds)
+        points_of(SweepSearchConfig(trials=2), seeds)
     ranged: Space = {RATE: Range(1e-4, 1e-2, True, False)}
     with pytest.raises(ValueError, match=f"give its values, such as {RATE}=0.0001,0.001,0.01"):
-        points_of(SearchConfig(method=Method.grid), ranged)
-    assert points_of(SearchConfig(), ranged) == [] and len(points_of(SearchConfig(), seeds)) == 3
+        points_of(SweepSearchConfig(method=Method.grid), ranged)
+    assert points_of(SweepSearchConfig(), ranged) == [] and len(points_of(SweepSearchConfig(), seeds)) == 3
 
 
 def test_numbers_that_have_no_sense_are_refused():
     for key in ("trials", "parallel"):
         with pytest.raises(ValueError, match=f"sweep.{key}=0: must be at least 1"):
-            SearchConfig(over={"seed": "1,2"}, **{key: 0}).validate()
+            SweepSearchConfig(parameters={"seed": "1,2"}, **{key: 0}).validate()
 
 
 def test_a_goal_of_max_turns_the_order_round():
     states = [(DONE, 2.0), (PRUNED, None), (DONE, 3.0), (FAILED, None), (DONE, 1.0)]
     found = [Trial(i, f"a-{i:03d}", state, {}, value, {5: 9.0}) for i, (state, value) in enumerate(states)]
-    for goal, order in ((Goal.max, [2, 0, 4, 1, 3]), (Goal.min, [4, 0, 2, 1, 3])):
-        search = SearchConfig(goal=goal)
+    for goal, order in ((Mode.max, [2, 0, 4, 1, 3]), (Mode.min, [4, 0, 2, 1, 3])):
+        search = SweepSearchConfig(mode=goal)
         assert [trial.number for trial in ranked(found, search)] == order
         best = best_of(found, search)
         assert best is not None and best.number == order[0]
@@ -211,7 +211,7 @@ def test_pruning_ends_what_is_worse_after_the_steps_that_all_get(tmp_path, pruni
 
 
 def test_the_picture_shows_what_there_is(tmp_path):
-    search, picture = SearchConfig(), tmp_path / "sweep.png"
+    search, picture = SweepSearchConfig(), tmp_path / "sweep.png"
     one = study(tmp_path, trials=9)
     assert not draw_sweep(one.trials(), WIDE, search, picture, title="nothing")
     for i in range(9):

@@ -104,7 +104,7 @@ def test_a_stopped_worker_does_not_start_again(tmp_path):
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     subprocess.run(["bash", "-c", tpu_vm.script(one)], input=b"", env=env, check=True)
     assert wait_for((tmp_path / "started").exists, seconds=20)
-    subprocess.run(["bash", "-c", tpu_vm.told_to_stop(one)], cwd=tmp_path, check=True)
+    subprocess.run(["bash", "-c", tpu_vm.stop_requested(one)], cwd=tmp_path, check=True)
     assert wait_for((folder / "exit_code").exists, seconds=20)
     assert (folder / "exit_code").read_text() == "75\n" and "restart" not in (folder / "log").read_text()
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decode import generate
-from models.sampling import History, SamplingConfig, Settings, filter_logits, sample
+from models.decode.engine import generate
+from models.decode.sampling import History, SamplingConfig, Settings, filter_logits, sample
 from models.transformer import init_params, logits, make_apply
 from tests.models.test_transformer import BASE, FAMILIES, V
 

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import AttentionConfig, Dtype, Mask, ModelConfig
-from models.diffusion import write_masked
-from models.sampling import SamplingConfig
+from models.config import AttentionConfig, AttentionMask, Dtype, ModelConfig
+from models.decode.diffusion import write_masked
+from models.decode.sampling import SamplingConfig
 from models.transformer import forward, init_params, logits
 
 V, MASK = 40, 39
 MODEL = ModelConfig(
     num_layers=1, embed_dim=32, vocab_size=V, dtype=Dtype.float32, init_std=0.4,
-    attention=AttentionConfig(mask=Mask.bidirectional),
+    attention=AttentionConfig(mask=AttentionMask.bidirectional),
 )  # fmt: skip
 PARAMS = init_params(MODEL, jax.random.key(0))
 GREEDY = SamplingConfig(max_new_tokens=6, temperature=0)

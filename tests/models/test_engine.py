@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import decode
-from models.cache import init_cache, write_cache
 from models.config import Dtype
-from models.decode import Engine, EngineConfig, Request, decoding_params, generate
-from models.products import RowsFirst, Table, contract
-from models.sampling import SamplingConfig
+from models.decode import engine as decode
+from models.decode.engine import Engine, EngineConfig, Request, decoding_params, generate
+from models.decode.sampling import SamplingConfig
+from models.kv_cache import init_cache, write_cache
+from models.matmul import TiedEmbedding, TransposedWeight, einsum_f32
 from models.transformer import init_params, logits, make_apply, param_axes
 from tests.models.test_transformer import BASE, FAMILIES, V
 from trainer.mesh import MeshConfig, ShardingRules, make_constrain, make_mesh, param_shardings
-from trainer.objectives.logprobs import token_logprobs
+from trainer.objectives.cross_entropy import token_logprobs
 
 SMALL = EngineConfig(slots=3, length=256, chunk=16, chunks_per_step=2)
 PARAMS = init_params(BASE, jax.random.key(0))
@@ -142,8 +142,8 @@ def test_a_matrix_stored_the_other_way_gives_the_same_product(spec, x, kernel, n
     x, kernel = jax.random.normal(jax.random.key(0), x), jax.random.normal(jax.random.key(1), kernel)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     for rows in (x, x[:1, :1]):
-        want = contract(spec, rows, kernel, jnp.dtype("float32"))
-        found = contract(spec, rows, RowsFirst.of(kernel, num_out), jnp.dtype("float32"))
+        want = einsum_f32(spec, rows, kernel, jnp.dtype("float32"))
+        found = einsum_f32(spec, rows, TransposedWeight.of(kernel, num_out), jnp.dtype("float32"))
         np.testing.assert_allclose(found, want, atol=1e-5)
 
 
@@ -157,8 +157,12 @@ def test_rows_first_parameters_write_the_same(monkeypatch, family, dtype):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     decode._programs.cache_clear()
     ready = decoding_params(params, config)
-    assert isinstance(ready["embedding"], Table) if config.tied_embeddings else isinstance(ready["head"], RowsFirst)
-    assert isinstance(ready["layers"][0]["mlp"]["up"]["kernel"], RowsFirst)
+    assert (
+        isinstance(ready["embedding"], TiedEmbedding)
+        if config.tied_embeddings
+        else isinstance(ready["head"], TransposedWeight)
+    )
+    assert isinstance(ready["layers"][0]["mlp"]["up"]["kernel"], TransposedWeight)
     found = generate(params, config, [[1, 2, 3], [4]], settings)
     decode._programs.cache_clear()
     if dtype is Dtype.float32:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import kernels
-from models.attention import UNLIMITED, attention, visible
-from models.config import AttentionConfig, Dtype, Kernel, LayerKind, Mask, ModelConfig
+from models.attention import kernels
+from models.attention.ops import UNLIMITED, attention, attention_mask
+from models.config import AttentionConfig, AttentionImplementation, AttentionMask, Dtype, LayerKind, ModelConfig
 from models.transformer import init_params, make_apply
 
 B, L, N, K, H = 2, 256, 4, 2, 16
@@ -30,11 +30,11 @@ def packed():
 
 
 CASES = {
-    "splash": (Kernel.splash, {}),
-    "splash, window": (Kernel.splash, {"window": 40}),
-    "splash, soft cap": (Kernel.splash, {"soft_cap": 1.5}),
-    "splash, sinks": (Kernel.splash, {"sinks": True}),
-    "triton": (Kernel.triton, {}),
+    "splash": (AttentionImplementation.splash, {}),
+    "splash, window": (AttentionImplementation.splash, {"window": 40}),
+    "splash, soft cap": (AttentionImplementation.splash, {"soft_cap": 1.5}),
+    "splash, sinks": (AttentionImplementation.splash, {"sinks": True}),
+    "triton": (AttentionImplementation.triton, {}),
 }
 
 
@@ -50,7 +50,7 @@ def test_a_kernel_gives_what_plain_attention_gives(case):
     options = {"scale": 0.4, "soft_cap": soft_cap}
 
     def plain(q, k, v):
-        mask = visible(positions, positions, segments, segments, window)
+        mask = attention_mask(positions, positions, segments, segments, window)
         return attention(q, k, v, mask, sinks_N=sinks, **options)
 
     def fused(q, k, v):
@@ -85,36 +85,40 @@ def test_a_model_is_the_same_with_a_kernel(pattern, remat):
     kinds = {"pattern": [LayerKind[name] for name in pattern], "sliding_window": 30}
     config = replace(F32, remat=type(F32.remat)[remat])
     found, wanted = (
-        losses_of(replace(config, attention=replace(F32.attention, kernel=kernel, **kinds)))
-        for kernel in (Kernel.splash, Kernel.xla)
+        losses_of(replace(config, attention=replace(F32.attention, implementation=kernel, **kinds)))
+        for kernel in (AttentionImplementation.splash, AttentionImplementation.xla)
     )
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_a_kernel_is_chosen_by_platform_and_by_what_it_can_do():
-    auto = {"kernel": Kernel.auto}
+    auto = {"kernel": AttentionImplementation.auto}
     with_ = lambda **how: replace(F32, dtype=Dtype.bfloat16, attention=replace(F32.attention, **{**auto, **how}))
-    assert kernels.chosen(F32, 256, "tpu") is Kernel.xla  # unless it is asked for
-    assert kernels.chosen(with_(), 256, "cpu") is Kernel.xla
-    assert kernels.chosen(with_(), 256, "tpu") is Kernel.splash
-    assert kernels.chosen(with_(), 256, "gpu") is Kernel.triton
-    assert kernels.chosen(with_(block=0), 256, "tpu") is Kernel.xla  # that is another way
-    assert kernels.chosen(with_(), 250, "tpu") is Kernel.xla
-    assert kernels.chosen(with_(mask=Mask.prefix), 256, "tpu") is Kernel.xla
-    assert kernels.chosen(with_(soft_cap=5.0), 256, "gpu") is Kernel.xla
-    assert kernels.chosen(with_(pattern=[LayerKind.sliding]), 256, "gpu") is Kernel.xla
-    assert kernels.chosen(replace(with_(), dtype=Dtype.float32), 256, "gpu") is Kernel.xla
+    assert kernels.select_implementation(F32, 256, "tpu") is AttentionImplementation.xla  # unless it is asked for
+    assert kernels.select_implementation(with_(), 256, "cpu") is AttentionImplementation.xla
+    assert kernels.select_implementation(with_(), 256, "tpu") is AttentionImplementation.splash
+    assert kernels.select_implementation(with_(), 256, "gpu") is AttentionImplementation.triton
+    assert (
+        kernels.select_implementation(with_(block=0), 256, "tpu") is AttentionImplementation.xla
+    )  # that is another way
+    assert kernels.select_implementation(with_(), 250, "tpu") is AttentionImplementation.xla
+    assert kernels.select_implementation(with_(mask=AttentionMask.prefix), 256, "tpu") is AttentionImplementation.xla
+    assert kernels.select_implementation(with_(soft_cap=5.0), 256, "gpu") is AttentionImplementation.xla
+    assert kernels.select_implementation(with_(pattern=[LayerKind.sliding]), 256, "gpu") is AttentionImplementation.xla
+    assert (
+        kernels.select_implementation(replace(with_(), dtype=Dtype.float32), 256, "gpu") is AttentionImplementation.xla
+    )
     with pytest.raises(ValueError, match=r"model\.attention\.kernel=triton: cannot do model\.attention\.soft_cap=5"):
-        kernels.chosen(with_(soft_cap=5.0, kernel=Kernel.triton), 256, "gpu")
+        kernels.select_implementation(with_(soft_cap=5.0, kernel=AttentionImplementation.triton), 256, "gpu")
     with pytest.raises(ValueError, match="rows of 250 tokens, which are no multiple of 128"):
-        kernels.chosen(with_(kernel=Kernel.splash), 250, "tpu")
+        kernels.select_implementation(with_(kernel=AttentionImplementation.splash), 250, "tpu")
 
 
-@pytest.mark.parametrize("kernel", [Kernel.splash, Kernel.triton])
+@pytest.mark.parametrize("kernel", [AttentionImplementation.splash, AttentionImplementation.triton])
 def test_the_check_sees_a_kernel_that_ignores_borders(kernel, monkeypatch):
-    config = replace(F32, attention=replace(F32.attention, kernel=kernel))
-    assert kernels.largest_difference(kernel, config, interpret=True) < 1e-4
+    config = replace(F32, attention=replace(F32.attention, implementation=kernel))
+    assert kernels.max_error_vs_reference(kernel, config, interpret=True) < 1e-4
     ours = kernels.kernel_attention
     ignorant = lambda kernel, q, k, v, segments, **how: ours(kernel, q, k, v, jnp.ones_like(segments), **how)
     monkeypatch.setattr(kernels, "kernel_attention", ignorant)
-    assert kernels.largest_difference(kernel, config, interpret=True) > 0.1
+    assert kernels.max_error_vs_reference(kernel, config, interpret=True) > 0.1

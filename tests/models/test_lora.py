@@ -9,30 +9,30 @@ import optax
 import pytest
 
 from data.batch import TokenBatch
-from models.config import Dtype, ExpertsConfig, ModelConfig
-from models.lora import (
+from models.adapters.lora import (
     AdapterConfig,
-    Base,
     Method,
-    adapted,
+    QuantizeBase,
     adapter_axes,
+    bind_adapters,
     find_targets,
     init_adapters,
-    merged,
+    merge,
+    quantized_base,
     short_name,
-    stored_base,
 )
-from models.products import Kernel, as_array
-from models.quantize import BLOCK, DYNAMIC, NF4, Bits, quantize
+from models.config import Dtype, ModelConfig, MoEConfig
+from models.matmul import WeightView, as_array
+from models.quantization.blockwise import BLOCK, DYNAMIC, NF4, Bits, quantize
 from models.transformer import init_params, logits, make_apply, param_axes
-from trainer.adapters import BASE, Adapted
+from trainer.adapters import BASE, AdapterObjective
 from trainer.objectives.next_token import NextTokenConfig
-from trainer.roles import Role, param_roles
+from trainer.optimizers.param_groups import ParamGroup, param_groups
 from trainer.state import make_state
 from trainer.step import make_train_step
 
 PLAIN = ModelConfig(vocab_size=32, embed_dim=64, dtype=Dtype.float32, tied_embeddings=False)
-MIXTURE = dataclasses.replace(PLAIN, experts=ExpertsConfig(num_experts=4, hidden_dim=32, shared_hidden_dim=32))
+MIXTURE = dataclasses.replace(PLAIN, moe=MoEConfig(num_experts=4, intermediate_dim=32, shared_intermediate_dim=32))
 F32 = jnp.dtype("float32")
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 12)).astype(np.int32)
 PLACES = {
@@ -47,7 +47,7 @@ def parts(adapter: AdapterConfig, model: ModelConfig = PLAIN):
 
     @jax.jit
     def make(key):
-        base = stored_base(adapter, axes, init_params(model, key))
+        base = quantized_base(adapter, axes, init_params(model, key))
         return base, init_adapters(adapter, axes, key, base)
 
     base, adapters = make(jax.random.key(0))
@@ -62,35 +62,35 @@ def trained(adapters, size=0.02):
 
 
 def plain(base):
-    return jax.tree.map(as_array, base, is_leaf=lambda w: isinstance(w, Kernel))
+    return jax.tree.map(as_array, base, is_leaf=lambda w: isinstance(w, WeightView))
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("model", [PLAIN, MIXTURE], ids=["plain", "experts"])
 def test_new_adapters_change_nothing_and_merged_ones_say_the_same_as_those_beside(method, model):
     targets = ["attention", "mlp", "head"] + (["embedding"] if method != "dora" else [])
-    adapter = AdapterConfig(Method[method], rank=4, targets=targets)
+    adapter = AdapterConfig(Method[method], rank=4, target_modules=targets)
     axes, base, adapters, forward = parts(adapter, model)
     before = forward(base)
     # A magnitude is computed in one program and divided by the same length in another: that may differ in a last bit.
     np.testing.assert_allclose(
-        forward(adapted(adapter, axes, base, adapters)), before, rtol=0, atol=1e-6 if method == "dora" else 0
+        forward(bind_adapters(adapter, axes, base, adapters)), before, rtol=0, atol=1e-6 if method == "dora" else 0
     )
     learnt = trained(adapters)
-    beside = forward(adapted(adapter, axes, base, learnt))
-    np.testing.assert_allclose(forward(merged(adapter, axes, base, learnt, F32)), beside, atol=2e-5)
+    beside = forward(bind_adapters(adapter, axes, base, learnt))
+    np.testing.assert_allclose(forward(merge(adapter, axes, base, learnt, F32)), beside, atol=2e-5)
     assert np.abs(beside - before).max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_base_of_few_bits_is_read_as_what_it_stands_for(kind):
-    adapter = AdapterConfig(Method.lora, rank=4, base=Base[kind])
+    adapter = AdapterConfig(Method.lora, rank=4, quantize_base=QuantizeBase[kind])
     axes, base, adapters, forward = parts(adapter)
     np.testing.assert_allclose(forward(base), forward(plain(base)), atol=1e-5)
     learnt = trained(adapters)
-    beside = forward(adapted(adapter, axes, base, learnt))
-    np.testing.assert_allclose(forward(merged(adapter, axes, base, learnt, F32)), beside, atol=2e-5)
-    full = parts(dataclasses.replace(adapter, base=Base.full))[1]
+    beside = forward(bind_adapters(adapter, axes, base, learnt))
+    np.testing.assert_allclose(forward(merge(adapter, axes, base, learnt, F32)), beside, atol=2e-5)
+    full = parts(dataclasses.replace(adapter, quantize_base=QuantizeBase.none))[1]
     bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree["layers"]["mlp"]))
     assert bytes_of(base) < bytes_of(full) * (0.15 if kind == "nf4" else 0.27)
 
@@ -99,8 +99,8 @@ def test_merging_in_f32_and_casting_once_is_closer_than_adding_what_was_cast():
     adapter = AdapterConfig(Method.lora, rank=4)
     axes, base, adapters, _ = parts(adapter)
     learnt = trained(adapters, 0.02)
-    exact = merged(adapter, axes, base, learnt, F32)
-    once = merged(adapter, axes, base, learnt, jnp.dtype("bfloat16"))
+    exact = merge(adapter, axes, base, learnt, F32)
+    once = merge(adapter, axes, base, learnt, jnp.dtype("bfloat16"))
     low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     twice = jax.tree.map(lambda e, b: b + (e - b.astype(F32)).astype(jnp.bfloat16), exact, low(base))
     far = lambda tree: sum(
@@ -113,7 +113,7 @@ def test_merging_in_f32_and_casting_once_is_closer_than_adding_what_was_cast():
 def test_targets_are_parts_of_names_or_patterns():
     axes = param_axes(PLAIN)
     chosen = lambda *targets: [
-        short_name(path) for path in find_targets(AdapterConfig(Method.lora, targets=list(targets)), axes)
+        short_name(path) for path in find_targets(AdapterConfig(Method.lora, target_modules=list(targets)), axes)
     ]
     assert chosen("query", "value") == ["attention.query", "attention.value"]
     assert chosen("mlp") == ["mlp.down", "mlp.gate", "mlp.up"]
@@ -127,17 +127,17 @@ def test_targets_are_parts_of_names_or_patterns():
 def test_a_tied_head_takes_no_adapter(target):
     tied = param_axes(dataclasses.replace(PLAIN, tied_embeddings=True))
     with pytest.raises(ValueError, match="tied_embeddings=true"):
-        find_targets(AdapterConfig(Method.lora, targets=[target]), tied)
+        find_targets(AdapterConfig(Method.lora, target_modules=[target]), tied)
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"dropout": 1.0}, "adapter.dropout=1.0"),
-        ({"double_quantization": True}, "adapter.double_quantization=true"),
+        ({"double_quantization": True}, "adapter.double_quant=true"),
         ({"rank": 0}, "adapter.rank=0"),
-        ({"targets": []}, "adapter.targets="),
-        ({"method": Method.none, "base": Base.nf4}, "adapter.base=nf4"),
+        ({"targets": []}, "adapter.target_modules="),
+        ({"method": Method.none, "base": QuantizeBase.nf4}, "adapter.quantize_base=nf4"),
     ],
 )
 def test_what_is_not_carried_out_is_refused(wrong, said):
@@ -154,14 +154,14 @@ def test_names_of_dims_follow_the_dims_and_a_magnitude_is_a_vector():
     }
     assert axes["attention"]["out"]["kernel"]["a"] == ("layers", "heads", "head_dim", None)
     assert axes["mlp"]["up"]["kernel"]["b"] == ("layers", "experts", None, "mlp")
-    roles = param_roles(axes)["attention"]["query"]["kernel"]
-    assert roles == {"a": Role.matrix, "b": Role.matrix, "magnitude": Role.vector}
+    roles = param_groups(axes)["attention"]["query"]["kernel"]
+    assert roles == {"a": ParamGroup.matrix, "b": ParamGroup.matrix, "magnitude": ParamGroup.vector}
 
 
 def test_only_adapters_are_differentiated_and_have_moments():
     adapter = AdapterConfig(Method.dora, rank=4)
     axes, base, _, _ = parts(adapter)
-    objective = Adapted(NextTokenConfig().build(None), lambda *args: adapted(adapter, axes, *args))
+    objective = AdapterObjective(NextTokenConfig().build(None), lambda *args: bind_adapters(adapter, axes, *args))
     optimizer = optax.adam(1e-2)
     update = optax.GradientTransformationExtraArgs(optimizer.init, lambda u, s, p=None, **_: optimizer.update(u, s, p))
     state = make_state(lambda key, base: init_adapters(adapter, axes, key, base), update, jax.random.key(0), base)
@@ -186,17 +186,17 @@ def test_dropout_drops_what_adapters_read_and_nothing_else():
     adapter = AdapterConfig(Method.lora, rank=4, dropout=0.5)
     axes, base, adapters, forward = parts(adapter)
     plain, learnt = forward(base), trained(adapters, 0.2)
-    with_key = lambda key: forward(adapted(adapter, axes, base, learnt, key))
-    assert np.array_equal(forward(adapted(adapter, axes, base, adapters, jax.random.key(1))), plain)  # B is 0
+    with_key = lambda key: forward(bind_adapters(adapter, axes, base, learnt, key))
+    assert np.array_equal(forward(bind_adapters(adapter, axes, base, adapters, jax.random.key(1))), plain)  # B is 0
     whole, one, other = (
-        forward(adapted(adapter, axes, base, learnt)),
+        forward(bind_adapters(adapter, axes, base, learnt)),
         with_key(jax.random.key(1)),
         with_key(jax.random.key(2)),
     )
     assert not np.allclose(one, whole) and not np.allclose(one, other)
     assert np.array_equal(one, with_key(jax.random.key(1)))
     # Each matrix of a stack has a mask of its own, and kept inputs are scaled up.
-    kernel = adapted(adapter, axes, base, learnt, jax.random.key(1))["layers"]["attention"]["query"]["kernel"]
+    kernel = bind_adapters(adapter, axes, base, learnt, jax.random.key(1))["layers"]["attention"]["query"]["kernel"]
     x = jnp.ones((1, 64))
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], kernel) for i in range(2)]
     dropped = [np.asarray(layer._dropped(x)) for layer in layers]
@@ -210,8 +210,8 @@ def test_dropout_drops_what_adapters_read_and_nothing_else():
 def test_evaluation_drops_nothing():
     adapter = AdapterConfig(Method.lora, rank=4, dropout=0.5)
     axes, base, adapters, _ = parts(adapter)
-    join = lambda *args: adapted(adapter, axes, *args)
-    objective = Adapted(NextTokenConfig().build(None), join)
+    join = lambda *args: bind_adapters(adapter, axes, *args)
+    objective = AdapterObjective(NextTokenConfig().build(None), join)
     ones = np.ones(TOKENS.shape, np.float32)
     batch = TokenBatch(TOKENS, TOKENS, ones, PLACES["segment_ids_BL"], PLACES["positions_BL"])
     value = lambda rng: float(

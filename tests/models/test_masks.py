@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.config import AttentionConfig, Dtype, LayerKind, Mask, ModelConfig
-from models.cost import flops_per_token
-from models.decode import generate
-from models.gguf import architecture_for
-from models.huggingface import family_for
-from models.sampling import SamplingConfig
+from models.config import AttentionConfig, AttentionMask, Dtype, LayerKind, ModelConfig
+from models.decode.engine import generate
+from models.decode.sampling import SamplingConfig
+from models.flops import flops_per_token
+from models.formats.gguf.metadata import architecture_for
+from models.formats.huggingface.families import family_for
 from models.transformer import forward, init_params, logits, make_apply
-from trainer.scoring import Text, make_score, score_texts
+from trainer.loglikelihood import Text, make_score, score_texts
 
 V, L = 48, 14
 BASE = ModelConfig(num_layers=2, embed_dim=32, vocab_size=V, dtype=Dtype.float32)
@@ -24,7 +24,7 @@ PREFIX = jnp.array([[1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0]], bool)
 TOKENS = jnp.arange(L)[None]  # each its own row of the embedding
 
 
-def masked(mask: Mask, **changes) -> ModelConfig:
+def masked(mask: AttentionMask, **changes) -> ModelConfig:
     return dataclasses.replace(BASE, attention=AttentionConfig(mask=mask, **changes))
 
 
@@ -54,15 +54,15 @@ def expected(rule) -> np.ndarray:
 
 def test_prompts_see_all_of_themselves_and_what_is_learnt_sees_what_is_before_it():
     want = expected(lambda q, k: k <= q or bool(PREFIX[0, k]))
-    assert np.array_equal(sees(masked(Mask.prefix), PREFIX)[:12, :12], want[:12, :12])
+    assert np.array_equal(sees(masked(AttentionMask.prefix), PREFIX)[:12, :12], want[:12, :12])
 
 
 def test_an_encoder_sees_all_of_a_document_and_nothing_of_another():
-    assert np.array_equal(sees(masked(Mask.bidirectional))[:12], expected(lambda q, k: True)[:12])
+    assert np.array_equal(sees(masked(AttentionMask.bidirectional))[:12], expected(lambda q, k: True)[:12])
 
 
 def test_a_window_reaches_both_ways():
-    config = masked(Mask.bidirectional, pattern=[LayerKind.sliding], sliding_window=2)
+    config = masked(AttentionMask.bidirectional, pattern=[LayerKind.sliding], sliding_window=2)
     one = dataclasses.replace(config, num_layers=1)
     assert np.array_equal(sees(one)[:12], expected(lambda q, k: abs(q - k) < 2)[:12])
 
@@ -73,12 +73,12 @@ def test_a_causal_model_does_not_read_the_prefix():
 
 def test_a_prefix_model_without_a_prefix_is_refused():
     with pytest.raises(ValueError, match=r"model\.attention\.mask=prefix: what is run here knows no prompts"):
-        sees(masked(Mask.prefix))
+        sees(masked(AttentionMask.prefix))
 
 
 @pytest.mark.parametrize("length", [1, 2, 20, 70])
 def test_writing_reads_a_prompt_as_training_does(length):
-    config = masked(Mask.prefix)
+    config = masked(AttentionMask.prefix)
     params = init_params(config, jax.random.key(1))
     prompts = [np.random.default_rng(s).integers(0, V, n).tolist() for s, n in enumerate((length, 5))]
     found = generate(params, config, prompts, SamplingConfig(max_new_tokens=4, temperature=0))
@@ -94,7 +94,7 @@ def test_writing_reads_a_prompt_as_training_does(length):
 
 
 def test_scoring_shows_contexts_as_prompts():
-    config, ids = masked(Mask.prefix), list(range(10))
+    config, ids = masked(AttentionMask.prefix), list(range(10))
     params = init_params(config, jax.random.key(1))
     [score] = score_texts(make_score(make_apply(config), prefix=True), params, [Text(ids, 6)], progress=lambda n: None)
     tokens, positions = jnp.array([ids]), jnp.arange(10)[None]
@@ -104,12 +104,12 @@ def test_scoring_shows_contexts_as_prompts():
 
 
 def test_an_encoder_does_not_write():
-    config = masked(Mask.bidirectional)
+    config = masked(AttentionMask.bidirectional)
     with pytest.raises(ValueError, match=r"model\.attention\.mask=bidirectional: an encoder .* writes no next token"):
         generate(init_params(config, jax.random.key(0)), config, [[1]], SamplingConfig())
 
 
-@pytest.mark.parametrize("mask", [Mask.prefix, Mask.bidirectional])
+@pytest.mark.parametrize("mask", [AttentionMask.prefix, AttentionMask.bidirectional])
 @pytest.mark.parametrize("find", [family_for, architecture_for])
 def test_what_is_not_causal_is_not_exported(mask, find):
     with pytest.raises(ValueError, match=rf"model\.attention\.mask={mask.name}: .* cannot be exported"):
@@ -117,7 +117,7 @@ def test_what_is_not_causal_is_not_exported(mask, find):
 
 
 def test_an_encoder_attends_to_twice_as_much():
-    more = flops_per_token(masked(Mask.bidirectional), 64) - flops_per_token(BASE, 64)
+    more = flops_per_token(masked(AttentionMask.bidirectional), 64) - flops_per_token(BASE, 64)
     assert more == pytest.approx(3 * 2 * BASE.num_layers * 2 * 4 * 16 * 32)
 
 
@@ -148,7 +148,9 @@ def test_an_encoder_is_a_llama_with_a_full_mask():
             "mlp": {n: {"kernel": layer(f"mlp.{n}_proj").transpose(0, 2, 1)} for n in ("up", "gate", "down")},
         },
     }
-    config = dataclasses.replace(masked(Mask.bidirectional), mlp=dataclasses.replace(BASE.mlp, hidden_dim=64))
+    config = dataclasses.replace(
+        masked(AttentionMask.bidirectional), mlp=dataclasses.replace(BASE.mlp, intermediate_dim=64)
+    )
     shapes = jax.tree.map(lambda a: a.shape, init_params(config, jax.random.key(0)))
     assert jax.tree.map(lambda a: a.shape, params) == shapes
     tokens = np.random.default_rng(0).integers(0, V, (2, 9))

@@ -10,23 +10,23 @@ from flax import nnx
 
 from models.config import (
     Activation,
-    Balance,
     Dispatch,
     Dtype,
-    ExpertsConfig,
+    LoadBalancing,
     MLPConfig,
     ModelConfig,
+    MoEConfig,
     RouterScore,
 )
+from models.logical_axes import no_constraint
 from models.moe import BIAS_GRADIENT, Experts, auxiliary, capacity_of, route
-from models.partition import no_constraint
 from models.transformer import init_params, make_apply
 
 B, L, D, E, K = 3, 10, 12, 8, 3
-EXPERTS = ExpertsConfig(num_experts=E, experts_per_token=K, hidden_dim=6, bias=True, router_bias=True)
+EXPERTS = MoEConfig(num_experts=E, experts_per_token=K, intermediate_dim=6, bias=True, router_bias=True)
 CONFIG = ModelConfig(
-    num_layers=2, embed_dim=D, vocab_size=17, dtype=Dtype.float32, init_std=0.5, experts=EXPERTS,
-    mlp=MLPConfig(activation=Activation.gelu_sigmoid, clamp=1.0, up_offset=1.0),
+    num_layers=2, embed_dim=D, vocab_size=17, dtype=Dtype.float32, init_std=0.5, moe=EXPERTS,
+    mlp=MLPConfig(activation=Activation.gelu_sigmoid, activation_clamp=1.0, up_offset=1.0),
 )  # fmt: skip
 REAL = jnp.arange(L)[None] < jnp.array([10, 7, 0])[:, None]
 
@@ -85,7 +85,7 @@ def by_loop(config, state, x, real=REAL, taken=None):
 ROUTERS = {
     "softmax": {},
     "not renormalised": {"normalize": False},
-    "sigmoid, bias, scale": {"score": RouterScore.sigmoid, "balance": Balance.bias, "scale": 2.5},
+    "sigmoid, bias, scale": {"score": RouterScore.sigmoid, "balance": LoadBalancing.bias, "scale": 2.5},
     "groups by two": {"num_groups": 4, "groups_per_token": 2},
     "groups by the best": {"num_groups": 4, "groups_per_token": 2, "group_best": 1, "score": RouterScore.sigmoid},
 }
@@ -94,7 +94,7 @@ routers = pytest.mark.parametrize("changes", ROUTERS.values(), ids=ROUTERS.keys(
 
 @routers
 def test_dropless_equals_a_loop_over_tokens_and_experts(changes):
-    config = replace(CONFIG, experts=replace(EXPERTS, **changes))
+    config = replace(CONFIG, moe=replace(EXPERTS, **changes))
     graph, state = layer(config)
     np.testing.assert_allclose(run(config, state, graph, x_of())[0], by_loop(config, state, x_of()), atol=2e-5)
 
@@ -102,7 +102,7 @@ def test_dropless_equals_a_loop_over_tokens_and_experts(changes):
 @pytest.mark.parametrize("factor", [0.3, 1.0])
 def test_an_expert_takes_the_first_tokens_of_a_row_and_the_others_pass_by(factor):
     experts = replace(EXPERTS, dispatch=Dispatch.capacity, capacity_factor=factor)
-    config = replace(CONFIG, experts=experts)
+    config = replace(CONFIG, moe=experts)
     graph, state = layer(config)
     taken = capacity_of(experts, L)
     got, terms = run(config, state, graph, x_of())
@@ -113,7 +113,7 @@ def test_an_expert_takes_the_first_tokens_of_a_row_and_the_others_pass_by(factor
 
 
 def test_room_enough_for_all_equals_dropless_in_value_and_gradient():
-    roomy = replace(CONFIG, experts=replace(EXPERTS, dispatch=Dispatch.capacity, capacity_factor=float(E)))
+    roomy = replace(CONFIG, moe=replace(EXPERTS, dispatch=Dispatch.capacity, capacity_factor=float(E)))
     graph, state = layer(CONFIG)
     roomy_graph = nnx.split(Experts(nnx.Rngs(0), roomy, 0.5))[0]
 
@@ -127,7 +127,7 @@ def test_room_enough_for_all_equals_dropless_in_value_and_gradient():
 
 def test_padding_reaches_no_expert_and_moves_nothing():
     for dispatch in Dispatch:
-        config = replace(CONFIG, experts=replace(EXPERTS, dispatch=dispatch, capacity_factor=0.5))
+        config = replace(CONFIG, moe=replace(EXPERTS, dispatch=dispatch, capacity_factor=0.5))
         graph, state = layer(config)
         other = jnp.where(REAL[..., None], x_of(), 100.0)
         one, terms = run(config, state, graph, x_of())
@@ -138,7 +138,7 @@ def test_padding_reaches_no_expert_and_moves_nothing():
 
 
 def test_auxiliary_terms_follow_their_formulas():
-    config = replace(EXPERTS, balance_loss=0.3, z_loss=0.2)
+    config = replace(EXPERTS, aux_loss_weight=0.3, z_loss=0.2)
     logits = jax.random.normal(jax.random.key(0), (B, L, E))
     terms = auxiliary(route(logits, None, config), None, REAL, 2, config)
     for b, count in enumerate((10, 7)):
@@ -166,7 +166,7 @@ def test_even_load_has_a_balance_loss_of_one():
 
 
 def test_the_balancing_bias_has_the_load_error_for_its_gradient_and_changes_no_loss():
-    config = replace(EXPERTS, balance=Balance.bias, score=RouterScore.sigmoid)
+    config = replace(EXPERTS, load_balancing=LoadBalancing.bias, router_score=RouterScore.sigmoid)
     logits, bias = jax.random.normal(jax.random.key(0), (B, L, E)), 0.1 * jnp.arange(E)
 
     def loss(bias):
@@ -180,7 +180,7 @@ def test_the_balancing_bias_has_the_load_error_for_its_gradient_and_changes_no_l
 
 
 def test_two_kinds_of_layers_take_two_scans_however_many_there_are():
-    config = replace(CONFIG, experts=replace(EXPERTS, num_dense_layers=2))
+    config = replace(CONFIG, moe=replace(EXPERTS, first_num_dense_layers=2))
 
     def size(num_layers):
         deep = replace(config, num_layers=num_layers)
@@ -206,4 +206,4 @@ def test_two_kinds_of_layers_take_two_scans_however_many_there_are():
 )
 def test_impossible_experts_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        replace(CONFIG, experts=replace(EXPERTS, **changes)).validate()
+        replace(CONFIG, moe=replace(EXPERTS, **changes)).validate()

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.adapters.lora import Method, bind_adapters, init_adapters, merge
 from models.config import Dtype
-from models.huggingface import family_of
-from models.huggingface_files import Folder, load_params
-from models.lora import Method, adapted, init_adapters, merged
-from models.peft_files import Folder as AdapterFolder
-from models.peft_files import first_difference, save_adapters
+from models.formats.huggingface.checkpoint_files import Folder, load_params
+from models.formats.huggingface.families import family_of
+from models.formats.huggingface.peft import Folder as AdapterFolder
+from models.formats.huggingface.peft import first_difference, save_adapters
 from models.transformer import abstract_params, logits, make_apply, param_axes
 
 # PEFT asks transformers by a name that is going out of use.
@@ -80,8 +80,8 @@ def test_adapters_of_peft_give_its_logits_beside_the_base_and_merged(theirs, mea
     def forward(params):
         return logits(apply(params, IDS.astype(np.int32), positions_BL=positions, segment_ids_BL=segments))
 
-    beside = np.abs(forward(adapted(adapter, axes, base, adapters)) - wanted).max()
-    inside = np.abs(forward(merged(adapter, axes, base, adapters, jnp.dtype("float32"))) - wanted).max()
+    beside = np.abs(forward(bind_adapters(adapter, axes, base, adapters)) - wanted).max()
+    inside = np.abs(forward(merge(adapter, axes, base, adapters, jnp.dtype("float32"))) - wanted).max()
     assert beside < 1e-5 and inside < 1e-5
     measured("Adapters beside PEFT", request.node.callspec.id, logits=beside, merged_logits=inside)
 
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_peft(theirs):
     @jax.jit
     @jax.grad
     def gradient(adapters):
-        params = adapted(adapter, axes, base, adapters)
+        params = bind_adapters(adapter, axes, base, adapters)
         x = logits(apply(params, IDS.astype(np.int32), positions_BL=positions, segment_ids_BL=segments))
         return jnp.mean(jax.nn.logsumexp(x, axis=-1))
 

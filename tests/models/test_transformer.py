@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from models.cache import init_cache
+from launch.planning.jaxpr_cost import jaxpr_cost
 from models.config import (
     Activation,
     AttentionConfig,
-    Balance,
     Dtype,
-    ExpertsConfig,
-    LatentConfig,
     LayerKind,
+    LoadBalancing,
+    MLAConfig,
     MLPConfig,
     ModelConfig,
+    MoEConfig,
     Norm,
     NormPlacement,
     Position,
@@ -29,11 +29,11 @@ from models.config import (
     RopeScaling,
     RouterScore,
 )
-from models.decode import decoding_params
+from models.decode.engine import decoding_params
+from models.kv_cache import init_cache
 from models.layers import inverse_frequencies
 from models.transformer import abstract_params, forward_cached, init_params, logits, make_apply, param_axes, stacks
-from trainer.footprint import work
-from trainer.objectives.logprobs import token_logprobs
+from trainer.objectives.cross_entropy import token_logprobs
 
 V, L = 37, 16
 BASE = ModelConfig(
@@ -44,11 +44,11 @@ BASE = ModelConfig(
     dtype=Dtype.float32,
     init_std=0.2,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-    mlp=MLPConfig(hidden_dim=48),
+    mlp=MLPConfig(intermediate_dim=48),
 )
 
 
-EXPERTS = ExpertsConfig(num_experts=8, experts_per_token=2, hidden_dim=24)
+EXPERTS = MoEConfig(num_experts=8, experts_per_token=2, intermediate_dim=24)
 
 
 def change(**fields):
@@ -81,10 +81,10 @@ FAMILIES = {
         },
     ),
     "olmo2": change(norm_placement=NormPlacement.post, tied_embeddings=False, attention={"qk_norm": QKNorm.projection}),
-    "partial rope": change(rope=RopeConfig(fraction=0.5)),
+    "partial rope": change(rope=RopeConfig(partial_rotary_factor=0.5)),
     "sinks and unrotated layers": change(
         num_layers=3,
-        rope=RopeConfig(pattern=[True, False], scaling=RopeScaling.yarn, factor=4.0, truncate=False),
+        rope=RopeConfig(layer_pattern=[True, False], scaling=RopeScaling.yarn, factor=4.0, truncate=False),
         attention={"sinks": True, "pattern": [LayerKind.sliding, LayerKind.full], "sliding_window": 4},
         mlp={"activation": Activation.gelu_sigmoid, "clamp": 2.0, "up_offset": 1.0},
     ),
@@ -94,7 +94,7 @@ FAMILIES = {
             "num_kv_heads": 4,
             "head_dim": 12,
             "value_dim": 6,
-            "latent": LatentConfig(kv_rank=10, query_rank=9, rope_dim=4),
+            "latent": MLAConfig(kv_lora_rank=10, q_lora_rank=9, qk_rope_head_dim=4),
         },
     ),
     "experts": change(experts=EXPERTS),
@@ -103,13 +103,13 @@ FAMILIES = {
         tied_embeddings=False,
         experts=replace(
             EXPERTS,
-            num_dense_layers=1,
-            shared_hidden_dim=12,
-            score=RouterScore.sigmoid,
+            first_num_dense_layers=1,
+            shared_intermediate_dim=12,
+            router_score=RouterScore.sigmoid,
             scale=2.5,
             num_groups=4,
-            groups_per_token=2,
-            balance=Balance.bias,
+            topk_groups=2,
+            load_balancing=LoadBalancing.bias,
             bias=True,
             router_bias=True,
         ),
@@ -235,7 +235,7 @@ def test_layers_without_a_loop_give_the_same(unroll):
     params, tokens, positions, segments = setup(BASE)
 
     def loss(params, unroll):
-        config = dataclasses.replace(BASE, unroll=unroll)
+        config = dataclasses.replace(BASE, scan_unroll=unroll)
         return jnp.square(run(config, params, tokens, positions, segments)).mean()
 
     want, want_grads = jax.value_and_grad(loss)(params, 1)
@@ -246,7 +246,7 @@ def test_layers_without_a_loop_give_the_same(unroll):
 
 def test_a_loop_has_no_negative_turns():
     with pytest.raises(ValueError, match=r"model\.unroll=-1: must not be negative"):
-        dataclasses.replace(BASE, unroll=-1).validate()
+        dataclasses.replace(BASE, scan_unroll=-1).validate()
 
 
 def test_remat_dots_multiplies_with_no_weight_again():
@@ -255,12 +255,12 @@ def test_remat_dots_multiplies_with_no_weight_again():
     def flops(remat):
         config = dataclasses.replace(BASE, remat=remat)
         loss = lambda params: jnp.square(run(config, params, tokens, positions, segments)).mean()
-        return work(jax.make_jaxpr(jax.grad(loss))(params), [False] * len(jax.tree.leaves(params))).flops
+        return jaxpr_cost(jax.make_jaxpr(jax.grad(loss))(params), [False] * len(jax.tree.leaves(params))).flops
 
     a, rows = BASE.attention, tokens.shape[0]
     of_attention = BASE.num_layers * 2 * (2 * rows * a.num_heads * L * L * a.head_dim)  # scores, and what they weigh
-    assert flops(Remat.dots) - flops(Remat.none) == of_attention
-    assert flops(Remat.full) - flops(Remat.dots) > 2 * of_attention
+    assert flops(Remat.save_dots) - flops(Remat.none) == of_attention
+    assert flops(Remat.full) - flops(Remat.save_dots) > 2 * of_attention
 
 
 def test_llama_equals_a_float64_formula():
@@ -305,7 +305,7 @@ def test_llama_equals_a_float64_formula():
 def test_bfloat16_gradients_stay_near_those_in_float32(config, chunk):
     if experts := config.experts.num_experts:  # all are chosen: near ties fall otherwise in bf16, as they may
         groups = config.experts.num_groups
-        config = replace(config, experts=replace(config.experts, experts_per_token=experts, groups_per_token=groups))
+        config = replace(config, moe=replace(config.experts, experts_per_token=experts, topk_groups=groups))
     params, tokens, positions, segments = setup(config)
 
     def gradient(config):

@@ -8,15 +8,15 @@ import numpy as np
 
 from data.batch import TokenBatch
 from models.config import (
-    Across,
     AttentionConfig,
+    ContextParallel,
     Dispatch,
     Dtype,
-    ExpertsConfig,
-    LatentConfig,
     LayerKind,
+    MLAConfig,
     MLPConfig,
     ModelConfig,
+    MoEConfig,
     PipelineConfig,
     Position,
     Remat,
@@ -33,7 +33,7 @@ from trainer.mesh import (
     with_pipeline,
 )
 from trainer.objective import REFERENCE
-from trainer.objectives.multi_token import MultiTokenConfig
+from trainer.objectives.multi_token_prediction import MultiTokenConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.objectives.reward import RewardConfig
@@ -41,29 +41,29 @@ from trainer.objectives.reward import RewardConfig
 ROWS, L, V = 8, 32, 24
 WHOLE = PipelineConfig()
 DENSE = ModelConfig(
-    num_layers=2, embed_dim=16, vocab_size=V, dtype=Dtype.float32, init_std=0.3, remat=Remat.qkv,
+    num_layers=2, embed_dim=16, vocab_size=V, dtype=Dtype.float32, init_std=0.3, remat=Remat.save_qkv,
     attention=AttentionConfig(
-        num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=6, pattern=[LayerKind.sliding, LayerKind.full],
-        soft_cap=5.0, sinks=True,
+        num_heads=4, num_kv_heads=2, head_dim=8, sliding_window=6, layer_types=[LayerKind.sliding, LayerKind.full],
+        logit_softcap=5.0, sinks=True,
     ),
-    mlp=MLPConfig(hidden_dim=16),
+    mlp=MLPConfig(intermediate_dim=16),
 )  # fmt: skip
-EXPERTS = ExpertsConfig(8, 0, 2, 8, shared_hidden_dim=8, bias=True, z_loss=1e-2, balance_loss=0.1)
+EXPERTS = MoEConfig(8, 0, 2, 8, shared_intermediate_dim=8, bias=True, router_z_loss_weight=1e-2, aux_loss_weight=0.1)
 MODELS = {
     "dense": DENSE,
     "learned positions": replace(DENSE, position=Position.learned, max_seq_len=L + 1, remat=Remat.none),
-    "experts": replace(DENSE, experts=EXPERTS),
-    "capacity": replace(DENSE, experts=replace(EXPERTS, dispatch=Dispatch.capacity, capacity_factor=1.0)),
+    "experts": replace(DENSE, moe=EXPERTS),
+    "capacity": replace(DENSE, moe=replace(EXPERTS, dispatch=Dispatch.capacity, capacity_factor=1.0)),
     "latent": replace(
         DENSE,
-        attention=AttentionConfig(4, 4, 8, value_dim=4, latent=LatentConfig(kv_rank=8, rope_dim=4)),
-        further_tokens=1,
+        attention=AttentionConfig(4, 4, 8, v_head_dim=4, mla=MLAConfig(kv_lora_rank=8, qk_rope_head_dim=4)),
+        mtp_num_layers=1,
     ),
 }
 OBJECTIVES = {
-    "next token": NextTokenConfig(loss_chunk=8, z_loss=1e-3),
-    "further tokens": MultiTokenConfig(loss_chunk=8),
-    "pairs": PreferenceConfig(loss_chunk=8),
+    "next token": NextTokenConfig(loss_chunk_size=8, z_loss=1e-3),
+    "further tokens": MultiTokenConfig(loss_chunk_size=8),
+    "pairs": PreferenceConfig(loss_chunk_size=8),
     "reward": RewardConfig(),
 }
 
@@ -90,7 +90,7 @@ def losses_and_gradients(
     model: str,
     objective: str,
     mesh_config: MeshConfig | None,
-    across=Across.ring,
+    across=ContextParallel.ring,
     block=None,
     balanced=False,
     residual=("context",),
@@ -99,7 +99,7 @@ def losses_and_gradients(
 ):
     """(metrics with `loss`, gradients)."""
     config = replace(MODELS[model], num_layers=num_layers, pipeline=pipeline)
-    config = replace(config, attention=replace(config.attention, context=across, block=block))
+    config = replace(config, attention=replace(config.attention, context_parallel=across, block_size=block))
     if objective == "reward":
         config = replace(config, outputs=1)
     mesh = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1])

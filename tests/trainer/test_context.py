@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from data.batch import TokenBatch
-from models.blockwise import Keys, Queries, may_see
-from models.config import Across, AttentionConfig, Remat
+from models.attention.flash import Keys, Queries, block_is_visible
+from models.config import AttentionConfig, ContextParallel, Remat
 from models.transformer import abstract_params, make_apply
 from tests.trainer.on_meshes import DENSE, V, alone, assert_same, losses_and_gradients
-from trainer.mesh import MeshConfig, ShardingRules, batch_sharding, make_constrain, make_mesh, row_order
+from trainer.mesh import MeshConfig, ShardingRules, balanced_token_order, batch_sharding, make_constrain, make_mesh
 from trainer.objectives.next_token import NextTokenConfig
 
 CONTEXT = {n: MeshConfig(8 // n, context=n) for n in (2, 4, 8)}
@@ -23,14 +23,19 @@ CONTEXT = {n: MeshConfig(8 // n, context=n) for n in (2, 4, 8)}
     [
         ("dense", "next token", CONTEXT[2], {"balanced": True}),
         ("dense", "next token", CONTEXT[8], {}),
-        ("dense", "next token", CONTEXT[4], {"across": Across.all_gather, "balanced": True}),
+        ("dense", "next token", CONTEXT[4], {"across": ContextParallel.all_gather, "balanced": True}),
         ("dense", "next token", CONTEXT[4], {"block": 3, "balanced": True}),
         ("dense", "next token", MeshConfig(1, fsdp=2, context=2, tensor=2), {}),
-        ("dense", "next token", MeshConfig(1, fsdp=2, context=2, tensor=2), {"across": Across.all_gather, "block": 5}),
+        (
+            "dense",
+            "next token",
+            MeshConfig(1, fsdp=2, context=2, tensor=2),
+            {"across": ContextParallel.all_gather, "block": 5},
+        ),
         ("dense", "next token", None, {"block": 5}),  # whole rows are cut in blocks as well
         ("learned positions", "next token", MeshConfig(1, fsdp=2, context=4), {"balanced": True}),
         ("experts", "next token", CONTEXT[4], {"balanced": True}),
-        ("experts", "next token", MeshConfig(1, expert=2, context=2, tensor=2), {"across": Across.all_gather}),
+        ("experts", "next token", MeshConfig(1, expert=2, context=2, tensor=2), {"across": ContextParallel.all_gather}),
         ("capacity", "next token", MeshConfig(1, expert=2, context=4), {}),
         ("latent", "further tokens", MeshConfig(2, context=2, tensor=2), {}),
         ("dense", "next token", MeshConfig(2, fsdp=2, tensor=2), {"residual": ("context", "tensor")}),
@@ -53,7 +58,7 @@ def test_no_device_holds_the_hidden_states_of_whole_rows():
     config = replace(DENSE, embed_dim=D, remat=Remat.none, attention=AttentionConfig(2, 1, 8))
     mesh, rules = make_mesh(MeshConfig(1, context=8)), ShardingRules()
     apply = make_apply(config, make_constrain(mesh, rules))
-    built = NextTokenConfig(loss_chunk=16).build(None)
+    built = NextTokenConfig(loss_chunk_size=16).build(None)
     sharding = batch_sharding(mesh, rules)
     spec = lambda dtype: jax.ShapeDtypeStruct((2, long), dtype, sharding=sharding)
     given = TokenBatch(*(spec(dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)))
@@ -68,13 +73,13 @@ def test_no_device_holds_the_hidden_states_of_whole_rows():
 
 def test_devices_with_balanced_rows_have_as_much_to_do():
     pieces, long = 4, 64
-    order, blocks = row_order(long, pieces), 2 * pieces  # a block is a stretch
+    order, blocks = balanced_token_order(long, pieces), 2 * pieces  # a block is a stretch
     positions = lambda at: jnp.asarray(at, jnp.int32).reshape(blocks, 1, -1)
 
     def work(at):
         """Pairs of blocks that are looked at, of each device, in each turn of the ring."""
         found = np.asarray(
-            may_see(
+            block_is_visible(
                 Queries(None, positions(at), jnp.ones_like(positions(at))),
                 Keys(None, None, positions(at), jnp.ones_like(positions(at)), None),
                 jnp.asarray(long),

@@ -11,7 +11,7 @@ from models.config import Dtype, ModelConfig
 from models.transformer import init_params, make_apply
 from trainer.objective import TEACHER, FrozenModel
 from trainer.objectives.distillation import CacheDtype, Distillation, DistillationConfig, Divergence, divergence
-from trainer.objectives.matching import MatchingConfig
+from trainer.objectives.feature_distillation import FeatureLossConfig
 from trainer.objectives.next_token import NextTokenConfig
 
 V, L = 40, 24
@@ -27,7 +27,7 @@ S, T = jnp.array([[[1.0, 2.0, 0.5]]]), jnp.array([[[2.0, 1.0, 0.0]]])
 
 
 def config(**changes) -> DistillationConfig:
-    return dataclasses.replace(DistillationConfig(teacher="t", weight=1.0), **changes)
+    return dataclasses.replace(DistillationConfig(teacher="t", alpha=1.0), **changes)
 
 
 def batch(rows: int = 4) -> TokenBatch:
@@ -152,9 +152,12 @@ def test_what_a_teacher_said_before_is_what_it_says(kind, dtype, near):
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"cache": True}, "objective.cache=true: keeps the likeliest tokens"),
+        ({"cache": True}, "objective.cache_teacher_logits=true: keeps the likeliest tokens"),
         ({"top_k": -1}, "objective.top_k=-1: must not be negative"),
-        ({"cache": True, "top_k": 2, "match": MatchingConfig([[0, 0]])}, "leave out objective.match.layers"),
+        (
+            {"cache": True, "top_k": 2, "match": FeatureLossConfig([[0, 0]])},
+            "leave out objective.feature_loss.layer_mapping",
+        ),
         ({"teacher": None}, "objective.teacher=null"),
         ({"temperature": 0.0}, "objective.temperature=0.0: must be above 0"),
         ({"beta": 1.0}, "objective.divergence=forward and reverse"),

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from data.batch import TokenBatch
-from models.config import AttentionConfig, Balance, Dispatch, Dtype, ExpertsConfig, MLPConfig, ModelConfig, RouterScore
+from models.config import (
+    AttentionConfig,
+    Dispatch,
+    Dtype,
+    LoadBalancing,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterScore,
+)
 from models.transformer import abstract_params, init_params, make_apply, param_axes
 from trainer.mesh import (
     MeshConfig,
@@ -20,8 +29,8 @@ from trainer.mesh import (
     place_batch,
 )
 from trainer.objectives.next_token import NextTokenConfig
-from trainer.optimizer import AdamWConfig, SgdConfig
-from trainer.roles import Role, param_roles
+from trainer.optimizers.optimizer import AdamWConfig, SgdConfig
+from trainer.optimizers.param_groups import ParamGroup, param_groups
 from trainer.schedule import ConstantConfig
 from trainer.state import make_state
 from trainer.step import make_train_step
@@ -30,13 +39,13 @@ ROWS, L, V = 8, 12, 24
 CONFIG = ModelConfig(
     num_layers=2, embed_dim=16, vocab_size=V, dtype=Dtype.float32, init_std=0.3, tied_embeddings=False,
     attention=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8),
-    mlp=MLPConfig(hidden_dim=16),
-    experts=ExpertsConfig(8, 1, 2, 8, shared_hidden_dim=8, bias=True, z_loss=1e-2, balance_loss=0.1),
+    mlp=MLPConfig(intermediate_dim=16),
+    moe=MoEConfig(8, 1, 2, 8, shared_intermediate_dim=8, bias=True, router_z_loss_weight=1e-2, aux_loss_weight=0.1),
 )  # fmt: skip
 KINDS = {
     "dropless": {},
     "capacity": {"dispatch": Dispatch.capacity, "capacity_factor": 1.0},
-    "bias": {"score": RouterScore.sigmoid, "balance": Balance.bias},
+    "bias": {"score": RouterScore.sigmoid, "balance": LoadBalancing.bias},
 }
 MESHES = {
     "data": MeshConfig(8),
@@ -51,7 +60,7 @@ SCHEDULE = ConstantConfig(warmup_steps=0).build(1e-2, 100)
 
 
 def model(kind):
-    return replace(CONFIG, experts=replace(CONFIG.experts, **KINDS[kind]))
+    return replace(CONFIG, moe=replace(CONFIG.moe, **KINDS[kind]))
 
 
 def batch(seed):
@@ -88,7 +97,7 @@ def train(config, mesh_config, optimizer_config, steps=3, num_microbatches=1):
 
 @lru_cache
 def alone(kind):
-    return train(model(kind), None, SgdConfig(momentum=0.0, clip_norm=None))
+    return train(model(kind), None, SgdConfig(momentum=0.0, max_grad_norm=None))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +109,7 @@ def alone(kind):
     ],
 )
 def test_losses_and_gradients_are_those_of_one_device(kind, mesh):
-    params, history = train(model(kind), MESHES[mesh], SgdConfig(momentum=0.0, clip_norm=None))
+    params, history = train(model(kind), MESHES[mesh], SgdConfig(momentum=0.0, max_grad_norm=None))
     want_params, want = alone(kind)
     for ours, theirs in zip(history, want, strict=True):
         for name in theirs:
@@ -114,7 +123,7 @@ def test_losses_and_gradients_are_those_of_one_device(kind, mesh):
 @pytest.mark.parametrize("kind", KINDS)
 def test_accumulation_is_exact(kind):
     want, history = alone(kind)
-    params, split = train(model(kind), None, SgdConfig(momentum=0.0, clip_norm=None), num_microbatches=4)
+    params, split = train(model(kind), None, SgdConfig(momentum=0.0, max_grad_norm=None), num_microbatches=4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), want, params)
     for ours, theirs in zip(split, history, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
@@ -130,24 +139,28 @@ def test_metrics_of_the_router_are_told_and_the_loss_holds_its_terms():
 
 
 def test_a_balancing_bias_moves_by_its_rate_and_nothing_else_touches_it():
-    optimizer = AdamWConfig(weight_decay=0.5, clip_norm=1e-3, balance_rate=0.01, learning_rate=1e-2)
+    optimizer = AdamWConfig(weight_decay=0.5, max_grad_norm=1e-3, router_bias_update_rate=0.01, learning_rate=1e-2)
     config = model("bias")
     params, _ = train(config, None, optimizer, steps=2)
     bias = params["layers"]["mlp"]["balance_bias"]
     assert set(np.round(np.abs(bias).reshape(-1), 6)) <= {np.float32(0.0), np.float32(0.01), np.float32(0.02)}
     assert (bias > 0).any() and (bias < 0).any()
-    assert param_roles(param_axes(config))["layers"]["mlp"]["balance_bias"] is Role.balance
+    assert param_groups(param_axes(config))["layers"]["mlp"]["balance_bias"] is ParamGroup.balance
 
 
 def test_the_load_becomes_even_where_a_bias_balances_it():
-    still = train(model("bias"), None, SgdConfig(learning_rate=1e-9, clip_norm=None, balance_rate=0.0), steps=40)[1]
-    moving = train(model("bias"), None, SgdConfig(learning_rate=1e-9, clip_norm=None, balance_rate=0.02), steps=40)[1]
+    still = train(
+        model("bias"), None, SgdConfig(learning_rate=1e-9, max_grad_norm=None, router_bias_update_rate=0.0), steps=40
+    )[1]
+    moving = train(
+        model("bias"), None, SgdConfig(learning_rate=1e-9, max_grad_norm=None, router_bias_update_rate=0.02), steps=40
+    )[1]
     load = lambda history: np.mean([metrics["router/max_load"] for metrics in history[-10:]])
     assert load(moving) < load(still)
 
 
 def test_experts_that_do_not_divide_are_refused():
     mesh = make_mesh(MeshConfig(1, expert=8))
-    config = replace(CONFIG, experts=replace(CONFIG.experts, num_experts=6))
+    config = replace(CONFIG, moe=replace(CONFIG.moe, num_experts=6))
     with pytest.raises(ValueError, match=r"mesh\.expert=8: cannot cut dim 1 \(experts\) .* of size 6"):
         param_shardings(param_axes(config), abstract_params(config), mesh, ShardingRules())

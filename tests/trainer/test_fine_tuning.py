@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from data.batch import TokenBatch
-from data.chat import with_template
-from data.examples import LossOn, Overlong, Rules
+from data.loader import PackedRows, stack
 from data.packing import Packing, Piece, build_row
-from data.pipeline import PackedRows, stack
-from data.prepare import TokenCorpus, prepare_source
-from data.sources import JsonlConfig
-from data.tokenizer import Bytes
+from data.records.chat_encoding import with_template
+from data.records.encoding import EncodingConfig, LossMask, OnOverflow
+from data.sources.readers import JsonlConfig
+from data.tokenize_shards import TokenCorpus, prepare_source
+from data.tokenizers.kinds import Bytes
 from models.config import AttentionConfig, Dtype, MLPConfig, ModelConfig
 from models.transformer import init_params, logits, make_apply
 from trainer.objective import Mean
-from trainer.objectives.logprobs import token_logprobs
+from trainer.objectives.cross_entropy import token_logprobs
 from trainer.objectives.next_token import NextTokenConfig
 
 L = 96
@@ -31,7 +31,7 @@ MODEL = ModelConfig(
     init_std=0.2,
     tied_embeddings=False,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-    mlp=MLPConfig(hidden_dim=48),
+    mlp=MLPConfig(intermediate_dim=48),
 )
 APPLY = make_apply(MODEL)
 PARAMS = init_params(MODEL, jax.random.key(0))
@@ -47,8 +47,8 @@ def corpus(tmp_path_factory):
         for i, answer in enumerate(ANSWERS)
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = JsonlConfig(paths=[str(folder / "a.jsonl")], heldout_fraction=0.0)
-    rules = Rules(LossOn.assistant, Overlong.whole_turns, L)
+    source = JsonlConfig(paths=[str(folder / "a.jsonl")], validation_fraction=0.0)
+    rules = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, L)
     return TokenCorpus(prepare_source(source, with_template(Bytes(), "plain"), folder / "out", rules=rules), "train")
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.checkpoint import CheckpointConfig
-from trainer.goodput import Ledger
+from trainer.checkpoint.checkpointer import CheckpointConfig
 from trainer.hooks import (
     INTERRUPTED,
     PREEMPTED,
@@ -22,9 +21,10 @@ from trainer.hooks import (
     StopOnSignal,
     due,
     profile,
-    recall,
+    restore_hook_states,
 )
 from trainer.loop import StopTraining
+from trainer.reliability.goodput import GoodputRecorder
 
 SOURCE: Any = SimpleNamespace(get_state=lambda: {"index": 5})
 STATE: Any = SimpleNamespace(params=1.0)
@@ -51,13 +51,13 @@ def evaluation(losses: dict[int, float], *, every: int = 1, num_steps: int = 100
         num_steps=num_steps,
         evaluate=lambda state: {"eval/loss": losses[state]},
         on_metrics=lambda step, metrics: done.append(step),
-        ledger=Ledger(),
+        ledger=GoodputRecorder(),
     )
     return hook, done
 
 
 def saver(checkpointer: Saved, **options: Any) -> SaveEvery:
-    options = {"num_steps": 10, "config": {"seed": 1}, "tokenizer": {}, "ledger": Ledger(), **options}
+    options = {"num_steps": 10, "config": {"seed": 1}, "tokenizer": {}, "ledger": GoodputRecorder(), **options}
     return SaveEvery(checkpointer, **options)  # type: ignore[arg-type]
 
 
@@ -82,7 +82,7 @@ def test_an_evaluation_is_made_once_for_each_step_also_after_a_resume_there():
 
 def test_a_run_is_saved_when_due_at_the_end_and_when_it_is_the_best_yet():
     found, _ = evaluation({2: 5.0, 4: 3.0, 6: 4.0, 8: 2.0, 10: 9.0}, every=2, num_steps=10)
-    checkpointer = Saved(CheckpointConfig(every=5, keep_best=True))
+    checkpointer = Saved(CheckpointConfig(save_interval_steps=5, keep_best=True))
     told: list[int] = []
     hook = saver(checkpointer, evaluation=found, remembers={"evaluation": found}, on_saved=lambda s, t: told.append(s))
     for step in range(11):
@@ -96,7 +96,7 @@ def test_a_run_is_saved_when_due_at_the_end_and_when_it_is_the_best_yet():
 
 
 def test_the_step_that_a_run_resumes_at_is_not_saved_again():
-    checkpointer = Saved(CheckpointConfig(every=5), latest=5)
+    checkpointer = Saved(CheckpointConfig(save_interval_steps=5), latest=5)
     hook = saver(checkpointer)
     hook(5, STATE, SOURCE)
     assert checkpointer.calls == {}
@@ -110,7 +110,7 @@ def test_patience_ends_a_run_with_a_checkpoint_and_is_remembered():
         saved: list[int] = []
         stop = EarlyStopping(found, patience=3, min_delta=0.01, save=lambda step, state, source: saved.append(step))
         if memory is not None:
-            recall(memory, {"found": found, "stop": stop})
+            restore_hook_states(memory, {"found": found, "stop": stop})
         for step in steps:
             found(step, step, SOURCE)  # type: ignore[arg-type]
             memory = json.loads(json.dumps({"found": found.get_state(step), "stop": stop.get_state(step)}))
@@ -143,14 +143,14 @@ def test_no_patience_means_for_ever():
 def test_samples_are_drawn_once_for_each_due_step():
     drawn: list[tuple[int, Any]] = []
     options: dict[str, Any] = dict(
-        num_steps=5, params_of=lambda s: s.params, sample=lambda *a: drawn.append(a), ledger=Ledger()
+        num_steps=5, params_of=lambda s: s.params, sample=lambda *a: drawn.append(a), ledger=GoodputRecorder()
     )
     hook = SampleEvery(2, **options)
     for step in range(6):
         hook(step, STATE, SOURCE)
     assert drawn == [(2, 1.0), (4, 1.0), (5, 1.0)]
     again = SampleEvery(2, **options)
-    recall({"samples": hook.get_state(5)}, {"samples": again})
+    restore_hook_states({"samples": hook.get_state(5)}, {"samples": again})
     again(5, STATE, SOURCE)
     assert len(drawn) == 3
 

@@ -11,10 +11,10 @@ from models.config import Dtype, ModelConfig
 from models.transformer import init_params, make_apply
 from tests.trainer.test_preference import batch as pairs_of
 from tests.trainer.test_preference import in_rows, longer
-from trainer.evaluate import classes_told, report_classes
+from trainer.eval_loop import classifier_outputs, report_classes
 from trainer.objectives.classification import ClassificationConfig, class_report
 from trainer.objectives.contrastive import ContrastiveConfig
-from trainer.objectives.readout import Pooling, at_end, pooled
+from trainer.objectives.pooling import Pooling, at_end, pooled
 from trainer.objectives.reward import RewardConfig, bradley_terry
 
 V, L = 40, 24
@@ -61,7 +61,7 @@ def test_a_reward_is_that_of_an_answer_alone():
         found = RewardConfig().build(None).read(apply, params, flat_rows(batch))
         np.testing.assert_allclose(found[:, 0], want, rtol=1e-4, atol=1e-5)
     c, r = want.reshape(-1, 2).T
-    loss, metrics = RewardConfig(centering=0.1).build(None).loss(apply, params, {}, made, None)
+    loss, metrics = RewardConfig(center_rewards_coefficient=0.1).build(None).loss(apply, params, {}, made, None)
     np.testing.assert_allclose(loss.value(), np.mean(-log_sigmoid(c - r) + 0.1 * (c + r) ** 2), rtol=1e-4)
     assert float(metrics["reward_accuracy"].value()) == pytest.approx(np.mean(c > r))
     size = np.array([len(ids) for ids in texts(made)]).reshape(-1, 2)
@@ -74,7 +74,7 @@ def test_margins_and_centering_are_all_that_a_shift_of_rewards_changes():
     made = pairs()
     value = lambda config, batch: float(config.build(None).loss(apply, params, {}, batch, None)[0].value())
     apart = ColumnBatch(*made, {"margin": np.full(4, 0.7, np.float32)})
-    plain = RewardConfig(centering=0.0)
+    plain = RewardConfig(center_rewards_coefficient=0.0)
     assert value(plain, apart) > value(plain, made)
     c, r = np.asarray(plain.build(None).read(apply, params, flat_rows(made))).reshape(-1, 2).T
     assert value(plain, apart) == pytest.approx(float(np.mean(-log_sigmoid(c - r - 0.7))), rel=1e-5)
@@ -163,7 +163,7 @@ def test_packed_texts_are_judged_as_each_alone(pooling):
     loss, metrics = objective.loss(apply, params, {}, batch, None)
     np.testing.assert_allclose(loss.value(), np.average(nll, weights=weights), rtol=1e-4)
     assert float(metrics["accuracy"].value()) == pytest.approx(np.mean(right))
-    told = {"a": classes_told(jax.jit(lambda p, f, b: objective.told(apply, p, b)), params, {}, [batch, batch])}
+    told = {"a": classifier_outputs(jax.jit(lambda p, f, b: objective.told(apply, p, b)), params, {}, [batch, batch])}
     assert told["a"][0].shape == (12, 3) and told["a"][1].tolist() == 2 * [label for _, label in there]
     assert report_classes(told)["eval/a/f1"] == report_classes(told)["eval/f1"]
 
@@ -226,7 +226,7 @@ def test_contrast_equals_cross_entropy_in_float64(negatives, symmetric):
 @pytest.mark.parametrize(
     "config,said",
     [
-        (RewardConfig(centering=-1.0), "objective.centering=-1.0"),
+        (RewardConfig(center_rewards_coefficient=-1.0), "objective.center_rewards_coefficient=-1.0"),
         (ClassificationConfig(class_weights=[1.0, 0.0]), "objective.class_weights"),
         (ClassificationConfig(label_smoothing=1.0), "objective.label_smoothing"),
         (ContrastiveConfig(temperature=0.0), "objective.temperature"),

@@ -15,8 +15,8 @@ datasets = pytest.importorskip("datasets")
 
 from data.batch import ColumnBatch, TokenBatch  # noqa: E402
 from models.config import Dtype  # noqa: E402
-from models.huggingface import family_for, read_model  # noqa: E402
-from models.huggingface_files import Folder, first_difference, load_params, save_params  # noqa: E402
+from models.formats.huggingface.checkpoint_files import Folder, first_difference, load_params, save_params  # noqa: E402
+from models.formats.huggingface.families import family_for, read_model  # noqa: E402
 from models.transformer import abstract_params, make_apply  # noqa: E402
 from trainer.objectives.classification import ClassificationConfig  # noqa: E402
 from trainer.objectives.reward import RewardConfig  # noqa: E402
@@ -112,7 +112,7 @@ def test_reward_loss_and_gradient_equal_those_of_trl(tmp_path, measured, margins
                       *(jnp.asarray(x, jnp.int32) for x in (inside, positions)))  # fmt: skip
     if margins:
         made = ColumnBatch(*made, {"margin": jnp.asarray(inputs["margin"].numpy(), jnp.float32)})
-    objective = RewardConfig(centering=0.05, margins=margins).build(None)
+    objective = RewardConfig(center_rewards_coefficient=0.05, margins=margins).build(None)
     value = lambda params: objective.loss(make_apply(config), params, {}, made, None)[0].value()
     found, grad = jax.value_and_grad(value)(params)
     assert float(found) == pytest.approx(float(want), rel=1e-5)

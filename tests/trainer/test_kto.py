@@ -32,7 +32,7 @@ def test_losses_equal_their_golden_values(good, want):
 
 @pytest.mark.parametrize("loss", Loss, ids=lambda loss: loss.name)
 def test_where_policy_and_reference_are_one_each_answer_costs_half_its_weight(loss):
-    objective = KtoConfig(loss=loss, desirable_weight=1.2, undesirable_weight=0.8).build(None)
+    objective = KtoConfig(loss_type=loss, desirable_weight=1.2, undesirable_weight=0.8).build(None)
     mean, metrics = objective.loss(APPLY, PARAMS[0], {REFERENCE: PARAMS[0]}, judged(), None)
     assert float(mean.value()) == pytest.approx(0.5, rel=1e-6) and float(metrics["z0"].value()) == 0
     assert float(metrics["reward_good"].weight) == 2
@@ -71,7 +71,7 @@ def test_rows_of_padding_have_no_part_and_what_the_reference_said_before_is_what
     )
     empty.columns[LABEL][:4] = made.columns[LABEL]
     assert float(run(empty)[0].value()) == pytest.approx(float(run(made)[0].value()), rel=1e-5)
-    objective = KtoConfig(cache_reference=True).build(None)
+    objective = KtoConfig(precompute_ref_log_probs=True).build(None)
     kept = made._replace(columns={**made.columns, **objective.columns(APPLY, {REFERENCE: PARAMS[1]}, made)})
     assert {n: x.shape for n, x in kept.columns.items()} == {
         n: x.shape for n, x in objective.batch_spec(4, L).columns.items()

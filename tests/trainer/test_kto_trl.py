@@ -57,7 +57,7 @@ def test_loss_gradient_and_metrics_equal_those_of_trl(home, tmp_path, measured, 
     fields = [jnp.asarray(x, jnp.float32 if i == 2 else jnp.int32) for i, x in enumerate(fields)]
     batch = ColumnBatch(*fields, {LABEL: jnp.asarray(np.array(inputs["label"]), jnp.float32)})
     model, params = ours(folder / "policy")
-    objective = KtoConfig(loss=loss, beta=0.3, desirable_weight=1.3).build(None)
+    objective = KtoConfig(loss_type=loss, beta=0.3, desirable_weight=1.3).build(None)
     frozen = {REFERENCE: ours(folder / "reference")[1]}
 
     def value(params):

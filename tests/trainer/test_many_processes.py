@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from tests.trainer.test_checkpoint import abstract, toy_state
-from trainer.checkpoint import CheckpointConfig, Checkpointer
-from trainer.digest import state_hash
+from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from trainer.checkpoint.checksums import state_hash
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,8 +23,8 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, coordinator_bind_addre
 from tests.trainer.test_checkpoint import abstract, data_files, flip_a_bit, save, toy_state
 from types import SimpleNamespace
 from pathlib import Path
-from trainer.checkpoint import CheckpointConfig, Checkpointer
-from trainer.digest import state_hash
+from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from trainer.checkpoint.checksums import state_hash
 from trainer.hooks import StopOnSignal
 from trainer.loop import StopTraining
 import numpy as np
@@ -103,6 +103,6 @@ def test_two_processes_save_decide_and_stop_as_one(tmp_path):
         assert result["step"] == 1 and result["reason"] == "preempted"
         assert result["saved"] == [result["stopped"]] == [results[0]["stopped"]]
     assert [result["said"] for result in results] == [1, 0]
-    with Checkpointer(tmp_path, CheckpointConfig(keep=9)) as checkpointer:  # one process goes on alone
+    with Checkpointer(tmp_path, CheckpointConfig(max_to_keep=9)) as checkpointer:  # one process goes on alone
         assert checkpointer.steps() == [1]
         assert state_hash(checkpointer.restore(None, abstract(toy_state(), (4, 2))).state) == here

@@ -11,15 +11,15 @@ from trainer.mesh import (
     AXES,
     MeshConfig,
     ShardingRules,
+    balanced_token_order,
     batch_sharding,
     check_batch,
-    check_length,
+    check_seq_len,
     make_constrain,
     make_mesh,
     param_shardings,
     place_batch,
     process_rows,
-    row_order,
 )
 
 RULES = ShardingRules()
@@ -205,14 +205,14 @@ def test_tokens_of_a_row_are_dealt_out_and_columns_are_not(monkeypatch: pytest.M
 
 
 def test_balanced_rows_give_each_device_an_early_and_a_late_stretch() -> None:
-    np.testing.assert_array_equal(row_order(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
-    np.testing.assert_array_equal(row_order(12, 4), np.arange(12))  # three tokens a piece have no halves
-    np.testing.assert_array_equal(row_order(8, 1), np.arange(8))
+    np.testing.assert_array_equal(balanced_token_order(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
+    np.testing.assert_array_equal(balanced_token_order(12, 4), np.arange(12))  # three tokens a piece have no halves
+    np.testing.assert_array_equal(balanced_token_order(8, 1), np.arange(8))
     sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
     batch = pairs_with_columns(8)
     placed = place_batch(batch, sharding, 8, balanced=True)
     for ours, theirs in zip(placed[:5], batch[:5], strict=True):
-        np.testing.assert_array_equal(ours, theirs[..., row_order(toy.L, 4)])
+        np.testing.assert_array_equal(ours, theirs[..., balanced_token_order(toy.L, 4)])
     np.testing.assert_array_equal(placed.columns["reference"], batch.columns["reference"])
 
 
@@ -234,21 +234,21 @@ def test_a_process_that_holds_pieces_of_rows_feeds_whole_rows(monkeypatch: pytes
 
 def test_rows_that_do_not_cut_are_refused_with_lengths_and_meshes_that_do() -> None:
     mesh = make_mesh(IN_PIECES)
-    check_length(64, mesh, RULES)
-    check_length(63, make_mesh(MeshConfig()), RULES)
+    check_seq_len(64, mesh, RULES)
+    check_seq_len(63, make_mesh(MeshConfig()), RULES)
     message = (
         r"data\.seq_len=66: mesh\.context=4 cuts each row in 4 equal pieces, and does not divide it; "
         r"nearest valid: 64, 68; or mesh\.context=1 or 2"
     )
     with pytest.raises(ValueError, match=message):
-        check_length(66, mesh, RULES)
+        check_seq_len(66, mesh, RULES)
 
 
 def test_an_axis_that_cuts_layers_may_not_cut_rows() -> None:
     rules = ShardingRules(length=["tensor"])
-    check_length(64, make_mesh(MeshConfig()), rules)
+    check_seq_len(64, make_mesh(MeshConfig()), rules)
     with pytest.raises(ValueError, match=r"sharding\.length=\['tensor'\]: mesh axis 'tensor' cuts heads already"):
-        check_length(64, make_mesh(MeshConfig(4, tensor=2)), rules)
+        check_seq_len(64, make_mesh(MeshConfig(4, tensor=2)), rules)
 
 
 def test_a_table_of_positions_stays_whole() -> None:

@@ -6,8 +6,8 @@ import math
 import jax
 import pytest
 
-from trainer.goodput import CATEGORIES, Ledger, duration
 from trainer.metrics import Peak, TrainMetrics, bits_per_byte, measure_matmul, memory, peak, published_peak
+from trainer.reliability.goodput import CATEGORIES, GoodputRecorder, duration
 
 
 class Clock:
@@ -62,7 +62,7 @@ def test_the_peak_of_a_cpu_is_measured_and_said():
     measured = measure_matmul(size=128, seconds=0.01)
     assert 1e8 < measured < 1e15
     found = peak("float32")
-    assert found.flops_per_second > 1e9 and "matrix product" in found.convention
+    assert found.flops_per_second > 1e9 and "matrix product" in found.description
 
 
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight():
@@ -76,7 +76,7 @@ def test_memory_is_told_on_this_machine():
 
 def test_every_second_belongs_to_the_innermost_phase():
     clock = Clock()
-    ledger = Ledger(clock=clock)
+    ledger = GoodputRecorder(clock=clock)
     clock.now += 1  # other
     with ledger.phase("step"):
         clock.now += 10
@@ -86,7 +86,7 @@ def test_every_second_belongs_to_the_innermost_phase():
     with pytest.raises(RuntimeError), ledger.phase("compile"):
         clock.now += 4
         raise RuntimeError
-    ledger.move("step", "data_wait", 5.0)
+    ledger.reassign("step", "data_wait", 5.0)
     summary = ledger.summary()
     seconds = summary["seconds"]
     assert (seconds["other"], seconds["step"], seconds["checkpoint"]) == (1, 7, 3)
@@ -97,24 +97,24 @@ def test_every_second_belongs_to_the_innermost_phase():
 
 def test_no_more_time_is_moved_than_there_is():
     clock = Clock()
-    ledger = Ledger(clock=clock)
+    ledger = GoodputRecorder(clock=clock)
     with ledger.phase("step"):
         clock.now += 2
-    ledger.move("step", "data_wait", 3.0)
+    ledger.reassign("step", "data_wait", 3.0)
     assert ledger.summary()["seconds"]["step"] == 0 and ledger.summary()["seconds"]["data_wait"] == 2
 
 
 def test_a_killed_start_is_carried_over_and_its_work_beyond_the_checkpoint_is_lost(tmp_path):
     path = tmp_path / "goodput.json"
     clock = Clock()
-    first = Ledger(path, clock=clock)
+    first = GoodputRecorder(path, clock=clock)
     first.resume(0)
     with first.phase("step"):
         for step in range(0, 101):
             first.at_step(step)
             clock.now += 0.2
         first.write()  # a kill comes right after
-    second = Ledger(path, clock=clock)
+    second = GoodputRecorder(path, clock=clock)
     second.resume(75)
     with second.phase("step"):
         clock.now += 5.0
@@ -125,7 +125,7 @@ def test_a_killed_start_is_carried_over_and_its_work_beyond_the_checkpoint_is_lo
     assert summary["seconds"]["lost"] == pytest.approx(20.2 * 0.25)
     assert summary["seconds"]["step"] == pytest.approx(20.2 * 0.75 + 5.0)
     assert summary["total"] == pytest.approx(25.2)
-    third = Ledger(path, clock=clock)  # nothing is lost twice
+    third = GoodputRecorder(path, clock=clock)  # nothing is lost twice
     third.resume(100)
     assert third.summary()["seconds"]["lost"] == pytest.approx(20.2 * 0.25)
     text = third.table()
@@ -134,7 +134,7 @@ def test_a_killed_start_is_carried_over_and_its_work_beyond_the_checkpoint_is_lo
 
 def test_a_broken_account_does_not_stop_a_run(tmp_path):
     (tmp_path / "goodput.json").write_text('{"starts": [')
-    ledger = Ledger(tmp_path / "goodput.json")
+    ledger = GoodputRecorder(tmp_path / "goodput.json")
     ledger.write()
     assert ledger.summary()["starts"] == 1
     assert set(ledger.summary()["seconds"]) == {*CATEGORIES, "lost"}

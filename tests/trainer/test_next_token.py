@@ -27,7 +27,7 @@ def test_loss_is_the_formula_with_smoothing_and_z_loss() -> None:
     nll = -np.take_along_axis(logprobs, batch.targets[..., None], -1)[..., 0]
     # Smoothed targets: 0.9 on the target, 0.1 spread over the vocabulary.
     expected = 0.9 * nll - 0.1 * logprobs.mean(-1) + 0.01 * logsumexp**2
-    loss, metrics = loss_of(NextTokenConfig(z_loss=0.01, label_smoothing=0.1, loss_chunk=3), batch)
+    loss, metrics = loss_of(NextTokenConfig(z_loss=0.01, label_smoothing=0.1, loss_chunk_size=3), batch)
     np.testing.assert_allclose(loss.total, (expected * batch.loss_mask).sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["nll"].total, (nll * batch.loss_mask).sum(), rtol=1e-5)
     assert float(loss.weight) == float(metrics["nll"].weight) == batch.loss_mask.sum()

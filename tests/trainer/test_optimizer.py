@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from omegaconf import OmegaConf
 
 from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
-from trainer.optimizer import (
+from trainer.optimizers.optimizer import (
     AdafactorConfig,
     AdamWConfig,
     LionConfig,
@@ -22,7 +22,7 @@ from trainer.optimizer import (
     eval_params,
     scale_by_adam,
 )
-from trainer.roles import Role, matrix_dims, param_roles
+from trainer.optimizers.param_groups import ParamGroup, matrix_dims, param_groups
 from trainer.schedule import ConstantConfig
 from trainer.state import TrainState, abstract_state, init_sharded_state
 
@@ -193,16 +193,16 @@ def test_configs_are_structured_and_keep_their_kind(cls: type[OptimizerConfig]) 
 
 
 def test_roles_come_from_axes_and_names() -> None:
-    assert param_roles(AXES) == {
-        "embedding": Role.embedding,
-        "head": Role.head,
+    assert param_groups(AXES) == {
+        "embedding": ParamGroup.embedding,
+        "head": ParamGroup.head,
         "layers": {
-            "query": {"kernel": Role.matrix, "bias": Role.vector},
-            "out": Role.matrix,
-            "norm_scale": Role.vector,
+            "query": {"kernel": ParamGroup.matrix, "bias": ParamGroup.vector},
+            "out": ParamGroup.matrix,
+            "norm_scale": ParamGroup.vector,
         },
     }
-    assert param_roles({"position_embedding": ("positions", "embed")}) == {"position_embedding": Role.embedding}
+    assert param_groups({"position_embedding": ("positions", "embed")}) == {"position_embedding": ParamGroup.embedding}
 
 
 def test_heads_and_their_width_are_one_side_of_a_matrix() -> None:
@@ -214,15 +214,17 @@ def test_heads_and_their_width_are_one_side_of_a_matrix() -> None:
 def test_weight_decay_spares_biases_and_norms() -> None:
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     after, _ = run(build(AdamWConfig(weight_decay=0.5), learning_rate=0.1), PARAMS, [zero])
-    decayed = jax.tree.map(lambda role, p: p if role is Role.vector else p * (1 - 0.05), param_roles(AXES), PARAMS)
+    decayed = jax.tree.map(
+        lambda role, p: p if role is ParamGroup.vector else p * (1 - 0.05), param_groups(AXES), PARAMS
+    )
     assert_close(after, decayed)
 
 
 def test_roles_have_rates_of_their_own() -> None:
     rates = {"embedding": 0.5, "vector": 0.0}
     once, _ = run(build(plain(SgdConfig, role_learning_rates=rates), learning_rate=0.1), PARAMS, GRADS[:1])
-    factors = {Role.embedding: 0.5, Role.vector: 0.0}
-    expected = jax.tree.map(lambda r, p, g: p - 0.1 * factors.get(r, 1) * g, param_roles(AXES), PARAMS, GRADS[0])
+    factors = {ParamGroup.embedding: 0.5, ParamGroup.vector: 0.0}
+    expected = jax.tree.map(lambda r, p, g: p - 0.1 * factors.get(r, 1) * g, param_groups(AXES), PARAMS, GRADS[0])
     assert_close(once, expected)
 
 
@@ -261,10 +263,10 @@ def test_without_an_average_the_parameters_are_evaluated() -> None:
     ("config", "message"),
     [
         (
-            AdamWConfig(role_learning_rates={"heads": 1.0}),
+            AdamWConfig(lr_multipliers={"heads": 1.0}),
             r"role_learning_rates\.heads=1\.0: .*valid: embedding, head",
         ),
-        (AdamWConfig(clip_norm=0.0), r"optimizer\.clip_norm=0\.0: .*null"),
+        (AdamWConfig(max_grad_norm=0.0), r"optimizer\.clip_norm=0\.0: .*null"),
         (AdamWConfig(ema_decay=1.0), r"optimizer\.ema_decay=1\.0: "),
         (ScheduleFreeConfig(ema_decay=0.9), r"optimizer\.ema_decay=0\.9: .*ema_decay=null"),
         (SoapConfig(precondition_frequency=0), r"optimizer\.precondition_frequency=0: .*nearest valid: 1"),
@@ -296,7 +298,7 @@ def test_adam_is_that_of_optax(taken: bool) -> None:
 
 
 def test_schedule_free_is_that_of_optax() -> None:
-    config = ScheduleFreeConfig(weight_decay=0.0, clip_norm=None, learning_rate=0.1)
+    config = ScheduleFreeConfig(weight_decay=0.0, max_grad_norm=None, learning_rate=0.1)
     theirs = optax.contrib.schedule_free_adamw(0.1, b1=config.b1, b2=config.b2, eps=config.eps)
     params, state = PARAMS, theirs.init(PARAMS)
     update = jax.jit(theirs.update)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.config import PipelineConfig
-from models.pipeline import Schedule
+from models.pipeline_parallel import Schedule
 from models.transformer import abstract_params, param_axes
 from tests.trainer.on_meshes import DENSE, alone, assert_same, losses_and_gradients
 from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, param_shardings, with_pipeline
@@ -20,11 +20,11 @@ MESH = abstract_mesh(MeshConfig(4, stage=2), 8)
     [
         ("dense", "next token", MeshConfig(4, stage=2), PipelineConfig()),
         ("dense", "next token", MeshConfig(2, stage=4), PipelineConfig(4)),
-        ("dense", "next token", MeshConfig(1, fsdp=2, tensor=2, stage=2), PipelineConfig(rounds=2)),
-        ("dense", "next token", MeshConfig(1, context=4, stage=2), PipelineConfig(2, rounds=2)),
-        ("experts", "next token", MeshConfig(1, fsdp=2, expert=2, stage=2), PipelineConfig(rounds=2)),
+        ("dense", "next token", MeshConfig(1, fsdp=2, tensor=2, stage=2), PipelineConfig(num_repeats=2)),
+        ("dense", "next token", MeshConfig(1, context=4, stage=2), PipelineConfig(2, num_repeats=2)),
+        ("experts", "next token", MeshConfig(1, fsdp=2, expert=2, stage=2), PipelineConfig(num_repeats=2)),
         ("capacity", "next token", MeshConfig(1, expert=4, stage=2), PipelineConfig()),
-        ("latent", "further tokens", MeshConfig(2, tensor=2, stage=2), PipelineConfig(rounds=2)),
+        ("latent", "further tokens", MeshConfig(2, tensor=2, stage=2), PipelineConfig(num_repeats=2)),
         ("dense", "pairs", MeshConfig(2, stage=4), PipelineConfig()),
     ],
 )
@@ -55,22 +55,22 @@ def test_each_microbatch_goes_through_all_stages_in_each_round_without_waiting(s
 )
 def test_rows_go_in_up_to_four_microbatches_for_each_stage(rows, pipeline, microbatches):
     model = with_pipeline(replace(DENSE, num_layers=4, pipeline=pipeline), rows, MESH, ShardingRules())
-    assert model.pipeline.microbatches == microbatches
+    assert model.pipeline.num_microbatches == microbatches
 
 
 @pytest.mark.parametrize(
     ("layers", "rows", "pipeline", "said"),
     [
         (3, 32, PipelineConfig(), r"mesh.stage=2: does not deal out 3 layers .* valid mesh.stage with 8 devices: 1;"),
-        (6, 32, PipelineConfig(rounds=2), r"does not deal out 6 layers in model.pipeline.rounds=2"),
+        (6, 32, PipelineConfig(num_repeats=2), r"does not deal out 6 layers in model.pipeline.num_repeats=2"),
         (
             4,
             32,
             PipelineConfig(3),
-            r"model.pipeline.microbatches=3: must be a multiple of mesh.stage=2 .* valid: 2, 4, 8",
+            r"model.pipeline.num_microbatches=3: must be a multiple of mesh.stage=2 .* valid: 2, 4, 8",
         ),
         (4, 8, PipelineConfig(4), r"divides the 2 rows of one of 4 copies; valid: 2"),
-        (4, 32, PipelineConfig(rounds=0), r"rounds=0 must be at least 1"),
+        (4, 32, PipelineConfig(num_repeats=0), r"rounds=0 must be at least 1"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_what_does(layers, rows, pipeline, said):

@@ -49,7 +49,7 @@ MODEL = ModelConfig(num_layers=2, embed_dim=32, vocab_size=V, max_seq_len=64, dt
 
 @pytest.mark.parametrize("loss,changes", GOLDEN, ids=str)
 def test_losses_equal_their_golden_values(loss, changes):
-    found = LOSSES[loss](PAIRS, PreferenceConfig(loss=loss, **dict(changes)))
+    found = LOSSES[loss](PAIRS, PreferenceConfig(loss_type=loss, **dict(changes)))
     # The sorted losses have no pairs, only an order.
     order = np.sort if "aot" in loss.name else np.asarray
     np.testing.assert_allclose(order(found), order(GOLDEN[loss, changes]), rtol=1e-5)
@@ -74,7 +74,7 @@ def test_every_loss_has_a_golden_value():
 @pytest.mark.parametrize("loss", AT_REFERENCE, ids=str)
 def test_losses_begin_at_their_known_value_where_policy_and_reference_are_one(loss):
     same = PAIRS._replace(policy=PAIRS.reference)
-    np.testing.assert_allclose(LOSSES[loss](same, PreferenceConfig(loss=loss)), AT_REFERENCE[loss], rtol=1e-5)
+    np.testing.assert_allclose(LOSSES[loss](same, PreferenceConfig(loss_type=loss)), AT_REFERENCE[loss], rtol=1e-5)
 
 
 def test_the_gradient_of_dpo_is_its_closed_form():
@@ -86,7 +86,7 @@ def test_the_gradient_of_dpo_is_its_closed_form():
 
 def test_doubling_an_answer_changes_dpo_but_not_simpo():
     doubled = PAIRS._replace(policy=PAIRS.policy * 2, reference=PAIRS.reference * 2, lengths=PAIRS.lengths * 2)
-    value = lambda loss, pairs: np.asarray(LOSSES[loss](pairs, PreferenceConfig(loss=loss)))
+    value = lambda loss, pairs: np.asarray(LOSSES[loss](pairs, PreferenceConfig(loss_type=loss)))
     np.testing.assert_allclose(value(Loss.simpo, doubled), value(Loss.simpo, PAIRS), rtol=1e-6)
     assert (value(Loss.sigmoid, doubled) != value(Loss.sigmoid, PAIRS)).all()
 
@@ -133,7 +133,7 @@ def run(config: PreferenceConfig, made: TokenBatch, params=PARAMS[0]):
 )
 def test_what_the_reference_said_before_is_what_it_says(changes):
     """T-4.1, and not only to 1e-6: where both are computed alike, bit for bit."""
-    made, config = batch(np.random.default_rng(0), 4), PreferenceConfig(cache_reference=True, **changes)
+    made, config = batch(np.random.default_rng(0), 4), PreferenceConfig(precompute_ref_log_probs=True, **changes)
     objective = config.build(None)
     columns = objective.columns(APPLY, {REFERENCE: PARAMS[1]}, made)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), columns) == jax.tree.map(
@@ -159,7 +159,7 @@ def summed(params, made: TokenBatch) -> np.ndarray:
 
 @pytest.mark.parametrize("loss", [Loss.sigmoid, Loss.ipo, Loss.simpo, Loss.orpo])
 def test_batches_give_what_answers_alone_give(loss):
-    config, made = PreferenceConfig(loss=loss), batch(np.random.default_rng(0), 3)
+    config, made = PreferenceConfig(loss_type=loss), batch(np.random.default_rng(0), 3)
     pairs = Pairs(*(jnp.asarray(summed(p, made)) for p in PARAMS), jnp.asarray(made.loss_mask.sum(-1)))
     value, metrics = run(config, made)
     np.testing.assert_allclose(value.value(), LOSSES[loss](pairs, config).mean(), rtol=1e-4)
@@ -238,7 +238,7 @@ def test_pairs_add_up_over_microbatches(nll):
 def test_tokens_beyond_the_shorter_answer_may_count_less():
     made = batch(np.random.default_rng(3), 1)
     _, full = run(PreferenceConfig(), made)
-    _, none = run(PreferenceConfig(length_weight=0.0), made)
+    _, none = run(PreferenceConfig(ld_alpha=0.0), made)
     shorter = int(made.loss_mask.sum(-1).min())
     cut = made._replace(loss_mask=made.loss_mask * (np.cumsum(made.loss_mask, -1) <= shorter))
     _, by_hand = run(PreferenceConfig(), cut)
@@ -251,9 +251,9 @@ def test_tokens_beyond_the_shorter_answer_may_count_less():
     [
         ({"beta": 0.0}, "objective.beta=0.0: must be above 0"),
         ({"loss": Loss.exo}, "above 0 with exo"),
-        ({"loss": Loss.ipo, "label_smoothing": 0.1}, "has no meaning for objective.loss=ipo"),
+        ({"loss": Loss.ipo, "label_smoothing": 0.1}, "has no meaning for objective.loss_type=ipo"),
         ({"length_weight": 2.0}, "from 0 to 1"),
-        ({"loss": Loss.nca, "f_divergence": FDivergence.forward_kl}, "is for objective.loss=sigmoid.*not nca"),
+        ({"loss": Loss.nca, "f_divergence": FDivergence.forward_kl}, "is for objective.loss_type=sigmoid.*not nca"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):

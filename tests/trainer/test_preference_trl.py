@@ -15,8 +15,8 @@ datasets = pytest.importorskip("datasets")
 
 from data.batch import TokenBatch  # noqa: E402
 from models.config import Dtype  # noqa: E402
-from models.huggingface import family_of  # noqa: E402
-from models.huggingface_files import Folder, load_params  # noqa: E402
+from models.formats.huggingface.checkpoint_files import Folder, load_params  # noqa: E402
+from models.formats.huggingface.families import family_of  # noqa: E402
 from models.transformer import abstract_params, make_apply  # noqa: E402
 from trainer.objective import REFERENCE  # noqa: E402
 from trainer.objectives.preference import LOSSES, FDivergence, Loss, Pairs, PreferenceConfig  # noqa: E402
@@ -121,26 +121,26 @@ def compare(home, tmp_path, measured, name: str, config: PreferenceConfig, **opt
 @pytest.mark.parametrize("loss", CASES, ids=lambda loss: loss.name)
 def test_loss_gradient_and_metrics_equal_those_of_trl(home, tmp_path, measured, loss):
     smoothing = SMOOTHING.get(loss, 0.0)
-    config = PreferenceConfig(loss=loss, label_smoothing=smoothing, beta=0.3)
+    config = PreferenceConfig(loss_type=loss, label_smoothing=smoothing, beta=0.3)
     options = {"loss_type": [NAMES.get(loss, loss.name)], "label_smoothing": smoothing}
     compare(home, tmp_path, measured, loss.name, config, **options)
 
 
 def test_length_desensitised_dpo_equals_that_of_trl(home, tmp_path, measured):
-    config = PreferenceConfig(length_weight=0.4)
+    config = PreferenceConfig(ld_alpha=0.4)
     compare(home, tmp_path, measured, "sigmoid, length_weight 0.4", config, loss_type=["sigmoid"], ld_alpha=0.4)
 
 
 @pytest.mark.parametrize("loss", [Loss.sigmoid, Loss.ipo, Loss.apo_zero], ids=lambda loss: loss.name)
 def test_weighted_preference_optimisation_equals_that_of_trl(home, tmp_path, measured, loss):
-    config = PreferenceConfig(loss=loss, wpo=True)
+    config = PreferenceConfig(loss_type=loss, use_weighting=True)
     compare(home, tmp_path, measured, f"{loss.name}, wpo", config, loss_type=[loss.name], use_weighting=True)
 
 
 @pytest.mark.parametrize("kind,theirs", [("forward_kl", "forward_kl"), ("jensen_shannon", "js_divergence")])
 @pytest.mark.parametrize("loss", [Loss.sigmoid, Loss.ipo], ids=lambda loss: loss.name)
 def test_f_divergences_equal_those_of_trl(home, tmp_path, measured, loss, kind, theirs):
-    config = PreferenceConfig(loss=loss, f_divergence=FDivergence[kind])
+    config = PreferenceConfig(loss_type=loss, f_divergence=FDivergence[kind])
     options = {"loss_type": [loss.name], "f_divergence_type": theirs}
     compare(home, tmp_path, measured, f"{loss.name}, {kind}", config, **options)
 
@@ -154,7 +154,7 @@ def test_losses_without_a_reference_equal_those_of_trl(loss, measured):
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 20, (6, 2))
     policy = -rng.uniform(0.1, 4, (6, 2)) * lengths
-    config = PreferenceConfig(loss=loss, beta=0.7, gamma=0.4)
+    config = PreferenceConfig(loss_type=loss, beta=0.7, simpo_gamma=0.4)
     given = torch.tensor(policy if loss is Loss.cpo else policy / lengths, requires_grad=True)
     options = SimpleNamespace(
         alpha=0.0, beta=0.7, simpo_gamma=0.4, label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu"),

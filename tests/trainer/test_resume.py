@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from trainer.checkpoint import CheckpointConfig, Checkpointer
-from trainer.digest import state_hash
-from trainer.goodput import Ledger
-from trainer.hooks import EarlyStopping, EvaluateEvery, SaveEvery, StopOnSignal, recall
+from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from trainer.checkpoint.checksums import state_hash
+from trainer.hooks import EarlyStopping, EvaluateEvery, SaveEvery, StopOnSignal, restore_hook_states
 from trainer.loop import StopTraining, fit
 from trainer.metrics import Peak, TrainMetrics
+from trainer.reliability.goodput import GoodputRecorder
 from trainer.state import TrainState, make_state
 from trainer.tracker import JsonlTracker, Trackers, read_rows
 
@@ -60,12 +60,12 @@ def fresh() -> TrainState:
 
 def run(folder: Path, *, cut_at: int | None = None) -> tuple[str, str]:
     """Begins or goes on with the run in `folder`. Returns why it ended and the hash of its state."""
-    with Checkpointer(folder / "checkpoints", CheckpointConfig(every=2, keep=2)) as checkpointer:
+    with Checkpointer(folder / "checkpoints", CheckpointConfig(save_interval_steps=2, max_to_keep=2)) as checkpointer:
         whole, source, start = fresh(), Counting(), 0
-        ledger = Ledger(folder / "goodput.json")
+        ledger = GoodputRecorder(folder / "goodput.json")
         name = TrainMetrics(tokens_per_step=12, flops_per_token=1.0, peak=Peak(0.0, ""))
         losses = lambda state: {"eval/loss": float(jnp.sum(state.params["w"] ** 2))}
-        latest = checkpointer.latest_whole()
+        latest = checkpointer.latest_valid_step()
         start = latest or 0
         tracker = Trackers([JsonlTracker(folder / "metrics.jsonl", start_step=start)])
         found = EvaluateEvery(3, num_steps=NUM_STEPS, evaluate=losses, on_metrics=tracker.log, ledger=ledger)
@@ -84,7 +84,7 @@ def run(folder: Path, *, cut_at: int | None = None) -> tuple[str, str]:
         if latest is not None:
             whole = checkpointer.restore(latest, whole).state
             source.set_state(checkpointer.read_json(latest, "source"))
-            recall(checkpointer.read_json(latest, "extra"), remembers)
+            restore_hook_states(checkpointer.read_json(latest, "extra"), remembers)
 
         def cut(step: int, state: Any, source: Any) -> None:
             if step == cut_at:

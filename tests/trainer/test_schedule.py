@@ -31,11 +31,11 @@ def test_without_warmup_the_first_update_has_the_peak(cls: type[ScheduleConfig])
 @pytest.mark.parametrize(
     ("config", "values"),
     [
-        (CosineConfig(warmup_steps=20, final_fraction=0.1), {20: 1.0, 60: 0.55, 100: 0.1, 500: 0.1}),
+        (CosineConfig(warmup_steps=20, min_lr_ratio=0.1), {20: 1.0, 60: 0.55, 100: 0.1, 500: 0.1}),
         (LinearConfig(warmup_steps=20), {20: 1.0, 40: 0.75, 100: 0.0, 500: 0.0}),
         (ConstantConfig(warmup_steps=20), {20: 1.0, 100: 1.0, 500: 1.0}),
         (WsdConfig(warmup_steps=20), {20: 1.0, 80: 1.0, 90: 0.5, 100: 0.0, 500: 0.0}),
-        (WsdConfig(warmup_steps=20, decay_steps=40, final_fraction=0.5), {60: 1.0, 80: 0.75, 100: 0.5}),
+        (WsdConfig(warmup_steps=20, decay_steps=40, min_lr_ratio=0.5), {60: 1.0, 80: 0.75, 100: 0.5}),
         (WsdConfig(warmup_steps=0, decay_steps=40, decay=Decay.cosine), {60: 1.0, 80: 0.5, 100: 0.0}),
         (WsdConfig(warmup_steps=0, decay_steps=100, decay=Decay.one_minus_sqrt), {0: 1.0, 25: 0.5, 100: 0.0}),
         (InverseSqrtConfig(warmup_steps=25), {25: 1.0, 100: 0.5, 400: 0.25}),
@@ -59,7 +59,7 @@ def test_a_decay_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"schedule\.decay_fraction=0\.9: .*nearest valid: 0\.8"):
         WsdConfig(warmup_steps=2, decay_fraction=0.9).build(1.0, 10)
     with pytest.raises(ValueError, match=r"schedule\.final_fraction=2"):
-        CosineConfig(warmup_steps=2, final_fraction=2).build(1.0, 10)
+        CosineConfig(warmup_steps=2, min_lr_ratio=2).build(1.0, 10)
 
 
 @pytest.mark.parametrize("cls", ALL)

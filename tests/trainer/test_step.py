@@ -9,13 +9,13 @@ import pytest
 
 from data.batch import TokenBatch
 from tests.trainer import toy
-from trainer.compiler import compiler_options
 from trainer.mesh import MeshConfig, ShardingRules, batch_sharding, make_mesh, param_shardings, place_batch
 from trainer.objectives.next_token import NextTokenConfig
-from trainer.optimizer import AdamWConfig
+from trainer.optimizers.optimizer import AdamWConfig
 from trainer.schedule import ConstantConfig, CosineConfig
 from trainer.state import TrainState, init_sharded_state, make_state
 from trainer.step import make_eval_step, make_train_step, split_rows
+from trainer.xla_options import compiler_options
 
 OBJECTIVE = NextTokenConfig(z_loss=1e-3, label_smoothing=0.1).build(np.arange(toy.V, dtype=np.int32))
 SCHEDULE = ConstantConfig(warmup_steps=0).build(1e-2, 100)
@@ -86,14 +86,14 @@ def test_metrics_say_what_was_done() -> None:
 
 
 def test_gradient_norm_is_told_before_clipping() -> None:
-    clipped = AdamWConfig(clip_norm=1e-6).build(SCHEDULE, toy.AXES)
+    clipped = AdamWConfig(max_grad_norm=1e-6).build(SCHEDULE, toy.AXES)
     state = make_state(toy.init_params, clipped, jax.random.key(1))
     _, metrics = step_with(optimizer=clipped)(state, {}, toy.batch(8))
     assert float(metrics["grad_norm"]) > 1e-2
 
 
 def test_learning_rate_follows_the_step_of_the_state() -> None:
-    schedule = CosineConfig(warmup_steps=0, final_fraction=0.0).build(1.0, 10)
+    schedule = CosineConfig(warmup_steps=0, min_lr_ratio=0.0).build(1.0, 10)
     optimizer = AdamWConfig().build(schedule, toy.AXES)
     step = jax.jit(make_train_step(OBJECTIVE, toy.apply, optimizer, schedule=schedule))
     state = make_state(toy.init_params, optimizer, jax.random.key(0))

@@ -14,11 +14,11 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from trainer.plot import draw_loss, smoothed
-from trainer.progress import ConsoleTracker, evaluation_lines, rate, status
+from trainer.console import ConsoleTracker, evaluation_lines, rate, status
+from trainer.loss_plot import draw_loss, smoothed
 from trainer.tracker import (
     JsonlTracker,
-    Silent,
+    NoopTracker,
     TensorboardConfig,
     TrackerConfig,
     Trackers,
@@ -190,7 +190,7 @@ def test_tensorboard_files_hold_what_was_logged(tmp_path):
     assert "def f():" in "".join(texts) and '"seed": 3' in "".join(texts)
 
 
-class Failing(Silent):
+class Failing(NoopTracker):
     def __init__(self) -> None:
         self.calls = 0
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from trainer.watchdog import OnHang, Watchdog, meaning
+from trainer.reliability.watchdog import Watchdog, WatchdogAction, meaning
 
 
 class Time:
@@ -16,7 +16,7 @@ class Time:
 
 @pytest.fixture
 def made(tmp_path):
-    def make(on_hang=OnHang.warn, phase="step"):
+    def make(on_hang=WatchdogAction.warn, phase="step"):
         said, left, time = [], [], Time()
         watchdog = Watchdog(
             60, on_hang=on_hang, doing=lambda: phase, say=said.append, stacks=tmp_path / "stacks" / "0.txt",
@@ -51,7 +51,7 @@ def test_a_hang_is_told_once_with_stacks_and_so_is_its_end(made, tmp_path):
 
 
 def test_abort_leaves_with_75(made):
-    watchdog, said, left, time = made(OnHang.abort)
+    watchdog, said, left, time = made(WatchdogAction.abort)
     time.now = 60
     watchdog.look()
     assert left == [75] and "leaving with 75" in said[0]
@@ -60,7 +60,7 @@ def test_abort_leaves_with_75(made):
 def test_the_thread_looks_by_itself(tmp_path):
     said = []
     watchdog = Watchdog(
-        0.05, on_hang=OnHang.warn, doing=lambda: "step", say=said.append, stacks=tmp_path / "stacks.txt"
+        0.05, on_hang=WatchdogAction.warn, doing=lambda: "step", say=said.append, stacks=tmp_path / "stacks.txt"
     )
     with watchdog:
         for _ in range(1000):

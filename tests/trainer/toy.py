@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batch import TokenBatch
-from models.transformer import Output
+from models.transformer import ModelOutput
 
 V, D, F, L = 32, 8, 16, 8
 
@@ -36,7 +36,7 @@ def init_params(key: jax.Array, num_layers: int = 2) -> dict:
     }
 
 
-def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) -> Output:
+def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) -> ModelOutput:
     x_BLD = params["embedding"][tokens_BL]
     if rng is not None:  # so that a step depends on its key, as dropout does
         x_BLD = x_BLD * (1 + 1e-3 * jax.random.normal(rng, (D,))[None, None])
@@ -46,10 +46,10 @@ def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) -> Outpu
         return x_BLD * weights["scale"][None, None] + jnp.einsum("BLF,FD->BLD", h_BLF, weights["down"]), None
 
     x_BLD, _ = jax.lax.scan(layer, x_BLD, params["layers"])
-    return Output(x_BLD, params["head"], None)
+    return ModelOutput(x_BLD, params["head"], None)
 
 
-def without_noise(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) -> Output:
+def without_noise(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) -> ModelOutput:
     return apply(params, tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
 
 

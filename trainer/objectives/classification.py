@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batch import TokenBatch
-from data.examples import Records
+from data.records.encoding import DataFormat
 from models.transformer import Apply
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
-from trainer.objectives.auxiliary import auxiliary_terms
-from trainer.objectives.readout import Pooling, at_end, scores
+from trainer.objectives.moe_losses import auxiliary_terms
+from trainer.objectives.pooling import Pooling, at_end, scores
 
 
 @dataclass
@@ -36,8 +36,8 @@ class ClassificationConfig(ObjectiveConfig):
         return False
 
     @property
-    def records(self) -> tuple[Records, ...]:
-        return (Records.labelled,)
+    def records(self) -> tuple[DataFormat, ...]:
+        return (DataFormat.classification,)
 
     def outputs(self, num_classes: int) -> int:
         if num_classes < 2:
@@ -106,7 +106,7 @@ class Classification:
 
 
 def class_report(probability_NC: np.ndarray, class_N: np.ndarray) -> dict[str, float]:
-    """`precision`, `recall`, `f1` and `roc_auc` by scikit-learn: of two classes those of the second, of more their
+    """`precision`, `restore_hook_states`, `f1` and `roc_auc` by scikit-learn: of two classes those of the second, of more their
     plain means over classes (the area: of each class against the rest). What is not defined is left out.
     """
     from sklearn import metrics

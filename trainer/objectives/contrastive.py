@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batch import TokenBatch, flat_rows
-from data.examples import Records
+from data.records.encoding import DataFormat
 from models.transformer import Apply
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
-from trainer.objectives.readout import Pooling, at_end, pooled
+from trainer.objectives.pooling import Pooling, at_end, pooled
 
 
 @dataclass
@@ -34,8 +34,8 @@ class ContrastiveConfig(ObjectiveConfig):
         return False
 
     @property
-    def records(self) -> tuple[Records, ...]:
-        return (Records.matches,)
+    def records(self) -> tuple[DataFormat, ...]:
+        return (DataFormat.retrieval,)
 
     @property
     def num_negatives(self) -> int:

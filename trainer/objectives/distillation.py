@@ -16,13 +16,13 @@ import numpy as np
 
 from data.batch import columns_of, tokens_of
 from models.config import ModelConfig
-from models.transformer import Apply, Output
-from trainer.beside import BESIDE, Extra, own_params
+from models.transformer import Apply, ModelOutput
 from trainer.objective import TEACHER, Batch, FrozenModel, Mean, ObjectiveConfig, Params, column_spec, token_spec
-from trainer.objectives.auxiliary import auxiliary_terms
-from trainer.objectives.buckets import Buckets, in_buckets, likeliest, recalled, stored
-from trainer.objectives.logprobs import chunk_logits, in_chunks
-from trainer.objectives.matching import PROJECTION, MatchingConfig, matched, weighted
+from trainer.objective_params import OBJECTIVE_PARAMS, ParamSpec, model_params
+from trainer.objectives.cross_entropy import chunk_logits, map_chunks
+from trainer.objectives.feature_distillation import PROJECTION, FeatureLossConfig, matched, weighted
+from trainer.objectives.moe_losses import auxiliary_terms
+from trainer.objectives.topk_distribution import Buckets, in_buckets, likeliest, recalled, stored
 
 
 class Divergence(enum.Enum):
@@ -45,12 +45,16 @@ class DistillationConfig(ObjectiveConfig):
     divergence: Divergence = Divergence.forward
     beta: float = 0.5  # jensen_shannon; its ends are no other divergence, but 0
     temperature: float = 1.0  # the divergence is multiplied by its square, so that gradients keep their size
-    weight: float = 0.5  # of the divergence; the rest is cross entropy with the text
+    alpha: float = 0.5  # of the divergence; the rest is cross entropy with the text
     top_k: int = 0  # compare the teacher's likeliest tokens, and the rest as one; 0: all of the vocabulary
-    cache: bool = False  # ask the teacher once about each row, before training, and keep its top_k on disk
+    cache_teacher_logits: bool = (
+        False  # ask the teacher once about each row, before training, and keep its top_k on disk
+    )
     cache_dtype: CacheDtype = CacheDtype.float16  # of log-probabilities there
-    match: MatchingConfig = field(default_factory=MatchingConfig)  # of what happens inside, added to the loss
-    loss_chunk: int = 128  # tokens of each row whose logits exist at once, the teacher's and the student's
+    feature_loss: FeatureLossConfig = field(
+        default_factory=FeatureLossConfig
+    )  # of what happens inside, added to the loss
+    loss_chunk_size: int = 128  # tokens of each row whose logits exist at once, the teacher's and the student's
 
     @property
     def teacher_name(self) -> str | None:
@@ -58,13 +62,13 @@ class DistillationConfig(ObjectiveConfig):
 
     @property
     def cached(self) -> str | None:
-        return TEACHER if self.cache else None
+        return TEACHER if self.cache_teacher_logits else None
 
-    def extras(self, model: ModelConfig) -> dict[str, Extra]:
-        return self.match.extras(model)
+    def extras(self, model: ModelConfig) -> dict[str, ParamSpec]:
+        return self.feature_loss.extras(model)
 
     def check_teacher(self, student: ModelConfig, teacher: ModelConfig) -> None:
-        self.match.check_models(student, teacher)
+        self.feature_loss.check_models(student, teacher)
         if self.top_k > teacher.vocab_size > 0:
             raise ValueError(
                 f"objective.top_k={self.top_k}: the teacher has {teacher.vocab_size} tokens; 0 compares all of them"
@@ -76,28 +80,28 @@ class DistillationConfig(ObjectiveConfig):
             raise ValueError("objective.teacher=null: name a run, hf:FOLDER or gguf:FILE to learn from")
         if self.temperature <= 0:
             raise ValueError(f"objective.temperature={self.temperature}: must be above 0; 1 leaves logits as they are")
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"objective.weight={self.weight}: is a share, from 0 to 1")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"objective.weight={self.alpha}: is a share, from 0 to 1")
         if not 0 < self.beta < 1:
             raise ValueError(
                 f"objective.beta={self.beta}: must be above 0 and below 1; the ends are objective.divergence=forward "
                 "and reverse"
             )
-        if self.loss_chunk < 1:
-            raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1")
+        if self.loss_chunk_size < 1:
+            raise ValueError(f"objective.loss_chunk_size={self.loss_chunk_size}: must be at least 1")
         if self.top_k < 0:
             raise ValueError(f"objective.top_k={self.top_k}: must not be negative; 0 compares all tokens")
-        if self.cache and not self.top_k:
+        if self.cache_teacher_logits and not self.top_k:
             raise ValueError(
-                "objective.cache=true: keeps the likeliest tokens of each place, not whole distributions; say "
+                "objective.cache_teacher_logits=true: keeps the likeliest tokens of each place, not whole distributions; say "
                 "how many, as objective.top_k=64"
             )
-        if self.cache and self.match.layers:
+        if self.cache_teacher_logits and self.feature_loss.layer_mapping:
             raise ValueError(
-                "objective.cache=true: keeps what the teacher says, not its layers; leave out objective.match.layers, "
+                "objective.cache_teacher_logits=true: keeps what the teacher says, not its layers; leave out objective.feature_loss.layer_mapping, "
                 "or train beside the teacher"
             )
-        self.match.check()
+        self.feature_loss.check()
         return Distillation(self)
 
 
@@ -154,10 +158,10 @@ class Distillation:
         c, teacher, kept, batch = self.config, frozen[TEACHER], columns_of(batch), tokens_of(batch)
         assert isinstance(teacher, FrozenModel)
         given = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
-        student = apply(own_params(params), batch.tokens, **given, rng=rng, asked=c.match.asked(0))
+        student = apply(model_params(params), batch.tokens, **given, rng=rng, asked=c.feature_loss.asked(0))
         taught = None
         if not kept:
-            taught = teacher.apply(teacher.params, batch.tokens, **given, asked=c.match.asked(1))
+            taught = teacher.apply(teacher.params, batch.tokens, **given, asked=c.feature_loss.asked(1))
             taught = jax.lax.stop_gradient(taught)
 
         def compute(parts: tuple[jax.Array, ...], targets_BC: jax.Array) -> Found:
@@ -172,15 +176,17 @@ class Distillation:
             return Found(divergence(t_BCV, x_BCV, c), nll(x_BCV), nll(t_BCV), alike(t_BCV.argmax(-1)))
 
         of_teacher = (kept["top_ids"], kept["top_logprobs"]) if taught is None else (taught.hidden_BLD,)
-        found: Found = in_chunks(compute, (student.hidden_BLD, *of_teacher), batch.targets, c.loss_chunk)
+        found: Found = map_chunks(compute, (student.hidden_BLD, *of_teacher), batch.targets, c.loss_chunk_size)
         mask_BL = batch.loss_mask.astype(jnp.float32)
         mean = lambda values_BL: Mean.of(values_BL, mask_BL)
-        loss_BL = c.weight * c.temperature**2 * found.divergence + (1 - c.weight) * found.nll
+        loss_BL = c.alpha * c.temperature**2 * found.divergence + (1 - c.alpha) * found.nll
         added_BL, router = auxiliary_terms(student, loss_BL.shape)
         metrics = {name: values for name, values in found._asdict().items() if values is not None} | router
         if student.inside is not None and taught is not None:
-            apart = matched(c.match, student.inside, taught.inside, params.get(BESIDE, {}).get(PROJECTION))
-            loss_BL = sum(weighted(c.match, apart), loss_BL)
+            apart = matched(
+                c.feature_loss, student.inside, taught.inside, params.get(OBJECTIVE_PARAMS, {}).get(PROJECTION)
+            )
+            loss_BL = sum(weighted(c.feature_loss, apart), loss_BL)
             metrics |= apart
         return mean(loss_BL + added_BL), {name: mean(values) for name, values in metrics.items()}
 
@@ -196,7 +202,7 @@ class Distillation:
             t_BCV = _logits(taught, hidden_BCD, teacher.vocab_size)
             return likeliest(jax.nn.log_softmax(t_BCV / c.temperature, axis=-1), c.top_k)
 
-        return stored(in_chunks(compute, taught.hidden_BLD, batch.targets, c.loss_chunk), c.cache_dtype.name)
+        return stored(map_chunks(compute, taught.hidden_BLD, batch.targets, c.loss_chunk_size), c.cache_dtype.name)
 
     def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
         k, dtype = self.config.top_k, np.dtype(self.config.cache_dtype.name)
@@ -211,6 +217,6 @@ class Distillation:
         return column_spec(spec, self.column_spec(seq_len)) if self.config.cached else spec
 
 
-def _logits(output: Output, hidden_BCD: jax.Array, vocab_size: int) -> jax.Array:
+def _logits(output: ModelOutput, hidden_BCD: jax.Array, vocab_size: int) -> jax.Array:
     """[B, C, V] over the tokens that there are: models of one family are padded to different sizes."""
     return chunk_logits(hidden_BCD, output.head_DV[:, :vocab_size], output.logit_soft_cap)

@@ -18,10 +18,10 @@ import numpy as np
 from jax.nn import sigmoid
 
 from data.batch import TokenBatch, columns_of, tokens_of
-from data.examples import Records
+from data.records.encoding import DataFormat
 from models.transformer import Apply
 from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
-from trainer.objectives.logprobs import token_logprobs
+from trainer.objectives.cross_entropy import token_logprobs
 
 LABEL = "label"  # the column [B] f32: 1 where an answer is good
 
@@ -36,17 +36,19 @@ class KtoConfig(ObjectiveConfig):
     """Its build checks the values."""
 
     kind: str = "kto"
-    loss: Loss = Loss.kto
+    loss_type: Loss = Loss.kto
     beta: float = 0.1  # how far the policy may leave the reference: larger, less far
     # Where n answers are good and m are not, n desirable_weight / (m undesirable_weight) is best between 1 and 4/3.
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
-    cache_reference: bool = False  # ask the reference once about each answer, before training, and keep it on disk
-    loss_chunk: int = 128  # tokens of each row whose logits exist at once
+    precompute_ref_log_probs: bool = (
+        False  # ask the reference once about each answer, before training, and keep it on disk
+    )
+    loss_chunk_size: int = 128  # tokens of each row whose logits exist at once
 
     @property
-    def records(self) -> tuple[Records, ...]:
-        return (Records.completions,)
+    def records(self) -> tuple[DataFormat, ...]:
+        return (DataFormat.unpaired_preference,)
 
     @property
     def needs_reference(self) -> bool:
@@ -54,7 +56,7 @@ class KtoConfig(ObjectiveConfig):
 
     @property
     def cached(self) -> str | None:
-        return REFERENCE if self.cache_reference else None
+        return REFERENCE if self.precompute_ref_log_probs else None
 
     def build(self, token_bytes: np.ndarray | None) -> "Kto":
         """Raises: ValueError naming the key of a value that cannot be."""
@@ -63,14 +65,14 @@ class KtoConfig(ObjectiveConfig):
         for key in ("desirable_weight", "undesirable_weight"):
             if getattr(self, key) < 0:
                 raise ValueError(f"objective.{key}={getattr(self, key)}: must not be negative")
-        if self.loss_chunk < 1:
-            raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1")
+        if self.loss_chunk_size < 1:
+            raise ValueError(f"objective.loss_chunk_size={self.loss_chunk_size}: must be at least 1")
         return Kto(self)
 
 
 def losses(ratios_B: jax.Array, good_B: jax.Array, z0: jax.Array, config: KtoConfig) -> jax.Array:
     """[B], of the log-ratio of each answer, whether it is good, and z0."""
-    z0 = z0 if config.loss is Loss.kto else jnp.zeros_like(z0)
+    z0 = z0 if config.loss_type is Loss.kto else jnp.zeros_like(z0)
     up_B, down_B = (1 - sigmoid(config.beta * sign * (ratios_B - z0)) for sign in (1, -1))
     return jnp.where(good_B > 0, config.desirable_weight * up_B, config.undesirable_weight * down_B)
 
@@ -95,7 +97,7 @@ class Kto:
         real_B = (batch.loss_mask[:, 0].sum(-1) > 0).astype(jnp.float32)
         mean = lambda values_B, of_B=real_B: Mean.of(values_B, of_B)
         z0 = jnp.zeros(())
-        if c.loss is Loss.kto:
+        if c.loss_type is Loss.kto:
             other_B, _ = self._answers(apply, jax.lax.stop_gradient(params), tokens_of(batch), 1, None)
             z0 = jnp.maximum(mean(other_B - reference_BS[:, 1]).value(), 0)
         ratios_B, good_B = policy_B - reference_BS[:, 0], columns[LABEL].astype(jnp.float32)
@@ -110,7 +112,7 @@ class Kto:
         """[B]: the summed log-probability of one side's answers, and what a mixture of experts adds to their loss."""
         one = TokenBatch(*(field[:, side] for field in batch))
         output = apply(params, one.tokens, positions_BL=one.positions, segment_ids_BL=one.segment_ids, rng=rng)
-        found = token_logprobs(output, one.targets, chunk=self.config.loss_chunk)
+        found = token_logprobs(output, one.targets, chunk=self.config.loss_chunk_size)
         total_B = jnp.sum(jnp.where(one.loss_mask > 0, found.logprob, 0.0), axis=-1)
         return total_B, jnp.zeros_like(total_B) if output.auxiliary is None else output.auxiliary.loss_B
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batch import TokenBatch
-from models.transformer import Apply, Output
+from models.transformer import Apply, ModelOutput
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
-from trainer.objectives.auxiliary import auxiliary_terms
-from trainer.objectives.logprobs import TokenLogprobs, summed_loss
+from trainer.objectives.cross_entropy import TokenLogprobs, chunked_loss
+from trainer.objectives.moe_losses import auxiliary_terms
 
 
 @dataclass
@@ -24,7 +24,7 @@ class NextTokenConfig(ObjectiveConfig):
     z_loss: float = 0.0  # times the squared logsumexp of the logits, which keeps them near 0 (PaLM: 1e-4)
     label_smoothing: float = 0.0  # share of the target's probability spread evenly over the vocabulary
     dft: bool = False  # weigh each token by its own probability: dynamic fine-tuning (arXiv 2508.05629)
-    loss_chunk: int = 128  # tokens of each row whose logits exist at once; the length or more: all
+    loss_chunk_size: int = 128  # tokens of each row whose logits exist at once; the length or more: all
 
     @property
     def by_token(self) -> bool:
@@ -32,8 +32,8 @@ class NextTokenConfig(ObjectiveConfig):
 
     def build(self, token_bytes: np.ndarray | None) -> "NextToken":
         """Raises: ValueError naming the key of a value that cannot be."""
-        if self.loss_chunk < 1:
-            raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1; nearest valid: 1")
+        if self.loss_chunk_size < 1:
+            raise ValueError(f"objective.loss_chunk_size={self.loss_chunk_size}: must be at least 1; nearest valid: 1")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 1")
         if self.dft and self.label_smoothing:
@@ -66,12 +66,12 @@ class NextToken:
         output = apply(params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids, rng=rng)
         return self.of_output(output, batch)
 
-    def of_output(self, output: Output, batch: TokenBatch) -> tuple[Mean, dict[str, Mean]]:
+    def of_output(self, output: ModelOutput, batch: TokenBatch) -> tuple[Mean, dict[str, Mean]]:
         """Loss and metrics of a forward pass over the batch."""
         mask_BL = batch.loss_mask.astype(jnp.float32)
         weight = jnp.sum(mask_BL)
-        of_token = partial(_of_token, self.config)
-        total, tokens = summed_loss(of_token, output, batch.targets, mask_BL, chunk=self.config.loss_chunk)
+        of_token = partial(_token_loss, self.config)
+        total, tokens = chunked_loss(of_token, output, batch.targets, mask_BL, chunk=self.config.loss_chunk_size)
 
         def mean(values_BL: jax.Array) -> Mean:
             return Mean(jnp.sum(values_BL * mask_BL), weight)
@@ -87,7 +87,7 @@ class NextToken:
         return token_spec(batch_size, seq_len)
 
 
-def _of_token(config: NextTokenConfig, tokens: TokenLogprobs) -> jax.Array:
+def _token_loss(config: NextTokenConfig, tokens: TokenLogprobs) -> jax.Array:
     """The loss of each."""
     loss = nll = -tokens.logprob
     if smoothing := config.label_smoothing:

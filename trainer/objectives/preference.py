@@ -18,14 +18,14 @@ import optax
 from jax.nn import log_sigmoid, sigmoid
 
 from data.batch import TokenBatch, columns_of, flat_rows, tokens_of
-from data.examples import Records
+from data.records.encoding import DataFormat
 from models.moe import Auxiliary
 from models.transformer import Apply
-from trainer.moving import moving_reference
 from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
-from trainer.objectives.logprobs import TokenLogprobs, token_logprobs
-from trainer.objectives.pairs import check_pairs_per_row, of_rows, of_tokens, summed
-from trainer.objectives.readout import running
+from trainer.objectives.cross_entropy import TokenLogprobs, token_logprobs
+from trainer.objectives.pooling import running
+from trainer.objectives.segment_ops import check_pairs_per_row, of_rows, of_tokens, summed
+from trainer.reference_sync import sync_reference
 
 
 class Loss(enum.Enum):
@@ -65,27 +65,29 @@ class PreferenceConfig(ObjectiveConfig):
     """Its build checks the values."""
 
     kind: str = "preference"
-    loss: Loss = Loss.sigmoid
+    loss_type: Loss = Loss.sigmoid
     beta: float = 0.1  # how far the policy may leave the reference: larger, less far
     f_divergence: FDivergence = FDivergence.reverse_kl  # of losses of a margin: sigmoid, robust, hinge, ipo, exo, ...
     label_smoothing: float = 0.0  # share of labels taken for wrong: sigmoid, robust, exo, aot
-    gamma: float = 1.0  # simpo: the margin to be reached, after beta
+    simpo_gamma: float = 1.0  # simpo: the margin to be reached, after beta
     tau: float = 0.05  # discopop: temperature of the modulation
     nll_weight: float = 0.0  # times the negative log-probability of a chosen answer, per token [2404.19733]
     nll_on_prompt: bool = False  # per token of prompt and answer, as TRL has it in ORPO
-    length_weight: float = 1.0  # weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
-    wpo: bool = False  # weigh pairs by how near the policy they were sampled [2406.11827]
-    reference_every: int = (
+    ld_alpha: float = 1.0  # weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
+    use_weighting: bool = False  # weigh pairs by how near the policy they were sampled [2406.11827]
+    ref_model_sync_steps: int = (
         0  # updates after which the reference moves towards the policy [2404.09656]; 0: it never does
     )
-    reference_share: float = 0.6  # of the policy in it then
-    cache_reference: bool = False  # ask the reference once about each pair, before training, and keep it on disk
+    ref_model_mixup_alpha: float = 0.6  # of the policy in it then
+    precompute_ref_log_probs: bool = (
+        False  # ask the reference once about each pair, before training, and keep it on disk
+    )
     pairs_per_row: int = 1  # at most; 1: each is padded to a row of its own
-    loss_chunk: int = 128  # tokens of each row whose logits exist at once
+    loss_chunk_size: int = 128  # tokens of each row whose logits exist at once
 
     @property
-    def records(self) -> tuple[Records, ...]:
-        return (Records.pairs,)
+    def records(self) -> tuple[DataFormat, ...]:
+        return (DataFormat.preference,)
 
     @property
     def per_row(self) -> int:
@@ -97,64 +99,70 @@ class PreferenceConfig(ObjectiveConfig):
 
     @property
     def has_reference(self) -> bool:
-        return self.loss not in FREE_OF_REFERENCE
+        return self.loss_type not in FREE_OF_REFERENCE
 
     @property
     def moves_reference(self) -> bool:
-        return self.reference_every > 0
+        return self.ref_model_sync_steps > 0
 
     def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         if not self.moves_reference:
             return optimizer
-        return moving_reference(optimizer, every=self.reference_every, share=self.reference_share)
+        return sync_reference(optimizer, every=self.ref_model_sync_steps, share=self.ref_model_mixup_alpha)
 
     @property
     def cached(self) -> str | None:
-        return REFERENCE if self.cache_reference else None
+        return REFERENCE if self.precompute_ref_log_probs else None
 
     def build(self, token_bytes: np.ndarray | None) -> "Preference":
         """Raises: ValueError naming the key of a value that cannot be."""
-        smoothing, name = self.label_smoothing, self.loss.name
-        least, most = (0.0, 0.5) if self.loss is not Loss.exo else (1e-9, 0.5)
+        smoothing, name = self.label_smoothing, self.loss_type.name
+        least, most = (0.0, 0.5) if self.loss_type is not Loss.exo else (1e-9, 0.5)
         if not least <= smoothing < most:
             raise ValueError(
                 f"objective.label_smoothing={smoothing}: must be at least 0 and below 0.5"
-                + (", and above 0 with exo; 0.001 is its authors'" if self.loss is Loss.exo else "")
+                + (", and above 0 with exo; 0.001 is its authors'" if self.loss_type is Loss.exo else "")
             )
-        if smoothing and self.loss not in (Loss.sigmoid, Loss.robust, Loss.exo, Loss.aot, Loss.aot_unpaired):
-            raise ValueError(f"objective.label_smoothing={smoothing}: has no meaning for objective.loss={name}; use 0")
-        if self.f_divergence is not FDivergence.reverse_kl and self.loss not in OF_MARGINS:
+        if smoothing and self.loss_type not in (Loss.sigmoid, Loss.robust, Loss.exo, Loss.aot, Loss.aot_unpaired):
+            raise ValueError(
+                f"objective.label_smoothing={smoothing}: has no meaning for objective.loss_type={name}; use 0"
+            )
+        if self.f_divergence is not FDivergence.reverse_kl and self.loss_type not in OF_MARGINS:
             known = ", ".join(loss.name for loss in OF_MARGINS)
             raise ValueError(
-                f"objective.f_divergence={self.f_divergence.name}: is for objective.loss={known}; not {name}"
+                f"objective.f_divergence={self.f_divergence.name}: is for objective.loss_type={known}; not {name}"
             )
         for key in ("cache_reference", "reference_every"):
             if getattr(self, key) and not self.has_reference:
                 raise ValueError(
-                    f"objective.{key}={getattr(self, key)}: objective.loss={name} has no reference; leave it out"
+                    f"objective.{key}={getattr(self, key)}: objective.loss_type={name} has no reference; leave it out"
                 )
-        if self.cache_reference and self.moves_reference:
+        if self.precompute_ref_log_probs and self.moves_reference:
             raise ValueError(
-                f"objective.reference_every={self.reference_every}: a reference that moves cannot be asked in advance; "
-                "use 0, or objective.cache_reference=false"
+                f"objective.ref_model_sync_steps={self.ref_model_sync_steps}: a reference that moves cannot be asked in advance; "
+                "use 0, or objective.precompute_ref_log_probs=false"
             )
-        if self.reference_every < 0:
+        if self.ref_model_sync_steps < 0:
             raise ValueError(
-                f"objective.reference_every={self.reference_every}: must not be negative; 0 keeps it still"
+                f"objective.ref_model_sync_steps={self.ref_model_sync_steps}: must not be negative; 0 keeps it still"
             )
-        if not 0 < self.reference_share <= 1:
-            raise ValueError(f"objective.reference_share={self.reference_share}: is a share, above 0 and up to 1")
-        if self.wpo and self.loss in (Loss.aot, Loss.aot_unpaired):
-            raise ValueError(f"objective.wpo=true: objective.loss={name} sorts, and has no pairs to weigh; use false")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(
+                f"objective.ref_model_mixup_alpha={self.ref_model_mixup_alpha}: is a share, above 0 and up to 1"
+            )
+        if self.use_weighting and self.loss_type in (Loss.aot, Loss.aot_unpaired):
+            raise ValueError(
+                f"objective.use_weighting=true: objective.loss_type={name} sorts, and has no pairs to weigh; use false"
+            )
         for key in ("beta", "tau"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"objective.{key}={getattr(self, key)}: must be above 0")
-        if not 0 <= self.length_weight <= 1:
-            raise ValueError(f"objective.length_weight={self.length_weight}: is a weight, from 0 to 1")
+        if not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"objective.ld_alpha={self.ld_alpha}: is a weight, from 0 to 1")
         if self.nll_weight < 0:
             raise ValueError(f"objective.nll_weight={self.nll_weight}: must not be negative; 0 turns it off")
-        if self.loss_chunk < 1:
-            raise ValueError(f"objective.loss_chunk={self.loss_chunk}: must be at least 1")
+        if self.loss_chunk_size < 1:
+            raise ValueError(f"objective.loss_chunk_size={self.loss_chunk_size}: must be at least 1")
         check_pairs_per_row(self.pairs_per_row)
         return Preference(self)
 
@@ -276,7 +284,7 @@ def _discopop(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
 
 
 def _simpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    return -log_sigmoid(c.beta * margin(pairs.per_token().policy) - c.gamma)
+    return -log_sigmoid(c.beta * margin(pairs.per_token().policy) - c.simpo_gamma)
 
 
 def _cpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
@@ -345,12 +353,12 @@ class Preference:
             reference_PS = jax.lax.stop_gradient(found[REFERENCE]).reshape(-1, 2)
         pairs = Pairs(policy_PS, reference_PS, self._summed(batch.loss_mask, batch))
         mean = lambda values_P: Mean.of(values_P, pairs.real)
-        loss_P = LOSSES[c.loss](scored(pairs, c.f_divergence), c)
-        if c.wpo:
+        loss_P = LOSSES[c.loss_type](scored(pairs, c.f_divergence), c)
+        if c.use_weighting:
             loss_P = loss_P * self._nearness(policy, batch)
         if c.nll_weight:
             loss_P = loss_P + c.nll_weight * self._nll(policy, batch)
-        reward_PS = c.beta * (pairs.per_token().policy if c.loss is Loss.simpo else pairs.ratios)
+        reward_PS = c.beta * (pairs.per_token().policy if c.loss_type is Loss.simpo else pairs.ratios)
         metrics = {"reward_margin": margin(reward_PS), "reward_accuracy": (margin(reward_PS) > 0).astype(jnp.float32)}
         for side, name in enumerate(("chosen", "rejected")):
             of_side = {"reward": reward_PS, "logprob": policy_PS, "length": pairs.lengths}
@@ -370,7 +378,7 @@ class Preference:
         return {REFERENCE: ((self.config.pairs_per_row, 2), np.float32)}
 
     def column_settings(self) -> dict[str, Any]:
-        return {"length_weight": self.config.length_weight, "pairs_per_row": self.config.pairs_per_row}
+        return {"length_weight": self.config.ld_alpha, "pairs_per_row": self.config.pairs_per_row}
 
     def _summed(self, values_BSL: jax.Array, batch: TokenBatch) -> jax.Array:
         """[P, S]: over the tokens of each answer."""
@@ -388,7 +396,7 @@ class Preference:
         shape = batch.tokens.shape
         flat = flat_rows(batch)
         output = apply(params, flat.tokens, positions_BL=flat.positions, segment_ids_BL=flat.segment_ids, rng=rng)
-        found = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk)
+        found = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk_size)
         return jax.tree.map(lambda x: x.reshape(shape), found), output.auxiliary
 
     def _nearness(self, policy: TokenLogprobs, batch: TokenBatch) -> jax.Array:
@@ -410,13 +418,13 @@ class Preference:
     def _weights(self, batch: TokenBatch) -> jax.Array:
         """[B, S, L]: of tokens; those beyond the length of the shorter answer may count less."""
         mask_BSL = batch.loss_mask.astype(jnp.float32)
-        if self.config.length_weight == 1:
+        if self.config.ld_alpha == 1:
             return jnp.ones_like(mask_BSL)
         flat = flat_rows(batch)
         place_BSL = running(flat.loss_mask[..., None], flat.positions).reshape(mask_BSL.shape)
         shorter_P = self._summed(mask_BSL, batch).min(-1)
         shorter_BSL = of_tokens(shorter_P, batch.segment_ids, self.config.pairs_per_row)
-        return jnp.where(place_BSL <= shorter_BSL, 1.0, self.config.length_weight)
+        return jnp.where(place_BSL <= shorter_BSL, 1.0, self.config.ld_alpha)
 
     def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
         spec = token_spec(batch_size, 2, seq_len)

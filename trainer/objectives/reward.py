@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batch import ColumnBatch, TokenBatch, columns_of, flat_rows
-from data.examples import Records
+from data.records.encoding import DataFormat
 from models.transformer import Apply
 from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
-from trainer.objectives.pairs import check_pairs_per_row, of_rows, of_texts, summed
-from trainer.objectives.readout import Pooling, at_end, at_ends, scores
+from trainer.objectives.pooling import Pooling, at_end, at_ends, scores
+from trainer.objectives.segment_ops import check_pairs_per_row, of_rows, of_texts, summed
 
 
 @dataclass
@@ -26,7 +26,9 @@ class RewardConfig(ObjectiveConfig):
     """Its build checks the values."""
 
     kind: str = "reward"
-    centering: float = 0.01  # times the square of a pair's summed rewards, which keeps them near 0 [2312.09244]
+    center_rewards_coefficient: float = (
+        0.01  # times the square of a pair's summed rewards, which keeps them near 0 [2312.09244]
+    )
     margins: bool = False  # records say in "margin" how much better the chosen answer is [2307.09288, section 3.2.2]
     pairs_per_row: int = 1  # at most; 1: each is padded to a row of its own
 
@@ -35,8 +37,8 @@ class RewardConfig(ObjectiveConfig):
         return False
 
     @property
-    def records(self) -> tuple[Records, ...]:
-        return (Records.pairs,)
+    def records(self) -> tuple[DataFormat, ...]:
+        return (DataFormat.preference,)
 
     @property
     def per_row(self) -> int:
@@ -51,8 +53,10 @@ class RewardConfig(ObjectiveConfig):
 
     def build(self, token_bytes: np.ndarray | None) -> "Reward":
         """Raises: ValueError naming the key of a value that cannot be."""
-        if self.centering < 0:
-            raise ValueError(f"objective.centering={self.centering}: must not be negative; 0 turns it off")
+        if self.center_rewards_coefficient < 0:
+            raise ValueError(
+                f"objective.center_rewards_coefficient={self.center_rewards_coefficient}: must not be negative; 0 turns it off"
+            )
         check_pairs_per_row(self.pairs_per_row)
         return Reward(self)
 
@@ -88,7 +92,9 @@ class Reward:
         length_PS = summed(jnp.ones_like(batch.segment_ids), batch.segment_ids, per_row)
         real_P = jnp.all(length_PS > 0, axis=-1)
         margin_P = columns_of(batch).get("margin", jnp.zeros_like(reward_PS[:, 0])).reshape(-1)
-        loss_P = bradley_terry(reward_PS, margin_P) + self.config.centering * jnp.square(reward_PS.sum(-1))
+        loss_P = bradley_terry(reward_PS, margin_P) + self.config.center_rewards_coefficient * jnp.square(
+            reward_PS.sum(-1)
+        )
         right_P = (reward_PS[:, 0] > reward_PS[:, 1]).astype(jnp.float32)
 
         mean = lambda values_P, counted_P=real_P: Mean.of(values_P, counted_P)

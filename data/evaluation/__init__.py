@@ -1,0 +1,1 @@
+"""Evaluation data: multiple-choice questions."""

@@ -1,0 +1,298 @@
+"""Records to conversations: the layouts in which fine-tuning data is published, told by their fields.
+
+    messages      {"messages": [{"role", "content"}, ...]}
+    sharegpt      {"conversations": [{"from", "value"}, ...]}
+    instruction   {"instruction", "input", "output" or "response"}, with "history": [[question, answer], ...]
+    completion    {"prompt", "completion" or "response"}: texts, or lists of messages
+    text          {"text"}: no conversation, all of it is to be learnt
+
+All but the last may have "system" and "tools" beside them; a list may stand as the JSON of a list. What comes out is a
+conversation as `data.chat` has it. Fields that have no meaning here are left alone.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from data.records.chat_encoding import RENAMED, ROLES
+from data.records.record import BadRecords, Record, RecordFormat
+from data.sources.readers import SourceConfig, SourceShard
+
+ANSWERS = {RecordFormat.instruction: ("output", "response"), RecordFormat.completion: ("completion", "response")}
+
+
+T = TypeVar("T")
+
+
+class BadRow(ValueError):
+    """A record that cannot be used: the reason, of which there are few, and what it was in this one."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class Conversation(NamedTuple):
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+def read_conversations(
+    source: SourceConfig, unit: SourceShard, bad: BadRecords
+) -> Iterator[tuple[Record, Conversation | str]]:
+    """Every usable record with its conversation, or with its text where it is one; the others are counted.
+
+    The format of a file is that of its first record that shows one, so that a record that lacks a field later is told
+    from one in another format.
+    """
+    formats: dict[str, RecordFormat] = {}
+    text_field = getattr(source, "text_field", "text")
+
+    def convert(record: Record) -> Conversation | str:
+        if record.file not in formats:
+            formats[record.file] = format_of(source.chat_format, record.fields, text_field)
+        return to_conversation(record.fields, formats[record.file], text_field)
+
+    return read_each(source, unit, bad, convert)
+
+
+def read_each(
+    source: SourceConfig, unit: SourceShard, bad: BadRecords, convert: Callable[[Record], T]
+) -> Iterator[tuple[Record, T]]:
+    """Every record of a unit with what `convert` makes of it; those that it refuses with BadRow are counted."""
+    for record in source.records(unit, bad):
+        try:
+            yield record, convert(record)
+        except BadRow as error:
+            count_bad(bad, record, error)
+
+
+def format_of(named: RecordFormat, fields: Mapping[str, Any], text_field: str = "text") -> RecordFormat:
+    """The format that was named, or the one that the fields show. Raises: BadRow as `find_format`."""
+    return find_format(fields, text_field) if named is RecordFormat.auto else named
+
+
+def count_bad(bad: BadRecords, record: Record, error: BadRow) -> None:
+    bad.add(record.file, error.reason, f"{record.where}: {error.detail}" if error.detail else record.where)
+
+
+def find_format(fields: Mapping[str, Any], text_field: str = "text") -> RecordFormat:
+    """Raises: BadRow where no format has such fields."""
+    if "messages" in fields:
+        return RecordFormat.messages
+    if "conversations" in fields:
+        return RecordFormat.sharegpt
+    if "instruction" in fields and _answer_of(fields, RecordFormat.instruction) is not None:
+        return RecordFormat.instruction
+    if "prompt" in fields and _answer_of(fields, RecordFormat.completion) is not None:
+        return RecordFormat.completion
+    if text_field in fields:
+        return RecordFormat.text
+    raise BadRow("fields of no known format", _names(fields))
+
+
+def to_conversation(fields: Mapping[str, Any], format: RecordFormat, text_field: str = "text") -> Conversation | str:
+    """Raises: BadRow where a field is missing or holds something else, and where there is nothing to learn."""
+    if format is RecordFormat.text:
+        return _filled(text_of(fields, text_field), "empty document")
+    if format in (RecordFormat.messages, RecordFormat.sharegpt):
+        messages = message_list(_field(fields, "messages" if format is RecordFormat.messages else "conversations"))
+    elif format is RecordFormat.instruction:
+        messages = _instruction(fields)
+    else:
+        messages = [
+            *_turns(_field(fields, "prompt"), "prompt", "user"),
+            *_turns(_field(fields, _answer_name(fields, format)), _answer_name(fields, format), "assistant"),
+        ]
+    system = fields.get("system")
+    if system is not None and system != "":
+        messages = [{"role": "system", "content": text_of(fields, "system")}, *messages]
+    return _with_answers(Conversation(messages, read_tools(fields.get("tools"))))
+
+
+def _with_answers(conversation: Conversation) -> Conversation:
+    answers = [(i, m) for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+    if not answers:
+        raise BadRow("no assistant's turn")
+    for i, message in answers:
+        thoughts = any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning"))
+        if not (message["content"] or "").strip() and not message.get("tool_calls") and not thoughts:
+            raise BadRow("empty answer", f"message {i + 1}")
+    return conversation
+
+
+# Fields
+
+
+def _field(fields: Mapping[str, Any], name: str) -> Any:
+    if name not in fields:
+        raise BadRow(f"no field {name!r}", _names(fields))
+    return fields[name]
+
+
+def text_of(fields: Mapping[str, Any], name: str) -> str:
+    value = _field(fields, name)
+    if not isinstance(value, str):
+        raise BadRow(f"field {name!r} is not text", f"it is {_short(value)}")
+    return value
+
+
+def _filled(text: str, reason: str) -> str:
+    if not text.strip():
+        raise BadRow(reason)
+    return text
+
+
+def _names(fields: Mapping[str, Any]) -> str:
+    return f"its fields: {', '.join(map(str, fields))[:200]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    """Many tables hold lists as JSON: their columns have one type for all rows."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow(f"field {name!r} is broken JSON", _short(value)) from None
+    if not isinstance(value, list):
+        raise BadRow(f"field {name!r} is not a list", f"it is {_short(value)}")
+    return value
+
+
+def _answer_of(fields: Mapping[str, Any], format: RecordFormat) -> str | None:
+    return next((name for name in ANSWERS[format] if name in fields), None)
+
+
+def _answer_name(fields: Mapping[str, Any], format: RecordFormat) -> str:
+    return _answer_of(fields, format) or ANSWERS[format][0]
+
+
+# Instructions and completions
+
+
+def _instruction(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    question = instruction_text(fields)
+    answer = text_of(fields, _answer_name(fields, RecordFormat.instruction))
+    messages = []
+    for pair in _list(fields.get("history") or [], "history"):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(said, str) for said in pair)):
+            raise BadRow("field 'history' is not a list of pairs of texts", f"it has {_short(pair)}")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def instruction_text(fields: Mapping[str, Any]) -> str:
+    """The instruction with its input below it."""
+    asked = text_of(fields, "instruction")
+    more = "" if fields.get("input") is None else text_of(fields, "input")
+    return _filled("\n\n".join(part for part in (asked, more) if part.strip()), "empty instruction")
+
+
+def _turns(value: Any, name: str, role: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": role, "content": _filled(value, "empty answer" if role == "assistant" else f"empty {name}")}]
+    if isinstance(value, list):
+        return message_list(value)
+    raise BadRow(f"field {name!r} is neither text nor a list of messages", f"it is {_short(value)}")
+
+
+# Messages
+
+
+def message_list(value: Any) -> list[dict[str, Any]]:
+    found = _list(value, "messages")
+    if not found:
+        raise BadRow("no messages")
+    return [_message(i, message) for i, message in enumerate(found)]
+
+
+def _message(i: int, message: Any) -> dict[str, Any]:
+    """With `role` and `content`, whatever a file calls them; parts of a content become one text, thoughts and calls."""
+    where = f"message {i + 1}"
+    if not isinstance(message, Mapping):
+        raise BadRow("a message is not an object", f"{where} is {_short(message)}")
+    written = message.get("role", message.get("from"))
+    role = RENAMED.get(written, written) if isinstance(written, str) else written
+    if role not in ROLES:
+        raise BadRow("a message of an unknown role", f"{where}: {_short(written)}")
+    content = message.get("content", message.get("value"))
+    kept = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
+    if written == "function_call":
+        return {**kept, "role": role, "content": None, "tool_calls": _calls(content, where)}
+    if isinstance(content, list):
+        kept, content = _joined(content, kept, where)
+    if "tool_calls" in kept:
+        kept["tool_calls"] = [_call(call, where) for call in _list(kept["tool_calls"], "tool_calls")]
+        if not kept["tool_calls"]:
+            del kept["tool_calls"]
+    if content is None and role != "assistant":
+        raise BadRow("a message without content", where)
+    if not isinstance(content, str | None):
+        raise BadRow("a message whose content is not text", f"{where}: {_short(content)}")
+    return {**kept, "role": role, "content": content if content is not None or kept.get("tool_calls") else ""}
+
+
+def _joined(parts: list[Any], kept: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    texts, thoughts, calls = [], [], []
+    for part in parts:
+        if not isinstance(part, Mapping):
+            raise BadRow("a part of a content is not an object", f"{where}: {_short(part)}")
+        kind = part.get("type")
+        value = part.get("value", part.get(kind) if isinstance(kind, str) else None)
+        if kind == "tool_call":
+            calls += _calls(value, where)
+        elif kind not in ("text", "reasoning", "thinking"):
+            raise BadRow("a part of a content that is neither text nor a call", f"{where}: type {_short(kind)}")
+        elif not isinstance(value, str):
+            raise BadRow("a part of a content without text", where)
+        else:
+            (texts if kind == "text" else thoughts).append(value)
+    if thoughts:
+        kept = {**kept, "reasoning_content": "\n".join(thoughts)}
+    if calls:
+        kept = {**kept, "tool_calls": calls}
+    return kept, "\n".join(texts)
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """A call or several, maybe as JSON, in OpenAI's form."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow("a call is broken JSON", f"{where}: {_short(value)}") from None
+    return [_call(call, where) for call in (value if isinstance(value, list) else [value])]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow("a call without a name", f"{where}: {_short(call)}")
+    function = {**function, "arguments": _parsed(function["arguments"])} if "arguments" in function else dict(function)
+    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _parsed(arguments: Any) -> Any:
+    """Arguments as an object, as templates want them, where they are the JSON of one, as OpenAI writes them."""
+    try:
+        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, Mapping) else arguments
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """In OpenAI's form; None where none are offered."""
+    if value is None or value == "":
+        return None
+    found = _list(value, "tools")
+    for tool in found:
+        if not isinstance(tool, Mapping):
+            raise BadRow("a tool is not an object", _short(tool))
+    bare = lambda tool: "name" in tool and "function" not in tool and "type" not in tool
+    return [{"type": "function", "function": dict(tool)} if bare(tool) else dict(tool) for tool in found] or None

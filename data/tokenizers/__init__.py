@@ -1,0 +1,1 @@
+"""Tokenizers: kinds, training, and published formats."""

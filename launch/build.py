@@ -1,0 +1,489 @@
+"""From a `RunConfig` to the parts of a run: the only place that knows all of them.
+
+`build_core` needs no data and no weights, so that a plan or a test can build any run from shapes alone.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from configs.schema import RunConfig, to_plain
+from configs.tasks import TrainConfig
+from data.batch import TokenBatch
+from data.column_cache import ColumnCache
+from data.loader import Mixture, Rows, TokenLoader, heldout_batches, make_rows, with_columns
+from data.object_store import is_url
+from data.records.chat_encoding import configured
+from data.records.encoding import NOUNS, EncodingConfig, read_said, texts_of
+from data.records.record import BadRecords
+from data.sources.readers import SourceConfig, SourceShard
+from data.tokenize_shards import Manifest, ShardCache, TokenCorpus, prepare_source, read_manifest, shard_folder
+from data.tokenizers.kinds import build_tokenizer, load_tokenizer, save_tokenizer
+from data.tokenizers.tokenizer import Tokenizer
+from launch.run_folder import RunFolder, local_copy, write_whole
+from models.adapters.lora import AdapterConfig
+from models.config import AttentionMask, Dispatch, ModelConfig
+from models.logical_axes import ShardingConstraint
+from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
+from trainer.adapters import BASE, AdapterLayout, AdapterObjective, Shard
+from trainer.eval_loop import classifier_outputs, evaluate_sources, report_classes
+from trainer.mesh import (
+    ShardingRules,
+    batch_sharding,
+    check_batch,
+    check_seq_len,
+    make_constrain,
+    make_mesh,
+    param_shardings,
+    place_batch,
+    process_rows,
+    replicated,
+    with_pipeline,
+    with_shardings,
+)
+from trainer.objective import Objective, Params
+from trainer.objective_params import init_objective_params, model_params, objective_param_axes, with_objective_params
+from trainer.objectives.classification import Classification
+from trainer.objectives.prefix_lm import Prefixed
+from trainer.state import TrainState, abstract_state, init_sharded_state
+from trainer.step import EvalStep, make_eval_step, make_train_step
+from trainer.xla_options import compiler_options
+
+Say = Callable[[str], None]
+
+
+def sync_processes(what: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def publish_files(folder: RunFolder, what: str) -> None:
+    """Returns when every process sees in the run folder what process 0 has written there: hosts may share no disk."""
+    if is_main_process():
+        folder.send()
+    sync_processes(what)
+    if not is_main_process():
+        folder.fetch()
+
+
+def all_gather_values(values: list[float]) -> list[list[float]]:
+    """Those of every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return [values]
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.float32(values)).tolist()
+
+
+def is_main_process() -> bool:
+    """Process 0 alone writes files and speaks to the user."""
+    return jax.process_index() == 0
+
+
+def log(text: str) -> None:
+    """One line to the user, from process 0 alone."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The text of a run, as tokens."""
+
+    tokenizer: Tokenizer
+    manifests: dict[str, Manifest]
+    train: dict[str, TokenCorpus]
+    heldout: dict[str, TokenCorpus]  # of sources that have any
+
+    @property
+    def bad_records(self) -> dict[str, Any]:
+        """Input that could not be used, by source, file and reason."""
+        return {name: m.bad for name, m in self.manifests.items() if m.bad}
+
+
+MADE_OF = "made_of.json"  # beside a tokenizer: the settings and sources that it was made from
+
+
+def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
+    """The run's tokenizer: the one in its folder, else a new one, trained on its sources by process 0, with the special
+    tokens that its transform needs.
+
+    One that was made from other settings is made anew, as long as no checkpoint depends on it.
+    """
+    missing = partial(config.data.transform.missing_special_tokens, seq_len=config.data.seq_len)
+    made_of = to_plain({"tokenizer": config.tokenizer, "sources": config.data.sources, "more": missing([])})
+    note = folder.tokenizer / MADE_OF
+    found = load_tokenizer(folder.tokenizer)
+    stale = note.exists() and json.loads(note.read_text()) != made_of and not folder.has_checkpoints()
+    sync_processes("tokenizer looked at")
+    if (found is None or stale) and is_main_process():
+        say(f"making the tokenizer: {config.tokenizer.kind}")
+        made = configured(build_tokenizer(config.tokenizer, partial(_documents, config), missing), config.tokenizer)
+        save_tokenizer(made, folder.tokenizer)
+        write_whole(note, json.dumps(made_of, indent=1) + "\n")
+    if found is None or stale:
+        publish_files(folder, "tokenizer")
+        found = load_tokenizer(folder.tokenizer)
+    assert found is not None
+    return found
+
+
+def _documents(config: RunConfig) -> Iterator[str]:
+    """Documents of all sources in turns, so that a tokenizer that reads only the first of them sees every source."""
+    bad = BadRecords()  # counted when the source is prepared
+    streams = [
+        (text for unit in source.units() for text in _texts(source, unit, bad, config.data.encoding()))
+        for source in config.data.sources.values()
+    ]
+    while streams:
+        for stream in list(streams):
+            document = next(stream, None)
+            if document is None:
+                streams.remove(stream)
+            else:
+                yield document
+
+
+def _texts(source: SourceConfig, unit: SourceShard, bad: BadRecords, rules: EncodingConfig | None) -> Iterator[str]:
+    if rules is None:
+        return source.read(unit, bad)
+    return (text for _, said in read_said(source, unit, bad, rules) for text in texts_of(said))
+
+
+def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
+    """Token shards of every source, made by process 0 where they are not there yet.
+
+    Raises: ValueError where a source has nothing to train on.
+    """
+    if not config.data.sources:
+        raise ValueError("source=[]: name at least one source, for example source=[text]")
+    tokenizer = get_tokenizer(config, folder, say)
+    root, rules = prepared_root(config), config.data.encoding()
+    prepared = {
+        name: shard_folder(root, name, source, tokenizer, rules) for name, source in config.data.sources.items()
+    }
+    copies = ShardCache(prepared_url(config), root, list(prepared.values()))
+    if is_main_process():
+        copies.fetch()
+        _prepare_all(config, tokenizer, root, say)
+        copies.send()
+    sync_processes("prepared")
+    if not is_main_process():
+        copies.fetch()
+    manifests = {name: read_manifest(folder) for name, folder in prepared.items()}
+    train = {name: TokenCorpus(manifest, "train") for name, manifest in manifests.items()}
+    heldout = {name: TokenCorpus(manifest, "heldout") for name, manifest in manifests.items()}
+    heldout = {name: corpus for name, corpus in heldout.items() if corpus.num_tokens}
+    return Corpora(tokenizer, manifests, train, heldout)
+
+
+def prepared_root(config: RunConfig) -> Path:
+    """The folder of what is made of sources; of what a store keeps, the copy."""
+    url = prepared_url(config)
+    return local_copy(url) if url else Path(config.data.cache_dir or Path(config.output_dir) / "prepared")
+
+
+def prepared_url(config: RunConfig) -> str | None:
+    """Where in a store it is kept, if it is."""
+    if config.data.cache_dir is not None:
+        return config.data.cache_dir if is_url(config.data.cache_dir) else None
+    return f"{config.output_dir.rstrip('/')}/prepared" if is_url(config.output_dir) else None
+
+
+def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    console, rules = Console(), config.data.encoding()
+    share = 1.0 if rules is None else config.data.max_bad_fraction
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        for name, source in config.data.sources.items():
+            task = bar.add_task(f"tokenising {name}", total=None, note="")
+
+            def show(done: int, total: int, tokens: int, task: Any = task) -> None:
+                bar.update(task, completed=done, total=total, note=f"{tokens:,} tokens")
+
+            folder = shard_folder(root, name, source, tokenizer, rules)
+            manifest = prepare_source(source, tokenizer, folder, show, rules=rules, max_bad_share=share)
+            bad = sum(e["count"] for reasons in manifest.bad.values() for e in reasons.values())
+            said = f"; {bad:,} bad records left out, see summary.json" if bad else ""
+            documents, tokens = manifest.count("train", "documents"), manifest.count("train", "tokens")
+            held = TokenCorpus(manifest, "heldout").num_tokens
+            if rules is not None:
+                cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
+                tokens_to = f"{tokens:,} tokens"
+                if config.objective.is_token_level:
+                    tokens_to += f", of which {manifest.count('train', 'learnt'):,} are learnt"
+                ended = f"; {cut:,} ended at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
+                noun = NOUNS.get(rules.records, rules.records.name)
+                counted = f"{documents // rules.examples_per_record:,} {noun}, {tokens_to}"
+                say(f"source {name}: {counted}, {held:,} held out{ended}{said}")
+                continue
+            say(f"source {name}: {documents:,} documents, {tokens:,} tokens, {held:,} held out{said}")
+
+
+# The core
+
+
+@dataclass(frozen=True)
+class Core:
+    """Model, objective, optimizer and mesh, with everything compiled from them; no weights yet."""
+
+    model: ModelConfig
+    mesh: Mesh | AbstractMesh
+    rules: ShardingRules
+    constrain: ShardingConstraint
+    apply: Apply
+    objective: Objective
+    train_step: Any  # jitted, the state donated: see `trainer.step.make_train_step`
+    eval_step: EvalStep
+    predict_step: Callable[..., Any] | None  # of classes: `Classification.told` of (params, frozen, batch)
+    abstract: TrainState  # shapes and shardings
+    init_state: Callable[..., TrainState]  # of `frozen` models, where adapters train; or around given `params`
+    adaptation: AdapterLayout | None  # None: the model's own parameters train
+    batch_size: int
+    sharding: NamedSharding  # of token fields [B, L]
+    balanced: bool  # rows that are cut lie in `trainer.mesh.balanced_token_order`
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Of the global batch, that this process feeds."""
+        return process_rows(self.sharding, self.batch_size)
+
+    def place(self, batch: TokenBatch) -> TokenBatch:
+        """This process's rows as part of the global batch."""
+        return place_batch(batch, self.sharding, self.batch_size, balanced=self.balanced)
+
+    @property
+    def own(self) -> Params:
+        """Shapes and shardings of the model's own parameters, where these train."""
+        return model_params(self.abstract.params)
+
+    def merged_params(self, params: Params, frozen: Mapping[str, Any]) -> Params:
+        """The model's own parameters, adapters merged into their base: to write with."""
+        return model_params(params) if self.adaptation is None else self.adaptation.merge(frozen[BASE], params)
+
+
+def model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The model with its vocabulary. Raises: ValueError where the tokenizer has more tokens than the model."""
+    model = config.model
+    if tokenizer is None or model.vocab_size >= tokenizer.vocab_size:
+        return model
+    if model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; "
+            "use at least as many, or 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def build_core(
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    mesh: Mesh | AbstractMesh | None = None,
+    constrain: ShardingConstraint | None = None,
+) -> Core:
+    """`mesh` over all devices of the job and `constrain` of that mesh by default; a plan gives others.
+
+    Raises: ValueError where mesh, batch, model and optimizer do not go together.
+    """
+    task = config.task if isinstance(config.task, TrainConfig) else TrainConfig()
+    model = model_config(config, tokenizer)
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    check_batch(config.data.batch_size, task.gradient_accumulation_steps, mesh, config.sharding)
+    check_seq_len(config.data.seq_len, mesh, config.sharding)
+    model = with_pipeline(model, config.data.batch_size // task.gradient_accumulation_steps, mesh, config.sharding)
+    if model.position.name == "learned" and config.data.seq_len > model.max_seq_len:
+        raise ValueError(
+            f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "
+            "are learned; shorten it, or raise model.max_seq_len"
+        )
+    extras = config.objective.extra_params(model)
+    if extras and config.adapter.active:
+        raise ValueError(
+            f"adapter.method={config.adapter.method.name}: only adapters train, and objective={config.objective.kind} "
+            f"would learn {', '.join(extras)} too; compare models of one width, or train without adapters"
+        )
+    axes, reads = {**param_axes(model), **objective_param_axes(extras)}, ()
+    init = with_objective_params(extras, partial(init_params, model))
+    shard = partial(param_shardings, mesh=mesh, rules=config.sharding)
+    shardings = shard(axes, jax.eval_shape(init, jax.random.key(0)))
+    adaptation = adapt(config.adapter, model, shardings, shard)
+    if adaptation is not None:
+        axes, init, reads = adaptation.axes, adaptation.init, (adaptation.stored,)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, adaptation.abstract)
+    if config.objective.moves_reference and config.adapter.active:
+        raise ValueError(
+            f"adapter.method={config.adapter.method.name}: the reference of adapters is their base, which does not "
+            "move; set objective.ref_model_sync_steps=0, or train without adapters"
+        )
+    schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
+    # Adapters begin at sizes of their own, on weights that are there.
+    width = model if model.mup_base_width is not None and adaptation is None else None
+    optimizer = config.objective.wrap_optimizer(config.optimizer.build(schedule, axes, width))
+    constrain = constrain or make_constrain(mesh, config.sharding)
+    apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
+    objective = config.objective.build(_token_bytes(model, tokenizer))
+    if model.attention.mask is AttentionMask.prefix:
+        objective = Prefixed(objective)
+    told_step = _predict_step(objective, apply, adaptation, mesh) if isinstance(objective, Classification) else None
+    if adaptation is not None:
+        objective = AdapterObjective(objective, adaptation.apply_adapters)
+    step = make_train_step(
+        objective, apply, optimizer, num_microbatches=task.gradient_accumulation_steps, schedule=schedule
+    )
+    sharding = batch_sharding(mesh, config.sharding)
+    lying = {"param_shardings": shardings, "offload": config.optimizer.offload_state}
+    abstract = abstract_state(init, optimizer, *reads, **lying)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)  # else the partitioner chooses one
+    fresh = partial(init_sharded_state, **lying)
+
+    def init_state(frozen: Mapping[str, Any] | None = None, params: Params | None = None) -> TrainState:
+        key = jax.random.key(config.seed)
+        if params is not None:
+            return fresh(lambda key, params: {**init_objective_params(extras, key), **params}, optimizer, key, params)
+        return fresh(init, optimizer, key, *((frozen or {})[BASE] for _ in reads))
+
+    return Core(
+        model=model,
+        mesh=mesh,
+        rules=config.sharding,
+        constrain=constrain,
+        apply=apply,
+        objective=objective,
+        train_step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(layout, None),
+            compiler_options=compiler_options(constrain.platform, mesh.size),
+        ),
+        eval_step=jax.jit(make_eval_step(objective, apply)),
+        predict_step=told_step,
+        abstract=abstract,
+        init_state=init_state,
+        adaptation=adaptation,
+        batch_size=config.data.batch_size,
+        sharding=sharding,
+        balanced=_is_permutation_invariant(config, model),
+    )
+
+
+def _predict_step(
+    objective: Classification, apply: Apply, adaptation: AdapterLayout | None, mesh: Mesh | AbstractMesh
+) -> Any:
+    """What a classifier says of a batch, all of it to every process."""
+    join = (lambda frozen, params: params) if adaptation is None else partial(_joined, adaptation)
+    tell = lambda params, frozen, batch: objective.told(apply, join(frozen, params), batch)
+    return jax.jit(tell, out_shardings=(replicated(mesh), replicated(mesh)))
+
+
+def _is_permutation_invariant(config: RunConfig, model: ModelConfig) -> bool:
+    """Whether nothing depends on the order in which the tokens of a row lie: no neighbours, no first come first served,
+    and no random numbers, which belong to places.
+    """
+    a, objective = model.attention, config.objective
+    capacity = model.moe.num_experts > 0 and model.moe.dispatch is Dispatch.capacity
+    random = model.dropout or a.dropout or objective.neftune_alpha
+    return objective.is_token_wise and a.mask is not AttentionMask.prefix and not capacity and not random
+
+
+def _joined(adaptation: AdapterLayout, frozen: Mapping[str, Any], params: Params) -> Params:
+    return adaptation.apply_adapters(frozen[BASE], params)
+
+
+def adapt(adapter: AdapterConfig, model: ModelConfig, shardings: Any, shard: Shard) -> AdapterLayout | None:
+    """How adapters stand on `model`; None where it trains itself. `shardings`: of its own parameters."""
+    if not adapter.active:
+        return None
+    return AdapterLayout(adapter, param_axes(model), with_shardings(abstract_params(model), shardings), shard)
+
+
+def _token_bytes(model: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray | None:
+    if tokenizer is None:
+        return None
+    sizes = tokenizer.token_bytes()
+    return np.pad(sizes, (0, model.vocab_size - len(sizes)))
+
+
+def build_source(
+    config: RunConfig, corpora: Corpora, core: Core, tables: Mapping[str, ColumnCache] | None = None
+) -> TokenLoader:
+    """Batches of the mixture, with what `tables` keep of each source's rows.
+
+    Raises: ValueError where the run is longer than `data.max_epochs` allows.
+    """
+    sources = config.data.sources
+    weights = {name: float(source.weight) for name, source in sources.items() if source.weight is not None}
+    transform = config.data.transform.build(corpora.tokenizer, config.data.seq_len)
+    mixture = Mixture(corpora.train, config.data, config.seed, weights or None, tables=tables, transform=transform)
+    task = config.task
+    if config.data.max_epochs is not None and isinstance(task, TrainConfig):
+        rows = mixture.num_rows(config.data.max_epochs)
+        if task.num_steps * core.batch_size > rows:
+            raise ValueError(
+                f"task.num_steps={task.num_steps}: {config.data.max_epochs:g} epochs hold only {rows:,} rows; "
+                f"nearest valid: {rows // core.batch_size}"
+            )
+    return TokenLoader(
+        mixture,
+        batch_size=core.batch_size,
+        slots=core.rows.tolist(),
+        place=core.place,
+        prefetch=config.data.prefetch,
+    )
+
+
+def build_evaluation(
+    config: RunConfig,
+    corpora: Corpora,
+    core: Core,
+    frozen: Mapping[str, Any] | None = None,
+    tables: Mapping[str, ColumnCache] | None = None,
+) -> Callable[..., dict[str, float]]:
+    """`evaluate(params, moving_models)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held
+    out.
+    """
+    data = config.data
+    transform = data.transform.build(corpora.tokenizer, data.seq_len)
+    rows = {name: make_rows(corpus, data, config.seed, name, transform) for name, corpus in corpora.heldout.items()}
+    rows = with_columns(rows, tables or {})
+
+    def batches(packed: Rows) -> Iterator[TokenBatch]:
+        return heldout_batches(
+            packed,
+            batch_size=core.batch_size,
+            slots=core.rows.tolist(),
+            max_batches=data.max_eval_batches,
+            place=core.place,
+        )
+
+    def evaluate(params: Params, moving: Mapping[str, Any] | None = None) -> dict[str, float]:
+        sources = {name: batches(packed) for name, packed in rows.items()}
+        models = {**(frozen or {}), **(moving or {})}
+        found = evaluate_sources(core.eval_step, params, models, sources)
+        if core.predict_step is not None:
+            told = {name: classifier_outputs(core.predict_step, params, models, batches(p)) for name, p in rows.items()}
+            found |= report_classes(told)
+        return found
+
+    return evaluate

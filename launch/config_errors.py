@@ -1,0 +1,145 @@
+"""What a user reads when a config does not compose: the key, the value, the reason, and what would be valid."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+GROUP_VALUE = "Config group override must be"  # so begins Hydra's ValueError for `mesh=4`, which names no key
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the known words where none is near."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if near:
+        return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
+    if len(known) <= 40:
+        return f"; known: {', '.join(known)}"
+    return ""
+
+
+def explain(error: BaseException, overrides: list[str]) -> str:
+    """A Hydra or OmegaConf error in our words."""
+    text = str(error)
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+        text += "\n" + str(cause)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        if re.search(r"is not in struct|Key '[^']*' not in", text):
+            return _unknown_key(key, overrides)
+        return _wrong_value(key, overrides, text)
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        group, _, option = match.group(1).rpartition("/")
+        return f"{group}={option}: there is no such {group}{did_you_mean(option, _options(group))}"
+    if match := re.search(
+        r"[Oo]verriding.*?'([^']+)'.*?No match in the defaults list|Could not override '([^']+)'", text
+    ):
+        return _unknown_key(match.group(1) or match.group(2), overrides)
+    if text.startswith(GROUP_VALUE):
+        for key in named_keys(overrides):
+            number = re.fullmatch(r"[-+.\d]+|true|false|null", _given(key, overrides) or "", re.IGNORECASE)
+            if number and any(known.startswith(f"{key}.") for known in _known_keys([])):
+                return _wrong_value(key, overrides, text)
+    if match := re.search(r"full_key: (\S+)", text):
+        key = match.group(1)
+        if re.search(r"Key '[^']*' (is )?not in", text):
+            return _unknown_key(key, overrides)
+        return _wrong_value(key, overrides, text)
+    if "no viable alternative" in text or "mismatched input" in text or "token recognition" in text:
+        return f"{text.splitlines()[0]}\nquote values with spaces, brackets or commas: 'key=\"a value\"'"
+    return text.splitlines()[0]
+
+
+def named_keys(overrides: list[str]) -> set[str]:
+    """The keys that a command line sets."""
+    return {override.lstrip("+~").partition("=")[0] for override in overrides}
+
+
+def _given(key: str, overrides: list[str]) -> str | None:
+    for override in reversed(overrides):  # the last one counts
+        name, _, value = override.partition("=")
+        if name.lstrip("+~") == key:
+            return value
+    return None
+
+
+def _wrong_value(key: str, overrides: list[str], text: str) -> str:
+    value = _given(key, overrides)
+    said = f"{key}={value}" if value is not None else key
+    if match := re.search(r"expected one of \[([^\]]*)\]", text):
+        return f"{said}: must be one of {match.group(1)}{did_you_mean(value or '', match.group(1).split(', '))}"
+    if match := re.search(r"could not be converted to (\w+)", text):
+        wanted = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+        return f"{said}: must be {wanted.get(match.group(1), 'of type ' + match.group(1))}"
+    known = [k.rpartition(".")[2] for k in _known_keys(overrides) if k.rpartition(".")[0] == key]
+    if known:
+        return f"{said}: holds other keys and takes no value of its own; give {key}.KEY=..., known: {', '.join(known)}"
+    reason = next(line for line in text.splitlines() if line.strip() and "Error merging" not in line)
+    return f"{said}: {reason.strip()}"
+
+
+def _unknown_key(key: str, overrides: list[str]) -> str:
+    known = _known_keys(overrides)
+    if key in known:  # an experiment's, of a group for which the command line chose another
+        group = key.partition(".")[0]
+        value = _given(group, overrides)
+        chosen = group if value is None else f"{group}={value}"
+        return f"{key}: the experiment sets it, and {chosen} has no such key; give {group} as the experiment has it"
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    if not near:  # the right word in the wrong place
+        leaf = key.rsplit(".", 1)[-1]
+        near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:3]
+        near = (
+            near or [k for k in known if difflib.SequenceMatcher(None, k.rsplit(".", 1)[-1], leaf).ratio() > 0.75][:3]
+        )
+    if near:
+        return f"{key}: there is no such key; did you mean {' or '.join(repr(n) for n in near)}?"
+    parent = key.rsplit(".", 1)[0] if "." in key else ""
+    beside = [k for k in known if k.rpartition(".")[0] == parent]
+    where = f"in {parent}" if parent else "at the top"
+    if beside:
+        return f"{key}: there is no such key; known {where}: {', '.join(k.rpartition('.')[2] for k in beside)}"
+    return f"{key}: there is no such key; `meshwright TASK --cfg job` prints all of them"
+
+
+def _known_keys(overrides: list[str]) -> list[str]:
+    """Every key of the config that the command's group choices give."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import initialize_config_module
+    from omegaconf import DictConfig
+
+    def walk(node: DictConfig, prefix: str) -> Iterable[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                yield from walk(child, f"{prefix}{key}.")
+
+    groups = [name for name in overrides if "." not in name.partition("=")[0] and name.partition("=")[0] in _groups()]
+    GlobalHydra.instance().clear()
+    with initialize_config_module(config_module="configs", version_base="1.3"):
+        try:
+            node = compose("root", overrides=groups)
+        except Exception:  # a group choice is wrong as well: the plain config will do for a suggestion
+            node = compose("root")
+        return [*walk(node, ""), *_groups()]
+
+
+def _groups() -> list[str]:
+    from configs.schema import GROUPS
+
+    return [*GROUPS, "phase", "experiment"]
+
+
+def _options(group: str) -> list[str]:
+    """Names that `group=` accepts: YAML files and bare dataclasses."""
+    from importlib.resources import files
+
+    from configs.schema import _NO_YAML, GROUPS
+
+    folder = files("configs") / group
+    names = [p.name.removesuffix(".yaml") for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted({n for n in names if not n.startswith("__")} | (set(GROUPS[group]) if group in _NO_YAML else set()))

@@ -1,0 +1,136 @@
+"""Text from a model: the one way in which training samples and `generate` write."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.schema import RunConfig
+from data.tokenizers.kinds import StreamDecoder
+from data.tokenizers.tokenizer import Tokenizer
+from data.transforms import Diffusion
+from models.config import ModelConfig
+from models.decode.diffusion import write_masked
+from models.decode.engine import Completion, generate
+from models.decode.sampling import SamplingConfig
+from models.logical_axes import ShardingConstraint
+from trainer.objective import Params
+from trainer.objectives.masked_lm import MaskedDiffusionConfig
+
+
+class Unmasking(NamedTuple):
+    """How a masked diffusion model writes."""
+
+    mask_id: int
+    steps: int  # passes; 0: one for each token
+
+
+class StopText:
+    """Follows one row: hands out text as it becomes certain, and sees stop texts that lie across tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], show: Callable[[str], None]):
+        self.decoder, self.stop, self.show = StreamDecoder(tokenizer), [s for s in stop if s], show
+        self.text = ""  # all of it that is to be kept
+        self.shown = 0
+
+    def push(self, token: int) -> bool:
+        """Takes a token; True where a stop text is complete."""
+        self.text += self.decoder.push(token)
+        found = [at for s in self.stop if (at := self.text.find(s, max(0, self.shown - len(s)))) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self._show(len(self.text))
+            return True
+        # The beginning of a stop text may be the end of what there is: hold it back.
+        held = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        self._show(len(self.text) - held)
+        return False
+
+    def finish(self) -> str:
+        """All of the text, what was held back included."""
+        if self.decoder.done < len(self.decoder.ids):  # half a character at the very end
+            self.text += self.decoder.flush()
+        self._show(len(self.text))
+        return self.text
+
+    def _show(self, upto: int) -> None:
+        if upto > self.shown:
+            self.show(self.text[self.shown : upto])
+            self.shown = upto
+
+
+def generate_batches(
+    params: Params,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | list[int]],
+    sampling: SamplingConfig,
+    *,
+    stop: Sequence[str] = (),
+    constrain: ShardingConstraint,
+    show: Callable[[str], None] = lambda text: None,
+    unmasking: Unmasking | None = None,
+) -> list[tuple[str, Completion]]:
+    """(text, completion) for each prompt; `show` gets the text of the first one while it is being written.
+
+    A prompt is a text, or ids (of a chat) as they are. `unmasking`: how a diffusion model writes; its text comes whole.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    rows = [StopText(tokenizer, stop, show if i == 0 else lambda text: None) for i in range(len(prompts))]
+    if unmasking is not None:
+        given = {"stop_ids": tokenizer.stop_ids, "vocab_size": tokenizer.vocab_size, "constrain": constrain}
+        found = write_masked(params, model, encoded, sampling, **unmasking._asdict(), **given)
+        cut = [_until(row, completion) for row, completion in zip(rows, found, strict=True)]
+        return [(row.finish(), completion) for row, completion in zip(rows, cut, strict=True)]
+    completions = generate(
+        params,
+        model,
+        encoded,
+        sampling,
+        stop_ids=tokenizer.stop_ids,
+        vocab_size=tokenizer.vocab_size,
+        constrain=constrain,
+        on_token=lambda row, token: rows[row].push(token),
+    )
+    return [(row.finish(), completion) for row, completion in zip(rows, completions, strict=True)]
+
+
+def _until(row: StopText, completion: Completion) -> Completion:
+    """The completion as far as the first stop text; the row gets its text."""
+    for count, token in enumerate(completion.tokens, 1):
+        if row.push(token):
+            return Completion(completion.tokens[:count], completion.logprobs[:count], "stop")
+    return completion
+
+
+def unmasking_of(config: RunConfig, tokenizer: Tokenizer, steps: int = 0) -> Unmasking | None:
+    """How a run's model writes, where that is masked diffusion; None where it writes token by token."""
+    if not isinstance(config.objective, MaskedDiffusionConfig):
+        return None
+    transform = config.data.transform.build(tokenizer, config.data.seq_len)
+    assert isinstance(transform, Diffusion), "the config was checked"
+    return Unmasking(transform.mask, steps)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens to go on from, after BOS where the tokenizer's policy says so. An empty prompt begins a document: after
+    BOS, or after the end of another.
+
+    Raises: ValueError where the tokenizer has nothing to begin a document with.
+    """
+    ids = tokenizer.begin(tokenizer.encode(prompt))
+    if ids:
+        return ids
+    first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    if first is None:
+        raise ValueError("prompt='': this tokenizer has no token that begins a document; give at least one character")
+    return [first]
+
+
+def append_samples(path: Path, step: int, prompts: Sequence[str], texts: Sequence[str], **more: Any) -> None:
+    """One object a line: step, time, prompt, text."""
+    with path.open("a") as file:
+        for prompt, text in zip(prompts, texts, strict=True):
+            row = {"step": step, "time": time.time(), "prompt": prompt, "text": text, **more}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

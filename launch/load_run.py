@@ -1,0 +1,158 @@
+"""A run that exists, opened to be evaluated, inspected or written with: it is read and never changed."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from configs.schema import RunConfig
+from configs.tasks import TrainConfig
+from data.tokenizers.kinds import from_files
+from data.tokenizers.tokenizer import Tokenizer
+from launch.build import Core, build_core, log
+from launch.config_errors import named_keys
+from launch.run_folder import RunFolder, run_folder
+from launch.weights_source import load_reference, load_teacher, recorded_base
+from models.adapters.lora import AdapterConfig
+from models.config import AttentionImplementation, Dtype
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.mesh import MeshConfig
+from trainer.objective import REFERENCE, TEACHER, Params
+from trainer.objective_params import model_params
+from trainer.optimizers.optimizer import eval_params
+from trainer.reference_sync import reference_from_state
+from trainer.state import TrainState
+
+# What a run makes of its records.
+OF_RECORDS = (
+    "records", "loss_on", "overlong", "max_bad_share", "packing", "seq_len", "classes", "margins", "negatives",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    folder: RunFolder
+    config: RunConfig  # as saved, with what the command line may change
+    step: int
+    tokenizer: Tokenizer
+    core: Core  # of the model's own parameters, adapters merged
+    trained: Core  # of what the run trains: another one where that is adapters
+    checkpointer: Checkpointer
+
+    def state(self) -> TrainState:
+        return self.checkpointer.restore(self.step, self.trained.abstract).state
+
+    def params(self) -> Params:
+        """The model's own parameters, to write with and to export: averaged ones where the run keeps an average."""
+        return model_params(self.scored_params())
+
+    def scored_params(self) -> Params:
+        """What the run's loss is computed of: the same, and what it learns beside the model."""
+        adaptation = self.trained.adaptation
+        if adaptation is None:
+            return self.trained_params()
+        base = recorded_base(adaptation, self.checkpointer, self.step, self.config.output_dir, log)
+        return adaptation.merge(base.params, self.trained_params())
+
+    def frozen(self) -> dict[str, Any]:
+        """The models that the run's loss only reads, the adapters' base aside."""
+        known, models = self.checkpointer.read_json(self.step, "config"), {}
+        if self.config.objective.needs_reference:
+            origin, sha256 = (known[REFERENCE][key] for key in ("origin", "sha256"))
+            whole = self.core.own
+            models[REFERENCE], _ = load_reference(origin, whole, self.config.output_dir, log, sha256=sha256)
+        if self.config.objective.moves_reference:
+            models |= reference_from_state(self.state().opt_state)
+        if self.config.objective.teacher_name is not None:
+            origin, sha256 = (known[TEACHER][key] for key in ("origin", "sha256"))
+            found = (self.config.objective, origin, self.tokenizer, self.core, self.config.output_dir, log)
+            models[TEACHER], _ = load_teacher(*found, sha256=sha256)
+        return models
+
+    def trained_params(self) -> Params:
+        """What the run trains: its adapters, where it has any."""
+        if jax.tree.structure(jax.eval_shape(eval_params, self.trained.abstract)) and self._averages():
+            return jax.jit(eval_params)(self.state())
+        return self.checkpointer.restore_params(self.step, self.trained.abstract.params)
+
+    def _averages(self) -> bool:
+        # Only then the optimizer's state, twice as large as the parameters, has to be read.
+        optimizer = self.config.optimizer
+        return optimizer.ema_decay is not None or optimizer.kind == "schedule_free"
+
+
+def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = None) -> SavedRun:
+    """The run `run=NAME` at `step=K` or at its newest whole checkpoint, on the mesh of this command.
+
+    Model, tokenizer, optimizer and seed are the run's own; data is, too, unless the command names some. `dtype`: of
+    the computation, where it is not to be the run's.
+    Raises: ValueError where there is no such run or no such step.
+    """
+    folder = run_folder(config)
+    saved = folder.saved_config()
+    named = named_keys(overrides)
+    changed = {key.partition(".")[0] for key in named}
+    for key in changed & {"model", "adapter", "optimizer", "tokenizer", "objective", "schedule"}:
+        raise ValueError(f"{key}: is fixed by the run {folder.name!r}; leave it out")
+    data = config.data if changed & {"data", "source", "source_weights"} else saved.data
+    if "source" not in changed and "data" in changed:
+        data = dataclasses.replace(data, sources=saved.data.sources)
+    # What a run learns of its records holds for others too, unless the command says otherwise.
+    kept = [key for key in OF_RECORDS if f"data.{key}" not in named and "phase" not in named]
+    transforms = changed & {"transform", "phase"} or any(key.startswith("data.transform") for key in named)
+    data = dataclasses.replace(data, transform=(config if transforms else saved).data.transform)
+    if saved.data.encoding() is not None or saved.data.transform.kind != "none":
+        data = dataclasses.replace(data, **{key: getattr(saved.data, key) for key in kept})
+    merged = dataclasses.replace(
+        saved,
+        data=data,
+        model=saved.model if dtype is None else dataclasses.replace(saved.model, dtype=dtype),
+        mesh=config.mesh if "mesh" in changed else MeshConfig(),
+        output_dir=config.output_dir,
+        run=config.run,
+        format=config.format,
+        step=config.step,
+    )
+    checkpointer = folder.checkpointer(read_only=True, say=log)
+    step = config.step if config.step is not None else checkpointer.latest_valid_step()
+    if step is None:
+        raise ValueError(
+            f"run={folder.name}: has no checkpoint yet; they come every {saved.checkpoint.save_interval_steps} steps"
+        )
+    tokenizer = from_files(checkpointer.read_tokenizer(step))
+    if not isinstance(saved.task, TrainConfig):
+        merged = dataclasses.replace(merged, task=TrainConfig())
+    fitting = _fitting(merged)
+    core = trained = build_core(dataclasses.replace(fitting, adapter=AdapterConfig()), tokenizer)
+    if saved.adapter.active:
+        trained = build_core(fitting, tokenizer)
+    return SavedRun(folder, merged, step, tokenizer, core, trained, checkpointer)
+
+
+def open_writer(config: RunConfig, overrides: list[str]) -> SavedRun:
+    """A run that writes. Raises: as `open_run`, and ValueError for one that only judges."""
+    saved = open_run(config, overrides)
+    if saved.core.model.outputs:
+        raise ValueError(
+            f"run={saved.folder.name}: gives {saved.core.model.outputs} scores of a text "
+            f"({saved.config.objective.kind}) and writes none; meshwright predict run={saved.folder.name} tells them"
+        )
+    return saved
+
+
+def _fitting(config: RunConfig) -> RunConfig:
+    """Evaluation and writing take no gradient: they need no microbatches, and rows enough for the mesh they get.
+
+    A kernel of attention is of the devices and the row lengths of training, so plain attention takes its place.
+    """
+    assert isinstance(config.task, TrainConfig)
+    attention = dataclasses.replace(config.model.attention, implementation=AttentionImplementation.xla)
+    shards = jax.device_count() // (max(config.mesh.tensor, 1) * max(config.mesh.context, 1))
+    size = -(-config.data.batch_size // shards) * shards
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, attention=attention),
+        task=dataclasses.replace(config.task, gradient_accumulation_steps=1),
+        data=dataclasses.replace(config.data, batch_size=size),
+    )

@@ -1,0 +1,222 @@
+"""A run without data, weights and devices: its shapes, and the share of it that one device has."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from configs.schema import RunConfig
+from data.tokenizers.kinds import SentencePieceConfig
+from launch.build import Core, build_core
+from launch.weights_source import resolve_weights
+from models.config import Dispatch, ModelConfig
+from models.logical_axes import RESIDUAL, TOKENS, NoConstraint, ShardingConstraint
+from models.transformer import abstract_params, make_apply, param_axes
+from trainer.adapters import BASE
+from trainer.host_offload import HOST
+from trainer.mesh import (
+    MeshConfig,
+    ShardingRules,
+    abstract_mesh,
+    field_shardings,
+    param_shardings,
+    replicated,
+    with_shardings,
+)
+from trainer.objective import REFERENCE, TEACHER, FrozenModel, column_spec
+from trainer.reliability.loss_spikes import NO_LIMITS
+
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the training step is given, as shapes with shardings."""
+
+    core: Core
+    frozen: dict[str, Any]
+    batch: Any
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any, Any]:
+        limits = jax.ShapeDtypeStruct(NO_LIMITS.shape, NO_LIMITS.dtype, sharding=replicated(self.core.mesh))
+        return self.core.abstract, self.frozen, self.batch, limits
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The config with the vocabulary that its tokenizer would have.
+
+    Raises: ValueError where that is not known before the tokenizer is made.
+    """
+    if config.model.vocab_size:
+        return config
+    if not isinstance(config.tokenizer, SentencePieceConfig):
+        raise ValueError(
+            f"model.vocab_size=0: the vocabulary of tokenizer={config.tokenizer.kind} is not known before it is made; "
+            "set model.vocab_size"
+        )
+    model = dataclasses.replace(config.model, vocab_size=config.tokenizer.vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
+def shapes_of(
+    config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None = None, constrain: ShardingConstraint | None = None
+) -> Shapes:
+    """Of the run on this mesh. Raises: ValueError as `build_core`."""
+    core = build_core(config, None, mesh, constrain)
+    spec = core.objective.batch_spec(core.batch_size, config.data.seq_len)
+    frozen: dict[str, Any] = {}
+    if core.adaptation is not None:
+        frozen[BASE] = core.adaptation.stored
+    if config.objective.needs_reference:
+        shared = core.adaptation is not None and config.adapter.quantize_base.name == "full"
+        whole = core.own if core.adaptation is None else core.adaptation.full_params
+        frozen[REFERENCE] = frozen[BASE] if shared else whole
+    if teacher is not None:
+        shardings = param_shardings(param_axes(teacher), abstract_params(teacher), mesh, config.sharding)
+        params = with_shardings(abstract_params(teacher), shardings)
+        frozen[TEACHER] = FrozenModel(params, make_apply(teacher, core.constrain), teacher.vocab_size)
+    if config.objective.precomputed_model in frozen:
+        asked = frozen.pop(str(config.objective.precomputed_model))
+        spec = column_spec(spec, core.objective.column_spec(config.data.seq_len))  # type: ignore[attr-defined]
+        if isinstance(asked, FrozenModel):
+            frozen[TEACHER] = FrozenModel({}, asked.apply, asked.vocab_size)
+    return Shapes(core, frozen, with_shardings(spec, field_shardings(spec, core.sharding)))
+
+
+def teacher_of(config: RunConfig) -> ModelConfig | None:
+    """The architecture of the model to learn from; its weights are not read."""
+    name = config.objective.teacher_name
+    if name is None:
+        return None
+    return resolve_weights(name, config.output_dir, lambda text: None, key="objective.teacher").model
+
+
+def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
+    """What one device computes, as a run by itself: its tokens, heads, hidden units, experts, part of the vocabulary.
+
+    The width of the model is whole: it is cut for keeping (`fsdp`) and gathered for computing. Of its layers it is one
+    stage's.
+    """
+    cut = lambda logical, size: _share(config.sharding, logical, sizes, size)
+    batch_size, seq_len = cut("batch", config.data.batch_size), cut("length", config.data.seq_len)
+    return dataclasses.replace(
+        config,
+        model=model_share(config.model, config.sharding, sizes),
+        data=dataclasses.replace(config.data, batch_size=batch_size, seq_len=seq_len),
+        mesh=MeshConfig(**{axis: 1 for axis in sizes}),
+    )
+
+
+def model_share(model: ModelConfig, rules: ShardingRules, sizes: Mapping[str, int]) -> ModelConfig:
+    cut = lambda logical, size: _share(rules, logical, sizes, size)
+    model = copy.deepcopy(model)
+    model.attention.num_heads = cut("heads", model.attention.num_heads)
+    model.attention.num_kv_heads = min(cut("kv_heads", model.attention.num_kv_heads), model.attention.num_heads)
+    model.mlp.intermediate_dim = cut("mlp", model.mlp.intermediate_dim)
+    model.vocab_size = cut("vocab", model.vocab_size)
+    experts, first = model.moe, model.layers_before_experts
+    model.num_layers = first + cut("layers", model.num_layers - first)
+    if experts.num_experts:
+        experts.intermediate_dim = cut("mlp", experts.intermediate_dim)
+        experts.shared_intermediate_dim = (
+            cut("mlp", experts.shared_intermediate_dim) if experts.shared_intermediate_dim else 0
+        )
+        experts.num_experts = max(cut("experts", experts.num_experts), experts.experts_per_token)
+        experts.num_groups = experts.topk_groups = 1
+    return model
+
+
+def _share(rules: ShardingRules, logical: str, sizes: Mapping[str, int], size: int) -> int:
+    """Of a dim, on the device that has most of it."""
+    return -(-size // product(sizes, rules.axes_of(logical, "sharding")))
+
+
+def product(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
+    """Devices along these mesh axes together."""
+    return math.prod(sizes[axis] for axis in axes)
+
+
+class OneShare(NoConstraint):
+    """The mesh as one device of it sees it."""
+
+    def __init__(
+        self, copies: int, *, gathers: bool, length: int, pieces: int, stages: int, experts: int, platform: str
+    ):
+        """`copies`: devices whose tokens are gathered for each one's experts, which lie in so many parts. `gathers`:
+        whether parameters are. `length`: tokens of a row, which lies between layers in so many pieces. `stages`: in
+        which the layers lie.
+        """
+        self.copies, self.gathers, self.length, self.stages = copies, gathers, length, stages
+        self.experts, self._platform = experts, platform
+        self.pieces = 1 if length % pieces else pieces  # as the trainer keeps whole what does not divide
+
+    @property
+    def platform(self) -> str:
+        return self._platform
+
+    def parts(self, name: str) -> int:
+        return self.experts if name == "experts" else 1
+
+    def __call__(self, x: jax.Array, axes: Any) -> jax.Array:
+        if axes == RESIDUAL and x.shape[1] == self.length:
+            return x[:, : self.length // self.pieces]
+        if axes == TOKENS and x.shape[1] != self.length:
+            return jnp.concatenate([x] * self.pieces, axis=1)
+        if not self.gathers or "vocab" not in axes or "batch" in axes:
+            return x
+        return jax.lax.copy_p.bind(x[None])[0]  # embedding and head, whole: a buffer unlike the parameter's own
+
+    def per_device(self, function: Any, axes: Any, *args: Any) -> jax.Array:
+        if self.copies == 1 or not any("experts" in names for names in axes if names):
+            return function({}, *args)
+        many = lambda x, names: jnp.concatenate([x] * self.copies) if names and names[0] == "batch" else x
+        rows = args[0].shape[0]
+        return function({}, *(many(x, names) for x, names in zip(args, axes, strict=True)))[:rows]
+
+
+def gathered_copies(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Devices whose tokens each of them is shown for its experts: without a capacity all along `experts`."""
+    experts, rules = config.model.moe, config.sharding
+    if not experts.num_experts or experts.dispatch is not Dispatch.dropless:
+        return 1
+    rows = rules.axes_of("batch", "sharding")
+    return product(sizes, [axis for axis in rules.axes_of("experts", "sharding") if axis in rows])
+
+
+def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None, platform: str) -> Shapes:
+    """Of `share_of` the run, on one device of this platform."""
+    sizes, rules = dict(mesh.shape), config.sharding
+    share = None if teacher is None else model_share(teacher, rules, sizes)
+    local = share_of(config, sizes)
+    pieces = product(sizes, [axis for axis in rules.residual if axis not in rules.length])
+    alone = OneShare(
+        gathered_copies(config, sizes),
+        gathers=product(sizes, rules.embed) > 1,
+        length=local.data.seq_len,
+        pieces=pieces,
+        stages=product(sizes, rules.layers),
+        experts=product(sizes, rules.experts),
+        platform=platform,
+    )
+    return shapes_of(local, abstract_mesh(MeshConfig(), 1), share, alone)
+
+
+def bytes_on_device(tree: Any, *, on_host: bool = False) -> float:
+    """Of a tree of shapes with shardings, on one device, or of its share in the memory of the host; what stands in it
+    twice is counted once.
+    """
+    seen, total = set(), 0.0
+    for leaf in jax.tree.leaves(tree):
+        if id(leaf) in seen or (leaf.sharding.memory_kind == HOST) != on_host:
+            continue
+        seen.add(id(leaf))
+        shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf.sharding, NamedSharding) else leaf.shape
+        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype.itemsize
+        total += math.prod(shape) * size
+    return total

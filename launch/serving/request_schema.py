@@ -1,0 +1,186 @@
+"""What clients send: the parameters of OpenAI's API that are carried out here, their ranges, and what is refused.
+
+A parameter that would change the answer and is not carried out is an error; one that changes nothing is let be.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from data.records.chat_encoding import ROLES
+from launch.config_errors import did_you_mean
+from models.decode.engine import MAX_TOP_LOGPROBS
+from models.decode.sampling import SamplingConfig
+
+MAX_CHOICES = 128
+MAX_STOPS = 4
+GREEDY_BELOW = 1e-4  # colder than this, logits would leave the range of float32
+
+# They change nothing in an answer: who asked, where it is kept, how fast it comes.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prediction", "parallel_tool_calls")
+IGNORED += ("prompt_cache_key", "prompt_cache_retention")
+# They would change it; with these values they ask for nothing.
+REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "logit_bias": (None, {}),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "audio": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    "suffix": (None, ""),
+    "echo": (None, False),
+    "best_of": (None, 1),
+}
+
+Stop = Annotated[str, Field(max_length=1000)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against who counts bytes; there is none here
+
+
+class Body(BaseModel):
+    """What both endpoints take."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = None
+    stop: str | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    # Beyond OpenAI's:
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        try:  # whatever follows may write any part of it
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _refusal("body", "holds half of a surrogate pair, which is no text") from None
+        except RecursionError:
+            raise _refusal("body", "is nested too deeply") from None
+        kept = {}
+        for name, value in given.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in REFUSED:
+                if not any(value == allowed and type(value) is type(allowed) for allowed in REFUSED[name]):
+                    raise _refusal(name, "is not supported by this server, and would change the answer; leave it out")
+            elif name not in IGNORED:
+                raise _refusal(name, f"there is no such parameter{did_you_mean(name, cls.model_fields)}")
+        return kept
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Body":
+        if self.stream_options is not None and not self.stream:
+            raise _refusal("stream_options", "is only for stream=true")
+        if isinstance(self.stop, str) and len(self.stop) > 1000:
+            raise _refusal("stop", "should have at most 1000 characters")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self, max_new_tokens: int) -> SamplingConfig:
+        """Settings of the engine; without a seed, those of a random one."""
+        default = SamplingConfig()
+        or_default = lambda value, name: getattr(default, name) if value is None else value
+        temperature = or_default(self.temperature, "temperature")
+        return SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+            top_k=or_default(self.top_k, "top_k"),
+            top_p=max(or_default(self.top_p, "top_p"), 1e-6),  # 0: the likeliest alone
+            min_p=or_default(self.min_p, "min_p"),
+            repetition_penalty=or_default(self.repetition_penalty, "repetition_penalty"),
+            presence_penalty=or_default(self.presence_penalty, "presence_penalty"),
+            frequency_penalty=or_default(self.frequency_penalty, "frequency_penalty"),
+            seed=secrets.randbits(32) if self.seed is None else self.seed,
+        )
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """Further keys (`tool_calls`, `reasoning_content`, ...) go to the template as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str = Field(json_schema_extra={"enum": list(ROLES)})
+    content: str | list[TextPart] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As templates read it: the texts of several parts are lines of one."""
+        said = self.content
+        text = "\n".join(part.text for part in said) if isinstance(said, list) else said
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+
+class ChatBody(Body):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _refusal("top_logprobs", "is only for logprobs=true")
+        if self.tool_choice not in (None, "auto", "none"):
+            raise _refusal("tool_choice", "must be 'auto' or 'none': this server cannot make a model call a function")
+        return self
+
+
+class CompletionBody(Body):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
+    )
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [list(self.prompt)] if isinstance(self.prompt[0], int) else list(self.prompt)  # type: ignore[list-item]
+
+
+def _refusal(name: str, why: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{why}", {"param": name, "why": why})

@@ -1,0 +1,112 @@
+"""`meshwright coord_check`: whether a run's rates carry over from width to width, seen in its first steps."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from configs.schema import Format, RunConfig
+from configs.tasks import CoordCheckConfig
+from launch.build import Corpora, build_core, build_source, load_corpora, log, model_config
+from launch.planning.search import resolve_auto_mesh
+from launch.run_folder import RunFolder, write_whole
+from launch.scaling.picture import draw_coordinates, shown_parts
+from models.config import ModelConfig
+from models.mup import at_width
+from trainer.activation_stats import activation_changes, slope
+from trainer.schedule import ConstantConfig
+
+Moved = list[list[dict[str, float]]]  # of each width, after each step, by layer
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """Prints the slopes and writes them with a picture to `task.output`. Exit code 1: with `model.mup_base_width`, too, how
+    far a step moves depends on the width.
+    """
+    task = config.task
+    assert isinstance(task, CoordCheckConfig)
+    _check(config, task)
+    folder = Path(task.output or Path(config.output_dir) / "coord_check")
+    corpora = load_corpora(config, RunFolder(folder / config.run), log)
+    model = model_config(config, corpora.tokenizer)
+    widths, base = sorted(task.widths), model.mup_base_width or min(task.widths)
+    models = {width: at_width(model, width) for width in widths}  # before the first is trained: all must be possible
+    found = {
+        name: [_moved(config, corpora, replace(models[width], mup_base_width=base_width)) for width in widths]
+        for name, base_width in ((f"base_width={base}", base), ("standard", None))
+    }
+    slopes = {
+        name: {part: slope(widths, [steps[-1][part] for steps in moved]) for part in moved[0][-1]}
+        for name, moved in found.items()
+    }
+    told = {
+        "widths": widths,
+        "base_width": base,
+        "optimizer": config.optimizer.kind,
+        "learning_rate": config.optimizer.learning_rate,
+        "tolerance": task.tolerance,
+        "slopes": slopes,
+        "moved": found,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{config.run}.json", json.dumps(told, indent=1) + "\n")
+    title = f"{config.run}: {config.optimizer.kind}, rate {config.optimizer.learning_rate:g}"
+    draw_coordinates(widths, found, slopes, folder / f"{config.run}.png", title)
+    transfers = max(abs(value) for value in next(iter(slopes.values())).values()) <= task.tolerance
+    if config.format is Format.json:
+        print(json.dumps(told, indent=1))
+    else:
+        _print(widths, found, slopes)
+        verdict = "so rates carry over" if transfers else f"of which one is beyond {task.tolerance:g}: they do NOT"
+        print(f"with model.mup_base_width={base}: slopes near 0 are wanted, {verdict}")
+        print(f"written: {folder / config.run}.json and .png")
+    return 0 if transfers else 1
+
+
+def _check(config: RunConfig, task: CoordCheckConfig) -> None:
+    if len(set(task.widths)) < 2:
+        raise ValueError(f"task.widths={task.widths}: a slope needs two widths at least, as [64,128,256]")
+    if task.num_steps < 1:
+        raise ValueError(f"task.num_steps={task.num_steps}: must be at least 1")
+    objective = config.objective
+    frozen = objective.needs_reference or objective.moves_reference or objective.teacher_name is not None
+    if frozen or config.adapter.active or config.init_from is not None:
+        raise ValueError(
+            "coordinates: looks at the first steps of models that begin at random; leave out init_from, adapters, and "
+            f"objectives with a reference or a teacher (objective={objective.kind}, init_from={config.init_from})"
+        )
+    if jax.process_count() > 1:
+        raise ValueError("coordinates: runs in one process; leave out launcher.num_processes")
+
+
+def _moved(config: RunConfig, corpora: Corpora, model: ModelConfig) -> list[dict[str, float]]:
+    """In the first steps at the peak of the learning rate."""
+    task = config.task
+    assert isinstance(task, CoordCheckConfig)
+    config = replace(config, model=model, schedule=ConstantConfig(warmup_steps=0))
+    core = build_core(resolve_auto_mesh(config, model, log), corpora.tokenizer)
+    source = build_source(config, corpora, core)
+    try:
+        state = core.init_state()
+        batches = [source.next_batch(state) for _ in range(task.num_steps)]
+        return activation_changes(core.apply, core.train_step, state, batches, batches[0], model.num_layers)
+    finally:
+        source.close()
+
+
+def _print(widths: list[int], found: dict[str, Moved], slopes: dict[str, dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for name, moved in found.items():
+        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+        table.add_column(f"{name}: moved after {len(moved[0])} steps")
+        for width in widths:
+            table.add_column(f"width {width}", justify="right")
+        table.add_column("slope", justify="right")
+        for part in shown_parts(list(moved[0][-1])):
+            table.add_row(part, *(f"{steps[-1][part]:.4g}" for steps in moved), f"{slopes[name][part]:+.2f}")
+        console.print(table)

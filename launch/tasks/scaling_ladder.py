@@ -1,0 +1,216 @@
+"""`meshwright scaling_ladder`: runs of several sizes and lengths, the law that they follow, and what it recommends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.schema import Format, RunConfig
+from configs.tasks import ScalingLadderConfig, TrainConfig
+from data.tokenizers.kinds import load_tokenizer
+from launch import exit_codes
+from launch.build import model_config
+from launch.config_errors import named_keys
+from launch.run_folder import RunFolder, write_whole
+from launch.scaling.law import Law, Point, fit_law, left_out, spread
+from launch.scaling.picture import draw_law
+from launch.scaling.rungs import Recommendation, Rung, recommend, rungs, sizes, with_keys
+from models.config import ModelConfig
+from models.flops import flops_per_token
+from trainer.loop import DONE
+
+METRIC = "eval/loss"
+BEYOND = 100.0  # times the FLOPs of the largest run, where no budget is given
+NOTE = "rung.json"  # in a rung's folder: the keys that it was started with
+
+
+def run(config: RunConfig, overrides: list[str]) -> int:
+    """Trains what is not trained yet, prints rungs, law and recommendation, and writes them with a picture to
+    `task.output`. Returns the exit code of a rung that did not end well.
+    """
+    task = config.task
+    assert isinstance(task, ScalingLadderConfig)
+    jax.config.update("jax_platforms", "cpu")  # the devices are for the rungs
+    _check(config, task)
+    points: list[Point] = []
+    climbed = rungs(config)
+    model = config.model
+    for number, rung in enumerate(climbed, 1):
+        folder, start = RunFolder(Path(config.output_dir) / rung.run), time.monotonic()
+        given = arguments(config, overrides, rung)
+        _refuse_other_keys(folder, given)
+        kept = _finished(folder, rung)
+        code = 0 if kept else _train(given, rung, folder)
+        if code:
+            return code
+        model = model_config(config, load_tokenizer(folder.tokenizer))
+        point = _point(rung, folder, with_keys(model, rung.keys), config.data.seq_len)
+        points.append(point)
+        took = "kept" if kept else f"{time.monotonic() - start:,.0f} s"
+        _say(
+            config,
+            f"{number} of {len(climbed)}: {rung.run}: {point.parameters:,.0f} parameters, {point.tokens:,.0f} tokens, "
+            f"{point.flops:.2e} FLOPs: loss {point.loss:.4f} ({took})",
+        )
+    law = fit_law(points)
+    others = left_out(points, law)
+    budget = task.compute_budget or BEYOND * max(point.flops for point in points)
+    family = sizes(config, model, budget)
+    ratio = points[0].tokens / points[0].parameters if law.of_compute else None
+    best = recommend(law, others, family, budget, ratio)
+    told = _describe(config, climbed, points, law, others, best)
+    folder = Path(task.output or Path(config.output_dir) / "ladders")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{config.run}.json", json.dumps(told, indent=1) + "\n")
+    draw_law(points, law, others, family, best, ratio, folder / f"{config.run}.png", config.run)
+    if config.format is Format.json:
+        print(json.dumps(told, indent=1))
+    else:
+        _print(told)
+        print(f"written: {folder / config.run}.json and .png")
+    return 0
+
+
+def _check(config: RunConfig, task: ScalingLadderConfig) -> None:
+    for key in ("widths", "tokens_per_param"):
+        values = getattr(task, key)
+        if not values or min(values) <= 0 or len(set(values)) < len(values):
+            raise ValueError(f"task.{key}={values}: must name at least one, each once and above 0")
+    if task.aspect_ratio is not None and task.aspect_ratio <= 0:
+        raise ValueError(f"task.aspect_ratio={task.aspect_ratio}: must be above 0; null: all as deep as the model")
+    if task.compute_budget is not None and task.compute_budget <= 0:
+        raise ValueError(f"task.compute_budget={task.compute_budget:g}: training FLOPs must be above 0, as 1e20")
+    if config.init_from is not None or config.adapter.active:
+        raise ValueError("ladder: a law is of models that begin at random; leave out init_from and adapter")
+    if not config.objective.is_token_level:
+        raise ValueError(f"ladder: a law is of losses of tokens, not of objective={config.objective.kind}")
+
+
+def arguments(config: RunConfig, overrides: list[str], rung: Rung) -> list[str]:
+    """Of `train`: what the command names, but what is the ladder's own, and what makes the rung."""
+    known = {f"task.{f.name}" for f in fields(TrainConfig)} - {"task.num_steps", "task.kind"}
+    given = [o for o in overrides if not _own(o.partition("=")[0], known)]
+    if "task.sample_tokens" not in named_keys(overrides):
+        given.append("task.sample_tokens=0")
+    made = {f"model.{key}": value for key, value in rung.keys.items()} | {"task.num_steps": rung.num_steps}
+    return [*given, *(f"{key}={value}" for key, value in made.items()), f"run={rung.run}"]
+
+
+def _own(key: str, of_train: set[str]) -> bool:
+    return key in ("task", "run", "format") or (key.startswith("task.") and key not in of_train)
+
+
+def _finished(folder: RunFolder, rung: Rung) -> bool:
+    if not folder.summary.exists():
+        return False
+    summary = json.loads(folder.summary.read_text())
+    return summary["step"] == rung.num_steps and summary["ended"] == DONE
+
+
+def _refuse_other_keys(folder: RunFolder, given: list[str]) -> None:
+    """Raises: ValueError where the rung was begun with other keys: losses of different runs make no law."""
+    note = folder.path / NOTE
+    before = json.loads(note.read_text()) if note.exists() else given
+    if differing := sorted(set(before) ^ set(given)):
+        raise ValueError(
+            f"{differing[0]}: {folder.path} was begun with other keys, as it is in one command and not in the other; "
+            "set it back, or begin another ladder with run=NAME"
+        )
+
+
+def _train(given: list[str], rung: Rung, folder: RunFolder) -> int:
+    """Its exit code."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_whole(folder.path / NOTE, json.dumps(given, indent=1) + "\n")
+    log = folder.path / "rung.log"
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-P", "-m", "launch.cli", "train", *given]
+    with log.open("ab") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": path})
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves, and leaves with 75
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # the terminal has told the child, too
+            child.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code == exit_codes.PREEMPTED:
+        print(f"meshwright: {rung.run}: preempted; the same command goes on from there", file=sys.stderr)
+    elif code or not _finished(folder, rung):
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+        print(f"{last}\nmeshwright: {rung.run}: ended with {code} before its last step; see {log}", file=sys.stderr)
+        return code if code > 0 else exit_codes.FAILED
+    return code
+
+
+def _point(rung: Rung, folder: RunFolder, model: ModelConfig, seq_len: int) -> Point:
+    evaluation = json.loads(folder.summary.read_text())["evaluation"]
+    if METRIC not in evaluation:
+        raise ValueError(f"{folder.path}: no source holds out text to evaluate on, so there is no {METRIC} to fit")
+    flops = rung.tokens * flops_per_token(model, seq_len)
+    return Point(rung.parameters, rung.tokens, flops, evaluation[METRIC])
+
+
+def _describe(
+    config: RunConfig, climbed: list[Rung], points: list[Point], law: Law, others: list[Law], best: Recommendation
+) -> dict[str, Any]:
+    tokens_per_step = config.data.batch_size * config.data.seq_len
+    fitted = [float(law.loss(p.flops) if law.of_compute else law.loss(p.parameters, p.tokens)) for p in points]
+    rows = zip(climbed, points, fitted, strict=True)
+    constants = [name for name in Law._fields if not law.of_compute or name not in ("B", "beta")]
+    steps = round(best.tokens / tokens_per_step)
+    keys = {f"model.{key}": value for key, value in best.keys.items()} | {"task.num_steps": steps}
+    return {
+        "rungs": [{"run": rung.run, **point._asdict(), "fitted": value} for rung, point, value in rows],
+        "law": {name: getattr(law, name) for name in constants},
+        "of": "compute" if law.of_compute else "parameters and tokens",
+        "left_out": {name: spread(others, lambda other, name=name: getattr(other, name)) for name in constants},
+        "recommendation": best._asdict() | {"times_largest": best.flops / max(p.flops for p in points)},
+        "overrides": [f"{key}={value}" for key, value in keys.items()],
+        "procedure": "Hoffmann et al. 2022 (2203.15556), section 3.3; parameters without embeddings and head; FLOPs by "
+        "models/flops.py; spreads: refits with each run left out",
+    }
+
+
+def _say(config: RunConfig, text: str) -> None:
+    print(text, flush=True, file=sys.stderr if config.format is Format.json else sys.stdout)
+
+
+def _print(told: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("run", "parameters", "tokens", "FLOPs", "loss", "by the law"):
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
+    for row in told["rungs"]:
+        sizes = f"{row['parameters']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}"
+        table.add_row(row["run"], *sizes, f"{row['loss']:.4f}", f"{row['fitted']:.4f}")
+    console.print(table)
+    between = lambda pair, form: "" if pair is None else f" ({pair[0]:{form}} to {pair[1]:{form}})"
+    law = ", ".join(f"{name} {v:.4g}{between(told['left_out'][name], '.3g')}" for name, v in told["law"].items())
+    of = "A / C^alpha" if told["of"] == "compute" else "A / N^alpha + B / D^beta"
+    console.print(f"law         E + {of}: {law}; in brackets: with each run left out in turn", soft_wrap=True)
+    if told["law"]["E"] < 0.05:
+        console.print("            no floor E is in sight: the law is of these sizes, and says little far beyond them")
+    best = told["recommendation"]
+    console.print(
+        f"budget      {best['flops']:.3g} FLOPs, {best['times_largest']:.3g} times those of the largest run here",
+        soft_wrap=True,
+    )
+    console.print(
+        f"recommended {best['parameters']:,}{between(best['parameters_spread'], ',.0f')} parameters on "
+        f"{best['tokens']:,.0f} tokens; loss {best['loss']:.4f}{between(best['loss_spread'], '.4f')}",
+        soft_wrap=True,
+    )
+    console.print(f"to run      {' '.join(told['overrides'])}", soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""Attention: reference operations, blockwise and ring attention, kernels, and the module."""

@@ -1,0 +1,1 @@
+"""Generation: the continuous-batching engine, sampling, and masked diffusion."""

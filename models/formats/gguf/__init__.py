@@ -1,0 +1,1 @@
+"""GGUF: metadata and tensor files."""

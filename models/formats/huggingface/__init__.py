@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: config.json, weight names, safetensors, PEFT adapters."""

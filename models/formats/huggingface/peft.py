@@ -1,0 +1,227 @@
+"""Adapters as PEFT keeps them: a folder with adapter_config.json and adapter_model.safetensors.
+
+PEFT's A is [rank, in] and its B [out, rank], beside a weight [out, in] of one layer; rows follow the order of the
+weight's own, heads first, so that ours are flattened and turned, and nothing is permuted.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.adapters.lora import AdapterConfig, Method, find_targets, matrices, short_name, split
+from models.config import ModelConfig
+from models.formats.huggingface.checkpoint_files import WeightMap, groups_of, safetensors_library, to_host
+from models.formats.huggingface.families import Family
+from models.transformer import param_axes
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# What a config may say beside the keys below without changing what is computed here.
+OTHER_METHODS = (
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias",
+    "megatron_config", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters",
+    "trainable_token_indices", "layers_to_transform", "exclude_modules", "kasa_config", "monteclora_config",
+    "velora_config",
+)  # fmt: skip
+
+
+class Module(NamedTuple):
+    """A matrix of ours that is one module of theirs."""
+
+    path: str  # ours: layers/attention/query/kernel
+    name: str  # theirs: model.layers.0.self_attn.q_proj
+    index: tuple[int, ...]  # where it lies in the leading dims of ours
+    in_first: bool  # their weight is [in, out], as in GPT-2's Conv1D
+
+
+def modules(config: ModelConfig, adapter: AdapterConfig, family: Family) -> list[Module]:
+    """Raises: ValueError where a matrix of ours is only a part of a tensor of theirs."""
+    layout, found, axes = WeightMap(config, family), [], param_axes(config)
+    for path, names in find_targets(adapter, axes).items():
+        rule, part = layout.places[path.replace("/", ".")]
+        if len(rule.parts) > 1 or "experts" in names:
+            what = "one tensor of experts" if "experts" in names else f"{rule.name}, which joins several matrices"
+            raise ValueError(
+                f"adapter.target_modules: {path}: PEFT has no adapter for a part of {what}; export the merged model, "
+                "to=hf:FOLDER"
+            )
+        groups, letters = groups_of(dict(rule.parts)[part]), "".join(layout.sizes(rule, part))
+        ins = letters[: split(names).num_in]
+        found += [
+            Module(path, layout.name(rule, index).removesuffix(".weight"), index, groups[0] == ins)
+            for index in np.ndindex(*layout.numbered(rule))
+        ]
+    return found
+
+
+def _names(module: Module, method: Method) -> dict[str, str]:
+    """Their tensors of one module, by the name of ours."""
+    kinds = ("lora_A.weight", "lora_B.weight")
+    if module.path == "embedding":
+        kinds = ("lora_embedding_A", "lora_embedding_B")
+    named = dict(zip(("a", "b"), kinds, strict=True))
+    if method is Method.dora:
+        named["magnitude"] = "lora_magnitude_vector"
+    return {ours: f"{PREFIX}{module.name}.{theirs}" for ours, theirs in named.items()}
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def _to_theirs(ours: str, array: np.ndarray, rank: int) -> np.ndarray:
+    """A [in..., R] to [R, in], B [R, out...] to [out, R], a magnitude to [out]."""
+    if ours == "magnitude":
+        return array.reshape(-1)
+    return np.ascontiguousarray(array.reshape(-1, rank).T if ours == "a" else array.reshape(rank, -1).T)
+
+
+def _target_modules(found: list[Module], all_names: list[str]) -> list[str]:
+    """The last words of the names, or as many more as leave out every module that is not adapted."""
+    chosen = {module.name for module in found}
+    others = [name for name in all_names if name not in chosen]
+    targets = set()
+    for name in chosen:
+        parts = name.split(".")
+        endings = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        clear = lambda ending: not any(other == ending or other.endswith("." + ending) for other in others)
+        targets.add(next(ending for ending in endings if clear(ending)))
+    return sorted(targets)
+
+
+def save_adapters(
+    path: Path,
+    config: ModelConfig,
+    adapter: AdapterConfig,
+    adapters: Any,
+    family: Family,
+    *,
+    base: str,
+    dtype: str,
+) -> None:
+    """Every process calls it, process 0 writes. Raises: ValueError where PEFT has no such adapters."""
+    if config.outputs:
+        raise ValueError("its head of scores trains whole, beside the adapters; export the merged model, to=hf:FOLDER")
+    found, numpy_dtype = modules(config, adapter, family), np.dtype(jnp.dtype(dtype))
+    tensors = {}
+    for module in found:
+        here = _at(adapters, module.path)
+        for ours, theirs in _names(module, adapter.method).items():
+            array = to_host(here[ours])[module.index]
+            tensors[theirs] = _to_theirs(ours, array, adapter.rank).astype(numpy_dtype)
+    if jax.process_index() != 0:
+        return
+    every = [name.removesuffix(".weight") for name, _, _ in WeightMap(config, family).tensors()]
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "target_modules": _target_modules(found, every),
+        "r": adapter.rank,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.method is Method.rslora,
+        "use_dora": adapter.method is Method.dora,
+        "fan_in_fan_out": any(module.in_first for module in found if module.path not in ("embedding", "head")),
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    safetensors_library().numpy.save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    (path / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def first_difference(
+    path: Path, config: ModelConfig, adapter: AdapterConfig, adapters: Any, family: Family
+) -> str | None:
+    """The name of the first tensor there that is not what `adapters` would write; None if none."""
+    there = Folder(path)
+    for module in modules(config, adapter, family):
+        here = _at(adapters, module.path)
+        for ours, theirs in _names(module, adapter.method).items():
+            tensor = there.tensor(theirs)
+            wanted = _to_theirs(ours, to_host(here[ours])[module.index], adapter.rank).astype(tensor.dtype)
+            if not np.array_equal(tensor.view(np.uint8), wanted.view(np.uint8)):
+                return theirs
+    return None
+
+
+class Folder:
+    """Adapters that are there."""
+
+    def __init__(self, path: Path):
+        """Raises: ValueError where files are missing, or say what is not carried out."""
+        self.path, self.label = path, f"peft:{path}"
+        for name in (CONFIG, WEIGHTS):
+            if not (path / name).is_file():
+                raise ValueError(f"{self.label}: there is no {name}; give the folder of saved adapters, as safetensors")
+        self.described: dict[str, Any] = json.loads((path / CONFIG).read_text())
+        self._file = safetensors_library().safe_open(path / WEIGHTS, framework="numpy")
+        kind, bias = self.described.get("peft_type"), self.described.get("bias", "none")
+        if kind != "LORA" or bias != "none":
+            raise ValueError(f"{self.label}: peft_type={kind}, bias={bias}: only LORA with bias=none is read")
+        for key in OTHER_METHODS:
+            if self.described.get(key):
+                raise ValueError(f"{self.label}: {key}={self.described[key]}: is not carried out here")
+
+    @property
+    def base(self) -> Path:
+        """The folder of the base. Raises: ValueError where it is not there."""
+        name = self.described.get("base_model_name_or_path") or ""
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(
+                f"{self.label}: base_model_name_or_path={name!r} is no folder of a downloaded checkpoint; write its "
+                f"folder there, in {CONFIG}"
+            )
+        return Path(name)
+
+    def tensor(self, name: str) -> np.ndarray:
+        return np.asarray(self._file.get_tensor(name))
+
+    def config(self, model: ModelConfig, family: Family) -> AdapterConfig:
+        """What `adapter` says of them here. Raises: ValueError for tensors without a place."""
+        d, there = self.described, set(self._file.keys())
+        method = Method.dora if d.get("use_dora") else Method.rslora if d.get("use_rslora") else Method.lora
+        if d.get("use_dora") and d.get("use_rslora"):
+            raise ValueError(f"{self.label}: use_dora and use_rslora together are not carried out")
+        targets, places = [], set()
+        for path in matrices(param_axes(model)):
+            name = short_name(path)
+            try:
+                one = AdapterConfig(method, d["r"], float(d["lora_alpha"]), [name])
+                named = {theirs for m in modules(model, one, family) for theirs in _names(m, method).values()}
+            except ValueError:  # no place for adapters of PEFT
+                continue
+            if named & there:
+                targets, places = [*targets, *([] if name in targets else [name])], places | named
+        problems = [f"{name} has no place here" for name in sorted(there - places)]
+        problems += [f"{name} is missing" for name in sorted(places - there)]
+        if problems or not targets:
+            raise ValueError(f"{self.label}: {'; '.join(problems[:5]) or 'there are no tensors'}")
+        return AdapterConfig(method, d["r"], float(d["lora_alpha"]), targets, float(d.get("lora_dropout") or 0.0))
+
+    def load(self, model: ModelConfig, adapter: AdapterConfig, family: Family, abstract: Any) -> Any:
+        """Adapters onto the shapes and shardings of `abstract`."""
+        of_path: dict[str, list[Module]] = {}
+        for module in modules(model, adapter, family):
+            of_path.setdefault(module.path, []).append(module)
+
+        def load(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> jax.Array:
+            *parents, ours = (key.key for key in path)
+            whole = np.zeros(spec.shape, spec.dtype)
+            for module in of_path["/".join(parents)]:
+                tensor, shape = self.tensor(_names(module, adapter.method)[ours]), whole[module.index].shape
+                if tensor.size != math.prod(shape):
+                    raise ValueError(f"{self.label}: {module.name}: {list(tensor.shape)} does not fit the base")
+                whole[module.index] = tensor.T.reshape(shape)  # of a vector, .T is itself
+            return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: whole[index])
+
+        return jax.tree_util.tree_map_with_path(load, abstract)

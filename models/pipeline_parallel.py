@@ -1,0 +1,134 @@
+"""Pipeline parallelism: each stage of devices holds some of the layers, and microbatches go through all of them.
+
+One program over arrays with a leading dim of stages, as in GSPMD (Xu et al. 2021 [2105.04663], section 3.3): in a turn
+every stage runs its layers on its microbatch, then all move on by one stage. The derivative of that loop is the way
+back. With several rounds a stage holds as many groups of layers, and microbatches come around so often: the
+interleaved schedule of Narayanan et al. 2021 [2104.04473], section 2.2, which waits less.
+
+Shape letters: S stages, M microbatches, R rounds, B rows of the batch, b rows of a microbatch.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models.config import PipelineConfig
+from models.logical_axes import ShardingConstraint
+
+
+class Schedule(NamedTuple):
+    """Who does what when. Microbatches go in groups of as many as there are stages; a group goes through all rounds
+    before the next one starts, so that what leaves the last stage is awaited by the first.
+    """
+
+    stages: int
+    rounds: int
+    microbatches: int  # a multiple of `stages`
+
+    @property
+    def turns(self) -> int:
+        return self.rounds * self.microbatches + self.stages - 1
+
+    @property
+    def in_words(self) -> str:
+        waiting = (self.stages - 1) / self.turns  # of the time a stage has nothing to do
+        return f"{self.microbatches} microbatches in {self.rounds} rounds; each waits {waiting:.0%} of the time"
+
+    def at(self, turn: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array]:
+        """(microbatch, round) of a stage. Before its first and after its last it repeats them, for nothing."""
+        done = jnp.clip(turn - stage, 0, self.rounds * self.microbatches - 1)
+        group, rest = jnp.divmod(done, self.stages * self.rounds)
+        round_, place = jnp.divmod(rest, self.stages)
+        return group * self.stages + place, round_
+
+
+def schedule_over(config: PipelineConfig, constrain: ShardingConstraint) -> Schedule | None:
+    """None where there is one stage."""
+    return None if constrain.stages == 1 else Schedule(constrain.stages, config.num_repeats, config.num_microbatches)
+
+
+def schedule_of(
+    config: PipelineConfig, constrain: ShardingConstraint, num_rows: int, num_layers: int
+) -> Schedule | None:
+    """None where all devices run all layers: there is one stage, or rows or layers do not divide.
+
+    The last is for batches of any size that are only read; what trains is checked at its start.
+    """
+    shown = constrain.shown_stages
+    rows = num_rows * (constrain.stages // shown)
+    if constrain.stages == 1 or not config.num_microbatches:
+        return None
+    if (
+        rows % config.num_microbatches
+        or num_layers % (shown * config.num_repeats)
+        or config.num_microbatches % constrain.stages
+    ):
+        return None
+    return schedule_over(config, constrain)
+
+
+def run_in_stages(
+    schedule: Schedule,
+    constrain: ShardingConstraint,
+    layers: Callable[..., Any],
+    again: Callable[[Callable[..., Any]], Callable[..., Any]],
+    scanned: Any,
+    moving: Any,
+    fixed: Any,
+) -> Any:
+    """What `moving` is after all layers; its leaves, and those of `fixed`, are of rows: [B, ...].
+
+    `layers(constrain, scanned, moving, fixed, microbatch)` runs consecutive layers, whose share of `scanned` (leaves
+    [layers, ...]) it is given, on the rows of one microbatch. `again` wraps what a stage does in a turn: what it is to
+    compute anew for the way back.
+    """
+    S, R, M = constrain.shown_stages, schedule.rounds, schedule.microbatches
+    copies = schedule.stages // S  # a share of the program holds the rows of one stage only
+    rows = jax.tree.leaves(moving)[0].shape[0]
+
+    def by_stage(x: jax.Array) -> jax.Array:  # [S, R, layers of a round, ...]
+        return constrain.along_stages(jnp.moveaxis(x.reshape(R, S, -1, *x.shape[1:]), 1, 0))
+
+    def in_microbatches(x: jax.Array) -> jax.Array:  # [S, M, b, ...]: row i of microbatch m is i M + m
+        x = jnp.concatenate([x] * copies) if copies > 1 else x
+        # A device's rows are consecutive, so every microbatch lies on all devices of a stage.
+        x = x.reshape(-1, M, *x.shape[1:]).swapaxes(0, 1)
+        return constrain.along_stages(jnp.broadcast_to(x[None], (S, *x.shape)))
+
+    scanned = jax.tree.map(by_stage, scanned)
+    entering = jax.tree.map(in_microbatches, (moving, fixed))
+    stage_S = jnp.arange(S)
+
+    def turn(carried: Any, now: jax.Array) -> tuple[Any, None]:
+        here, left = carried
+        microbatch_S, round_S = schedule.at(now, stage_S)
+        # Numbers of one stage are made anew on all: taken out of those of each stage they would have to be sent.
+        entered, first_round = schedule.at(now, 0)
+        begins_S = (stage_S == 0) & (first_round == 0)
+        next_one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, entered, 1, False), entering)
+
+        def arrived(x: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(begins_S.reshape(S, *[1] * (x.ndim - 1)), new, jnp.roll(x, 1, axis=0))
+
+        moving, fixed = jax.tree.map(arrived, here, next_one)
+
+        def stage(
+            constrain: ShardingConstraint, scanned: Any, moving: Any, fixed: Any, microbatch: Any, round_: Any
+        ) -> Any:
+            of_round = lambda x: x[0] if R == 1 else jax.lax.dynamic_index_in_dim(x, round_, 0, False)
+            return layers(constrain, jax.tree.map(of_round, scanned), moving, fixed, microbatch)
+
+        one = lambda constrain, *args: again(partial(stage, constrain))(*args)
+        moving = constrain.vmap_stages(one, scanned, moving, fixed, microbatch_S, round_S)
+        # All stages write where the last one must: what the others leave there is read by nobody.
+        last, _ = schedule.at(now, schedule.stages - 1)
+        left = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, last, 1), left, moving)
+        return ((moving, fixed), left), None
+
+    empty = jax.tree.map(lambda x: constrain.along_stages(jnp.zeros_like(x)), entering)
+    start = jax.tree.map(lambda x: x[:, 0], empty), empty[0]
+    (_, left), _ = jax.lax.scan(turn, start, jnp.arange(schedule.turns))
+    return jax.tree.map(lambda x: x[S - 1].swapaxes(0, 1).reshape(-1, *x.shape[3:])[:rows], left)

@@ -1,0 +1,1 @@
+"""Quantized weights and 8-bit matrix products."""

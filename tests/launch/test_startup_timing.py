@@ -1,0 +1,130 @@
+"""What a start tells: seconds of each process, and why a program was compiled anew."""
+
+import json
+import sys
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import launch.cli
+from launch.startup_timing import PHASES, PROGRAMS, Startup, compile_watched, log_cache_misses, program_parts, startup
+from launch.tasks import train
+from models.config import AttentionConfig, AttentionImplementation, ModelConfig
+from models.logical_axes import NoConstraint
+
+PARTS = {"jax": "1", "devices": "8 x cpu", "model": "a", "program": "x"}
+MISS = Counter(compile_requests_use_cache=1)
+
+
+def test_phases_within_phases_are_counted_once_and_all_time_is_told():
+    clock = Startup()
+    with clock.phase("state"):
+        time.sleep(0.02)
+        with clock.phase("data"):
+            time.sleep(0.03)
+    clock.first_step_done(0.25)
+    assert 0.02 <= clock.seconds["state"] < 0.03 <= clock.seconds["data"]
+    assert clock.seconds["first step"] == 0.25 and clock.seconds["config"] >= 0
+    assert list(clock.seconds) == list(PHASES)
+
+
+def test_one_process_is_told_in_a_line_and_several_side_by_side():
+    clock, seconds = Startup(), [1.0, 0.0, 0.5, 0.0, 2.0, 3.0, 0.25]
+    clock.cache = "compilation cache: hit, 2.0 s saved"
+    assert clock.told([seconds]) == (
+        "start-up 6.8 s: import 1.0, config 0.5, state 2.0, compile 3.0, first step 0.2; "
+        "compilation cache: hit, 2.0 s saved"
+    )
+    table = clock.told([seconds, [2 * s for s in seconds]]).splitlines()
+    assert table[0].split()[:6] == ["start-up", "process", "0", "process", "1", "longest;"]
+    assert [line.split()[0] for line in table[1:]] == [
+        "import",
+        "join",
+        "config",
+        "data",
+        "state",
+        "compile",
+        "first",
+        "total",
+    ]
+    assert table[-1].split() == ["total", "6.8", "s", "13.5", "s", "13.5", "s"]
+
+
+@pytest.mark.parametrize(
+    ("before", "counts", "said"),
+    [
+        ([], MISS, "miss, the first program here"),
+        ([PARTS | {"devices": "4 x cpu", "program": "y"}], MISS, "miss, devices was '4 x cpu' in the nearest"),
+        ([PARTS | {"jax": "0", "model": "b", "program": "y"}, PARTS | {"program": "y"}], MISS, "differs in its code"),
+        ([PARTS], MISS, "its entry is gone"),
+        ([PARTS], Counter(compile_requests_use_cache=1, cache_hits=1, compile_time_saved_sec=2), "hit, 2.0 s saved"),
+        ([PARTS], Counter(), "not asked"),
+    ],
+)
+def test_a_miss_says_what_differs_from_the_nearest_program(tmp_path, before, counts, said):
+    (tmp_path / PROGRAMS).write_text(json.dumps(before))
+    assert said in log_cache_misses(counts, PARTS, str(tmp_path))
+    assert json.loads((tmp_path / PROGRAMS).read_text())[-1] == PARTS
+    assert log_cache_misses(counts, PARTS, None).startswith("compilation cache: off")
+
+
+def test_a_program_is_found_the_second_time(tmp_path):
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    kept = [jax.config.values[name] for name in names]
+
+    def told(factor):
+        jax.clear_caches()
+        lowered = jax.jit(lambda x: jnp.sin(x) * factor).lower(jnp.ones(8))
+        compile_watched(lowered, {"model": "m"}, tell=True)
+        return startup.cache
+
+    try:
+        for name, value in zip(names, (str(tmp_path), 0), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        assert "miss, the first program here" in told(2.0)
+        assert "hit" in told(2.0)
+        assert "miss, the program differs in its code" in told(3.0)
+    finally:
+        for name, value in zip(names, kept, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert program_parts("text", {"model": "m"})["program"] != program_parts("other", {"model": "m"})["program"]
+
+
+def test_a_command_begins_again_with_huge_pages_once(monkeypatch):
+    begun = []
+    monkeypatch.setattr(launch.run.os, "execv", lambda program, arguments: begun.append((program, arguments)))
+    monkeypatch.setattr(sys, "argv", ["meshwright", "train"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "launch.cli", "train"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    launch.run.use_huge_pages()
+    launch.run.use_huge_pages()  # now they are set
+    assert begun == [(sys.executable, [sys.executable, "-m", "launch.cli", "train"])]
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(sys, "argv", ["meshwright", "--help"])
+    launch.run.use_huge_pages()
+    assert len(begun) == 1
+
+
+def test_a_kernel_that_is_wrong_on_these_devices_ends_the_start(monkeypatch):
+    model = ModelConfig(attention=AttentionConfig(implementation=AttentionImplementation.auto))
+    core = SimpleNamespace(model=model, constrain=NoConstraint("tpu"))
+    config = SimpleNamespace(data=SimpleNamespace(seq_len=256))
+    monkeypatch.setattr(train.kernels, "largest_difference", lambda kernel, model: 0.004)
+    train.verify_attention_kernel(config, core)
+    monkeypatch.setattr(train.kernels, "largest_difference", lambda kernel, model: 0.4)
+    with pytest.raises(
+        ValueError,
+        match=r"implementation=auto: on .*, splash differs by 40.0% .* set model.attention.implementation=xla",
+    ):
+        train.verify_attention_kernel(config, core)
+    core.constrain = NoConstraint("cpu")
+    train.verify_attention_kernel(config, core)

@@ -1,0 +1,112 @@
+"""A device that computes wrong, or holds other values than it should, is found and named."""
+
+from dataclasses import replace
+from itertools import count
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+
+from tests.trainer import toy
+from tests.trainer.test_step import OPTIMIZER, step_with
+from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
+from trainer.reliability.loss_spikes import NO_LIMITS
+from trainer.reliability.sdc_check import IntegrityWatch, SDCCheckConfig, SilentDataCorruption, minority_indices
+from trainer.state import abstract_state, init_sharded_state
+
+EVERY_SECOND = SDCCheckConfig(every=2)
+
+
+def made(train_step=None, **axes):
+    shapes = jax.eval_shape(toy.init_params, jax.random.key(0))
+    mesh = make_mesh(MeshConfig(**axes))
+    shardings = param_shardings(toy.AXES, shapes, mesh, ShardingRules())
+    state = init_sharded_state(toy.init_params, OPTIMIZER, jax.random.key(1), param_shardings=shardings)
+    abstract = abstract_state(toy.init_params, OPTIMIZER, param_shardings=shardings)
+    return state, IntegrityWatch(EVERY_SECOND, train_step or step_with(), abstract)
+
+
+def with_a_flipped_bit(array, device):
+    """The copy, or piece, of one device is other than it was by the lowest bit of one element."""
+    pieces = []
+    for shard in array.addressable_shards:
+        piece = np.array(shard.data)
+        if shard.device.id == device:
+            bits = piece.reshape(-1).view(np.uint32)
+            bits[bits.size // 2] ^= 1
+        pieces.append(jax.device_put(piece, shard.device))
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, pieces)
+
+
+@pytest.mark.parametrize(
+    ("axes", "alike"), [({"data": 8}, 8), ({"data": 2, "fsdp": 4}, 2), ({"data": 4, "tensor": 2}, 4)]
+)
+def test_one_bit_of_one_copy_is_found_and_named(axes, alike):
+    state, watch = made(**{"data": 1, "fsdp": 1, "tensor": 1} | axes)
+    assert watch.differing_replicas(state) == ""
+    spoiled = replace(state, params=state.params | {"head": with_a_flipped_bit(state.params["head"], device=5)})
+    told = watch.differing_replicas(spoiled)
+    assert "device 5 of process 0 holds another copy of params.head than others" in told
+    assert told.count("device") == (1 if alike > 2 else 2)  # of two nobody can say which is right
+
+
+def test_what_no_other_device_holds_cannot_be_compared():
+    state, watch = made(data=1, fsdp=8, tensor=1)
+    spoiled = replace(state, params=state.params | {"head": with_a_flipped_bit(state.params["head"], device=5)})
+    assert watch.differing_replicas(spoiled) == ""
+
+
+def test_a_sound_run_is_left_as_it_is():
+    state, watch = made(data=4, fsdp=2, tensor=1)
+    plain = jax.jit(step_with())
+    expected = plain(state, {}, toy.batch(8), NO_LIMITS)[0]
+    guarded = watch.guard(plain, first_step=1)
+    got = guarded(state, {}, toy.batch(8), NO_LIMITS)[0]
+    for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_step_that_does_not_repeat_ends_the_run_before_it_is_taken():
+    ticks = count()
+
+    def unsteady(state, frozen, batch, limits):
+        tick = io_callback(lambda: np.float32(next(ticks)), jax.ShapeDtypeStruct((), jnp.float32))
+        return replace(state, params=state.params | {"head": state.params["head"] + tick}), {}
+
+    taken = []
+    state, watch = made(unsteady, data=8, fsdp=1, tensor=1)
+    guarded = watch.guard(lambda state, *_: taken.append(1) or (state, {}), first_step=4)
+    guarded(state, {}, toy.batch(8), NO_LIMITS)  # step 5 is not due
+    with pytest.raises(
+        SilentDataCorruption, match=r"gave other bits for params\.head when the same step was repeated"
+    ) as error:
+        guarded(state, {}, toy.batch(8), NO_LIMITS)
+    assert (error.value.step, error.value.sound, len(taken)) == (6, 4, 1)
+
+
+def test_the_device_that_does_not_repeat_is_named():
+    state, watch = made(data=8, fsdp=1, tensor=1)
+    runs = [np.zeros((8, len(watch._names)), np.uint32) for _ in range(2)]
+    runs[1][3, :2] = 7
+    watch._of_step = lambda *_: runs.pop()
+    told = watch.differing_repeats(state)
+    assert told.startswith("device 3 of process 0 gave other bits for") and "device 2" not in told
+
+
+def test_every_kind_of_number_is_digested():
+    from trainer.reliability.sdc_check import _digest
+
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.int32, jnp.uint8, jnp.bool_, jnp.float8_e4m3fn):
+        x = jnp.arange(12).reshape(3, 4).astype(dtype)
+        other = x.at[1, 2].set(x[1, 2] == 0)
+        assert _digest(x) == _digest(x + 0 if dtype != jnp.bool_ else x) and _digest(x) != _digest(other), dtype
+        assert dtype == jnp.bool_ or _digest(x) != _digest(x[::-1])
+
+
+@pytest.mark.parametrize(
+    ("values", "odd"), [([1, 1, 1], []), ([1, 2, 1], [1]), ([1, 2], [0, 1]), ([1, 2, 3], [0, 1, 2])]
+)
+def test_the_majority_is_right(values, odd):
+    assert minority_indices(np.array(values)) == odd

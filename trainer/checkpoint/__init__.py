@@ -1,0 +1,1 @@
+"""Saves and restores runs: local and remote checkpoints, checksums, the commit barrier."""

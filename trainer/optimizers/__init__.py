@@ -1,0 +1,1 @@
+"""Optimizers, one file each, and the parameter groups that they treat differently."""

@@ -152,7 +152,7 @@ def _run_hydra(arguments: list[str]) -> int:
         from launch import config_errors as messages
         from launch import distributed
         from launch import safe_stdio as output
-        from launch.launchers.table import launch, launches
+        from launch.launchers.registry import launch, launches
         from trainer.checkpoint.checkpointer import SaveFailed
 
     register()

@@ -90,7 +90,7 @@ class Peers:
     ) -> None:
         """`coordinator`: host:port of process 0's service, where it is known."""
         self.index, self.count = index, count
-        self.doing: Callable[[], str] = lambda: "starts"
+        self.progress: Callable[[], tuple[int, str]] = lambda: (0, "starts")  # the last step, and what is done now
         self._store, self._coordinator, self._pause, self._leave = store, coordinator, pause, leave
         self._sign, self._survey = Heartbeat(), PeerStatus()
         self._news: dict[str, str] = {}
@@ -112,14 +112,10 @@ class Peers:
         with contextlib.suppress(Exception):
             self.publish()
 
-    def beat(self, step: int) -> None:
-        """This process has come to this step."""
-        self._sign.step = step
-
     def publish(self) -> None:
         """One sign, and the news."""
         self._sign.count += 1
-        self._sign.doing = self.doing()
+        self._sign.step, self._sign.doing = self.progress()
         self._store.key_value_set(f"{SIGNS}/{self.index}", json.dumps(vars(self._sign)), allow_overwrite=True)
         if self.index == 0:
             text = json.dumps(self._survey.news(self.signs()))

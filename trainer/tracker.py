@@ -319,18 +319,17 @@ def build_trackers(
     *,
     run_folder: Path,
     run_name: str,
-    num_steps: int,
+    always: Sequence[Tracker] = (),
     start_step: int = 0,
-    log_every: int = 10,
     say: Say = print,
 ) -> Trackers:
     """The trackers of a run. To be called on every process; only process 0 gets any.
 
+    `always`: those that every run has, in addition to `metrics.jsonl`; an error of theirs ends the run.
+
     Raises: ValueError where a tracker is not installed. One that cannot be reached is named and left out.
     """
     import jax
-
-    from trainer.console import ConsoleTracker
 
     if jax.process_index() != 0:
         return Trackers()
@@ -343,5 +342,4 @@ def build_trackers(
         except Exception as error:  # no account, no network: the run goes on without
             say(f"tracker {name} is left out: {_first_line(error)}")
     jsonl = JsonlTracker(run_folder / "metrics.jsonl", start_step=start_step)
-    console = ConsoleTracker(run_name, num_steps=num_steps, start_step=start_step, log_every=log_every)
-    return Trackers([jsonl, console], optional, say=say)
+    return Trackers([jsonl, *always], optional, say=say)

@@ -21,7 +21,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,18 +31,23 @@ from configs.schema import RunConfig, to_plain, typed_node
 from launch import exit_codes
 from launch.run_folder import GIT_FILE, git_state, write_whole
 
+ROOT = Path(__file__).resolve().parents[2]  # of the packages
+PACKED = "code.tar.gz"
 MARK = "MESHWRIGHT_JOB"  # in the environment of a job's processes: they launch nothing
 PACKAGES = ("trainer", "models", "data", "configs", "launch")
 BESIDE = ("pyproject.toml", "README.md")  # what installing the packages needs
 
 
+Config = TypeVar("Config", bound=LauncherConfig)
+
+
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[Config]):
     folder: Path  # runs/NAME/jobs/K, absolute
     run: str
     task: str
     arguments: list[str]  # after the task: overrides, and flags of Hydra's
-    launcher: LauncherConfig
+    launcher: Config
     python: str  # the interpreter that submitted
     workdir: str  # where it was called
     handle: dict[str, Any] = field(default_factory=dict)  # how the launcher finds the job again
@@ -68,7 +73,11 @@ class Job:
         given = dict(entry.split("=", 1) for entry in self.launcher.env if "=" in entry)
         return {**given, MARK: str(self.number), "PYTHONPATH": code or str(self.code)}
 
-    def noted(self, **handle: Any) -> "Job":
+    def pack(self) -> int:
+        """Writes the frozen code as `code.tar.gz`, for machines that share no disk with this one. Returns its bytes."""
+        return (self.folder / PACKED).write_bytes(packed(self.code))
+
+    def noted(self, **handle: Any) -> "Job[Config]":
         """The job with more in its handle, as it now stands in job.json."""
         job = dataclasses.replace(self, handle={**self.handle, **handle})
         job.save()
@@ -103,28 +112,6 @@ class Recipe:
             (folder / name).write_text(text)
 
 
-class Launcher(Protocol):
-    """What each module of a place has. `jobs`: one, or those of a sweep."""
-
-    def recipe(self, jobs: Sequence[Job]) -> Recipe:
-        """What will be run; a pure function."""
-        ...
-
-    def submit(self, jobs: Sequence[Job], recipe: Recipe) -> int:
-        """Carries the recipe out and, with `follow`, stays. Returns the exit code."""
-        ...
-
-    def status(self, job: Job) -> str:
-        """One line."""
-        ...
-
-    def logs(self, job: Job, *, follow: bool) -> int: ...
-
-    def stop(self, job: Job) -> str:
-        """Asks the job to end with a checkpoint, where the place allows it. Returns what was done."""
-        ...
-
-
 def job_of(config: RunConfig, overrides: list[str], folder: Path) -> Job:
     given = [o for o in overrides if not o.startswith(("task=", "launcher.dry_run="))]
     arguments = [*cli_flags(sys.argv[1:]), *given]
@@ -147,6 +134,11 @@ def newest(jobs: Path) -> Path | None:
     return jobs / str(max(numbers)) if numbers else None
 
 
+def newest_job(runs: str, run: str) -> Job | None:
+    folder = newest(jobs_folder(runs, run))
+    return Job.load(folder) if folder is not None and (folder / "job.json").exists() else None
+
+
 def next_folder(jobs: Path) -> Path:
     last = newest(jobs)
     return jobs / str(1 if last is None else int(last.name) + 1)
@@ -162,6 +154,11 @@ def take_folder(jobs: Path) -> Path:
             return folder
         except FileExistsError:
             continue
+
+
+def python_path(code: Path = ROOT) -> str:
+    """A PYTHONPATH with these packages before what is on it here."""
+    return os.pathsep.join(filter(None, [str(code.absolute()), os.environ.get("PYTHONPATH")]))
 
 
 def secrets(launcher: LauncherConfig, environ: Mapping[str, str]) -> dict[str, str]:
@@ -196,15 +193,15 @@ def freeze(job: Job, config: RunConfig) -> None:
 
 def freeze_code(folder: Path) -> Path:
     """Copies the packages to `folder/code`, the commit and what differs from it beside. Returns that path."""
-    root, code = Path(__file__).resolve().parents[2], folder / "code"
-    for name in code_files(root):
+    code = folder / "code"
+    for name in code_files(ROOT):
         target = code / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, target)
+        shutil.copyfile(ROOT / name, target)
     state = git_state()
     if state is not None:
         write_whole(code / GIT_FILE, json.dumps(state, indent=2) + "\n")
-        (folder / "code.patch").write_text(_patch(root))
+        (folder / "code.patch").write_text(_patch(ROOT))
     return code
 
 

@@ -6,8 +6,7 @@ lost makes all begin again, at most `launcher.max_restarts` times.
 """
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -15,45 +14,30 @@ import yaml
 from configs.launchers import K8sConfig
 from launch import exit_codes
 from launch.distributed import FIRST_PORT
-from launch.launchers.job import Job, Recipe, check_output, packed, public_name, run_command
-from launch.launchers.supervisor import left_running, say
+from launch.launchers.base import ClusterLauncher
+from launch.launchers.job import PACKED, Job, Recipe, check_output, public_name, run_command
 
-MANIFEST, PACKED = "jobset.yaml", "code.tar.gz"
+MANIFEST = "jobset.yaml"
 CODE, WORK = "/meshwright/code", "/meshwright/work"  # in a pod; output_dir= lies below WORK
 MAX_PACKED = 1_000_000  # bytes of a ConfigMap; the API server takes 1 MiB
 INDEX = "batch.kubernetes.io/job-completion-index"
 HOSTS = "hosts"  # the one kind of pods that a JobSet of ours has
-PAUSE = 5.0  # seconds between looks
 
 
-def recipe(jobs: Sequence[Job]) -> Recipe:
-    folder, commands = jobs[0].folder, []
-    for job in jobs:
-        source = f"--from-file={PACKED}={job.folder / PACKED}"
-        commands.append([*kubectl(job), "create", "configmap", code_map(job), source])
-    commands.append([*kubectl(jobs[0]), "apply", "-f", str(folder / MANIFEST)])
-    return Recipe({MANIFEST: yaml.safe_dump_all(map(jobset, jobs), sort_keys=False, width=120)}, commands)
-
-
-def of(job: Job) -> K8sConfig:
-    assert isinstance(job.launcher, K8sConfig)
-    return job.launcher
-
-
-def name(job: Job) -> str:
+def name(job: Job[K8sConfig]) -> str:
     return public_name(job.run, job.number, 40)  # the names of pods are longer, and end at 63
 
 
-def code_map(job: Job) -> str:
+def code_map(job: Job[K8sConfig]) -> str:
     return f"{name(job)}-code"
 
 
-def kubectl(job: Job) -> list[str]:
-    return ["kubectl", f"--namespace={of(job).namespace}"]
+def kubectl(job: Job[K8sConfig]) -> list[str]:
+    return ["kubectl", f"--namespace={job.launcher.namespace}"]
 
 
-def jobset(job: Job) -> dict[str, Any]:
-    launcher = of(job)
+def jobset(job: Job[K8sConfig]) -> dict[str, Any]:
+    launcher = job.launcher
     labels = {"app.kubernetes.io/name": "meshwright"}
     if launcher.queue:
         labels["kueue.x-k8s.io/queue-name"] = launcher.queue
@@ -78,8 +62,8 @@ def jobset(job: Job) -> dict[str, Any]:
     }
 
 
-def _job(job: Job) -> dict[str, Any]:
-    launcher = of(job)
+def _job(job: Job[K8sConfig]) -> dict[str, Any]:
+    launcher = job.launcher
     rules: list[dict[str, Any]] = [
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [exit_codes.WRONG_INPUT]}},
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [exit_codes.PREEMPTED]}},
@@ -95,8 +79,8 @@ def _job(job: Job) -> dict[str, Any]:
     }
 
 
-def _pod(job: Job) -> dict[str, Any]:
-    launcher = of(job)
+def _pod(job: Job[K8sConfig]) -> dict[str, Any]:
+    launcher = job.launcher
     code, packed_code = {"name": "code", "mountPath": CODE}, {"name": "packed", "mountPath": "/meshwright/packed"}
     work, shared = {"name": "work", "mountPath": WORK}, {"name": "shared-memory", "mountPath": "/dev/shm"}
     claim = {"persistentVolumeClaim": {"claimName": launcher.volume}} if launcher.volume else {"emptyDir": {}}
@@ -146,9 +130,9 @@ def _pod(job: Job) -> dict[str, Any]:
     return spec
 
 
-def environment(job: Job) -> list[dict[str, Any]]:
+def environment(job: Job[K8sConfig]) -> list[dict[str, Any]]:
     """Of a pod. Names alone are keys of the Kubernetes secret; GKE tells the workers of TPU slices of each other."""
-    launcher = of(job)
+    launcher = job.launcher
     variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in job.environment(CODE).items()]
     for entry in launcher.env:
         if "=" not in entry:
@@ -175,53 +159,6 @@ def _resources(launcher: K8sConfig) -> dict[str, Any]:
     return {part: found for part, found in (("requests", {**asked, **limits}), ("limits", limits)) if found}
 
 
-def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
-    """Raises: ValueError where the code is too large for a ConfigMap, or kubectl refuses."""
-    for job in jobs:
-        code = packed(job.code)
-        if len(code) > MAX_PACKED:
-            raise ValueError(
-                f"launcher=k8s: the code is {len(code):,} bytes packed, and a ConfigMap holds {MAX_PACKED:,}; what git "
-                "ignores is left out"
-            )
-        (job.folder / PACKED).write_bytes(code)
-    for command in recipe.commands:
-        check_output(command)
-    for job in jobs:
-        job.noted(name=name(job))
-        print(f"run {job.run!r}: job {job.number} is the JobSet {name(job)}", flush=True)
-    return max(_follow(job) for job in jobs) if jobs[0].launcher.follow else 0
-
-
-def _follow(job: Job) -> int:
-    """Shows the log of the first pod, again after each restart, until the JobSet is over. Ctrl-C leaves it running."""
-    told = ""
-    try:
-        while True:
-            found = state(job)
-            if found != told:
-                say(f"JobSet {name(job)}: {found}")
-                told = found
-            if found.startswith(OVER):
-                return 0 if found == OVER[0] else exit_codes.FAILED
-            if found.startswith("running"):
-                logs(job, follow=True)
-            time.sleep(PAUSE)
-    except KeyboardInterrupt:
-        return left_running([job])
-
-
-OVER = ("completed", "failed", "gone")
-
-
-def state(job: Job) -> str:
-    command = [*kubectl(job), "get", "jobset", name(job), "--output=json"]
-    found = run_command(command)
-    if found.returncode:
-        return "gone" if "NotFound" in found.stderr else f"unknown: {found.stderr.strip()}"
-    return described(json.loads(found.stdout))
-
-
 def described(shown: dict[str, Any]) -> str:
     """A JobSet, as kubectl shows it, in a few words."""
     status = shown.get("status", {})
@@ -237,20 +174,61 @@ def described(shown: dict[str, Any]) -> str:
     return f"running{restarts}" if pods else f"starting{restarts}"
 
 
-def status(job: Job) -> str:
-    return f"JobSet {name(job)}: {state(job)}"
+class K8sLauncher(ClusterLauncher[K8sConfig]):
+    """A JobSet for each job, and a ConfigMap with its code."""
 
+    shares_disk = local_secrets = False  # secrets are in the cluster
+    over = ("completed", "failed", "gone")
+    pause = 5.0
 
-def logs(job: Job, *, follow: bool) -> int:
-    """Of the first pod of the first slice."""
-    labels = {"jobset-name": name(job), "replicatedjob-name": HOSTS, "job-index": "0"}
-    selector = ",".join([*(f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()), f"{INDEX}=0"])
-    flags = [f"--selector={selector}", "--container=process", "--tail=-1", *(["--follow"] if follow else [])]
-    return run_command([*kubectl(job), "logs", *flags], shown=True).returncode
+    def recipe(self, jobs: Sequence[Job[K8sConfig]]) -> Recipe:
+        folder, commands = jobs[0].folder, []
+        for job in jobs:
+            source = f"--from-file={PACKED}={job.folder / PACKED}"
+            commands.append([*kubectl(job), "create", "configmap", code_map(job), source])
+        commands.append([*kubectl(jobs[0]), "apply", "-f", str(folder / MANIFEST)])
+        return Recipe({MANIFEST: yaml.safe_dump_all(map(jobset, jobs), sort_keys=False, width=120)}, commands)
 
+    def start(self, jobs: Sequence[Job[K8sConfig]], recipe: Recipe) -> Iterator[tuple[Job[K8sConfig], str]]:
+        """Raises: ValueError where the code is too large for a ConfigMap, or kubectl refuses."""
+        for job in jobs:
+            size = job.pack()
+            if size > MAX_PACKED:
+                raise ValueError(
+                    f"launcher=k8s: the code is {size:,} bytes packed, and a ConfigMap holds {MAX_PACKED:,}; what git "
+                    "ignores is left out"
+                )
+        for command in recipe.commands:
+            check_output(command)
+        for job in jobs:
+            yield job.noted(name=name(job)), f"is the {self.label(job)}"
 
-def stop(job: Job) -> str:
-    """Its processes get SIGTERM, and `launcher.grace` seconds to save."""
-    check_output([*kubectl(job), "delete", "jobset", name(job), "--wait=false"])
-    check_output([*kubectl(job), "delete", "configmap", code_map(job), "--ignore-not-found"])
-    return f"deleted the JobSet {name(job)}; its processes save and end"
+    def follow(self, jobs: Sequence[Job[K8sConfig]]) -> int:
+        """One JobSet after the other, with the log of each."""
+        return max(super(K8sLauncher, self).follow([job]) for job in jobs)
+
+    def log_view(self, jobs: Sequence[Job[K8sConfig]]) -> Callable[[str], None]:
+        """The log again after each restart: kubectl ends with the pod."""
+        return lambda state: self.logs(jobs[0], follow=True) if state.startswith("running") else None
+
+    def label(self, job: Job[K8sConfig]) -> str:
+        return f"JobSet {name(job)}"
+
+    def state(self, job: Job[K8sConfig]) -> str:
+        found = run_command([*kubectl(job), "get", "jobset", name(job), "--output=json"])
+        if found.returncode:
+            return "gone" if "NotFound" in found.stderr else f"unknown: {found.stderr.strip()}"
+        return described(json.loads(found.stdout))
+
+    def logs(self, job: Job[K8sConfig], *, follow: bool) -> int:
+        """Of the first pod of the first slice."""
+        labels = {"jobset-name": name(job), "replicatedjob-name": HOSTS, "job-index": "0"}
+        selector = ",".join([*(f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()), f"{INDEX}=0"])
+        flags = [f"--selector={selector}", "--container=process", "--tail=-1", *(["--follow"] if follow else [])]
+        return run_command([*kubectl(job), "logs", *flags], shown=True).returncode
+
+    def stop(self, job: Job[K8sConfig]) -> str:
+        """Its processes get SIGTERM, and `launcher.grace` seconds to save."""
+        check_output([*kubectl(job), "delete", "jobset", name(job), "--wait=false"])
+        check_output([*kubectl(job), "delete", "configmap", code_map(job), "--ignore-not-found"])
+        return f"deleted the {self.label(job)}; its processes save and end"

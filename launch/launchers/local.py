@@ -11,58 +11,41 @@ from pathlib import Path
 from configs.launchers import LocalConfig
 from launch import exit_codes
 from launch.launchers import supervisor
-from launch.launchers.following import show_log
-from launch.launchers.job import Job, Recipe, assignments, joined
-from launch.launchers.supervisor import Ended
-
-status, stop = supervisor.status, supervisor.stop
+from launch.launchers.base import say
+from launch.launchers.job import Job, Recipe, assignments, joined, python_path
+from launch.launchers.supervisor import Ended, SupervisedLauncher, supervise_job
 
 
-def recipe(jobs: Sequence[Job]) -> Recipe:
-    """One command for each process, with what it gets in its environment."""
-    commands = []
-    for job in jobs:
-        launcher = of(job)
-        for index in range(launcher.num_processes):
-            settings = joined(launcher.num_processes, index, f"127.0.0.1:{launcher.port or 'PORT'}")
-            commands.append(["env", *assignments({**job.environment(), **settings}), *job.command()])
-    return Recipe(commands=commands)
+class LocalLauncher(SupervisedLauncher[LocalConfig]):
+    """Process 0 has this terminal; the others write to `process_K.log` in the job's folder."""
+
+    def recipe(self, jobs: Sequence[Job[LocalConfig]]) -> Recipe:
+        """One command for each process, with what it gets in its environment."""
+        commands = []
+        for job in jobs:
+            launcher = job.launcher
+            for index in range(launcher.num_processes):
+                settings = joined(launcher.num_processes, index, f"127.0.0.1:{launcher.port or 'PORT'}")
+                commands.append(["env", *assignments({**job.environment(), **settings}), *job.command()])
+        return Recipe(commands=commands)
+
+    def carry_out(self, job: Job[LocalConfig]) -> int:
+        return supervise_job(job, lambda count: attempt(job, count), job.launcher.num_processes)
+
+    def logs(self, job: Job[LocalConfig], *, follow: bool) -> int:
+        if job.log.exists():
+            return super().logs(job, follow=follow)
+        others = sorted(job.folder.glob("process_*.log"))
+        print(f"process 0 wrote to its terminal; the others to {', '.join(map(str, others)) or 'none'}")
+        return 0
 
 
-def of(job: Job) -> LocalConfig:
-    assert isinstance(job.launcher, LocalConfig)
-    return job.launcher
-
-
-def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
-    return supervisor.submit_each(jobs, carry_out)
-
-
-def carry_out(job: Job) -> int:
-    """Starts the processes, and again where that helps; returns the exit code.
-
-    Process 0 has this terminal; the others write to `process_K.log` in the job's folder.
-    """
-    launcher = of(job)
-    code = supervisor.supervise(
-        lambda count: attempt(job, count),
-        count=launcher.num_processes,
-        max_restarts=launcher.max_restarts,
-        elastic=launcher.elastic,
-        saved_step=supervisor.saved_step_of(job),
-        say=supervisor.say,
-    )
-    job.noted(code=code)
-    return code
-
-
-def attempt(job: Job, count: int) -> Ended:
+def attempt(job: Job[LocalConfig], count: int) -> Ended:
     """Starts `count` processes and follows them to the end of the last."""
-    port = of(job).port or free_port()
+    port = job.launcher.port or free_port()
     children = []
     for index in range(count):
-        code_first = os.pathsep.join(filter(None, [str(job.code), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, **job.environment(code_first), **joined(count, index, f"127.0.0.1:{port}")}
+        env = {**os.environ, **job.environment(python_path(job.code)), **joined(count, index, f"127.0.0.1:{port}")}
         output = None if index == 0 else open(process_log(job, index), "ab")  # noqa: SIM115
         children.append(subprocess.Popen(job.command(), cwd=job.workdir, env=env, stdout=output, stderr=output))
         if output is not None:
@@ -95,13 +78,5 @@ def _follow(job: Job, children: list[subprocess.Popen]) -> Ended:
     if told and ended.process:
         ended = replace(ended, why=f"{ended.why}; see {process_log(job, ended.process)}")
     if ended.code == exit_codes.FAILED or ended.code < 0:
-        supervisor.say(ended.why)
+        say(ended.why)
     return ended
-
-
-def logs(job: Job, *, follow: bool) -> int:
-    if not job.log.exists():
-        others = sorted(job.folder.glob("process_*.log"))
-        print(f"process 0 wrote to its terminal; the others to {', '.join(map(str, others)) or 'none'}")
-        return 0
-    return show_log(job.log, follow=follow, ended=lambda: not supervisor.alive(job))

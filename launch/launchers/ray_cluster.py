@@ -11,41 +11,46 @@ from typing import Any
 
 from configs.launchers import RayConfig
 from launch.launchers import supervisor
-from launch.launchers.following import Tail, show_log
+from launch.launchers.base import LogTail
 from launch.launchers.job import Job, Recipe, assignments, joined, secrets
 from launch.launchers.local import process_log
-from launch.launchers.supervisor import Ended
+from launch.launchers.supervisor import Ended, SupervisedLauncher, supervise_job
 
 LOST = -9  # the code of a process whose actor is gone
 START_SECONDS = 600.0  # until the cluster has room for all actors
 ANSWER_SECONDS = 60.0  # of an actor; one that is silent for longer is lost
 PAUSE = 0.5
 
-status, stop = supervisor.status, supervisor.stop
 
+class RayLauncher(SupervisedLauncher[RayConfig]):
+    """An actor for each host; the driver supervises them."""
 
-def recipe(jobs: Sequence[Job]) -> Recipe:
-    """The driver's command, which asks for the actors, and the command of each actor."""
-    commands = []
-    for job in jobs:
-        launcher = of(job)
-        driver = [job.python, "-P", "-m", "launch.launchers.supervisor", str(job.folder)]
-        commands.append(["env", *assignments(job.environment()), *driver])
-        for index in range(launcher.hosts):
-            variables = {**job.environment(), **joined(launcher.hosts, index, "HOST:PORT")}
-            commands.append(["env", *assignments(variables), *job.command()])
-    return Recipe(commands=commands)
+    def recipe(self, jobs: Sequence[Job[RayConfig]]) -> Recipe:
+        """The driver's command, which asks for the actors, and the command of each actor."""
+        commands = []
+        for job in jobs:
+            commands.append(["env", *assignments(job.environment()), *supervisor.supervisor_command(job)])
+            for index in range(job.launcher.hosts):
+                variables = {**job.environment(), **joined(job.launcher.hosts, index, "HOST:PORT")}
+                commands.append(["env", *assignments(variables), *job.command()])
+        return Recipe(commands=commands)
 
+    def submit(self, jobs: Sequence[Job[RayConfig]], recipe: Recipe) -> int:
+        """Raises: ValueError where Ray is not installed."""
+        imported()
+        return super().submit(jobs, recipe)
 
-def of(job: Job) -> RayConfig:
-    assert isinstance(job.launcher, RayConfig)
-    return job.launcher
-
-
-def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
-    """Raises: ValueError where Ray is not installed."""
-    imported()
-    return supervisor.submit_each(jobs, carry_out)
+    def carry_out(self, job: Job[RayConfig]) -> int:
+        """Joins the cluster, or starts one here, and supervises the actors."""
+        ray, launcher = imported(), job.launcher
+        cpus = max(1, round(launcher.hosts * launcher.cpus_per_host))
+        room = {"num_cpus": cpus, "include_dashboard": False} if launcher.address == "local" else {}
+        ray.init(address=launcher.address, log_to_driver=False, logging_level="error", **room)
+        tail = LogTail(job.log)
+        try:
+            return supervise_job(job, lambda count: attempt(job, count, tail), launcher.hosts)
+        finally:
+            ray.shutdown()
 
 
 def imported() -> Any:
@@ -57,37 +62,13 @@ def imported() -> Any:
     return ray
 
 
-def carry_out(job: Job) -> int:
-    """Joins the cluster, or starts one here, and supervises the actors. Returns the exit code."""
-    ray, launcher = imported(), of(job)
-    here = launcher.address == "local"
-    room = (
-        {"num_cpus": max(1, round(launcher.hosts * launcher.cpus_per_host)), "include_dashboard": False} if here else {}
-    )
-    ray.init(address=launcher.address, log_to_driver=False, logging_level="error", **room)
-    tail = Tail(job.log)
-    try:
-        code = supervisor.supervise(
-            lambda count: attempt(job, count, tail),
-            count=launcher.hosts,
-            max_restarts=launcher.max_restarts,
-            elastic=launcher.elastic,
-            saved_step=supervisor.saved_step_of(job),
-            say=supervisor.say,
-        )
-    finally:
-        ray.shutdown()
-    job.noted(code=code)
-    return code
-
-
-def attempt(job: Job, count: int, tail: Tail) -> Ended:
+def attempt(job: Job[RayConfig], count: int, tail: LogTail) -> Ended:
     """Makes `count` actors, starts their processes and follows them to the end of the last."""
     ray = imported()
     group = _group(job, count)
     actors = [_actor(job, group, index) for index in range(count)]
     try:
-        host = ray.get(actors[0].where.remote(of(job).port), timeout=START_SECONDS)
+        host = ray.get(actors[0].where.remote(job.launcher.port), timeout=START_SECONDS)
         variables = {**secrets(job.launcher, os.environ), **job.environment()}
         started = []
         for index, actor in enumerate(actors):
@@ -135,9 +116,9 @@ def _answer(method: Any) -> int | None:
         return LOST
 
 
-def _group(job: Job, count: int) -> Any:
+def _group(job: Job[RayConfig], count: int) -> Any:
     """Room for all actors at once, on a host for each; None on this machine alone."""
-    launcher = of(job)
+    launcher = job.launcher
     if launcher.address == "local":
         return None
     ray = imported()
@@ -150,8 +131,8 @@ def _group(job: Job, count: int) -> Any:
     return group
 
 
-def _actor(job: Job, group: Any, index: int) -> Any:
-    launcher, ray = of(job), imported()
+def _actor(job: Job[RayConfig], group: Any, index: int) -> Any:
+    launcher, ray = job.launcher, imported()
     asked: dict[str, Any] = {
         "num_cpus": launcher.cpus_per_host,
         "num_gpus": launcher.gpus_per_host,
@@ -212,7 +193,3 @@ def _host_class() -> type:
                 self.child.terminate()
 
     return Host
-
-
-def logs(job: Job, *, follow: bool) -> int:
-    return show_log(job.log, follow=follow, ended=lambda: not supervisor.alive(job))

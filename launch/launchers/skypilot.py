@@ -12,34 +12,24 @@ import yaml
 
 from configs.launchers import SkypilotConfig
 from launch.distributed import FIRST_PORT
+from launch.launchers.base import Launcher
 from launch.launchers.job import Job, Recipe, check_output, public_name, restarted, run_command
 
 FILE = "task.yaml"
 HOME = "~/meshwright"  # on a node: where processes are called
 
 
-def recipe(jobs: Sequence[Job]) -> Recipe:
-    """A task and its launch for each job; the file of a sweep's further jobs stands in their own folders."""
-    files = {FILE if job is jobs[0] else str(job.folder / FILE): written(job) for job in jobs}
-    return Recipe(files, [launch(job) for job in jobs])
+def cluster(job: Job[SkypilotConfig]) -> str:
+    return job.launcher.cluster or public_name(job.run)
 
 
-def of(job: Job) -> SkypilotConfig:
-    assert isinstance(job.launcher, SkypilotConfig)
-    return job.launcher
-
-
-def cluster(job: Job) -> str:
-    return of(job).cluster or public_name(job.run)
-
-
-def launch(job: Job) -> list[str]:
+def launch(job: Job[SkypilotConfig]) -> list[str]:
     names = [word for entry in job.launcher.env if "=" not in entry for word in ("--secret", entry)]
-    stays = ["--idle-minutes-to-autostop", str(of(job).autostop), "--down", "--detach-run"]
+    stays = ["--idle-minutes-to-autostop", str(job.launcher.autostop), "--down", "--detach-run"]
     return ["sky", "launch", "--yes", "--cluster", cluster(job), *stays, *names, str(job.folder / FILE)]
 
 
-def written(job: Job) -> str:
+def written(job: Job[SkypilotConfig]) -> str:
     return yaml.dump(task(job), Dumper=_Blocks, sort_keys=False, width=120)
 
 
@@ -54,8 +44,8 @@ def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Blocks.add_representer(str, _block)
 
 
-def task(job: Job) -> dict[str, Any]:
-    launcher = of(job)
+def task(job: Job[SkypilotConfig]) -> dict[str, Any]:
+    launcher = job.launcher
     resources = {
         "infra": launcher.infra,
         "accelerators": launcher.accelerators,
@@ -85,9 +75,9 @@ def install(launcher: SkypilotConfig) -> str:
     return f"{launcher.python} -m pip install -q -e '.{extra}'"
 
 
-def _run(job: Job) -> str:
+def _run(job: Job[SkypilotConfig]) -> str:
     """On each node, in the folder of the code."""
-    launcher = of(job)
+    launcher = job.launcher
     join = {
         "JAX_COORDINATOR_ADDRESS": f'"$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{FIRST_PORT}"',
         "JAX_NUM_PROCESSES": '"$SKYPILOT_NUM_NODES"',
@@ -103,27 +93,37 @@ def _run(job: Job) -> str:
     return "\n".join(lines) + "\n"
 
 
-def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
-    """Raises: ValueError where sky refuses."""
-    for job, command in zip(jobs, recipe.commands, strict=True):
-        check_output(command)
-        job = job.noted(cluster=cluster(job))
-        print(f"run {job.run!r}: job {job.number} runs on the cluster {cluster(job)}", flush=True)
-    return logs(jobs[0], follow=True) if jobs[0].launcher.follow and len(jobs) == 1 else 0
+class SkypilotLauncher(Launcher[SkypilotConfig]):
+    """A cluster for each run."""
 
+    shares_disk = False
 
-def status(job: Job) -> str:
-    return f"cluster {cluster(job)}:\n{check_output(['sky', 'queue', cluster(job)])}"
+    def recipe(self, jobs: Sequence[Job[SkypilotConfig]]) -> Recipe:
+        """A task and its launch for each job; the file of a sweep's further jobs stands in their own folders."""
+        files = {FILE if job is jobs[0] else str(job.folder / FILE): written(job) for job in jobs}
+        return Recipe(files, [launch(job) for job in jobs])
 
+    def submit(self, jobs: Sequence[Job[SkypilotConfig]], recipe: Recipe) -> int:
+        """Raises: ValueError where sky refuses."""
+        for job, command in zip(jobs, recipe.commands, strict=True):
+            check_output(command)
+            job = job.noted(cluster=cluster(job))
+            print(f"run {job.run!r}: job {job.number} runs on the cluster {cluster(job)}", flush=True)
+        return self.logs(jobs[0], follow=True) if jobs[0].launcher.follow and len(jobs) == 1 else 0
 
-def logs(job: Job, *, follow: bool) -> int:
-    """Of its newest task. Ctrl-C leaves it running. The exit code, as sky has it: 0 where the task succeeded."""
-    try:
-        return run_command(["sky", "logs", *([] if follow else ["--no-follow"]), cluster(job)], shown=True).returncode
-    except KeyboardInterrupt:
-        return 0
+    def status(self, job: Job[SkypilotConfig]) -> str:
+        return f"cluster {cluster(job)}:\n{check_output(['sky', 'queue', cluster(job)])}"
 
+    def logs(self, job: Job[SkypilotConfig], *, follow: bool) -> int:
+        """Of its newest task. Ctrl-C leaves it running. The exit code, as sky has it: 0 where the task succeeded."""
+        try:
+            return run_command(
+                ["sky", "logs", *([] if follow else ["--no-follow"]), cluster(job)], shown=True
+            ).returncode
+        except KeyboardInterrupt:
+            return 0
 
-def stop(job: Job) -> str:
-    check_output(["sky", "cancel", "--yes", "--all", cluster(job)])
-    return f"cancelled; the cluster is deleted after {of(job).autostop} minutes, at once with: sky down {cluster(job)}"
+    def stop(self, job: Job[SkypilotConfig]) -> str:
+        name, minutes = cluster(job), job.launcher.autostop
+        check_output(["sky", "cancel", "--yes", "--all", name])
+        return f"cancelled; the cluster is deleted after {minutes} minutes, at once with: sky down {name}"

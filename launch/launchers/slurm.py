@@ -6,13 +6,12 @@ lost. Exit code and the wish to stop pass through files beside the script, as SL
 
 import re
 import shlex
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from configs.launchers import Runtime, SlurmConfig
 from launch import exit_codes
-from launch.launchers.following import Tail, show_log
+from launch.launchers.base import ClusterLauncher, LogTail, show_log
 from launch.launchers.job import (
     MARK,
     Job,
@@ -23,31 +22,17 @@ from launch.launchers.job import (
     run_command,
     worth_another_start,
 )
-from launch.launchers.supervisor import left_running, say
 
 SCRIPT = "job.sbatch"
 STOP, EXIT_CODE = "stop", "exit_code"  # files in the job's folder
 # Handed on beside what `launcher.env` names: where programs, their caches and the user's files are.
 EXPORTED = ("PATH", "LD_LIBRARY_PATH", "HOME", "USER", "LANG", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
 OTHERS_SECONDS = 60  # for the other processes, when one has ended; then they are killed
-PAUSE = 2.0  # seconds between looks at the queue
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
-def recipe(jobs: Sequence[Job]) -> Recipe:
-    names = [entry for entry in jobs[0].launcher.env if "=" not in entry]
-    submission = ["sbatch", "--parsable", f"--export={','.join([*EXPORTED, *names])}", str(jobs[0].folder / SCRIPT)]
-    return Recipe({SCRIPT: script(jobs)}, [submission])
-
-
-def of(job: Job) -> SlurmConfig:
-    assert isinstance(job.launcher, SlurmConfig)
-    return job.launcher
-
-
-def script(jobs: Sequence[Job]) -> str:
+def script(jobs: Sequence[Job[SlurmConfig]]) -> str:
     """What sbatch is given. Of an array, each element finds its own job by its index."""
-    launcher, array = of(jobs[0]), len(jobs) > 1
+    launcher, array = jobs[0].launcher, len(jobs) > 1
     choice = [_chosen(job) for job in jobs]
     if array:
         choice = ["case $SLURM_ARRAY_TASK_ID in", *(f"{i}) {line} ;;" for i, line in enumerate(choice)), "esac"]
@@ -89,9 +74,9 @@ def script(jobs: Sequence[Job]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def options(jobs: Sequence[Job]) -> list[str]:
+def options(jobs: Sequence[Job[SlurmConfig]]) -> list[str]:
     """Of sbatch, for the script's head."""
-    job, launcher = jobs[0], of(jobs[0])
+    job, launcher = jobs[0], jobs[0].launcher
     given = {
         "job-name": f"meshwright-{public_name(job.run, job.number)}",
         "nodes": launcher.nodes,
@@ -117,13 +102,13 @@ def options(jobs: Sequence[Job]) -> list[str]:
     ]
 
 
-def _chosen(job: Job) -> str:
+def _chosen(job: Job[SlurmConfig]) -> str:
     return f"job={shlex.quote(str(job.folder))} arguments=({shlex.join([job.task, *job.arguments])})"
 
 
-def _srun(job: Job) -> list[str]:
+def _srun(job: Job[SlurmConfig]) -> list[str]:
     """Up to the interpreter. The environment is this script's own, in an image too."""
-    launcher = of(job)
+    launcher = job.launcher
     words = [f"srun --export=ALL --kill-on-bad-exit=0 --wait={OTHERS_SECONDS} --label"]
     if launcher.image is None:
         return words
@@ -141,51 +126,6 @@ def _srun(job: Job) -> list[str]:
     return [*words, shlex.join(["apptainer", "exec", *gpus, *binds])]
 
 
-def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
-    """Raises: ValueError where sbatch refuses."""
-    number = check_output(recipe.commands[0]).split(";")[0]  # NUMBER;CLUSTER
-    if len(jobs) > 1:
-        jobs = [job.noted(id=f"{number}_{i}", log=f"{jobs[0].log}_{i}") for i, job in enumerate(jobs)]
-    else:
-        jobs = [jobs[0].noted(id=number, log=str(jobs[0].log))]
-    for job in jobs:
-        print(
-            f"run {job.run!r}: job {job.number} is SLURM job {job.handle['id']}, log: {job.handle['log']}", flush=True
-        )
-    return _follow(jobs) if jobs[0].launcher.follow else 0
-
-
-def _follow(jobs: Sequence[Job]) -> int:
-    """Tells states, and of one job its log, until all are over. Ctrl-C leaves them running."""
-    tail = Tail(jobs[0].log) if len(jobs) == 1 else None
-    told: dict[str, str] = {}
-    try:
-        while True:
-            states = {job.handle["id"]: state(job) for job in jobs}
-            for name, found in states.items():
-                if told.get(name) != found:
-                    say(f"SLURM job {name}: {found}")
-            told = states
-            if tail is not None:
-                tail.show()
-            if all(found.split()[0] in (*OVER, "GONE") for found in states.values()):
-                break
-            time.sleep(PAUSE)
-    except KeyboardInterrupt:
-        return left_running(jobs)
-    return max(exit_code(job) for job in jobs)
-
-
-def state(job: Job) -> str:
-    """As SLURM tells it, with nodes or the reason for waiting; GONE where it has forgotten the job."""
-    found = run_command(["scontrol", "show", "job", "--oneliner", job.handle["id"]])
-    if found.returncode:
-        if "Invalid job id" in found.stderr:
-            return "GONE"
-        return f"unknown: {found.stderr.strip()}"
-    return described(found.stdout)
-
-
 def described(shown: str) -> str:
     """`scontrol show job --oneliner` in a few words."""
     fields = dict(re.findall(r"(\w+)=(\S*)", shown))
@@ -198,30 +138,62 @@ def described(shown: str) -> str:
     return word
 
 
-def exit_code(job: Job) -> int:
-    """What the script noted at its end; without it, from the state."""
-    file = job.folder / EXIT_CODE
-    if file.exists():
-        return int(file.read_text())
-    return 0 if state(job).startswith("COMPLETED") else exit_codes.FAILED
+class SlurmLauncher(ClusterLauncher[SlurmConfig]):
+    """One batch job, or an array for the jobs of a sweep."""
 
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "GONE")
+    pause = 2.0
 
-def status(job: Job) -> str:
-    found = state(job)
-    if found.split()[0] in (*OVER, "GONE") and (job.folder / EXIT_CODE).exists():
-        return f"SLURM job {job.handle['id']}: ended with {exit_code(job)}"
-    return f"SLURM job {job.handle['id']}: {found}"
+    def recipe(self, jobs: Sequence[Job[SlurmConfig]]) -> Recipe:
+        names = [entry for entry in jobs[0].launcher.env if "=" not in entry]
+        exported = f"--export={','.join([*EXPORTED, *names])}"
+        return Recipe({SCRIPT: script(jobs)}, [["sbatch", "--parsable", exported, str(jobs[0].folder / SCRIPT)]])
 
+    def start(self, jobs: Sequence[Job[SlurmConfig]], recipe: Recipe) -> Iterator[tuple[Job[SlurmConfig], str]]:
+        """Raises: ValueError where sbatch refuses."""
+        number = check_output(recipe.commands[0]).split(";")[0]  # NUMBER;CLUSTER
+        suffixes = [f"_{i}" for i in range(len(jobs))] if len(jobs) > 1 else [""]
+        noted = [
+            job.noted(id=number + suffix, log=f"{jobs[0].log}{suffix}")
+            for job, suffix in zip(jobs, suffixes, strict=True)
+        ]
+        for job in noted:
+            yield job, f"is {self.label(job)}, log: {job.handle['log']}"
 
-def logs(job: Job, *, follow: bool) -> int:
-    return show_log(Path(job.handle["log"]), follow=follow, ended=lambda: state(job).split()[0] in (*OVER, "GONE"))
+    def log_view(self, jobs: Sequence[Job[SlurmConfig]]) -> Callable[[str], None]:
+        """Of one job its log, of several none."""
+        tail = LogTail(jobs[0].log) if len(jobs) == 1 else None
+        return lambda state: None if tail is None else tail.show()
 
+    def label(self, job: Job[SlurmConfig]) -> str:
+        return f"SLURM job {job.handle['id']}"
 
-def stop(job: Job) -> str:
-    """One that waits is cancelled; one that runs saves first, and is not queued again."""
-    (job.folder / STOP).touch()
-    if state(job).startswith("RUNNING"):
-        check_output(["scancel", "--signal=TERM", job.handle["id"]])
-        return f"told SLURM job {job.handle['id']} to save and end"
-    check_output(["scancel", job.handle["id"]])
-    return f"cancelled SLURM job {job.handle['id']}"
+    def state(self, job: Job[SlurmConfig]) -> str:
+        """With nodes or the reason for waiting; GONE where SLURM has forgotten the job."""
+        found = run_command(["scontrol", "show", "job", "--oneliner", job.handle["id"]])
+        if found.returncode:
+            return "GONE" if "Invalid job id" in found.stderr else f"unknown: {found.stderr.strip()}"
+        return described(found.stdout)
+
+    def exit_code(self, job: Job[SlurmConfig], state: str) -> int:
+        """What the script noted at its end; without it, from the state."""
+        file = job.folder / EXIT_CODE
+        return int(file.read_text()) if file.exists() else super().exit_code(job, state)
+
+    def status(self, job: Job[SlurmConfig]) -> str:
+        state = self.state(job)
+        if self.is_over(state) and (job.folder / EXIT_CODE).exists():
+            return f"{self.label(job)}: ended with {self.exit_code(job, state)}"
+        return f"{self.label(job)}: {state}"
+
+    def logs(self, job: Job[SlurmConfig], *, follow: bool) -> int:
+        return show_log(Path(job.handle["log"]), follow=follow, ended=lambda: self.is_over(self.state(job)))
+
+    def stop(self, job: Job[SlurmConfig]) -> str:
+        """One that waits is cancelled; one that runs saves first, and is not queued again."""
+        (job.folder / STOP).touch()
+        if self.state(job).startswith("RUNNING"):
+            check_output(["scancel", "--signal=TERM", job.handle["id"]])
+            return f"told {self.label(job)} to save and end"
+        check_output(["scancel", job.handle["id"]])
+        return f"cancelled {self.label(job)}"

@@ -6,15 +6,17 @@ When one is lost the others cannot go on without it, so all end and all begin ag
 import os
 import signal
 import subprocess
-import sys
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from configs.launchers import LocalConfig, RayConfig
 from data.object_store import Store, is_url
 from launch import exit_codes
-from launch.launchers.job import Job, secrets
+from launch.launchers.base import Launcher, say, show_log
+from launch.launchers.job import Config, Job, Recipe, secrets
 from launch.startup_timing import began
 
 GRACE_SECONDS = 10.0  # for the others, when one has died: they may wait for it in a collective for ever
@@ -151,37 +153,66 @@ def saved_step_of(job: Job) -> Callable[[], int | None]:
     return newest
 
 
-def say(text: str) -> None:
-    print(f"meshwright: {text}", file=sys.stderr, flush=True)
+def supervise_job(job: Job[LocalConfig] | Job[RayConfig], attempt: Attempt, count: int) -> int:
+    """Supervises `count` processes as the job's settings say, and records the exit code, which it returns."""
+    code = supervise(
+        attempt,
+        count=count,
+        max_restarts=job.launcher.max_restarts,
+        elastic=job.launcher.elastic,
+        saved_step=saved_step_of(job),
+        say=say,
+    )
+    job.noted(code=code)
+    return code
 
 
-def left_running(jobs: Sequence[Job]) -> int:
-    """Says, after Ctrl-C, how to look at jobs that go on elsewhere, and how to stop them. Returns the exit code."""
-    stops = "; ".join(f"meshwright stop run={job.run}" for job in jobs)
-    say(f"left; the job goes on. To look: meshwright logs run={jobs[0].run} follow=true; to stop: {stops}")
-    return exit_codes.INTERRUPTED
+class SupervisedLauncher(Launcher[Config]):
+    """A launcher whose jobs have a supervisor on this machine: this process, or one in the background."""
+
+    @abstractmethod
+    def carry_out(self, job: Job[Config]) -> int:
+        """Starts the processes, and again where that helps; returns the exit code."""
+
+    def submit(self, jobs: Sequence[Job[Config]], recipe: Recipe) -> int:
+        """One job after the other in this process; those of `launcher.follow=false` at once, in the background."""
+        codes = []
+        for job in jobs:
+            if job.launcher.follow:
+                codes.append(self.carry_out(job.noted(**identity(os.getpid()))))
+            else:
+                detach(job, secrets(job.launcher, os.environ))
+                print(f"run {job.run!r}: job {job.number} runs in the background, log: {job.log}")
+        return max(codes, default=0)
+
+    def status(self, job: Job[Config]) -> str:
+        if alive(job):
+            return f"running, process {job.handle['pid']} on {job.handle['host']}"
+        code = job.handle.get("code")
+        return "ended without a word: killed, or the machine was" if code is None else f"ended with {code}"
+
+    def logs(self, job: Job[Config], *, follow: bool) -> int:
+        return show_log(job.log, follow=follow, ended=lambda: not alive(job))
+
+    def stop(self, job: Job[Config]) -> str:
+        if not alive(job):
+            return self.status(job)
+        os.kill(job.handle["pid"], signal.SIGTERM)
+        return f"told process {job.handle['pid']} to save and end"
 
 
-# A supervisor in the background, and how it is found again
+# A supervisor in the background, and how a process is found again
 
 
-def submit_each(jobs: Sequence[Job], carry_out: Callable[[Job], int]) -> int:
-    """One job after the other in this process; those of `launcher.follow=false` at once, in the background."""
-    codes = []
-    for job in jobs:
-        if job.launcher.follow:
-            codes.append(carry_out(attached(job)))
-        else:
-            job = detach(job, secrets(job.launcher, os.environ))
-            print(f"run {job.run!r}: job {job.number} runs in the background, log: {job.log}")
-    return max(codes, default=0)
+def supervisor_command(job: Job) -> list[str]:
+    return [job.python, "-P", "-m", "launch.launchers", str(job.folder)]
 
 
-def detach(job: Job, variables: Mapping[str, str]) -> Job:
-    """Starts `python -m launch.launchers.supervisor` for the job; it outlives this process."""
+def detach(job: Job, variables: Mapping[str, str]) -> None:
+    """Starts a supervisor for the job that outlives this process."""
     with open(job.log, "ab") as log:
         child = subprocess.Popen(
-            [job.python, "-P", "-m", "launch.launchers.supervisor", str(job.folder)],
+            supervisor_command(job),
             cwd=job.workdir,
             env={**os.environ, **variables, **job.environment()},
             stdin=subprocess.DEVNULL,
@@ -189,12 +220,7 @@ def detach(job: Job, variables: Mapping[str, str]) -> Job:
             stderr=log,
             start_new_session=True,
         )
-    return job.noted(pid=child.pid, began=began(child.pid), host=os.uname().nodename)
-
-
-def attached(job: Job) -> Job:
-    """The job with this process as its supervisor."""
-    return job.noted(pid=os.getpid(), began=began(os.getpid()), host=os.uname().nodename)
+    job.noted(**identity(child.pid))
 
 
 def alive(job: Job) -> bool:
@@ -202,40 +228,25 @@ def alive(job: Job) -> bool:
 
     Raises: ValueError where it is on another machine.
     """
-    host, pid = job.handle.get("host"), job.handle.get("pid")
-    if pid is None:
-        return False
-    if host != os.uname().nodename:
+    host = job.handle.get("host")
+    if host not in (None, os.uname().nodename):
         raise ValueError(f"run={job.run}: its job {job.number} was started on {host}; ask there")
+    return is_alive(job.handle)
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """A process, so that it is known again."""
+    return {"pid": pid, "began": began(pid), "host": os.uname().nodename}
+
+
+def is_alive(process: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine is still the same one."""
+    if process.get("pid") is None or process.get("host") != os.uname().nodename:
+        return False
     try:
-        os.kill(pid, 0)
+        os.kill(process["pid"], 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return began(pid) == job.handle.get("began")
-
-
-def status(job: Job) -> str:
-    if alive(job):
-        return f"running, process {job.handle['pid']} on {job.handle['host']}"
-    code = job.handle.get("code")
-    return "ended without a word: killed, or the machine was" if code is None else f"ended with {code}"
-
-
-def stop(job: Job) -> str:
-    if not alive(job):
-        return status(job)
-    os.kill(job.handle["pid"], signal.SIGTERM)
-    return f"told process {job.handle['pid']} to save and end"
-
-
-def main() -> None:
-    from launch.launchers.table import LAUNCHERS
-
-    job = Job.load(Path(sys.argv[1]))
-    sys.exit(LAUNCHERS[job.launcher.kind].carry_out(job))  # type: ignore[attr-defined]
-
-
-if __name__ == "__main__":
-    main()
+    return began(process["pid"]) == process.get("began")

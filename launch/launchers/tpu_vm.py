@@ -13,49 +13,38 @@ from collections.abc import Sequence
 
 from configs.launchers import TpuVmConfig
 from launch import exit_codes
-from launch.launchers import supervisor
+from launch.launchers.base import Launcher, left_running, say
 from launch.launchers.job import (
+    PACKED,
     Job,
     Recipe,
     assignments,
     check_output,
-    packed,
     public_name,
     restarted,
     run_command,
     secrets,
 )
-from launch.launchers.supervisor import Ended, left_running, say
+from launch.launchers.supervisor import Ended, supervise
 
-SCRIPT, PACKED = "worker.sh", "code.tar.gz"
+SCRIPT = "worker.sh"
 HOME = "meshwright"  # on a worker, in the user's home: where processes are called
 READY, OVER = "ACTIVE", ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
 WORKER = "WORKER"  # in a recipe, where each has a command of its own
 PAUSE = 20.0  # seconds between looks
 
 
-def recipe(jobs: Sequence[Job]) -> Recipe:
-    """The script of the workers, and the commands in their order; the last one once for each worker."""
-    files = {SCRIPT: script(jobs[0])} if len(jobs) == 1 else {}
-    return Recipe(files, [command for job in jobs for command in commands(job)])
-
-
-def of(job: Job) -> TpuVmConfig:
-    assert isinstance(job.launcher, TpuVmConfig)
-    return job.launcher
-
-
-def tpu(job: Job) -> str:
+def tpu(job: Job[TpuVmConfig]) -> str:
     """The name of the slice: jobs of a run share it."""
-    return of(job).name or public_name(job.run)
+    return job.launcher.name or public_name(job.run)
 
 
-def place(job: Job) -> str:
+def place(job: Job[TpuVmConfig]) -> str:
     return f"jobs/{public_name(job.run, job.number)}"  # in HOME
 
 
-def commands(job: Job) -> list[list[str]]:
-    unpacked = f"tar -xzf {PACKED} -C code && cd code && {of(job).setup}"
+def commands(job: Job[TpuVmConfig]) -> list[list[str]]:
+    unpacked = f"tar -xzf {PACKED} -C code && cd code && {job.launcher.setup}"
     return [
         create(job),
         queued(job, "describe", "--format=value(state.state)"),
@@ -66,38 +55,38 @@ def commands(job: Job) -> list[list[str]]:
     ]
 
 
-def create(job: Job) -> list[str]:
-    launcher = of(job)
+def create(job: Job[TpuVmConfig]) -> list[str]:
+    launcher = job.launcher
     kind = [f"--accelerator-type={launcher.accelerator}", f"--runtime-version={launcher.runtime}"]
     how = ["--spot"] * launcher.spot + ["--reserved"] * launcher.reserved
     return queued(job, "create", f"--node-id={tpu(job)}", *kind, *how)
 
 
-def queued(job: Job, verb: str, *flags: str) -> list[str]:
+def queued(job: Job[TpuVmConfig], verb: str, *flags: str) -> list[str]:
     return ["gcloud", "compute", "tpus", "queued-resources", verb, tpu(job), *_where(job), *flags]
 
 
-def ssh(job: Job, worker: str, command: str) -> list[str]:
+def ssh(job: Job[TpuVmConfig], worker: str, command: str) -> list[str]:
     return _vm(job, "ssh", tpu(job), f"--worker={worker}", f"--command={command}")
 
 
-def scp(job: Job) -> list[str]:
+def scp(job: Job[TpuVmConfig]) -> list[str]:
     files = [str(job.folder / PACKED), str(job.folder / SCRIPT)]
     return _vm(job, "scp", *files, f"{tpu(job)}:{HOME}/{place(job)}/", "--worker=all")
 
 
-def _vm(job: Job, verb: str, *words: str) -> list[str]:
+def _vm(job: Job[TpuVmConfig], verb: str, *words: str) -> list[str]:
     return ["gcloud", "compute", "tpus", "tpu-vm", verb, *words, *_where(job)]
 
 
-def _where(job: Job) -> list[str]:
-    project = of(job).project
-    return [f"--zone={of(job).zone}", *([f"--project={project}"] if project else []), "--quiet"]
+def _where(job: Job[TpuVmConfig]) -> list[str]:
+    project = job.launcher.project
+    return [f"--zone={job.launcher.zone}", *([f"--project={project}"] if project else []), "--quiet"]
 
 
-def script(job: Job) -> str:
+def script(job: Job[TpuVmConfig]) -> str:
     """What runs on each worker. Its input: NAME=VALUE of each secret, with a null byte behind it."""
-    launcher = of(job)
+    launcher = job.launcher
     given = {name: value for name, value in job.environment().items() if name != "PYTHONPATH"}
     return "\n".join(
         [
@@ -118,37 +107,11 @@ def script(job: Job) -> str:
     )
 
 
-def submit(jobs: Sequence[Job], recipe: Recipe) -> int:
-    """Raises: ValueError where gcloud refuses, or a sweep is asked for."""
-    if len(jobs) > 1:
-        raise ValueError(
-            f"launcher=tpu_vm: a slice has one job at a time, and this sweep has {len(jobs)}; give them singly"
-        )
-    [job] = jobs
-    (job.folder / PACKED).write_bytes(packed(job.code))
-    job = job.noted(tpu=tpu(job))
-    if not job.launcher.follow:
-        start(job)
-        print(f"run {job.run!r}: job {job.number} runs on the TPU {tpu(job)}")
-        return 0
-    try:
-        return supervisor.supervise(
-            lambda count: attempt(job),
-            count=1,
-            max_restarts=job.launcher.max_restarts,
-            elastic=False,
-            saved_step=lambda: None,
-            say=say,
-        )
-    except KeyboardInterrupt:
-        return left_running([job])
-
-
-def attempt(job: Job) -> Ended:
+def attempt(job: Job[TpuVmConfig]) -> Ended:
     """Starts the workers and shows the first one's log to the end, of the job or of the slice."""
     start(job)
     while True:
-        logs(job, follow=True)
+        show_log(job, follow=True)
         found = state(job)
         if found != READY:
             return Ended(exit_codes.PREEMPTED, f"the TPU {tpu(job)} was taken away: {found}")
@@ -158,7 +121,7 @@ def attempt(job: Job) -> Ended:
         time.sleep(PAUSE)  # the connection was lost
 
 
-def start(job: Job) -> None:
+def start(job: Job[TpuVmConfig]) -> None:
     """Asks for the slice where there is none, waits for it, and starts every worker."""
     values = "".join(f"{name}={value}\0" for name, value in secrets(job.launcher, os.environ).items())
     make, _, folder, copy, unpack, work = commands(job)
@@ -175,7 +138,7 @@ def start(job: Job) -> None:
         check_output([word.replace(f"--worker={WORKER}", f"--worker={worker}") for word in work], values)
 
 
-def wait_for_slice(job: Job) -> None:
+def wait_for_slice(job: Job[TpuVmConfig]) -> None:
     """Raises: ValueError where the request came to nothing."""
     told = ""
     while (found := state(job)) != READY:
@@ -187,7 +150,7 @@ def wait_for_slice(job: Job) -> None:
         time.sleep(PAUSE)
 
 
-def state(job: Job) -> str:
+def state(job: Job[TpuVmConfig]) -> str:
     """Of the queued resource; empty where there is none."""
     try:
         return check_output(queued(job, "describe", "--format=value(state.state)"))
@@ -197,29 +160,66 @@ def state(job: Job) -> str:
         raise
 
 
-def num_workers(job: Job) -> int:
+def num_workers(job: Job[TpuVmConfig]) -> int:
     return len(json.loads(check_output(_vm(job, "describe", tpu(job), "--format=json")))["networkEndpoints"])
 
 
-def status(job: Job) -> str:
-    found = state(job)
-    if found != READY:
-        return f"TPU {tpu(job)}: {found or 'not there'}"
-    look = f'cd {HOME}/{place(job)}; [ -e exit_code ] && echo "ended with $(cat exit_code)" || echo running'
-    return f"TPU {tpu(job)}: {check_output(ssh(job, '0', look))}"
-
-
-def logs(job: Job, *, follow: bool) -> int:
+def show_log(job: Job[TpuVmConfig], *, follow: bool) -> int:
     """Of worker 0."""
     show = "tail -n +1 -F log --pid=$(cat supervisor)" if follow else "cat log"
     return run_command(ssh(job, "0", f"cd {HOME}/{place(job)} && {show}"), shown=True).returncode
 
 
-def stop(job: Job) -> str:
-    """The slice stays, and costs: the answer says how to delete it."""
-    check_output(ssh(job, "all", stop_requested(job)))
-    return f"told all workers to save and end; delete the TPU with: {shlex.join(queued(job, 'delete', '--force'))}"
-
-
-def stop_requested(job: Job) -> str:
+def stop_requested(job: Job[TpuVmConfig]) -> str:
     return f"cd {HOME}/{place(job)} && touch stop && kill -TERM $(cat pid)"
+
+
+class TpuVmLauncher(Launcher[TpuVmConfig]):
+    """One job at a time on a slice; while this process follows it, a slice that was taken away is asked for again."""
+
+    shares_disk = False
+
+    def recipe(self, jobs: Sequence[Job[TpuVmConfig]]) -> Recipe:
+        """The script of the workers, and the commands in their order; the last one once for each worker."""
+        files = {SCRIPT: script(jobs[0])} if len(jobs) == 1 else {}
+        return Recipe(files, [command for job in jobs for command in commands(job)])
+
+    def submit(self, jobs: Sequence[Job[TpuVmConfig]], recipe: Recipe) -> int:
+        """Raises: ValueError where gcloud refuses, or a sweep is asked for."""
+        if len(jobs) > 1:
+            raise ValueError(
+                f"launcher=tpu_vm: a slice has one job at a time, and this sweep has {len(jobs)}; give them singly"
+            )
+        [job] = jobs
+        job.pack()
+        job = job.noted(tpu=tpu(job))
+        if not job.launcher.follow:
+            start(job)
+            print(f"run {job.run!r}: job {job.number} runs on the TPU {tpu(job)}")
+            return 0
+        try:
+            return supervise(
+                lambda count: attempt(job),
+                count=1,
+                max_restarts=job.launcher.max_restarts,
+                elastic=False,
+                saved_step=lambda: None,
+                say=say,
+            )
+        except KeyboardInterrupt:
+            return left_running([job])
+
+    def status(self, job: Job[TpuVmConfig]) -> str:
+        found = state(job)
+        if found != READY:
+            return f"TPU {tpu(job)}: {found or 'not there'}"
+        look = f'cd {HOME}/{place(job)}; [ -e exit_code ] && echo "ended with $(cat exit_code)" || echo running'
+        return f"TPU {tpu(job)}: {check_output(ssh(job, '0', look))}"
+
+    def logs(self, job: Job[TpuVmConfig], *, follow: bool) -> int:
+        return show_log(job, follow=follow)
+
+    def stop(self, job: Job[TpuVmConfig]) -> str:
+        """The slice stays, and costs: the answer says how to delete it."""
+        check_output(ssh(job, "all", stop_requested(job)))
+        return f"told all workers to save and end; delete the TPU with: {shlex.join(queued(job, 'delete', '--force'))}"

@@ -310,17 +310,17 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
 
     trained, read = whole.core.abstract.params, whole.frozen
     for axis in AXES:
-        cut = _size_cut_by(trained, axis, sizes)
+        cut = _kept_size(trained, axis, cut=True) * sizes[axis]  # when gathered along it
         gathered = cut if whole.core.adaptation is None else 0.0
-        base = _size_cut_by(read, axis, sizes)
+        base = _kept_size(read, axis, cut=True) * sizes[axis]
         if axis in config.sharding.embed:  # kept in pieces, computed with whole
             per_layer = turns * layers
             add(axis, "all-gather", "parameters", 2 * per_layer, gathered * item / 4 / own_layers, hidden=True)
             add(axis, "all-gather", "frozen parameters", per_layer, base / own_layers, hidden=True)
             add(axis, "reduce-scatter", "gradients", per_layer, cut / own_layers, hidden=True)
         if axis in (*config.sharding.batch, *config.sharding.length):  # each copy has other tokens
-            of_layers = _size_not_cut_by(trained.get("layers"), axis, sizes)
-            ends = _size_not_cut_by(trained, axis, sizes) - of_layers
+            of_layers = _kept_size(trained.get("layers"), axis, cut=False)
+            ends = _kept_size(trained, axis, cut=False) - of_layers
             # XLA reduces them in each turn of a loop, not once after it.
             add(axis, "all-reduce", "gradients of layers", turns, of_layers / rounds, hidden=True)
             add(axis, "all-reduce", "gradients of the ends", steps, ends, hidden=True)
@@ -374,18 +374,10 @@ def _axes_of(leaf: Any) -> set[str]:
     return {axis for entry in entries for axis in entry}
 
 
-def _size_cut_by(tree: Any, axis: str, sizes: Mapping[str, int]) -> float:
-    """Bytes of the parameters that `axis` cuts, as one device has them when they are gathered along it."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * sizes[axis]
-        for leaf in jax.tree.leaves(tree)
-        if axis in _axes_of(leaf)
-    )
-
-
-def _size_not_cut_by(tree: Any, axis: str, sizes: Mapping[str, int]) -> float:
+def _kept_size(tree: Any, axis: str, *, cut: bool) -> float:
+    """Bytes on one device of the parameters that `axis` cuts, or of those that it does not."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if axis not in _axes_of(leaf)
+        if (axis in _axes_of(leaf)) == cut
     )

@@ -27,70 +27,78 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
-class HostGuard:
-    """On loopback, other names are refused: a web page could have its own name lead here, and read what we answer."""
+class Guard:
+    """Answers in place of the application where `admit` refuses a request."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            host = (_header(scope, b"host") or b"").decode("latin-1")
-            name = host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-            if not is_loopback(name):
-                error = ApiError(403, f"host {name!r}: this server answers to localhost only", code="wrong_host")
+            try:
+                admitted = await self.admit(scope, receive)
+            except ApiError as error:
                 return await error.response()(scope, receive, send)
+            if admitted is None:
+                return None
+            receive = admitted
         await self.app(scope, receive, send)
 
+    async def admit(self, scope: Scope, receive: Receive) -> Receive | None:
+        """What the application receives from; None where the client has left. Raises: ApiError."""
+        raise NotImplementedError
 
-class KeyGuard:
+
+class HostGuard(Guard):
+    """On loopback, other names are refused: a web page could have its own name lead here, and read what we answer."""
+
+    async def admit(self, scope: Scope, receive: Receive) -> Receive:
+        host = (_header(scope, b"host") or b"").decode("latin-1")
+        name = host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if not is_loopback(name):
+            raise ApiError(403, f"host {name!r}: this server answers to localhost only", code="wrong_host")
+        return receive
+
+
+class KeyGuard(Guard):
     """What writes, and what tells of others' use, needs the key; the page and the health do not."""
 
     def __init__(self, app: ASGIApp, key: str):
-        self.app, self.key = app, key.encode()
+        super().__init__(app)
+        self.key = key.encode()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (scope["path"].startswith("/v1") or scope["path"] == "/metrics"):
+    async def admit(self, scope: Scope, receive: Receive) -> Receive:
+        if scope["path"].startswith("/v1") or scope["path"] == "/metrics":
             scheme, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
             right = hmac.compare_digest(given.strip(), self.key)
             if scheme.lower() != b"bearer" or not right:
                 why = "is wrong" if given else "is missing; send the header Authorization: Bearer KEY"
-                error = ApiError(
-                    401, f"the API key {why}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-                )
-                return await error.response()(scope, receive, send)
-        await self.app(scope, receive, send)
+                headers = {"WWW-Authenticate": "Bearer"}
+                raise ApiError(401, f"the API key {why}", code="invalid_api_key", headers=headers)
+        return receive
 
 
-class BodyGuard:
+class BodyGuard(Guard):
     """Reads a body whole before anybody else does, up to a limit."""
 
     def __init__(self, app: ASGIApp, limit: int):
-        self.app, self.limit = app, limit
+        super().__init__(app)
+        self.limit = limit
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+    async def admit(self, scope: Scope, receive: Receive) -> Receive | None:
         try:
             async with asyncio.timeout(READ_SECONDS):
                 body = await self._read(receive)
         except TimeoutError:
-            error = ApiError(408, f"the body did not arrive within {READ_SECONDS:.0f} seconds")
-            return await error.response()(scope, receive, send)
-        except ApiError as error:
-            return await error.response()(scope, receive, send)
+            raise ApiError(408, f"the body did not arrive within {READ_SECONDS:.0f} seconds") from None
         if body is None:
-            return None  # the client has left
-        given = False
+            return None
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return messages.pop() if messages else await receive()
 
-        await self.app(scope, receive_again, send)
+        return receive_again
 
     async def _read(self, receive: Receive) -> bytes | None:
         """None where the client leaves. Raises: ApiError for a body that is too large."""

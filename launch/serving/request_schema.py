@@ -6,6 +6,7 @@ A parameter that would change the answer and is not carried out is an error; one
 import json
 import secrets
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -43,17 +44,17 @@ Stop = Annotated[str, Field(max_length=1000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against who counts bytes; there is none here
 
 
-class Body(BaseModel):
+class Body(Strict):
     """What both endpoints take."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     stream: bool | None = None
@@ -111,25 +112,14 @@ class Body(BaseModel):
 
     def sampling(self, max_new_tokens: int) -> SamplingConfig:
         """Settings of the engine; without a seed, those of a random one."""
-        default = SamplingConfig()
-        or_default = lambda value, name: getattr(default, name) if value is None else value
-        temperature = or_default(self.temperature, "temperature")
-        return SamplingConfig(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
-            top_k=or_default(self.top_k, "top_k"),
-            top_p=max(or_default(self.top_p, "top_p"), 1e-6),  # 0: the likeliest alone
-            min_p=or_default(self.min_p, "min_p"),
-            repetition_penalty=or_default(self.repetition_penalty, "repetition_penalty"),
-            presence_penalty=or_default(self.presence_penalty, "presence_penalty"),
-            frequency_penalty=or_default(self.frequency_penalty, "frequency_penalty"),
-            seed=secrets.randbits(32) if self.seed is None else self.seed,
-        )
+        names = (field.name for field in fields(SamplingConfig))
+        given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        found = replace(SamplingConfig(max_new_tokens=max_new_tokens, seed=secrets.randbits(32)), **given)
+        temperature = found.temperature if found.temperature >= GREEDY_BELOW else 0.0
+        return replace(found, temperature=temperature, top_p=max(found.top_p, 1e-6))  # top_p 0: the likeliest alone
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 

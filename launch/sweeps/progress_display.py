@@ -11,9 +11,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from configs.sweeps import SweepSearchConfig
-from configs.tasks import TrainConfig
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial, best_of, ranked
-from launch.sweeps.trials import Running
+from launch.sweeps.trials import Running, num_steps
 from trainer.reliability.goodput import duration
 
 SHOWN, FAILURES = 40, 5  # trials in the table, and messages below it
@@ -51,7 +50,7 @@ class ProgressDisplay:
             return
         best = best_of(trials, self._search)
         parts = [] if best is None else [f"best {best.value:.4g}"]
-        parts += [f"{one.trial.run} {one.measured.step}/{num_steps(one)}" for one in running]
+        parts += [f"{one.trial.run} {one.measured.step}/{num_steps(one.config)}" for one in running]
         ended = sum(trial.ended for trial in trials)
         self._bar.update(self._task, completed=ended, total=wanted, status="  ".join(parts))
 
@@ -76,12 +75,6 @@ class ProgressDisplay:
         self._console.print(Text(line))
         if not self._console.is_terminal:
             self._console.file.flush()
-
-
-def num_steps(one: Running) -> int:
-    task = one.config.task
-    assert isinstance(task, TrainConfig)
-    return task.num_steps
 
 
 def print_table(trials: Sequence[Trial], search: SweepSearchConfig, console: Console | None = None) -> None:

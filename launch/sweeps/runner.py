@@ -13,12 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import RunConfig
 from configs.sweeps import Pruning, SweepSearchConfig
-from configs.tasks import TrainConfig
 from launch import exit_codes
-from launch.launchers.supervisor import say
+from launch.launchers.base import say
+from launch.launchers.supervisor import identity
 from launch.sweeps.progress_display import ProgressDisplay
 from launch.sweeps.study import DONE, FAILED, PRUNED, RUNNING, Study, Trial, best_of
-from launch.sweeps.trials import STARTS, Running, identity, start, wait_for_orphan
+from launch.sweeps.trials import STARTS, Running, num_steps, start, wait_for_orphan
 
 PAUSE = 0.5  # seconds between looks at the trials
 GIVE_UP = 3  # trials that all failed, with none that did not
@@ -126,12 +126,10 @@ class SweepRunner:
         ended = one.child.poll() is not None
         one.measured.look()
         self.proven = self.proven or one.measured.step > 0
-        if self.study.report(one.trial, one.measured.reports()) and not ended and not one.asked:
-            task = one.config.task
-            assert isinstance(task, TrainConfig)
-            if self.search.pruning is not Pruning.none and one.measured.step < task.num_steps:
-                self.pruned.add(one.trial.number)
-                one.stop()
+        prune = self.study.report(one.trial, one.measured.reports()) and self.search.pruning is not Pruning.none
+        if prune and not ended and not one.asked and one.measured.step < num_steps(one.config):
+            self.pruned.add(one.trial.number)
+            one.stop()
         if ended:
             del self.running[place]
             self._end(one)

@@ -10,18 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from configs.schema import RunConfig
 from configs.sweeps import SweepSearchConfig
 from configs.tasks import TrainConfig
 from launch import exit_codes
 from launch.config_errors import did_you_mean
-from launch.launchers.job import Job, cli_flags, jobs_folder, newest
-from launch.launchers.supervisor import in_words
-from launch.launchers.table import LAUNCHERS
+from launch.launchers.job import ROOT, cli_flags, newest_job, python_path
+from launch.launchers.registry import LAUNCHERS
+from launch.launchers.supervisor import in_words, is_alive
 from launch.run_folder import RunFolder, run_folder
-from launch.startup_timing import began
 from launch.sweeps.study import Trial
 from trainer.hooks import STOPPED_EARLY
 from trainer.loop import DONE
@@ -119,7 +117,7 @@ class Running:
             return ""
         self.asked = True
         kind = self.config.launcher.kind
-        job = None if kind in WITH_THE_COMMAND else newest_job(self.config)
+        job = None if kind in WITH_THE_COMMAND else newest_job(self.config.output_dir, self.config.run)
         if job is None:
             if self.child.poll() is None:
                 self.child.send_signal(signal.SIGTERM)
@@ -166,11 +164,6 @@ def finished(folder: RunFolder) -> bool:
         return False
 
 
-def newest_job(config: RunConfig) -> Job | None:
-    folder = newest(jobs_folder(config.output_dir, config.run))
-    return Job.load(folder) if folder is not None and (folder / "job.json").exists() else None
-
-
 def command(arguments: Sequence[str], trial: Trial) -> list[str]:
     """The words of a trial after `meshwright`."""
     return ["train", *cli_flags(sys.argv[1:]), *arguments, *trial.arguments, f"run={trial.run}"]
@@ -192,11 +185,14 @@ def start(
     `rejoin`: where an earlier sweep left a job of it in a cluster, the command follows that.
     """
     words = command(arguments, trial)
-    rejoin = rejoin and config.launcher.kind not in WITH_THE_COMMAND and newest_job(config) is not None
+    rejoin = (
+        rejoin
+        and config.launcher.kind not in WITH_THE_COMMAND
+        and newest_job(config.output_dir, config.run) is not None
+    )
     if rejoin:
         words = ["logs", f"output_dir={config.output_dir}", f"run={trial.run}", "follow=true"]
-    root = str((code or Path(__file__).resolve().parents[2]).absolute())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    environment = {**os.environ, "PYTHONPATH": python_path(code or ROOT)}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -210,34 +206,19 @@ def start(
             start_new_session=True,  # Ctrl-C is for the sweep, which tells its trials
             preexec_fn=_end_with_the_sweep if sys.platform == "linux" else None,
         )
-    task = config.task
-    assert isinstance(task, TrainConfig)
-    measured = Measured(run_folder(config).metrics, search.metric, task.num_steps)
+    measured = Measured(run_folder(config).metrics, search.metric, num_steps(config))
     return Running(trial, config, child, log, measured, rejoined=rejoin)
+
+
+def num_steps(config: RunConfig) -> int:
+    assert isinstance(config.task, TrainConfig)
+    return config.task.num_steps
 
 
 def _end_with_the_sweep() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it saves and ends
-
-
-def identity(pid: int) -> dict[str, Any]:
-    """A process, so that it is known again."""
-    return {"pid": pid, "began": began(pid), "host": os.uname().nodename}
-
-
-def is_alive(process: dict[str, Any]) -> bool:
-    """Whether a process of this machine is still the same one."""
-    if not process or process.get("host") != os.uname().nodename:
-        return False
-    try:
-        os.kill(process["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return began(process["pid"]) == process.get("began")
 
 
 def wait_for_orphan(trial: Trial, say: Callable[[str], None]) -> None:

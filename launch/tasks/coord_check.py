@@ -1,18 +1,17 @@
 """`meshwright coord_check`: whether a run's rates carry over from width to width, seen in its first steps."""
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 
-from configs.schema import Format, RunConfig
+from configs.schema import RunConfig
 from configs.tasks import CoordCheckConfig
 from launch.build import Corpora, build_core, build_source, load_corpora, log, model_config
 from launch.planning.search import resolve_auto_mesh
-from launch.run_folder import RunFolder, write_whole
-from launch.scaling.picture import draw_coordinates, shown_parts
+from launch.plotting import draw_coordinates, shown_parts
+from launch.reports import make_table, open_console, write_report
+from launch.run_folder import RunFolder
 from models.config import ModelConfig
 from models.mup import at_width
 from trainer.activation_stats import activation_changes, slope
@@ -50,18 +49,16 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         "slopes": slopes,
         "moved": found,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{config.run}.json", json.dumps(told, indent=1) + "\n")
     title = f"{config.run}: {config.optimizer.kind}, rate {config.optimizer.learning_rate:g}"
-    draw_coordinates(widths, found, slopes, folder / f"{config.run}.png", title)
     transfers = max(abs(value) for value in next(iter(slopes.values())).values()) <= task.tolerance
-    if config.format is Format.json:
-        print(json.dumps(told, indent=1))
-    else:
+
+    def show() -> None:
         _print(widths, found, slopes)
         verdict = "so rates carry over" if transfers else f"of which one is beyond {task.tolerance:g}: they do NOT"
         print(f"with model.mup_base_width={base}: slopes near 0 are wanted, {verdict}")
-        print(f"written: {folder / config.run}.json and .png")
+
+    draw = lambda path: draw_coordinates(widths, found, slopes, path, title)
+    write_report(config, folder, config.run, told, draw, show)
     return 0 if transfers else 1
 
 
@@ -97,16 +94,10 @@ def _moved(config: RunConfig, corpora: Corpora, model: ModelConfig) -> list[dict
 
 
 def _print(widths: list[int], found: dict[str, Moved], slopes: dict[str, dict[str, float]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = open_console()
     for name, moved in found.items():
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        table.add_column(f"{name}: moved after {len(moved[0])} steps")
-        for width in widths:
-            table.add_column(f"width {width}", justify="right")
-        table.add_column("slope", justify="right")
+        of_widths = (f"width {width}" for width in widths)
+        table = make_table(f"{name}: moved after {len(moved[0])} steps", *of_widths, "slope")
         for part in shown_parts(list(moved[0][-1])):
             table.add_row(part, *(f"{steps[-1][part]:.4g}" for steps in moved), f"{slopes[name][part]:+.2f}")
         console.print(table)

@@ -2,14 +2,14 @@
 
 from configs.schema import RunConfig
 from configs.tasks import LogsConfig
-from launch.launchers.job import Job, jobs_folder, newest
-from launch.launchers.table import LAUNCHERS
+from launch.launchers.job import Job, newest_job
+from launch.launchers.registry import LAUNCHERS
 from launch.run_folder import run_folder
 from launch.tasks.runs import last_values
 
 
 def status(config: RunConfig, overrides: list[str]) -> int:
-    job = newest_job(config)
+    job = asked_job(config)
     step = last_values(run_folder(config).metrics).get("step")
     at = "" if step is None else f"; step {step:,}"
     print(f"run {job.run!r}, job {job.number} ({job.launcher.kind}): {LAUNCHERS[job.launcher.kind].status(job)}{at}")
@@ -18,19 +18,19 @@ def status(config: RunConfig, overrides: list[str]) -> int:
 
 def logs(config: RunConfig, overrides: list[str]) -> int:
     assert isinstance(config.task, LogsConfig)
-    job = newest_job(config)
+    job = asked_job(config)
     return LAUNCHERS[job.launcher.kind].logs(job, follow=config.task.follow)
 
 
 def stop(config: RunConfig, overrides: list[str]) -> int:
-    job = newest_job(config)
+    job = asked_job(config)
     print(f"run {job.run!r}, job {job.number} ({job.launcher.kind}): {LAUNCHERS[job.launcher.kind].stop(job)}")
     return 0
 
 
-def newest_job(config: RunConfig) -> Job:
+def asked_job(config: RunConfig) -> Job:
     """Raises: ValueError where the run has none."""
-    folder = newest(jobs_folder(config.output_dir, config.run))
-    if folder is None or not (folder / "job.json").exists():
+    job = newest_job(config.output_dir, config.run)
+    if job is None:
         raise ValueError(f"run={config.run}: has no job in {config.output_dir}; only what a launcher started is one")
-    return Job.load(folder)
+    return job

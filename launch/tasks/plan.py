@@ -1,25 +1,24 @@
 """`meshwright plan`: whether a run fits, how fast it is and what it costs, on devices that need not be there."""
 
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from configs.schema import Format, RunConfig
+from configs.schema import RunConfig
 from configs.tasks import PlanConfig
 from data.object_store import is_url
 from launch.build import log
 from launch.config_errors import named_keys
-from launch.planning.estimate import estimate
+from launch.planning.estimate import Plan, estimate
 from launch.planning.hardware import Target, parse_target
 from launch.planning.local_shapes import with_vocabulary
-from launch.planning.picture import draw_plan
 from launch.planning.search import Choice, Free, search
 from launch.planning.xla_compile import Compiled, compile_step, disable_devices
-from launch.run_folder import run_folder, write_whole
+from launch.plotting import draw_plan
+from launch.reports import make_table, open_console, short_number, write_report
+from launch.run_folder import run_folder
 from launch.scaling.law import CHINCHILLA, CHINCHILLA_SOURCE, compute_optimal, read_law
 from launch.weights_source import inherit_model_config
 from trainer.mesh import describe_mesh
@@ -49,21 +48,14 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         tried = [(choice, compile_step(choice.config, target)) for choice in choices[: TOP if task.search else 1]]
         fitting = [pair for pair in tried if pair[1].peak_bytes <= pair[0].plan.capacity]
         best, told = (fitting or tried)[0]
-    others = [choice for choice in choices if choice is not best] if task.search else []
     title = _title(best, overrides)
     found = describe(best, task, told)
-    folder = Path(task.output or Path("runs" if is_url(config.output_dir) else config.output_dir) / "plans")
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title)
     if task.search:
-        found["others"] = [_line(choice) for choice in others[:9]]
-    write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
-    draw_plan(best.plan, folder / f"{name}.png", title)
-    if config.format is Format.json:
-        print(json.dumps(found, indent=1))
-    else:
-        _print(title, best, found, others[: TOP - 1])
-        print(f"written: {folder / name}.json and .png")
+        found["others"] = [_line(choice) for choice in choices if choice is not best][:9]
+    folder = Path(task.output or Path("runs" if is_url(config.output_dir) else config.output_dir) / "plans")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title)
+    draw = lambda path: draw_plan(best.plan, path, title)
+    write_report(config, folder, name, found, draw, lambda: _print(title, best.plan, found))
     return 0 if (best.plan.fits if told is None else found["compiled"]["fits"]) else 1
 
 
@@ -100,23 +92,16 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
         else (read_law(Path(task.scaling_law)), task.scaling_law)
     )
     optimum = compute_optimal(flops, law)
+    of_plan = ("tokens_per_step", "parameters", "active_parameters", "trainable_parameters", "flops_per_token")
     found: dict[str, Any] = {
         "target": plan.target.name,
         "devices": plan.target.num_devices,
-        "mesh": plan.mesh,
-        "batch_size": plan.batch_size,
+        **_line(choice),
         "seq_len": config.data.seq_len,
-        "num_microbatches": plan.num_microbatches,
         "pipeline": None if plan.schedule is None else plan.schedule._asdict(),
-        "remat": plan.remat,
-        "tokens_per_step": plan.tokens_per_step,
-        "parameters": plan.parameters,
-        "active_parameters": plan.active_parameters,
-        "trainable_parameters": plan.trainable_parameters,
-        "flops_per_token": plan.flops_per_token,
+        **{name: getattr(plan, name) for name in of_plan},
         "flops_convention": CONVENTION,
         "memory": plan.memory._asdict() | {"total": plan.memory.total, "capacity": plan.capacity},
-        "fits": plan.fits,
         "traffic": [t._asdict() for t in plan.traffic],
         "seconds": {
             "products": plan.compute_seconds,
@@ -125,9 +110,7 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
             "network_waited_for": plan.exposed_seconds,
             "step": plan.step_seconds,
         },
-        "tokens_per_second": plan.tokens_per_second,
         "tokens_per_second_per_device": plan.tokens_per_second / plan.target.num_devices,
-        "mfu": plan.mfu,
         "budget": {
             "tokens": tokens,
             "flops": flops,
@@ -137,10 +120,7 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
             "dollars_per_device_hour": price,
             "kilowatt_hours": hours * hardware.watts / 1000,
         },
-        "compute_optimal": {
-            **optimum._asdict(),
-            "law": source,
-        },
+        "compute_optimal": optimum._asdict() | {"law": source},
         "overrides": [
             *(f"mesh.{axis}={size}" for axis, size in plan.mesh.items()),
             f"data.batch_size={plan.batch_size}",
@@ -156,10 +136,9 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
     }
     if compiled is not None:
         found["compiled"] = {
-            "seconds": compiled.seconds,
-            "argument_bytes": compiled.argument_bytes,
-            "temporary_bytes": compiled.temporary_bytes,
-            "peak_bytes": compiled.peak_bytes,
+            **{
+                name: getattr(compiled, name) for name in ("seconds", "argument_bytes", "temporary_bytes", "peak_bytes")
+            },
             "fits": compiled.peak_bytes <= plan.capacity,
             "collectives": None if compiled.collectives is None else [c._asdict() for c in compiled.collectives],
         }
@@ -168,26 +147,15 @@ def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dic
 
 def _line(choice: Choice) -> dict[str, Any]:
     plan = choice.plan
-    return {
-        "mesh": plan.mesh,
-        "batch_size": plan.batch_size,
-        "num_microbatches": plan.num_microbatches,
-        "remat": plan.remat,
-        "memory": plan.memory.total,
-        "fits": plan.fits,
-        "mfu": plan.mfu,
-        "tokens_per_second": plan.tokens_per_second,
-    }
+    names = ("mesh", "batch_size", "num_microbatches", "remat", "fits", "mfu", "tokens_per_second")
+    return {name: getattr(plan, name) for name in names} | {"memory": plan.memory.total}
 
 
-def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choice]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    plan, console = choice.plan, Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+def _print(title: str, plan: Plan, found: dict[str, Any]) -> None:
+    console = open_console()
     gb = lambda size: f"{size / 1e9:,.2f} GB"
     console.print(f"[bold]{title}[/bold]")
-    parts = ", ".join(f"{name} {_short(n)}" for name, n in plan.parameters.items() if n and name != "total")
+    parts = ", ".join(f"{name} {short_number(n)}" for name, n in plan.parameters.items() if n and name != "total")
     console.print(f"parameters  {plan.parameters['total']:,} ({parts})")
     if plan.active_parameters != plan.parameters["total"]:
         console.print(f"            {plan.active_parameters:,} of them active for a token")
@@ -200,14 +168,10 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
     row = found["seq_len"]
     console.print(f"batch       {plan.batch_size:,} rows of {row:,}: {plan.tokens_per_step:,} tokens a step")
 
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("memory of a device")
-    table.add_column(justify="right")
-    table.add_column()
+    table = make_table("memory of a device", "", "", left=(0, 2))
     for name, size in plan.memory._asdict().items():
-        if size < 5e6:
-            continue
-        table.add_row(name, gb(size), f"{size / plan.capacity:.1%}")
+        if size >= 5e6:
+            table.add_row(name, gb(size), f"{size / plan.capacity:.1%}")
     spare = plan.capacity - plan.memory.total
     said = f"fits, {gb(spare)} to spare" if plan.fits else f"DOES NOT FIT, by {gb(-spare)}"
     table.add_row("total", gb(plan.memory.total), f"of {gb(plan.capacity)}: {said}")
@@ -217,17 +181,14 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
         table.add_row("XLA", gb(compiled["peak_bytes"]), f"{fits}; the estimate is {off:+.1%}")
     console.print(table)
     if plan.traffic:
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for name in ("network, each step", "", "collectives", "sent by a device", "seconds", ""):
-            table.add_column(name, justify="right" if name in ("collectives", "seconds") else "left")
+        columns = ("network, each step", "", "collectives", "sent by a device", "seconds", "")
+        table = make_table(*columns, left=(0, 1, 3, 5))
         for t in plan.traffic:
             beside = "beside computation" if t.hidden else "waited for"
             table.add_row(f"{t.axis}: {t.kind}", t.what, f"{t.count:,}", gb(t.bytes), f"{t.seconds:.3f}", beside)
         console.print(table)
     if compiled:
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for name in ("compiled collectives", "count", "results", "started early"):
-            table.add_column(name, justify="left" if name.startswith("compiled") else "right")
+        table = make_table("compiled collectives", "count", "results", "started early")
         for c in compiled["collectives"] or ():
             table.add_row(f"{c['axes']}: {c['kind']}", f"{c['count']:,}", gb(c["bytes"]), f"{c['hidden']:,}")
         console.print(table)
@@ -243,27 +204,20 @@ def _print(title: str, choice: Choice, found: dict[str, Any], others: list[Choic
     )
     b = found["budget"]
     console.print(
-        f"budget      {_short(b['tokens'])} tokens: {b['days']:,.2f} days, {b['device_hours']:,.0f} device-hours, "
-        f"${b['dollars']:,.0f} at ${b['dollars_per_device_hour']:g} an hour, {b['kilowatt_hours']:,.0f} kWh"
+        f"budget      {short_number(b['tokens'])} tokens: {b['days']:,.2f} days, "
+        f"{b['device_hours']:,.0f} device-hours, ${b['dollars']:,.0f} at ${b['dollars_per_device_hour']:g} an hour, "
+        f"{b['kilowatt_hours']:,.0f} kWh"
     )
     o = found["compute_optimal"]
     console.print(
-        f"            its {b['flops']:.3g} FLOPs would go furthest with {_short(o['parameters'])} parameters on "
-        f"{_short(o['tokens'])} tokens ({o['law']})"
+        f"            its {b['flops']:.3g} FLOPs would go furthest with {short_number(o['parameters'])} parameters on "
+        f"{short_number(o['tokens'])} tokens ({o['law']})"
     )
-    for other in others:
-        p = other.plan
+    for other in found.get("others", ())[: TOP - 1]:
         console.print(
-            f"next best   {describe_mesh(p.mesh)}; remat {p.remat}; batch {p.batch_size}, {p.num_microbatches} microbatches"
-            f": {gb(p.memory.total)}, MFU {p.mfu:.1%}"
+            f"next best   {describe_mesh(other['mesh'])}; remat {other['remat']}; batch {other['batch_size']}, "
+            f"{other['num_microbatches']} microbatches: {gb(other['memory'])}, MFU {other['mfu']:.1%}"
         )
     if not plan.fits:
         console.print("try         task.search=true, model.remat=full, a smaller data.batch_size, or more devices")
     console.print(f"to run      {' '.join(found['overrides'])}", soft_wrap=True, markup=False)
-
-
-def _short(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"

@@ -18,9 +18,11 @@ from data.tokenizers.kinds import load_tokenizer
 from launch import exit_codes
 from launch.build import model_config
 from launch.config_errors import named_keys
+from launch.launchers.job import python_path
+from launch.plotting import draw_law
+from launch.reports import make_table, open_console, write_report
 from launch.run_folder import RunFolder, write_whole
 from launch.scaling.law import Law, Point, fit_law, left_out, spread
-from launch.scaling.picture import draw_law
 from launch.scaling.rungs import Recommendation, Rung, recommend, rungs, sizes, with_keys
 from models.config import ModelConfig
 from models.flops import flops_per_token
@@ -65,16 +67,10 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     family = sizes(config, model, budget)
     ratio = points[0].tokens / points[0].parameters if law.of_compute else None
     best = recommend(law, others, family, budget, ratio)
-    told = _describe(config, climbed, points, law, others, best)
+    found = _describe(config, climbed, points, law, others, best)
     folder = Path(task.output or Path(config.output_dir) / "ladders")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{config.run}.json", json.dumps(told, indent=1) + "\n")
-    draw_law(points, law, others, family, best, ratio, folder / f"{config.run}.png", config.run)
-    if config.format is Format.json:
-        print(json.dumps(told, indent=1))
-    else:
-        _print(told)
-        print(f"written: {folder / config.run}.json and .png")
+    draw = lambda path: draw_law(points, law, others, family, best, ratio, path, config.run)
+    write_report(config, folder, config.run, found, draw, lambda: _print(found))
     return 0
 
 
@@ -130,11 +126,10 @@ def _train(given: list[str], rung: Rung, folder: RunFolder) -> int:
     folder.path.mkdir(parents=True, exist_ok=True)
     write_whole(folder.path / NOTE, json.dumps(given, indent=1) + "\n")
     log = folder.path / "rung.log"
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "launch.cli", "train", *given]
     with log.open("ab") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": path})
+        env = os.environ | {"PYTHONPATH": python_path()}
+        child = subprocess.Popen(command, stdout=output, stderr=output, env=env)
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves, and leaves with 75
         try:
             code = child.wait()
@@ -186,13 +181,8 @@ def _say(config: RunConfig, text: str) -> None:
 
 
 def _print(told: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("run", "parameters", "tokens", "FLOPs", "loss", "by the law"):
-        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
+    console = open_console()
+    table = make_table("run", "parameters", "tokens", "FLOPs", "loss", "by the law", no_wrap=True)
     for row in told["rungs"]:
         sizes = f"{row['parameters']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}"
         table.add_row(row["run"], *sizes, f"{row['loss']:.4f}", f"{row['fitted']:.4f}")

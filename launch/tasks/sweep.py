@@ -28,15 +28,16 @@ from configs.sweeps import Pruning
 from configs.tasks import SweepConfig, TrainConfig
 from launch import exit_codes
 from launch.config_errors import explain, named_keys
+from launch.launchers.base import say
 from launch.launchers.job import freeze_code
-from launch.launchers.supervisor import say
+from launch.launchers.supervisor import identity, is_alive
+from launch.plotting import draw_sweep
 from launch.run_folder import write_whole
-from launch.sweeps.picture import draw_sweep
 from launch.sweeps.progress_display import ProgressDisplay, as_row, print_table, spelt_command
 from launch.sweeps.runner import SweepRunner
 from launch.sweeps.space import Space, kinds, read_space
 from launch.sweeps.study import WAITING, Study, Trial, best_of, chosen_method, imported, points_of
-from launch.sweeps.trials import command, gpu_shares, identity, is_alive
+from launch.sweeps.trials import command, gpu_shares
 from trainer.tracker import WandbConfig
 
 DROPPED = ("task=", "task.sweep.", "run=", "sweep=", "launcher.follow=", "launcher.dry_run=")  # not a trial's

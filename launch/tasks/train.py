@@ -29,6 +29,7 @@ from launch.build import (
 )
 from launch.generation import append_samples, generate_batches, unmasking_of
 from launch.initial_state import Frozen, InitialState, build_run, check_resume, init_or_resume, restore_tokenizer
+from launch.plotting import draw_loss
 from launch.run_folder import RunFolder, environment, run_folder, write_whole
 from launch.startup_timing import compile_watched, startup
 from launch.weights_source import inherit_model_config, inherit_tokenizer, model_digest
@@ -39,8 +40,8 @@ from models.flops import flops_per_token, num_params
 from models.pipeline_parallel import schedule_over
 from trainer import hooks
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.console import ConsoleTracker
 from trainer.loop import DONE, Hook, fit
-from trainer.loss_plot import draw_loss
 from trainer.mesh import describe_mesh
 from trainer.metrics import TrainMetrics, peak
 from trainer.objective import BatchSource, Params
@@ -161,13 +162,15 @@ class Session:
             peak=peak(self.core.model.dtype.name),
         )
         log(metrics.peak.description)
+        console = ConsoleTracker(
+            self.config.run, num_steps=self.task.num_steps, start_step=first_step, log_every=self.task.log_every
+        )
         trackers = build_trackers(
             self.config.trackers,
             run_folder=self.folder.path,
             run_name=self.config.run,
-            num_steps=self.task.num_steps,
+            always=[console],
             start_step=first_step,
-            log_every=self.task.log_every,
             say=log,
         )
         code: int | None = 1
@@ -268,12 +271,10 @@ class Session:
             others=lambda: "" if distributed.peers is None else distributed.peers.compared(),
         )
         if distributed.peers is not None:
-            distributed.peers.doing = watchdog.waits_for
+            distributed.peers.progress = watchdog.progress
 
         def beat(step: int, state: TrainState, source: BatchSource) -> None:
             watchdog.beat(step)
-            if distributed.peers is not None:
-                distributed.peers.beat(step)
 
         first, checked, integrity = int(state.step), compiled, self.config.sdc_check
         if integrity.every:

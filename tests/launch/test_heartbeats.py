@@ -133,8 +133,7 @@ def test_a_lost_coordinator_is_told_although_calls_to_it_never_return(capsys):
 def test_who_is_behind_is_told_first(three):
     _, peers, _ = three
     for peer, step, doing in zip(peers, (42, 41, 42), ("its devices", "data", "its devices"), strict=True):
-        peer.doing = lambda doing=doing: f"waits for {doing}"
-        peer.beat(step)
+        peer.progress = lambda step=step, doing=doing: (step, f"waits for {doing}")
         peer.give_sign()
     host = Heartbeat().host
     assert peers[0].compared() == (

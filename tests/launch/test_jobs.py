@@ -12,7 +12,7 @@ import yaml
 
 from configs.schema import GROUPS, to_plain
 from launch.exit_codes import is_restartable
-from launch.launchers import local, supervisor
+from launch.launchers import supervisor
 from launch.launchers.job import (
     MARK,
     Job,
@@ -25,11 +25,12 @@ from launch.launchers.job import (
     secrets,
     take_folder,
 )
+from launch.launchers.registry import LAUNCHERS, launch, launches
 from launch.launchers.supervisor import Ended, supervise
-from launch.launchers.table import LAUNCHERS, launch, launches
 from tests.end_to_end.run import ROOT
 from tests.launch.jobs import composed, job
 
+LOCAL = LAUNCHERS["local"]
 KILLED, PREEMPTED = Ended(-9, "process 1 was killed by SIGKILL"), Ended(75, "process 0 was preempted")
 
 
@@ -99,7 +100,7 @@ def test_local_processes_start_again_and_the_mark_reaches_them(tmp_path, capfd):
     one = job("launcher.max_restarts=1", "launcher.env=[GREETING=hello]", folder=tmp_path / "a" / "jobs" / "1")
     one = replace(one, python=str(python), workdir=str(tmp_path))
     one.folder.mkdir(parents=True)
-    assert local.carry_out(one) == 0
+    assert LOCAL.carry_out(one) == 0
     assert (tmp_path / "tries").read_text() == "1 hello\n1 hello\n"
     assert "was killed by SIGKILL; restart 1 of 1 with 1 process, from the beginning" in capfd.readouterr().err
     assert Job.load(one.folder).handle["code"] == 0
@@ -112,7 +113,7 @@ def test_an_elastic_job_on_this_machine_goes_on_with_one_process(tmp_path, capfd
     options = ["launcher.num_processes=2", "launcher.max_restarts=2", "launcher.elastic=true"]
     one = replace(job(*options, folder=tmp_path / "a" / "jobs" / "1"), python=str(python), workdir=str(tmp_path))
     one.folder.mkdir(parents=True)
-    assert local.carry_out(one) == 0
+    assert LOCAL.carry_out(one) == 0
     assert "restart 2 of 2 with 1 process, from the beginning" in capfd.readouterr().err
 
 
@@ -159,9 +160,9 @@ NEEDS = {
 
 def test_every_launcher_has_its_settings_and_all_that_the_tasks_call():
     assert set(LAUNCHERS) == set(GROUPS["launcher"])
-    for kind, module in LAUNCHERS.items():
+    for kind, launcher in LAUNCHERS.items():
         for name in ("recipe", "submit", "status", "logs", "stop"):
-            assert callable(getattr(module, name)), (kind, name)
+            assert callable(getattr(launcher, name)), (kind, name)
 
 
 def test_only_what_asks_for_a_job_launches_one(monkeypatch):
@@ -217,11 +218,11 @@ def test_a_supervisor_is_known_by_more_than_its_number(tmp_path):
     tmp_path.mkdir()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     one = job(folder=tmp_path).noted(pid=child.pid, began=supervisor.began(child.pid), host=os.uname().nodename)
-    assert supervisor.alive(one) and "running" in local.status(one)
-    assert "told process" in local.stop(one)
+    assert supervisor.alive(one) and "running" in LOCAL.status(one)
+    assert "told process" in LOCAL.stop(one)
     assert child.wait() == -signal.SIGTERM
-    assert not supervisor.alive(one) and "without a word" in local.status(one)
+    assert not supervisor.alive(one) and "without a word" in LOCAL.status(one)
     another = one.noted(pid=os.getpid())  # the number went to another process
     assert not supervisor.alive(another)
     with pytest.raises(ValueError, match="was started on elsewhere"):
-        local.stop(one.noted(host="elsewhere"))
+        LOCAL.stop(one.noted(host="elsewhere"))

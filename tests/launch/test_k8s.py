@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from launch.launchers import k8s
-from launch.launchers.job import MARK, Job
-from launch.launchers.table import launch
+from launch.launchers.job import MARK, PACKED, Job
+from launch.launchers.registry import LAUNCHERS, launch
 from tests.end_to_end.run import ROOT
 from tests.launch.jobs import composed, job, same_as_recorded
 from tests.launch.programs import files_with, program
 
+K8S = LAUNCHERS["k8s"]
 GPU = ["launcher=k8s", "launcher.image=registry/me/meshwright:cuda", "launcher.hosts=4", "launcher.gpus_per_host=8"]
 GPU += ["launcher.queue=research", "launcher.volume=runs", "launcher.memory=512Gi"]
 GPU += ["launcher.secret=keys", "launcher.env=[WANDB_API_KEY,NCCL_DEBUG=INFO]"]
@@ -32,7 +33,7 @@ WAYS = {"gpu": GPU, "tpu": TPU, "one": ONE}
 @pytest.mark.parametrize("way", WAYS)
 def test_the_manifest_and_its_commands_are_as_recorded(way):
     one = job(*WAYS[way])
-    same_as_recorded(f"k8s_{way}.txt", k8s.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded(f"k8s_{way}.txt", K8S.recipe([one]).shown(one.folder) + "\n")
 
 
 def published(kind: str):
@@ -79,7 +80,7 @@ def faults(document) -> list[str]:
 def test_jobsets_are_valid_by_their_published_schema(way):
     first = job(*WAYS[way])
     second = replace(first, run="b", folder=Path("/home/me/runs/b/jobs/4"))
-    documents = list(yaml.safe_load_all(k8s.recipe([first, second]).files[k8s.MANIFEST]))
+    documents = list(yaml.safe_load_all(K8S.recipe([first, second]).files[k8s.MANIFEST]))
     assert [document["metadata"]["name"] for document in documents] == ["a-1", "b-4"]
     assert [faults(document) for document in documents] == [[], []]
 
@@ -157,11 +158,11 @@ def test_a_jobset_is_submitted_looked_at_and_deleted(tmp_path, monkeypatch, capf
     overrides = ["run=a", *GPU, "launcher.follow=false"]
     assert launch([(composed(*overrides), overrides)]) == 0
     one = Job.load(tmp_path / "runs" / "a" / "jobs" / "1")
-    assert k8s.status(one) == "JobSet a-1: starting"
-    assert k8s.logs(one, follow=True) == 0
-    assert "deleted the JobSet a-1" in k8s.stop(one)
+    assert K8S.status(one) == "JobSet a-1: starting"
+    assert K8S.logs(one, follow=True) == 0
+    assert "deleted the JobSet a-1" in K8S.stop(one)
     verbs = [" ".join(line.split()[1:4]) for line in calls.read_text().splitlines()]
     assert verbs[:2] == ["create configmap a-1-code", f"apply -f {one.folder}/jobset.yaml"]
     assert verbs[-2:] == ["delete jobset a-1", "delete configmap a-1-code"]
-    assert (one.folder / k8s.PACKED).stat().st_size < k8s.MAX_PACKED
+    assert (one.folder / PACKED).stat().st_size < k8s.MAX_PACKED
     assert files_with(tmp_path, "sentinel-31337") == [] and "sentinel" not in capfd.readouterr().out

@@ -14,9 +14,9 @@ from launch.cli import run
 from launch.planning.estimate import USABLE, estimate
 from launch.planning.hardware import HARDWARE, Target, of_kind, parse_target, topology_shape
 from launch.planning.local_shapes import bytes_on_device, shapes_of, with_vocabulary
-from launch.planning.picture import draw_plan
 from launch.planning.search import Free, candidates, offloading, resolve_auto_mesh, search
 from launch.planning.xla_compile import collectives, compile_step, memory_from_error
+from launch.plotting import draw_plan
 from launch.scaling.law import compute_optimal
 from trainer.mesh import AXES, abstract_mesh
 from trainer.metrics import published_peak

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from launch.launchers import ray_cluster
+from launch.launchers.registry import LAUNCHERS
 from tests.launch.jobs import composed, job, same_as_recorded
 
+RAY = LAUNCHERS["ray"]
 OPTIONS = [
     "launcher=ray",
     "launcher.hosts=2",
@@ -17,13 +18,13 @@ OPTIONS = [
 
 def test_the_drivers_and_the_actors_commands_are_as_recorded():
     one = job(*OPTIONS)
-    same_as_recorded("ray.txt", ray_cluster.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("ray.txt", RAY.recipe([one]).shown(one.folder) + "\n")
 
 
 def test_without_ray_the_way_to_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match="launcher=ray: needs Ray; install it with"):
-        ray_cluster.submit([job(*OPTIONS)], ray_cluster.recipe([]))
+        RAY.submit([job(*OPTIONS)], RAY.recipe([]))
 
 
 def test_no_hosts_are_refused():

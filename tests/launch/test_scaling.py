@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_module
 
 from configs.schema import register, to_typed
 from launch.cli import run
+from launch.plotting import draw_law
 from launch.scaling.law import CHINCHILLA, Law, Point, _value, compute_optimal, fit_law, left_out, read_law, spread
-from launch.scaling.picture import draw_law
 from launch.scaling.rungs import counted_params, recommend, rungs, sizes, with_keys
 from launch.tasks import scaling_ladder as ladder
 from models.flops import flops_per_token

@@ -7,10 +7,11 @@ import yaml
 
 from launch.launchers import skypilot
 from launch.launchers.job import Job
-from launch.launchers.table import launch
+from launch.launchers.registry import LAUNCHERS, launch
 from tests.launch.jobs import composed, job, same_as_recorded
 from tests.launch.programs import files_with, program
 
+SKYPILOT = LAUNCHERS["skypilot"]
 OPTIONS = ["launcher=skypilot", "launcher.accelerators=H100:8", "launcher.num_nodes=2", "launcher.spot=true"]
 OPTIONS += ["launcher.bucket=s3://me/runs", "launcher.env=[WANDB_API_KEY,GREETING=hello]"]
 SECRET = "sentinel-1848"
@@ -18,7 +19,7 @@ SECRET = "sentinel-1848"
 
 def test_the_task_and_its_launch_are_as_recorded():
     one = job(*OPTIONS)
-    same_as_recorded("skypilot.txt", skypilot.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("skypilot.txt", SKYPILOT.recipe([one]).shown(one.folder) + "\n")
 
 
 def test_a_run_is_launched_looked_at_and_stopped_without_a_secret_in_sight(tmp_path, monkeypatch, capfd):
@@ -29,8 +30,8 @@ def test_a_run_is_launched_looked_at_and_stopped_without_a_secret_in_sight(tmp_p
     overrides = ["run=a", *OPTIONS]
     assert launch([(composed(*overrides), overrides)]) == 0
     one = Job.load(tmp_path / "runs" / "a" / "jobs" / "1")
-    assert skypilot.status(one) == "cluster a:\n1 RUNNING"
-    assert "sky down a" in skypilot.stop(one)
+    assert SKYPILOT.status(one) == "cluster a:\n1 RUNNING"
+    assert "sky down a" in SKYPILOT.stop(one)
     lines = [line.split() for line in calls.read_text().splitlines()]
     assert [line[0] for line in lines] == ["launch", "logs", "queue", "cancel"]
     assert lines[0][-3:] == ["--secret", "WANDB_API_KEY", str(one.folder / "task.yaml")]

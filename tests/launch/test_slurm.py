@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.launchers import slurm
-from launch.launchers.table import launch
+from launch.launchers.registry import LAUNCHERS, launch
 from tests.launch.jobs import composed, job, same_as_recorded
 
 OPTIONS = ["launcher=slurm", "launcher.nodes=4", "launcher.gpus_per_node=8", "launcher.time=12:00:00"]
@@ -15,7 +15,7 @@ OPTIONS += ["launcher.partition=main", "launcher.options=[--exclusive]", "launch
 
 
 def shown(*jobs):
-    return slurm.recipe(jobs).shown(jobs[0].folder) + "\n"
+    return LAUNCHERS["slurm"].recipe(jobs).shown(jobs[0].folder) + "\n"
 
 
 def test_the_script_and_its_submission_are_as_recorded():

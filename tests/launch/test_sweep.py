@@ -12,6 +12,7 @@ import pytest
 
 from configs.sweeps import SweepSearchConfig
 from launch.cli import run
+from launch.launchers.supervisor import identity
 from launch.sweeps import trials
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial
 from launch.sweeps.trials import Measured, Running, command, gpu_shares, start
@@ -152,7 +153,7 @@ def test_a_run_of_something_else_is_left_alone(quick, capfd):
 def test_two_processes_do_not_carry_out_one_sweep(quick, capfd):
     folder = quick / "sweeps" / "a"
     folder.mkdir(parents=True)
-    (folder / "process.json").write_text(json.dumps(trials.identity(os.getppid())))
+    (folder / "process.json").write_text(json.dumps(identity(os.getppid())))
     assert swept("run=a", "seed=1,2") == 2
     assert f"process {os.getppid()} carries out this sweep" in capfd.readouterr().err
 

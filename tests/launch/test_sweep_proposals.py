@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 
 from configs.schema import register
 from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
-from launch.sweeps.picture import draw_sweep
+from launch.plotting import draw_sweep
 from launch.sweeps.space import Range, Space, Values, grid, kinds, read_space, spelt, split_varying_keys, varies
 from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, points_of, ranked
 

@@ -8,11 +8,12 @@ import pytest
 
 from launch.launchers import tpu_vm
 from launch.launchers.job import Job
-from launch.launchers.table import launch
+from launch.launchers.registry import LAUNCHERS, launch
 from tests.end_to_end.run import wait_for
 from tests.launch.jobs import composed, job, same_as_recorded
 from tests.launch.programs import files_with, program
 
+TPU_VM = LAUNCHERS["tpu_vm"]
 OPTIONS = ["launcher=tpu_vm", "launcher.accelerator=v6e-16", "launcher.runtime=v2-alpha-tpuv6e"]
 OPTIONS += ["launcher.zone=us-east5-b", "launcher.spot=true", "launcher.env=[WANDB_API_KEY,GREETING=hello]"]
 SECRET = "sentinel=4711 '$HOME'"
@@ -20,7 +21,7 @@ SECRET = "sentinel=4711 '$HOME'"
 
 def test_the_script_and_the_commands_are_as_recorded():
     one = job(*OPTIONS, "launcher.project=mine")
-    same_as_recorded("tpu_vm.txt", tpu_vm.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("tpu_vm.txt", TPU_VM.recipe([one]).shown(one.folder) + "\n")
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_every_worker_is_started_and_secrets_pass_through_its_input_alone(gcloud
     given = gcloud.with_name("gcloud.calls.input")
     assert given.read_text().count(f"WANDB_API_KEY={SECRET}\n") == 2
     assert files_with(tmp_path, "sentinel=4711", but=(given,)) == [] and "sentinel=4711" not in said.out + said.err
-    assert tpu_vm.status(one) == "TPU a: running"
-    assert "gcloud compute tpus queued-resources delete a" in tpu_vm.stop(one)
+    assert TPU_VM.status(one) == "TPU a: running"
+    assert "gcloud compute tpus queued-resources delete a" in TPU_VM.stop(one)
 
 
 def test_a_slice_that_is_there_is_used_and_one_that_was_taken_away_is_asked_for_again(gcloud, tmp_path):

@@ -14,8 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from launch.plotting import draw_loss, smoothed
 from trainer.console import ConsoleTracker, evaluation_lines, rate, status
-from trainer.loss_plot import draw_loss, smoothed
 from trainer.tracker import (
     JsonlTracker,
     NoopTracker,
@@ -217,7 +217,8 @@ def test_a_tracker_that_cannot_be_reached_does_not_keep_a_run_from_starting(tmp_
             raise OSError("no account")
 
     said: list[str] = []
-    options: dict[str, Any] = dict(run_folder=tmp_path, run_name="r", num_steps=2, say=said.append)
+    options: dict[str, Any] = dict(run_folder=tmp_path, run_name="r", say=said.append)
+    options["always"] = [ConsoleTracker("r", num_steps=2)]
     trackers = build_trackers({"far": Unreachable()}, **options)
     trackers.log(1, STEP)
     trackers.finish()

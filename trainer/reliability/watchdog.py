@@ -75,8 +75,11 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             self._say(f"step {step}: goes on after {self._clock() - self._last:,.0f} s")
         self._last, self._step, self._told = self._clock(), step, False
 
+    def progress(self) -> tuple[int, str]:
+        """The last step, and what the run does now, in words."""
+        return self._step, self.waits_for()
+
     def waits_for(self) -> str:
-        """What the run does now, in words."""
         return meaning(self._doing(), sys._current_frames().get(self._watched))
 
     def _watch(self) -> None:

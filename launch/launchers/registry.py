@@ -5,33 +5,27 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from configs.launchers import K8sConfig, LocalConfig
+from configs.launchers import LocalConfig
 from configs.schema import RunConfig
 from launch import distributed
-from launch.launchers import k8s, local, ray_cluster, skypilot, slurm, tpu_vm
-from launch.launchers.job import (
-    MARK,
-    Job,
-    Launcher,
-    cli_flags,
-    freeze,
-    job_of,
-    jobs_folder,
-    next_folder,
-    secrets,
-    take_folder,
-)
+from launch.launchers.base import Launcher
+from launch.launchers.job import MARK, Job, cli_flags, freeze, job_of, jobs_folder, next_folder, secrets, take_folder
+from launch.launchers.k8s import K8sLauncher
+from launch.launchers.local import LocalLauncher
+from launch.launchers.ray_cluster import RayLauncher
+from launch.launchers.skypilot import SkypilotLauncher
+from launch.launchers.slurm import SlurmLauncher
+from launch.launchers.tpu_vm import TpuVmLauncher
 
 LAUNCHERS: dict[str, Launcher] = {
-    "local": local,
-    "slurm": slurm,
-    "k8s": k8s,
-    "ray": ray_cluster,
-    "tpu_vm": tpu_vm,
-    "skypilot": skypilot,
+    "local": LocalLauncher(),
+    "slurm": SlurmLauncher(),
+    "k8s": K8sLauncher(),
+    "ray": RayLauncher(),
+    "tpu_vm": TpuVmLauncher(),
+    "skypilot": SkypilotLauncher(),
 }
 
-FAR = ("k8s", "tpu_vm", "skypilot")  # whose processes see nothing of this machine's disk
 # Tasks that only look, and those whose runs are what is launched.
 HERE = ("plan", "sweep", "scaling_ladder", "inspect", "runs", "status", "logs", "stop")
 
@@ -62,27 +56,27 @@ def launch(asked: Sequence[tuple[RunConfig, list[str]]]) -> int:
             f"run={twice}: several jobs of the sweep have this name; give each its own, from what differs: "
             "'run=lr_${optimizer.learning_rate}'"
         )
+    place = LAUNCHERS[launcher.kind]
     folders = [flag for flag in cli_flags(sys.argv[1:]) if flag.startswith(("--config-", "-cd", "-cp"))]
-    if folders and launcher.kind in FAR:
+    if folders and not place.shares_disk:
         raise ValueError(
             f"{folders[0]}: is of this machine, and launcher={launcher.kind} has no disk in common with it"
         )
-    module = LAUNCHERS[launcher.kind]
     if launcher.dry_run:
         jobs = [job_of(*one, next_folder(jobs_folder(one[0].output_dir, one[0].run))) for one in asked]
-        print(module.recipe(jobs).shown(jobs[0].folder))
+        print(place.recipe(jobs).shown(jobs[0].folder))
         return 0
-    if not isinstance(launcher, K8sConfig):  # whose secrets stand in the cluster
+    if place.local_secrets:
         secrets(launcher, os.environ)  # before anything is written
     jobs: list[Job] = []
     for config, overrides in asked:
         job = job_of(config, overrides, take_folder(jobs_folder(config.output_dir, config.run)))
         freeze(job, config)
         jobs.append(job)
-    recipe = module.recipe(jobs)
+    recipe = place.recipe(jobs)
     recipe.write(jobs[0].folder)
     try:
-        return module.submit(jobs, recipe)
+        return place.submit(jobs, recipe)
     except ValueError:
         for job in jobs:
             if not Job.load(job.folder).handle:  # it never became one

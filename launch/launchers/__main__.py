@@ -1,0 +1,19 @@
+"""`python -m launch.launchers FOLDER`: supervises the job in FOLDER, in the background of the command that made it."""
+
+import sys
+from pathlib import Path
+
+from launch.launchers.job import Job
+from launch.launchers.registry import LAUNCHERS
+from launch.launchers.supervisor import SupervisedLauncher
+
+
+def main() -> None:
+    job = Job.load(Path(sys.argv[1]))
+    launcher = LAUNCHERS[job.launcher.kind]
+    assert isinstance(launcher, SupervisedLauncher)
+    sys.exit(launcher.carry_out(job))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What tasks that measure something share: tables on the terminal, and numbers as JSON."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.schema import Format, RunConfig
+from launch.run_folder import write_whole
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def open_console() -> "Console":
+    """Standard output, 120 columns wide where it is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def make_table(*names: str, left: tuple[int, ...] = (0,), no_wrap: bool = False) -> "Table":
+    """A table without lines. `left`: columns of text; the others are numbers, on the right."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index in left else "right", no_wrap=no_wrap)
+    return table
+
+
+def write_report(
+    config: RunConfig,
+    folder: Path,
+    name: str,
+    found: dict[str, Any],
+    draw: Callable[[Path], None],
+    show: Callable[[], None],
+) -> None:
+    """Writes NAME.json and NAME.png into `folder`, and prints the JSON or, with `show`, what people read.
+
+    `draw` gets the path of the picture.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=1)
+    write_whole(folder / f"{name}.json", text + "\n")
+    draw(folder / f"{name}.png")
+    if config.format is Format.json:
+        print(text)
+    else:
+        show()
+        print(f"written: {folder / name}.json and .png")
+
+
+def short_number(number: float) -> str:
+    """`842`, `12.3k`, `1.25B`."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

@@ -3,6 +3,7 @@
 import enum
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.I)
@@ -11,6 +12,8 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.I)
 @dataclass
 class LauncherConfig:
     """What all launchers share. Exit code 75 and a process that was killed are restarted; 1 and 2 are not."""
+
+    least: ClassVar[dict[str, int]] = {}  # of the keys below, the smallest values
 
     kind: str = ""
     dry_run: bool = False  # print what would be run; run nothing and write nothing
@@ -33,22 +36,22 @@ class LauncherConfig:
                     f"launcher.env=[{name}=...]: looks like a secret, and values are written into scripts; set "
                     f"{name} in this shell and give the name alone: launcher.env=[{name}]"
                 )
-        at_least(0, max_restarts=self.max_restarts)
+        for key, least in {"max_restarts": 0, **self.least}.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"launcher.{key}={getattr(self, key)}: must be at least {least}")
 
 
 @dataclass
 class LocalConfig(LauncherConfig):
     """Processes on this machine, joined over loopback."""
 
+    least: ClassVar[dict[str, int]] = {"num_processes": 1}
+
     kind: str = "local"
     max_restarts: int = 0
     num_processes: int = 1
     port: int = 0  # of the coordinator; 0: a free one
     elastic: bool = False  # go on with half as many processes where twice in a row nothing was gained
-
-    def validate(self) -> None:
-        super().validate()
-        at_least(1, num_processes=self.num_processes)
 
 
 class Runtime(enum.Enum):
@@ -59,6 +62,10 @@ class Runtime(enum.Enum):
 @dataclass
 class SlurmConfig(LauncherConfig):
     """A batch job; `-m` makes the jobs of a sweep one array. The run folder is on a disk that all nodes share."""
+
+    least: ClassVar[dict[str, int]] = {
+        "nodes": 1, "processes_per_node": 1, "grace": 1, "gpus_per_node": 0, "cpus_per_process": 0, "array_limit": 0,
+    }  # fmt: skip
 
     kind: str = "slurm"
     nodes: int = 1
@@ -77,16 +84,12 @@ class SlurmConfig(LauncherConfig):
     mounts: list[str] = field(default_factory=list)  # further folders that the image sees, HOST:CONTAINER
     python: str | None = None  # the interpreter; null: this one, in an image python3
 
-    def validate(self) -> None:
-        super().validate()
-        at_least(1, nodes=self.nodes, processes_per_node=self.processes_per_node, grace=self.grace)
-        at_least(0, gpus_per_node=self.gpus_per_node, cpus_per_process=self.cpus_per_process)
-        at_least(0, array_limit=self.array_limit)
-
 
 @dataclass
 class K8sConfig(LauncherConfig):
     """A JobSet, queued by Kueue. Of `env`, names alone are keys of the Kubernetes secret `secret`."""
+
+    least: ClassVar[dict[str, int]] = {"hosts": 1, "slices": 1, "grace": 1, "gpus_per_host": 0, "tpus_per_host": 0}
 
     kind: str = "k8s"
     namespace: str = "default"
@@ -110,8 +113,6 @@ class K8sConfig(LauncherConfig):
 
     def validate(self) -> None:
         super().validate()
-        at_least(1, hosts=self.hosts, slices=self.slices, grace=self.grace)
-        at_least(0, gpus_per_host=self.gpus_per_host, tpus_per_host=self.tpus_per_host)
         if not self.image:
             raise ValueError("launcher.image='': k8s needs one; build launch/launchers/Dockerfile and push it")
         tpu = (self.tpu_accelerator, self.tpu_topology, self.tpus_per_host or None)
@@ -136,6 +137,8 @@ class K8sConfig(LauncherConfig):
 class RayConfig(LauncherConfig):
     """An actor on each host of a Ray cluster. The run folder is on a disk that all hosts share."""
 
+    least: ClassVar[dict[str, int]] = {"hosts": 1}
+
     kind: str = "ray"
     address: str = "auto"  # of the cluster: auto, HOST:PORT; local starts one on this machine
     hosts: int = 1
@@ -145,10 +148,6 @@ class RayConfig(LauncherConfig):
     spread: bool = True  # each actor on a host of its own
     port: int = 0  # of the coordinator; 0: a free one
     elastic: bool = False  # go on with half as many hosts where twice in a row nothing was gained
-
-    def validate(self) -> None:
-        super().validate()
-        at_least(1, hosts=self.hosts)
 
 
 @dataclass
@@ -182,6 +181,8 @@ TPU_VM_EXAMPLE = "launcher.accelerator=v6e-16 launcher.runtime=v2-alpha-tpuv6e l
 class SkypilotConfig(LauncherConfig):
     """A SkyPilot task: any cloud, one cluster a run."""
 
+    least: ClassVar[dict[str, int]] = {"num_nodes": 1, "autostop": 0}
+
     kind: str = "skypilot"
     cluster: str | None = None  # its name; null: the run's
     infra: str | None = None  # aws/us-east-1, gcp, k8s; null: the cheapest
@@ -196,24 +197,7 @@ class SkypilotConfig(LauncherConfig):
     python: str = "python3"
     autostop: int = 10  # minutes without work after which the cluster is deleted
 
-    def validate(self) -> None:
-        super().validate()
-        at_least(1, num_nodes=self.num_nodes)
-        at_least(0, autostop=self.autostop)
 
-
-LAUNCHERS: dict[str, type] = {
-    "local": LocalConfig,
-    "slurm": SlurmConfig,
-    "k8s": K8sConfig,
-    "ray": RayConfig,
-    "tpu_vm": TpuVmConfig,
-    "skypilot": SkypilotConfig,
+LAUNCHERS: dict[str, type[LauncherConfig]] = {
+    config.kind: config for config in (LocalConfig, SlurmConfig, K8sConfig, RayConfig, TpuVmConfig, SkypilotConfig)
 }
-
-
-def at_least(least: int, **fields: int) -> None:
-    """Raises: ValueError naming the first field of a launcher that is below `least`."""
-    for key, value in fields.items():
-        if value < least:
-            raise ValueError(f"launcher.{key}={value}: must be at least {least}")

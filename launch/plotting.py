@@ -46,15 +46,12 @@ def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
     half.replace(path)
 
 
-def _hide(axes: "Axes", *sides: str) -> None:
-    for side in sides:
+def _plain(axes: "Axes", *sides: str, grid: bool = True) -> None:
+    """No frame on these sides, and a light grid."""
+    for side in sides or ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _plain(axes: "Axes", *sides: str) -> None:
-    """A light grid, without the frame on these sides."""
-    axes.grid(alpha=0.25, linewidth=0.7)
-    _hide(axes, *(sides or ("top", "right")))
+    if grid:
+        axes.grid(alpha=0.25, linewidth=0.7)
 
 
 def _heading(axes: "Axes", text: str, size: int = 11, **more: Any) -> None:
@@ -176,7 +173,7 @@ def _bar(axes: "Axes", parts: dict[str, float], colours: dict[str, str], unit: s
         left += size
     axes.set_yticks([])
     axes.set_ylim(-0.5, 0.5)
-    _hide(axes, "top", "right", "left")
+    _plain(axes, "top", "right", "left", grid=False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.05))
 
 
@@ -295,20 +292,14 @@ def draw_law(
         for index, size in enumerate(names):
             ours = sorted((p for p in points if p.parameters == size), key=lambda p: p.flops)
             shade = _shade(len(names) - 1 - index, len(names))
-            losses.plot(
-                [p.flops for p in ours],
-                [p.loss for p in ours],
-                "o",
-                color=shade,
-                label=f"{short_number(size)} parameters",
-            )
+            label = f"{short_number(size)} parameters"
+            losses.plot([p.flops for p in ours], [p.loss for p in ours], "o", color=shade, label=label)
             if not law.of_compute:
                 flops = np.geomspace(ours[0].flops / 2, ours[-1].flops * 4, 50)
                 fitted = law.loss(size, flops * ours[0].tokens / ours[0].flops)
                 losses.plot(flops, fitted, color=shade, linewidth=1.2, alpha=0.8)
-        losses.plot(
-            budgets, [each.loss for each in along], color="black", linewidth=1.8, label="the law, at its best size"
-        )
+        line: dict[str, Any] = {"color": "black", "linewidth": 1.8}
+        losses.plot(budgets, [each.loss for each in along], **line, label="the law, at its best size")
         _band(losses, budgets, [each.loss_spread for each in along])
         losses.plot([best.flops], [best.loss], "*", color=RED, markersize=15, label=f"budget: loss {best.loss:.3f}")
         losses.set_yscale("log")
@@ -316,9 +307,7 @@ def draw_law(
         losses.yaxis.set_minor_formatter("{x:.3g}")
         losses.set_ylabel("held-out loss (nats per token)")
         _heading(losses, f"{len(points)} runs")
-        choice.plot(
-            budgets, [each.parameters for each in along], color="black", linewidth=1.8, label="recommended size"
-        )
+        choice.plot(budgets, [each.parameters for each in along], **line, label="recommended size")
         _band(choice, budgets, [each.parameters_spread for each in along])
         choice.plot([p.flops for p in points], [p.parameters for p in points], "o", color=BLUE, label="runs")
         marked = f"budget: {short_number(best.parameters)} parameters on {short_number(best.tokens)} tokens"

@@ -1,84 +1,75 @@
-"""Which records, transforms, objectives and models go together: who sees what, and who is to learn it."""
+"""Which records, transforms, objectives and models go together, read from what an objective needs."""
 
 from data.loader import DataConfig
 from data.records.encoding import DataFormat
 from models.adapters.lora import AdapterConfig
 from models.config import AttentionMask, ModelConfig
 from trainer.objective import ObjectiveConfig
-from trainer.objectives.distillation import DistillationConfig
-from trainer.objectives.masked_lm import MaskedDiffusionConfig, MaskedLMConfig
-from trainer.objectives.multi_token_prediction import MultiTokenConfig
-from trainer.objectives.next_token import NextTokenConfig
-from trainer.objectives.preference import PreferenceConfig
 
-# Transforms whose targets are of the same place, and what learns them.
-IN_PLACE: dict[str, type] = {"mlm": MaskedLMConfig, "diffusion": MaskedDiffusionConfig}
-
-
-PHASES = {"dpo": "preference", "kto": "kto", "reward": "reward", "classify": "classification", "embed": "contrastive"}
+# Why an objective refuses a mask of attention, and what to do.
+MASK_REASONS = {
+    AttentionMask.causal: "predicts hidden tokens from both sides; set model.attention.mask=bidirectional",
+    AttentionMask.prefix: "knows no prompts; set model.attention.mask=causal",
+    AttentionMask.bidirectional: (
+        "predicts the next token, which such a model sees; set model.attention.mask=causal, or take phase=mlm"
+    ),
+}
 
 
-def derive_fields(data: DataConfig, objective: ObjectiveConfig, model: ModelConfig) -> None:
-    """Sets what the objective decides of records and of the model's head.
+def settle_outputs(data: DataConfig, objective: ObjectiveConfig, model: ModelConfig) -> None:
+    """Sets `model.outputs` to what the objective needs, so that checkpoints record the model's head.
 
-    Raises: ValueError where the records are not what it learns from.
+    Raises: ValueError where another number was given, or `data.classes` do not fit.
     """
-    if objective.kind and data.format not in objective.records:
-        fitting = " or ".join(records.name for records in objective.records)
-        phase = next((name for name, kind in PHASES.items() if kind == objective.kind), None)
-        hint = f"; phase={phase} sets both" if phase else ""
+    objective.check_classes(len(data.classes))
+    num_labels = objective.model_needs.num_labels
+    needed = len(data.classes) if num_labels is None else num_labels
+    if objective.kind and model.outputs not in (0, needed):
         raise ValueError(
-            f"data.format={data.format.name}: objective={objective.kind} needs data.format={fitting}{hint}"
+            f"model.outputs={model.outputs}: objective={objective.kind} needs {needed} (0: logits of the vocabulary); "
+            "leave it out"
         )
-    data.margins, data.negatives = objective.reads_margins, objective.num_negatives
-    data.pairs_per_row = objective.per_row
-    model.outputs = objective.outputs(len(data.classes))
+    model.outputs = needed
 
 
 def check_compatibility(
     data: DataConfig, objective: ObjectiveConfig, model: ModelConfig, adapter: AdapterConfig
 ) -> None:
     """Raises: ValueError naming key, value, reason and fix."""
-    kind, mask, told = data.transform.kind, model.attention.mask, f"objective={objective.kind}"
+    needs, kind, name = objective.data_needs, data.transform.kind, f"objective={objective.kind}"
+    if objective.kind and data.format not in needs.formats:
+        fitting = " or ".join(records.name for records in needs.formats)
+        hint = f"; phase={needs.phase} sets both" if needs.phase else ""
+        raise ValueError(f"data.format={data.format.name}: {name} needs data.format={fitting}{hint}")
     if kind != "none" and data.format is not DataFormat.text:
         raise ValueError(f"data.transform.kind={kind}: is for data.format=text, not {data.format.name}; leave it out")
-    if kind != "none" and objective.precomputed_model:
+    if kind != "none" and objective.frozen_needs.precomputed:
         raise ValueError(
-            f"data.transform.kind={kind}: hides other tokens in each epoch, so that nothing said of a row can be kept; "
-            "set objective.cache_teacher_logits=false"
+            f"data.transform.kind={kind}: changes tokens in every epoch, so that outputs of a frozen model cannot be "
+            "stored; set objective.cache_teacher_logits=false"
         )
-    if type(objective) in IN_PLACE.values() and IN_PLACE.get(kind) is not type(objective):
-        name = next(name for name, cls in IN_PLACE.items() if cls is type(objective))
-        raise ValueError(f"{told}: learns what transform={name} hides, not data.transform.kind={kind}")
-    if kind in IN_PLACE and IN_PLACE[kind] is not type(objective):
-        raise ValueError(f"data.transform.kind={kind}: is learnt by objective={IN_PLACE[kind].kind}, not {told}")
-    if kind in IN_PLACE and mask is not AttentionMask.bidirectional:
+    if needs.transform not in (None, kind):
+        raise ValueError(f"{name}: learns what transform={needs.transform} hides, not data.transform.kind={kind}")
+    if data.transform.in_place and needs.transform is None:
         raise ValueError(
-            f"model.attention.mask={mask.name}: {told} tells tokens from all around them; set "
-            "model.attention.mask=bidirectional"
+            f"data.transform.kind={kind}: its targets are the tokens that it hides, and {name} learns next tokens; "
+            "leave it out, or take phase=mlm or phase=masked_diffusion"
         )
-    predicts = isinstance(objective, NextTokenConfig | PreferenceConfig | DistillationConfig)
-    if predicts and mask is AttentionMask.bidirectional:
-        raise ValueError(
-            f"model.attention.mask=bidirectional: {told} predicts the next token, which such a model sees; set "
-            "model.attention.mask=causal, or take phase=mlm"
-        )
-    if mask is AttentionMask.prefix and not isinstance(objective, NextTokenConfig | DistillationConfig):
-        raise ValueError(f"model.attention.mask=prefix: {told} knows no prompts; set model.attention.mask=causal")
+    if model.attention.mask not in objective.model_needs.masks:
+        mask = model.attention.mask
+        raise ValueError(f"model.attention.mask={mask.name}: {name} {MASK_REASONS[mask]}")
     _check_further(objective, model, adapter)
 
 
 def _check_further(objective: ObjectiveConfig, model: ModelConfig, adapter: AdapterConfig) -> None:
-    count, told = model.mtp_num_layers, f"objective={objective.kind}"
-    if not isinstance(objective, MultiTokenConfig):
+    count, name = model.mtp_num_layers, f"objective={objective.kind}"
+    if not objective.model_needs.multi_token:
         if count:
-            raise ValueError(f"model.mtp_num_layers={count}: {told} does not train them; take objective=multi_token")
+            raise ValueError(f"model.mtp_num_layers={count}: {name} does not train them; take objective=multi_token")
         return
     if not count:
         raise ValueError(
-            f"model.mtp_num_layers=0: {told} trains modules for further tokens, and there are none; set it to 1"
+            f"model.mtp_num_layers=0: {name} trains modules for further tokens, and there are none; set it to 1"
         )
-    if model.attention.mask is not AttentionMask.causal:
-        raise ValueError(f"model.attention.mask={model.attention.mask.name}: {told} is for causal models; set causal")
     if adapter.active:
-        raise ValueError(f"adapter.method={adapter.method.name}: {told} trains whole modules; leave it out")
+        raise ValueError(f"adapter.method={adapter.method.name}: {name} trains all of its modules; leave it out")

@@ -12,8 +12,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from configs.compatibility import check_compatibility, derive_fields
+from configs.compatibility import check_compatibility, settle_outputs
 from configs.launchers import LAUNCHERS, LauncherConfig, LocalConfig
+from configs.ranges import check_ranges
 from configs.sweeps import SweepSearchConfig
 from configs.tasks import TASKS, ServeConfig, SweepConfig, TaskConfig, TrainConfig
 from data.loader import DataConfig
@@ -101,13 +102,17 @@ class RunConfig:
     run: str = "default"  # its name: the same name again goes on with the run
     output_dir: str = "runs"  # the folder of all runs, or a URL of one in an object store: s3://BUCKET/runs
     seed: int = 0  # of initialisation, data order, dropout and sampling
-    fake_devices: int | None = None  # this many fake CPU devices in all, to try a mesh without hardware
+    # This many fake CPU devices in all, to try a mesh without hardware
+    fake_devices: int | None = field(default=None, metadata={"min": 1, "hint": "null: the real devices"})
     resume: Resume = Resume.auto
     init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or peft:FOLDER
     init_layers: list[int] = field(default_factory=list)  # of these weights take only these layers, in this order
     init_width: WidthConfig = field(default_factory=WidthConfig)  # and of these only the most important units
     reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
-    source_weights: list[float] = field(default_factory=list)  # shares in the order of source=[...]
+    # Shares in the order of source=[...]
+    source_weights: list[float] = field(
+        default_factory=list, metadata={"above": 0, "hint": "leave the source out of source=[...] instead"}
+    )
     step: int | None = None  # evaluate, generate, serve, inspect: the checkpoint; null: the newest
     prompt: str | None = None  # generate: what to go on from
     chat: str | None = None  # generate: what the user says; the model answers, through the run's chat template
@@ -233,7 +238,7 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     for key, group in _POLYMORPHIC.items():
         if group is not None:
             setattr(tree, key, typed_node(group, saved[key]))
-    data = {key: value for key, value in saved["data"].items() if key not in ("sources", "transform")}
+    data = {key: v for key, v in saved["data"].items() if key not in ("sources", "transform", *_RETIRED_DATA)}
     tree.data = OmegaConf.merge(OmegaConf.structured(DataConfig), data)
     tree.data.transform = typed_node("transform", saved["data"].get("transform", {"kind": "none"}))
     for name, node in saved["data"]["sources"].items():
@@ -244,6 +249,8 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     assert isinstance(config, RunConfig)
     return config
 
+
+_RETIRED_DATA = ("margins", "pairs_per_row", "negatives")  # of older runs: copies of what their objective says
 
 _POLYMORPHIC = {
     "task": "task",
@@ -277,7 +284,11 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def validate(config: RunConfig) -> None:
-    """What one key alone cannot say. Raises: ValueError naming key, value, reason and fix."""
+    """Checks the range of each key, and keys against each other.
+
+    Raises: ValueError naming key, value, reason and fix.
+    """
+    check_ranges(config)
     name = config.run
     if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>| '):
         raise ValueError(f"run={name!r}: is the name of a folder: letters, digits, '.', '_' and '-' only")
@@ -286,8 +297,6 @@ def validate(config: RunConfig) -> None:
     unknown = set(config.reset) - {"optimizer", "data", "step"}
     if unknown:
         raise ValueError(f"reset={config.reset}: {sorted(unknown)[0]!r} is none of optimizer, data, step")
-    if config.fake_devices is not None and config.fake_devices < 1:
-        raise ValueError(f"fake_devices={config.fake_devices}: must be at least 1, or null for the real devices")
     sources = config.data.sources
     if config.source_weights:
         if len(config.source_weights) != len(sources):
@@ -303,17 +312,7 @@ def validate(config: RunConfig) -> None:
         raise ValueError(
             f"data.sources.{without[0]}.weight=null: other sources have a weight, so this one needs one too"
         )
-    for key, source in sources.items():
-        if source.weight is not None and source.weight <= 0:
-            raise ValueError(
-                f"data.sources.{key}.weight={source.weight}: must be above 0; leave the source out of "
-                "source=[...] instead"
-            )
     config.model.validate()
-    if config.objective.neftune_alpha < 0:
-        raise ValueError(
-            f"objective.neftune_alpha={config.objective.neftune_alpha}: must not be negative; 0 is no noise"
-        )
     if config.init_width.active and config.init_from is None:
         raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
@@ -323,8 +322,6 @@ def validate(config: RunConfig) -> None:
             f"model.matmul_precision={products.name}: adapter.method={config.adapter.method.name} trains beside weights in a "
             "form of their own; set model.matmul_precision=full (adapter=qlora keeps them in 4 bits)"
         )
-    config.loss_spikes.validate()
-    config.sdc_check.validate()
     config.launcher.validate()
     task = config.task
     if isinstance(task, TrainConfig):
@@ -342,15 +339,10 @@ def validate(config: RunConfig) -> None:
             f"launcher.num_processes={config.launcher.num_processes}: serve runs in one process, with all devices of "
             "its host; leave it out"
         )
-    if not 0 <= config.data.max_bad_fraction <= 1:
-        raise ValueError(f"data.max_bad_fraction={config.data.max_bad_fraction}: is a share, from 0 to 1")
     if config.data.format in (DataFormat.chat, DataFormat.classification) and config.data.packing is Packing.concat:
         raise ValueError(
             "data.packing=concat: would cut conversations and texts at the ends of rows, and answers would be learnt "
             "without their questions; use data.packing=best_fit"
         )
-    derive_fields(config.data, config.objective, config.model)
+    settle_outputs(config.data, config.objective, config.model)
     check_compatibility(config.data, config.objective, config.model, config.adapter)
-    for key in ("batch_size", "seq_len"):
-        if getattr(config.data, key) < 1:
-            raise ValueError(f"data.{key}={getattr(config.data, key)}: must be at least 1")

@@ -17,7 +17,7 @@ import numpy as np
 from data.batch import DTYPES, ColumnBatch, TokenBatch, columns_of, tokens_of
 from data.column_cache import ColumnCache
 from data.packing import Corpus, CounterRng, Packing, PairPlan, Piece, RowSlice, TransformLengths, build_row, make_plan
-from data.records.encoding import DataFormat, EncodingConfig, LossMask, OnOverflow
+from data.records.encoding import NO_NEEDS, DataFormat, DataNeeds, EncodingConfig, LossMask, OnOverflow
 from data.sources.readers import SourceConfig
 from data.transforms import Transform, TransformConfig
 
@@ -27,8 +27,8 @@ _LAST = 2**48  # rows of a run: more than will ever be asked for
 
 @dataclass
 class DataConfig:
-    batch_size: int = 8  # sequences of the global batch
-    seq_len: int = 256  # tokens of a sequence
+    batch_size: int = field(default=8, metadata={"min": 1})  # sequences of the global batch
+    seq_len: int = field(default=256, metadata={"min": 1})  # tokens of a sequence
     packing: Packing = Packing.concat
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     format: DataFormat = DataFormat.text
@@ -36,23 +36,21 @@ class DataConfig:
     loss_mask: LossMask = LossMask.assistant  # of conversations
     on_overflow: OnOverflow = OnOverflow.truncate_turns  # conversations of more than seq_len tokens
     classes: list[str] = field(default_factory=list)  # of labelled records, in the order of their numbers
-    margins: bool = False  # of pairs; the objective sets it, and the next two keys
-    pairs_per_row: int = 1  # at most
-    negatives: int = 0  # of matches
-    max_bad_fraction: float = 0.1  # of records that no example can be made of; with more, the run does not begin
+    # Of records that no example can be made of; with more, the run does not begin
+    max_bad_fraction: float = field(default=0.1, metadata={"min": 0, "max": 1})
     shuffle: bool = True  # rows, anew in each epoch
     max_epochs: float | None = (
         None  # refuse to train longer than so many passes over the data; null: as often as needed
     )
-    prefetch: int = 2  # batches made ahead
-    max_eval_batches: int = 16  # of held-out text from each source, at most; 0: all
+    prefetch: int = field(default=2, metadata={"min": 0})  # batches made ahead
+    max_eval_batches: int = field(default=16, metadata={"min": 0})  # of held-out text from each source, at most; 0: all
     cache_dir: str | None = None  # the folder of token shards, or its URL; null: prepared/ in the folder of all runs
 
-    def encoding(self) -> EncodingConfig | None:
-        """How records become examples; None where they are documents."""
+    def encoding(self, needs: DataNeeds = NO_NEEDS) -> EncodingConfig | None:
+        """How records become examples for an objective with these needs; None where they are documents."""
         if self.format is DataFormat.text:
             return None
-        made = (tuple(self.classes), self.margins, self.negatives)
+        made = (tuple(self.classes), needs.margins, needs.num_negatives)
         return EncodingConfig(self.loss_mask, self.on_overflow, self.seq_len, self.format, *made)
 
 
@@ -156,14 +154,19 @@ def with_columns(rows: Mapping[str, Rows], tables: Mapping[str, ColumnCache]) ->
 
 
 def make_rows(
-    corpus: Corpus, config: DataConfig, seed: int, name: str, transform: Transform | None = None
+    corpus: Corpus,
+    config: DataConfig,
+    seed: int,
+    name: str,
+    transform: Transform | None = None,
+    needs: DataNeeds = NO_NEEDS,
 ) -> PackedRows | PairRows:
-    """The rows of the source `name`."""
+    """The rows of the source `name`, for an objective with these needs."""
     if config.format is DataFormat.unpaired_preference:
         return UnpairedRows(corpus, seq_len=config.seq_len)
-    rules = config.encoding()
+    rules = config.encoding(needs)
     if rules is not None and rules.examples_per_record > 1:
-        how = {"sides": rules.examples_per_record, "per_row": config.pairs_per_row, "valued": rules.margins}
+        how = {"sides": rules.examples_per_record, "per_row": needs.pairs_per_row, "valued": rules.margins}
         return PairRows(corpus, seq_len=config.seq_len, **how)
     how = {"seq_len": config.seq_len, "packing": config.packing, "transform": transform}
     return PackedRows(corpus, **how, seed=source_seed(seed, name))
@@ -181,6 +184,7 @@ class Mixture:
         *,
         tables: Mapping[str, ColumnCache] | None = None,
         transform: Transform | None = None,
+        needs: DataNeeds = NO_NEEDS,
     ):
         """`weights` None: by the tokens of each corpus; `tables`: what is kept of each source's rows.
 
@@ -189,7 +193,7 @@ class Mixture:
         import grain
 
         self.names = list(corpora)
-        rows = {name: make_rows(corpus, config, seed, name, transform) for name, corpus in corpora.items()}
+        rows = {name: make_rows(corpus, config, seed, name, transform, needs) for name, corpus in corpora.items()}
         self.rows = with_columns(rows, tables or {})
         for name, rows in self.rows.items():
             if not len(rows):
@@ -205,8 +209,8 @@ class Mixture:
             parts.append(part.map(_Tagged(index)))
         self._index = grain.MapDataset.mix(parts, [self.weights[n] for n in self.names]) if len(parts) > 1 else parts[0]
         further = {} if transform is None else {"transform": asdict(config.transform)}
-        if config.pairs_per_row > 1:
-            further["pairs_per_row"] = config.pairs_per_row
+        if needs.pairs_per_row > 1:
+            further["pairs_per_row"] = needs.pairs_per_row
         self.fingerprint = _sha(
             {
                 "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
@@ -326,8 +330,12 @@ class TokenLoader:
                 "data: sources, weights, tokenizer, packing, seq_len or seed are not those of the checkpoint, so its "
                 "position says nothing about this data; set them back, or begin the data anew with reset=[data]"
             )
+        self.skip_to(int(saved["next_index"]))
+
+    def skip_to(self, row: int) -> None:
+        """Moves to a row of the run."""
         self.close()
-        self.next_index = int(saved["next_index"])
+        self.next_index = row
 
     def global_batch(self) -> Any:
         """The whole next batch, of all processes, on the host."""

@@ -9,7 +9,7 @@ Shape letters: N tokens of a piece, C choices, L length of a row.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -43,6 +43,11 @@ class TransformConfig:
 
     kind: str = "none"
 
+    @property
+    def in_place(self) -> bool:
+        """Whether targets are the tokens hidden in their own places; else they are next tokens."""
+        return False
+
     def names(self, seq_len: int) -> list[Names]:
         """Special tokens without which it cannot be."""
         return []
@@ -69,12 +74,6 @@ class TransformConfig:
         return [special[next(name for name in names if name in special)] for names in self.names(seq_len)]
 
 
-def _check_shares(**shares: float) -> None:
-    for key, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"data.transform.{key}={value}: is a share, from 0 to 1")
-
-
 # Infilling
 
 
@@ -83,14 +82,13 @@ class FimConfig(TransformConfig):
     """Fill-in-the-middle (Bavarian et al. 2022), at the level of pieces: their section 4.4, "context-level"."""
 
     kind: str = "fim"
-    rate: float = 0.5  # of pieces; the others stay as they are
-    spm_rate: float = 0.5  # of those, suffix first
+    rate: float = field(default=0.5, metadata={"min": 0, "max": 1})  # of pieces; the others stay as they are
+    spm_rate: float = field(default=0.5, metadata={"min": 0, "max": 1})  # of those, suffix first
 
     def special_tokens(self, seq_len: int) -> list[Names]:
         return [FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> "Fim":
-        _check_shares(rate=self.rate, spm_rate=self.spm_rate)
         if seq_len < 8:
             raise ValueError(f"data.seq_len={seq_len}: too short for data.transform.kind=fim; take at least 8")
         sizes = np.arange(seq_len + 1)
@@ -234,14 +232,10 @@ class SpanCorruptionConfig(SpansConfig):
     """Random spans are hidden, and written after the rest (Raffel et al. 2020, section 3.1.4), in one decoder."""
 
     kind: str = "span_corruption"
-    density: float = 0.15  # share of tokens that are hidden
-    mean_span: float = 3.0  # tokens
+    density: float = field(default=0.15, metadata={"above": 0, "below": 1})  # share of tokens that are hidden
+    mean_span: float = field(default=3.0, metadata={"min": 1})  # tokens
 
     def denoisers(self) -> Sequence[Denoiser]:
-        if not 0 < self.density < 1:
-            raise ValueError(f"data.transform.density={self.density}: must be above 0 and below 1")
-        if self.mean_span < 1:
-            raise ValueError(f"data.transform.mean_span={self.mean_span}: must be at least 1 token")
         return (Denoiser(self.mean_span, self.density),)
 
 
@@ -307,15 +301,20 @@ class MlmConfig(TransformConfig):
     """Masked language modelling (Devlin et al. 2019, section 3.1)."""
 
     kind: str = "mlm"
-    rate: float = 0.15  # of tokens that are to be told, at least one of each piece; special tokens never
-    mask_share: float = 0.8  # of those that are masked
-    random_share: float = 0.1  # of those that another token stands for; the rest stay as they are
+    # Of tokens that are to be told, at least one of each piece; special tokens never
+    rate: float = field(default=0.15, metadata={"min": 0, "max": 1})
+    mask_share: float = field(default=0.8, metadata={"min": 0, "max": 1})  # of those that are masked
+    # Of those that another token stands for; the rest stay as they are
+    random_share: float = field(default=0.1, metadata={"min": 0, "max": 1})
+
+    @property
+    def in_place(self) -> bool:
+        return True
 
     def names(self, seq_len: int) -> list[Names]:
         return [MASK]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> "Mlm":
-        _check_shares(rate=self.rate, mask_share=self.mask_share, random_share=self.random_share)
         if self.mask_share + self.random_share > 1:
             raise ValueError(
                 f"data.transform.random_share={self.random_share}: with mask_share={self.mask_share} more than all"
@@ -354,6 +353,10 @@ class DiffusionConfig(TransformConfig):
     """
 
     kind: str = "diffusion"
+
+    @property
+    def in_place(self) -> bool:
+        return True
 
     def names(self, seq_len: int) -> list[Names]:
         return [MASK]

@@ -34,12 +34,13 @@ from models.config import AttentionMask, Dispatch, ModelConfig
 from models.logical_axes import ShardingConstraint
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
 from trainer.adapters import BASE, AdapterLayout, AdapterObjective, Shard
-from trainer.eval_loop import classifier_outputs, evaluate_sources, report_classes
+from trainer.eval_loop import collect_outputs, evaluate_sources, report_outputs
 from trainer.mesh import (
     ShardingRules,
     batch_sharding,
     check_batch,
     check_seq_len,
+    field_shardings,
     make_constrain,
     make_mesh,
     param_shardings,
@@ -49,10 +50,10 @@ from trainer.mesh import (
     with_pipeline,
     with_shardings,
 )
-from trainer.objective import Objective, Params
+from trainer.objective import Batch, BatchSource, Objective, Params
 from trainer.objective_params import init_objective_params, model_params, objective_param_axes, with_objective_params
-from trainer.objectives.classification import Classification
 from trainer.objectives.prefix_lm import Prefixed
+from trainer.reference_sync import with_moving_models
 from trainer.state import TrainState, abstract_state, init_sharded_state
 from trainer.step import EvalStep, make_eval_step, make_train_step
 from trainer.xla_options import compiler_options
@@ -144,9 +145,9 @@ def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
 
 def _documents(config: RunConfig) -> Iterator[str]:
     """Documents of all sources in turns, so that a tokenizer that reads only the first of them sees every source."""
-    bad = BadRecords()  # counted when the source is prepared
+    bad, rules = BadRecords(), config.data.encoding(config.objective.data_needs)  # counted when the source is prepared
     streams = [
-        (text for unit in source.units() for text in _texts(source, unit, bad, config.data.encoding()))
+        (text for unit in source.units() for text in _texts(source, unit, bad, rules))
         for source in config.data.sources.values()
     ]
     while streams:
@@ -172,7 +173,7 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
     if not config.data.sources:
         raise ValueError("source=[]: name at least one source, for example source=[text]")
     tokenizer = get_tokenizer(config, folder, say)
-    root, rules = prepared_root(config), config.data.encoding()
+    root, rules = prepared_root(config), config.data.encoding(config.objective.data_needs)
     prepared = {
         name: shard_folder(root, name, source, tokenizer, rules) for name, source in config.data.sources.items()
     }
@@ -214,7 +215,7 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    console, rules = Console(), config.data.encoding()
+    console, rules = Console(), config.data.encoding(config.objective.data_needs)
     share = 1.0 if rules is None else config.data.max_bad_fraction
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         for name, source in config.data.sources.items():
@@ -232,7 +233,7 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
             if rules is not None:
                 cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
                 tokens_to = f"{tokens:,} tokens"
-                if config.objective.is_token_level:
+                if config.objective.model_needs.is_token_level:
                     tokens_to += f", of which {manifest.count('train', 'learnt'):,} are learnt"
                 ended = f"; {cut:,} ended at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
                 noun = NOUNS.get(rules.records, rules.records.name)
@@ -257,7 +258,7 @@ class Core:
     objective: Objective
     train_step: Any  # jitted, the state donated: see `trainer.step.make_train_step`
     eval_step: EvalStep
-    predict_step: Callable[..., Any] | None  # of classes: `Classification.told` of (params, frozen, batch)
+    eval_outputs: Callable[..., Any] | None  # jitted `Objective.eval_outputs` of (params, frozen, batch), if it has any
     abstract: TrainState  # shapes and shardings
     init_state: Callable[..., TrainState]  # of `frozen` models, where adapters train; or around given `params`
     adaptation: AdapterLayout | None  # None: the model's own parameters train
@@ -273,6 +274,11 @@ class Core:
     def place(self, batch: TokenBatch) -> TokenBatch:
         """This process's rows as part of the global batch."""
         return place_batch(batch, self.sharding, self.batch_size, balanced=self.balanced)
+
+    def batch_spec(self, seq_len: int) -> Batch:
+        """Shapes and shardings of the global batch, without making one."""
+        spec = self.objective.batch_spec(self.batch_size, seq_len)
+        return with_shardings(spec, field_shardings(spec, self.sharding))
 
     @property
     def own(self) -> Params:
@@ -318,7 +324,8 @@ def build_core(
             f"data.seq_len={config.data.seq_len}: longer than model.max_seq_len={model.max_seq_len}, and positions "
             "are learned; shorten it, or raise model.max_seq_len"
         )
-    extras = config.objective.extra_params(model)
+    model_needs, synced = config.objective.model_needs, config.objective.frozen_needs.synced
+    extras = model_needs.extra_params(model)
     if extras and config.adapter.active:
         raise ValueError(
             f"adapter.method={config.adapter.method.name}: only adapters train, and objective={config.objective.kind} "
@@ -332,21 +339,20 @@ def build_core(
     if adaptation is not None:
         axes, init, reads = adaptation.axes, adaptation.init, (adaptation.stored,)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, adaptation.abstract)
-    if config.objective.moves_reference and config.adapter.active:
+    if synced and config.adapter.active:
         raise ValueError(
-            f"adapter.method={config.adapter.method.name}: the reference of adapters is their base, which does not "
-            "move; set objective.ref_model_sync_steps=0, or train without adapters"
+            f"adapter.method={config.adapter.method.name}: the {next(iter(synced))} of adapters is their base, which "
+            "does not move; set objective.ref_model_sync_steps=0, or train without adapters"
         )
     schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
     # Adapters begin at sizes of their own, on weights that are there.
     width = model if model.mup_base_width is not None and adaptation is None else None
-    optimizer = config.objective.wrap_optimizer(config.optimizer.build(schedule, axes, width))
+    optimizer = with_moving_models(config.optimizer.build(schedule, axes, width), synced)
     constrain = constrain or make_constrain(mesh, config.sharding)
     apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
     objective = config.objective.build(_token_bytes(model, tokenizer))
     if model.attention.mask is AttentionMask.prefix:
         objective = Prefixed(objective)
-    told_step = _predict_step(objective, apply, adaptation, mesh) if isinstance(objective, Classification) else None
     if adaptation is not None:
         objective = AdapterObjective(objective, adaptation.apply_adapters)
     step = make_train_step(
@@ -378,7 +384,7 @@ def build_core(
             compiler_options=compiler_options(constrain.platform, mesh.size),
         ),
         eval_step=jax.jit(make_eval_step(objective, apply)),
-        predict_step=told_step,
+        eval_outputs=_eval_outputs(objective, apply, mesh) if objective.has_eval_outputs else None,
         abstract=abstract,
         init_state=init_state,
         adaptation=adaptation,
@@ -388,13 +394,10 @@ def build_core(
     )
 
 
-def _predict_step(
-    objective: Classification, apply: Apply, adaptation: AdapterLayout | None, mesh: Mesh | AbstractMesh
-) -> Any:
-    """What a classifier says of a batch, all of it to every process."""
-    join = (lambda frozen, params: params) if adaptation is None else partial(_joined, adaptation)
-    tell = lambda params, frozen, batch: objective.told(apply, join(frozen, params), batch)
-    return jax.jit(tell, out_shardings=(replicated(mesh), replicated(mesh)))
+def _eval_outputs(objective: Objective, apply: Apply, mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
+    """Outputs of a batch for evaluation, replicated to every process."""
+    outputs = lambda params, frozen, batch: objective.eval_outputs(apply, params, frozen, batch)
+    return jax.jit(outputs, out_shardings=(replicated(mesh), replicated(mesh)))
 
 
 def _is_permutation_invariant(config: RunConfig, model: ModelConfig) -> bool:
@@ -404,11 +407,7 @@ def _is_permutation_invariant(config: RunConfig, model: ModelConfig) -> bool:
     a, objective = model.attention, config.objective
     capacity = model.moe.num_experts > 0 and model.moe.dispatch is Dispatch.capacity
     random = model.dropout or a.dropout or objective.neftune_alpha
-    return objective.is_token_wise and a.mask is not AttentionMask.prefix and not capacity and not random
-
-
-def _joined(adaptation: AdapterLayout, frozen: Mapping[str, Any], params: Params) -> Params:
-    return adaptation.apply_adapters(frozen[BASE], params)
+    return objective.model_needs.is_token_wise and a.mask is not AttentionMask.prefix and not capacity and not random
 
 
 def adapt(adapter: AdapterConfig, model: ModelConfig, shardings: Any, shard: Shard) -> AdapterLayout | None:
@@ -427,7 +426,7 @@ def _token_bytes(model: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray 
 
 def build_source(
     config: RunConfig, corpora: Corpora, core: Core, tables: Mapping[str, ColumnCache] | None = None
-) -> TokenLoader:
+) -> BatchSource:
     """Batches of the mixture, with what `tables` keep of each source's rows.
 
     Raises: ValueError where the run is longer than `data.max_epochs` allows.
@@ -435,7 +434,15 @@ def build_source(
     sources = config.data.sources
     weights = {name: float(source.weight) for name, source in sources.items() if source.weight is not None}
     transform = config.data.transform.build(corpora.tokenizer, config.data.seq_len)
-    mixture = Mixture(corpora.train, config.data, config.seed, weights or None, tables=tables, transform=transform)
+    mixture = Mixture(
+        corpora.train,
+        config.data,
+        config.seed,
+        weights or None,
+        tables=tables,
+        transform=transform,
+        needs=config.objective.data_needs,
+    )
     task = config.task
     if config.data.max_epochs is not None and isinstance(task, TrainConfig):
         rows = mixture.num_rows(config.data.max_epochs)
@@ -465,7 +472,8 @@ def build_evaluation(
     """
     data = config.data
     transform = data.transform.build(corpora.tokenizer, data.seq_len)
-    rows = {name: make_rows(corpus, data, config.seed, name, transform) for name, corpus in corpora.heldout.items()}
+    made_for = lambda name, corpus: make_rows(corpus, data, config.seed, name, transform, config.objective.data_needs)
+    rows = {name: made_for(name, corpus) for name, corpus in corpora.heldout.items()}
     rows = with_columns(rows, tables or {})
 
     def batches(packed: Rows) -> Iterator[TokenBatch]:
@@ -481,9 +489,9 @@ def build_evaluation(
         sources = {name: batches(packed) for name, packed in rows.items()}
         models = {**(frozen or {}), **(moving or {})}
         found = evaluate_sources(core.eval_step, params, models, sources)
-        if core.predict_step is not None:
-            told = {name: classifier_outputs(core.predict_step, params, models, batches(p)) for name, p in rows.items()}
-            found |= report_classes(told)
+        if (outputs := core.eval_outputs) is not None:
+            each = {name: collect_outputs(outputs, params, models, batches(p)) for name, p in rows.items()}
+            found |= report_outputs(core.objective, each)
         return found
 
     return evaluate

@@ -16,7 +16,6 @@ from models.decode.engine import Completion, generate
 from models.decode.sampling import SamplingConfig
 from models.logical_axes import ShardingConstraint
 from trainer.objective import Params
-from trainer.objectives.masked_lm import MaskedDiffusionConfig
 
 
 class Unmasking(NamedTuple):
@@ -106,7 +105,7 @@ def _until(row: StopText, completion: Completion) -> Completion:
 
 def unmasking_of(config: RunConfig, tokenizer: Tokenizer, steps: int = 0) -> Unmasking | None:
     """How a run's model writes, where that is masked diffusion; None where it writes token by token."""
-    if not isinstance(config.objective, MaskedDiffusionConfig):
+    if config.objective.data_needs.transform != "diffusion":
         return None
     transform = config.data.transform.build(tokenizer, config.data.seq_len)
     assert isinstance(transform, Diffusion), "the config was checked"

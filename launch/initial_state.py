@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 
 from configs.schema import Resume, RunConfig
-from data.loader import TokenLoader
 from data.tokenizers.kinds import from_files, load_tokenizer, save_tokenizer
 from data.tokenizers.tokenizer import Tokenizer, first_difference
 from launch.build import (
@@ -29,8 +28,7 @@ from launch.weights_source import (
     AdapterBase,
     WeightsSource,
     load_base,
-    load_reference,
-    load_teacher,
+    load_frozen_model,
     prune_source,
     recorded_base,
     resolve_weights,
@@ -40,7 +38,7 @@ from models.mtp import MTP
 from models.transformer import init_params
 from trainer.adapters import BASE
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.objective import REFERENCE, TEACHER, FrozenModel, Params
+from trainer.objective import BatchSource, FrozenModel, FrozenModelSpec, Params
 from trainer.state import TrainState
 
 
@@ -125,59 +123,67 @@ class Frozen(NamedTuple):
 def load_frozen_models(
     config: RunConfig, core: Core, checkpointer: Checkpointer, corpora: Corpora, base: AdapterBase | None
 ) -> Frozen:
-    """The base of adapters, the reference of a loss that has one, which is what the run began with, and its teacher.
+    """Loads the base of adapters and each frozen model that the objective needs.
 
-    One that is asked in advance (`ObjectiveConfig.precomputed_model`) is let go of thereafter, and is not even read where all
-    answers are there and a checkpoint knows whose they are.
+    A precomputed one (`FrozenModelSpec.precompute`) is dropped once its outputs are stored, and is not even read where
+    all of them are stored and a checkpoint records whose they are.
 
-    Raises: ValueError where one of them is not known, or is another than before.
+    Raises: ValueError where one of them is not given, or is another than before.
     """
     models, records = frozen_models(base), {} if base is None else {BASE: base.record}
     step = checkpointer.latest_valid_step()
     known = {} if step is None else checkpointer.read_json(step, "config")
-    cached, tokenizer = config.objective.precomputed_model, corpora.tokenizer
+    needs, tokenizer = config.objective.frozen_needs, corpora.tokenizer
+    cached = needs.precomputed
     if cached in known and (tables := open_tables(config, core, corpora, known[cached])).complete:
-        return Frozen(models | _let_go(cached, core, tokenizer), records | {cached: known[cached]}, tables)
-    if config.objective.moves_reference and config.init_from is None and step is None:
-        raise _no_reference(config)
-    if config.objective.needs_reference:
-        models[REFERENCE], records[REFERENCE] = _reference(config, core, known.get(REFERENCE, {}), base)
-    if config.objective.teacher_name is not None:
-        record = known.get(TEACHER, {})
-        name = record.get("origin", config.objective.teacher_name)
-        found = (config.objective, name, tokenizer, core, config.output_dir, log)
-        taught = load_teacher(*found, sha256=record.get("sha256"))
-        models[TEACHER], records[TEACHER] = taught
+        return Frozen(
+            models | _without_weights(needs.models[cached], cached, core, tokenizer),
+            records | {cached: known[cached]},
+            tables,
+        )
+    for role in needs.synced:
+        if config.init_from is None and step is None:
+            raise _no_source(config, role)
+    for role, spec in needs.loaded.items():
+        models[role], records[role] = _frozen_model(config, core, role, spec, known.get(role, {}), base, tokenizer)
     if cached is None:
         return Frozen(models, records)
     tables = fill_tables(config, core, corpora, models, records[cached], log)
     del models[cached]
-    return Frozen(models | _let_go(cached, core, tokenizer), records, tables)
+    return Frozen(models | _without_weights(needs.models[cached], cached, core, tokenizer), records, tables)
 
 
-def _let_go(name: str, core: Core, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What stands for a model that is not asked again: of a teacher, how many tokens it knows."""
-    return {TEACHER: FrozenModel({}, core.apply, tokenizer.vocab_size)} if name == TEACHER else {}
+def _without_weights(spec: FrozenModelSpec, role: str, core: Core, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The stand-in for a precomputed model: of one with its own architecture, the number of its tokens."""
+    return {} if spec.source is None else {role: FrozenModel({}, core.apply, tokenizer.vocab_size)}
 
 
-def _reference(
-    config: RunConfig, core: Core, known: dict[str, str], base: AdapterBase | None
+def _frozen_model(
+    config: RunConfig,
+    core: Core,
+    role: str,
+    spec: FrozenModelSpec,
+    known: dict[str, str],
+    base: AdapterBase | None,
+    tokenizer: Tokenizer,
 ) -> tuple[Any, dict[str, str]]:
-    origin = known.get("origin") or config.init_from
-    if origin is None:
-        raise _no_reference(config)
-    _refuse_thinning(config, "the reference of a policy is all of init_from")
-    begins_there = base is not None and (known == base.record if known else base.start is None)
-    if base is not None and begins_there and config.adapter.quantize_base.name == "full":
-        return base.params, base.record  # not twice in memory
-    whole = core.own if core.adaptation is None else core.adaptation.full_params
-    return load_reference(origin, whole, config.output_dir, log, sha256=known.get("sha256"))
+    """The model and the record of it for checkpoints. `known`: the record in the newest one."""
+    source = known.get("origin") or spec.source or config.init_from
+    if source is None:
+        raise _no_source(config, role)
+    if spec.source is None:
+        _refuse_thinning(config, f"the {role} of a policy is all of init_from")
+        is_base = base is not None and (known == base.record if known else base.start is None)
+        if base is not None and is_base and config.adapter.quantize_base.name == "full":
+            return base.params, base.record  # not twice in memory
+    found = (config.objective, role, source, tokenizer, core, config.output_dir, log)
+    return load_frozen_model(*found, sha256=known.get("sha256"))
 
 
-def _no_reference(config: RunConfig) -> ValueError:
+def _no_source(config: RunConfig, role: str) -> ValueError:
     return ValueError(
-        f"objective={config.objective.kind}: compares with the weights that the run begins with; name them with "
-        "init_from=RUN or init_from=hf:FOLDER, or take a loss without a reference"
+        f"init_from=null: objective={config.objective.kind} needs a {role} model, which is the weights that training "
+        "starts from; set init_from=RUN or init_from=hf:FOLDER, or take an objective or loss without one"
     )
 
 
@@ -195,7 +201,7 @@ class RunParts(NamedTuple):
     core: Core
     base: AdapterBase | None
     frozen: Frozen
-    source: TokenLoader  # to be closed
+    source: BatchSource  # to be closed
 
 
 def build_run(config: RunConfig, corpora: Corpora, checkpointer: Checkpointer) -> RunParts:
@@ -208,7 +214,7 @@ def build_run(config: RunConfig, corpora: Corpora, checkpointer: Checkpointer) -
 
 
 def init_or_resume(
-    config: RunConfig, core: Core, source: TokenLoader, checkpointer: Checkpointer, base: AdapterBase | None = None
+    config: RunConfig, core: Core, source: BatchSource, checkpointer: Checkpointer, base: AdapterBase | None = None
 ) -> InitialState:
     """Fresh, from the weights of `init_from`, or from the newest whole checkpoint; moves the source there."""
     step, run = checkpointer.latest_valid_step(), f"run {config.run!r}"
@@ -237,7 +243,8 @@ def init_or_resume(
     if "data" not in reset:
         source.set_state(checkpointer.read_json(step, "source"))
         left_out = next_row(RunFolder(checkpointer.folder.parent), step)
-        source.next_index = source.next_index if left_out is None else left_out
+        if left_out is not None:
+            source.skip_to(left_out)
     remembered = checkpointer.read_json(step, "extra")
     if "step" in reset:
         # Later steps would stand in the way of those to come; they stay beside them under another name.

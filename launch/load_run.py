@@ -8,17 +8,18 @@ import jax
 
 from configs.schema import RunConfig
 from configs.tasks import TrainConfig
+from data.records.encoding import DataFormat
 from data.tokenizers.kinds import from_files
 from data.tokenizers.tokenizer import Tokenizer
 from launch.build import Core, build_core, log
 from launch.config_errors import named_keys
 from launch.run_folder import RunFolder, run_folder
-from launch.weights_source import load_reference, load_teacher, recorded_base
+from launch.weights_source import load_frozen_model, recorded_base
 from models.adapters.lora import AdapterConfig
 from models.config import AttentionImplementation, Dtype
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.mesh import MeshConfig
-from trainer.objective import REFERENCE, TEACHER, Params
+from trainer.objective import Params
 from trainer.objective_params import model_params
 from trainer.optimizers.optimizer import eval_params
 from trainer.reference_sync import reference_from_state
@@ -26,7 +27,7 @@ from trainer.state import TrainState
 
 # What a run makes of its records.
 OF_RECORDS = (
-    "records", "loss_on", "overlong", "max_bad_share", "packing", "seq_len", "classes", "margins", "negatives",
+    "records", "loss_on", "overlong", "max_bad_share", "packing", "seq_len", "classes",
 )  # fmt: skip
 
 
@@ -57,17 +58,20 @@ class SavedRun:
 
     def frozen(self) -> dict[str, Any]:
         """The models that the run's loss only reads, the adapters' base aside."""
-        known, models = self.checkpointer.read_json(self.step, "config"), {}
-        if self.config.objective.needs_reference:
-            origin, sha256 = (known[REFERENCE][key] for key in ("origin", "sha256"))
-            whole = self.core.own
-            models[REFERENCE], _ = load_reference(origin, whole, self.config.output_dir, log, sha256=sha256)
-        if self.config.objective.moves_reference:
-            models |= reference_from_state(self.state().opt_state)
-        if self.config.objective.teacher_name is not None:
-            origin, sha256 = (known[TEACHER][key] for key in ("origin", "sha256"))
-            found = (self.config.objective, origin, self.tokenizer, self.core, self.config.output_dir, log)
-            models[TEACHER], _ = load_teacher(*found, sha256=sha256)
+        known, needs = self.checkpointer.read_json(self.step, "config"), self.config.objective.frozen_needs
+        models = reference_from_state(self.state().opt_state) if needs.synced else {}
+        for role in needs.loaded:
+            record = known[role]
+            found = (
+                self.config.objective,
+                role,
+                record["origin"],
+                self.tokenizer,
+                self.core,
+                self.config.output_dir,
+                log,
+            )
+            models[role], _ = load_frozen_model(*found, sha256=record["sha256"])
         return models
 
     def trained_params(self) -> Params:
@@ -102,7 +106,7 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
     kept = [key for key in OF_RECORDS if f"data.{key}" not in named and "phase" not in named]
     transforms = changed & {"transform", "phase"} or any(key.startswith("data.transform") for key in named)
     data = dataclasses.replace(data, transform=(config if transforms else saved).data.transform)
-    if saved.data.encoding() is not None or saved.data.transform.kind != "none":
+    if saved.data.format is not DataFormat.text or saved.data.transform.kind != "none":
         data = dataclasses.replace(data, **{key: getattr(saved.data, key) for key in kept})
     merged = dataclasses.replace(
         saved,

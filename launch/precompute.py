@@ -21,7 +21,6 @@ from data.tokenize_shards import TokenCorpus
 from data.tokenizers.tokenizer import fingerprint
 from launch.build import Core, Corpora, Say, is_main_process, prepared_root, prepared_url, sync_processes
 from launch.weights_source import model_digest
-from trainer.adapters import AdapterObjective
 from trainer.console import progress_bar
 from trainer.mesh import replicated
 
@@ -63,10 +62,10 @@ def fill_tables(
     """Asks the model about every row that is not there yet; a pass that was cut off goes on where it was."""
     if prepared_url(config) and jax.process_count() > 1:
         raise ValueError(
-            f"data.cache_dir={config.data.cache_dir}: what the {config.objective.precomputed_model} says of each row is read by all "
+            f"data.cache_dir={config.data.cache_dir}: outputs of the {precomputed(config)} model are read by all "
             "processes from a disk that they share, and not from a store; name a folder of such a disk"
         )
-    tables, objective = open_tables(config, core, corpora, record), _caching(core)
+    tables, role, objective = open_tables(config, core, corpora, record), precomputed(config), core.objective
     shapes = replicated(core.mesh)
     ask = jax.jit(lambda frozen, batch: objective.columns(core.apply, frozen, batch), out_shardings=shapes)
     for split, corpora_of in (("train", corpora.train), ("heldout", corpora.heldout)):
@@ -74,17 +73,24 @@ def fill_tables(
             table = (tables.train if split == "train" else tables.heldout)[name]
             if not table.complete:
                 start, began = table.filled, time.monotonic()
-                _fill(table, make_rows(corpus, config.data, config.seed, name), core, ask, frozen, f"{name}, {split}")
+                _fill(table, _rows(config, corpus, name), core, ask, frozen, f"{name}, {split}")
                 size = sum(file.stat().st_size for file in table.folder.glob("*.npy")) if is_main_process() else 0
                 rows, seconds = table.num_rows - start, time.monotonic() - began
                 said = f"asked about {rows:,} rows of {name} ({split}) in {seconds:.0f} s"
-                say(f"{config.objective.precomputed_model}: {said}; {size / 1e6:,.1f} MB in {table.folder}")
+                say(f"{role}: {said}; {size / 1e6:,.1f} MB in {table.folder}")
     sync_processes("tables filled")
     return open_tables(config, core, corpora, record)
 
 
-def _caching(core: Core) -> Any:
-    return core.objective.objective if isinstance(core.objective, AdapterObjective) else core.objective
+def precomputed(config: RunConfig) -> str:
+    """The role of the frozen model whose outputs are stored."""
+    role = config.objective.frozen_needs.precomputed
+    assert role is not None
+    return role
+
+
+def _rows(config: RunConfig, corpus: TokenCorpus, name: str) -> Rows:
+    return make_rows(corpus, config.data, config.seed, name, needs=config.objective.data_needs)
 
 
 def _open(
@@ -96,13 +102,13 @@ def _open(
     name: str,
     corpus: TokenCorpus,
 ) -> ColumnCache:
-    objective, data = _caching(core), config.data
-    num_rows = len(make_rows(corpus, data, config.seed, name))
+    objective, data, role = core.objective, config.data, precomputed(config)
+    num_rows = len(_rows(config, corpus, name))
     if split == "heldout" and data.max_eval_batches:
         num_rows = min(num_rows, data.max_eval_batches * core.batch_size)
     key = {
         "version": VERSION,
-        "kind": config.objective.precomputed_model,
+        "kind": role,
         "weights": record["sha256"],
         "model": record.get("model") or model_digest(core.model),
         "tokenizer": fingerprint(corpora.tokenizer),
@@ -116,8 +122,8 @@ def _open(
         "settings": objective.column_settings(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    folder = prepared_root(config) / "cached" / f"{name}-{split}-{config.objective.precomputed_model}-{digest}"
-    return ColumnCache(folder, key, num_rows, objective.column_spec(data.seq_len))
+    folder = prepared_root(config) / "cached" / f"{name}-{split}-{role}-{digest}"
+    return ColumnCache(folder, key, num_rows, dict(objective.column_spec(data.seq_len)))
 
 
 def _fill(table: ColumnCache, rows: Rows, core: Core, ask: Any, frozen: Mapping[str, Any], what: str) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from data.batch import TokenBatch, columns_of
-from data.loader import TokenLoader
 from launch.run_folder import RunFolder, write_whole
+from trainer.objective import BatchSource
 from trainer.reliability.loss_spikes import Rollback
 
 
@@ -35,11 +35,10 @@ def next_row(folder: RunFolder, step: int) -> int | None:
     return max((it["rows"][1] for it in of(folder) if it["rolled_back_to"] == step), default=None)
 
 
-def describe(source: TokenLoader, rollback: Rollback, first_row: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def describe(source: BatchSource, rollback: Rollback, first_row: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What is written of a rollback to a checkpoint whose data begins at `first_row`. Closes the source."""
     end = first_row + (rollback.step - rollback.to) * source.batch_size
-    source.close()
-    source.next_index = end - source.batch_size
+    source.skip_to(end - source.batch_size)
     batch = source.global_batch()
     arrays = {**dict(zip(TokenBatch._fields, batch[:5], strict=True)), **columns_of(batch)}
     told = {

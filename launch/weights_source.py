@@ -126,18 +126,9 @@ def load_base(
     return AdapterBase(adaptation.quantize_base(params), below.name, origin.adapters, record)
 
 
-def load_reference(
-    reference: str, abstract: Params, runs: str, say: Say, *, sha256: str | None = None
-) -> tuple[Params, dict[str, str]]:
-    """The weights with which a policy began, adapters merged, and what a checkpoint says of them.
-
-    Raises: ValueError where they are gone or others than before.
-    """
-    return _checked(resolve_weights(reference, runs, say), abstract, "that are this run's reference", sha256)
-
-
-def load_teacher(
+def load_frozen_model(
     objective: ObjectiveConfig,
+    role: str,
     reference: str,
     tokenizer: Tokenizer,
     core: Core,
@@ -145,25 +136,31 @@ def load_teacher(
     say: Say,
     *,
     sha256: str | None = None,
-) -> tuple[FrozenModel, dict[str, str]]:
-    """A model to learn from, on the run's mesh, and what a checkpoint says of it.
+) -> tuple[Any, dict[str, str]]:
+    """The model of this role from `reference`, on the run's mesh, and what a checkpoint records of it.
 
+    Without a source in its spec it has the policy's architecture, and only its parameters are returned, adapters
+    merged; else it is a `FrozenModel`.
     Raises: ValueError where it is gone or another than before, where its tokens are not the run's, and where
     `objective` compares what the two do not have.
     """
-    key = "objective.teacher"
+    spec = objective.frozen_needs.models[role]
+    key, which = spec.key, f"of this run's {role}"
     origin = resolve_weights(reference, runs, say, key=key)
+    if spec.source is None:
+        abstract = core.own if core.adaptation is None else core.adaptation.full_params
+        return _checked(origin, abstract, which, sha256, key=key)
     if fingerprint(origin.tokenizer()) != fingerprint(tokenizer):
         raise ValueError(
             f"{key}={reference}: its tokenizer is not this run's, so that its probabilities are those of other tokens; "
             f"begin with its weights or take its tokenizer: init_from={reference}"
         )
     model = replace(origin.model, vocab_size=origin.model.vocab_size or tokenizer.vocab_size)
-    objective.check_teacher(core.model, model)
+    objective.check_frozen_model(role, core.model, model)
     shapes, axes = abstract_params(model), param_axes(model)
     shardings = param_shardings(axes, shapes, core.mesh, core.rules)
     abstract = with_shardings(shapes, shardings)
-    params, record = _checked(origin, abstract, "of this run's teacher", sha256, key=key)
+    params, record = _checked(origin, abstract, which, sha256, key=key)
     record |= {"model": model_digest(model)}
     return FrozenModel(params, make_apply(model, core.constrain), tokenizer.vocab_size), record
 
@@ -395,6 +392,8 @@ def inherit_model_config(config: RunConfig, overrides: list[str], folder: RunFol
             raise ValueError(f"{chosen[0]}: the adapters of {config.init_from} say it themselves; leave it out")
         config = replace(config, adapter=adapter or config.adapter)
     if "model" not in named:
+        # Its head is the objective's, not the origin's.
+        model = replace(model, outputs=config.model.outputs)
         config = replace(config, model=with_changes(model, config, overrides))
     if not _chooses_tokenizer(named):
         config = replace(config, tokenizer=replace(tokenizer, **_policy_keys(config, named)))

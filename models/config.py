@@ -177,10 +177,11 @@ class AttentionConfig:
     logit_softcap: float | None = None  # cap * tanh(score / cap): Gemma 2
     scale: float | None = None  # of scores; null: head_dim ** -0.5
     sinks: bool = False  # a learned logit for each head in its softmax, which takes weight from all keys: GPT-OSS
-    dropout: float = 0.0  # of attention weights
+    # Of attention weights
+    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
     # Keys and queries whose scores exist at once; 0: those of a whole row. null: 1024 in rows of more than 2048 tokens,
     # and in shorter ones, where no token sees a later one, a quarter of the queries and the keys up to its end
-    block_size: int | None = None
+    block_size: int | None = field(default=None, metadata={"min": 0, "hint": "0: whole rows; null: by length"})
     context_parallel: ContextParallel = ContextParallel.ring  # with mesh.context above 1
     implementation: AttentionImplementation = AttentionImplementation.xla
 
@@ -215,10 +216,13 @@ class MoEConfig:
     topk_groups: int = 1
     group_score_topk: int = 2  # a group is worth its so many best scores together: DeepSeek-V3 2, DeepSeek-V2 1
     load_balancing: LoadBalancing = LoadBalancing.aux_loss
-    aux_loss_weight: float = 0.01  # times the auxiliary loss, which is 1 where all experts have the same load
-    router_z_loss_weight: float = 0.0  # times the squared logsumexp of the router's logits: ST-MoE, section 3.2 (1e-3)
+    # Times the auxiliary loss, which is 1 where all experts have the same load
+    aux_loss_weight: float = field(default=0.01, metadata={"min": 0})
+    # Times the squared logsumexp of the router's logits: ST-MoE, section 3.2 (1e-3)
+    router_z_loss_weight: float = field(default=0.0, metadata={"min": 0})
     dispatch: Dispatch = Dispatch.dropless
-    capacity_factor: float = 1.25  # capacity: an expert's room in a row, in even shares of the row's tokens
+    # Capacity: an expert's room in a row, in even shares of the row's tokens
+    capacity_factor: float = field(default=1.25, metadata={"above": 0})
 
 
 # Of a model's fields those that say how to compute, not what: a run may go on with others.
@@ -241,11 +245,13 @@ class PipelineConfig:
 class ModelConfig:
     """A decoder-only transformer."""
 
-    num_layers: int = 2
-    embed_dim: int = 64
+    num_layers: int = field(default=2, metadata={"min": 1})
+    embed_dim: int = field(default=64, metadata={"min": 1})
     vocab_size: int = 0  # rows of the embedding; 0: as many as the tokenizer has
-    outputs: int = 0  # numbers for each token in place of logits: a reward, scores of classes. The objective sets it
-    max_seq_len: int = 8192  # of learned positions, and the longest text to write
+    # Numbers for each token in place of logits: a reward, scores of classes. The objective needs a number, and refuses
+    # another; 0: that number
+    outputs: int = field(default=0, metadata={"min": 0})
+    max_seq_len: int = field(default=8192, metadata={"min": 1})  # of learned positions, and the longest text to write
     norm: Norm = Norm.rms
     norm_placement: NormPlacement = NormPlacement.pre
     norm_eps: float = 1e-5
@@ -256,21 +262,23 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
-    mtp_num_layers: int = 0  # modules that predict one token more each: DeepSeek-V3, section 2.2. objective=multi_token
+    # Modules that predict one token more each: DeepSeek-V3, section 2.2. objective=multi_token
+    mtp_num_layers: int = field(default=0, metadata={"min": 0})
     tied_embeddings: bool = True
     scale_embeddings: bool = False  # by sqrt(embed_dim): Gemma
     final_logit_softcap: float | None = None  # of logits: Gemma 2
-    dropout: float = 0.0  # of embeddings and of each sub-layer's output
+    # Of embeddings and of each sub-layer's output
+    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
     init_std: float = 0.02
     init_scaled_residual: bool = True  # output projections by 1/sqrt(2 num_layers): GPT-2
-    mup_base_width: int | None = (
-        None  # embed_dim at which rate and init_std were chosen (models/mup.py); null: this one
-    )
+    # Embed_dim at which rate and init_std were chosen (models/mup.py); null: this one
+    mup_base_width: int | None = field(default=None, metadata={"min": 1})
     dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
     param_dtype: Dtype = Dtype.float32
     matmul_precision: MatmulPrecision = MatmulPrecision.full  # of the weights of layers, in training
     remat: Remat = Remat.none
-    scan_unroll: int = 1  # layers in a turn of the loop over them: more run a little faster, and compile longer. 0: all
+    # Layers in a turn of the loop over them: more run a little faster, and compile longer. 0: all
+    scan_unroll: int = field(default=1, metadata={"min": 0, "hint": "1: a loop; 0: no loop"})
     activation_offload: list[ActivationOffload] = field(
         default_factory=list
     )  # kept activations in the host's memory; remat full and its like
@@ -319,17 +327,6 @@ class ModelConfig:
         self._validate_latent()
         if self.moe.num_experts:
             self._validate_experts()
-        for key, rate in (("dropout", self.dropout), ("attention.dropout", a.dropout)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"model.{key}={rate}: must be at least 0 and below 1")
-        if self.mtp_num_layers < 0:
-            raise ValueError(f"model.mtp_num_layers={self.mtp_num_layers}: must not be negative; 0: no modules")
-        if self.scan_unroll < 0:
-            raise ValueError(f"model.scan_unroll={self.scan_unroll}: must not be negative; 1: a loop; 0: no loop")
-        if a.block_size is not None and a.block_size < 0:
-            raise ValueError(
-                f"model.attention.block_size={a.block_size}: must not be negative; 0: whole rows; null: by length"
-            )
         away = () if self.remat in (Remat.none, Remat.save_dots) else ("border", *SAVED_NAMES[self.remat])
         for name in self.activation_offload:
             if name.name not in away:
@@ -337,13 +334,6 @@ class ModelConfig:
                     f"model.activation_offload: model.remat={self.remat.name} keeps no {name.name} that could lie elsewhere; "
                     f"valid: {', '.join(away) or 'nothing'}; border goes with remat=full, qkv, attention"
                 )
-        if self.mup_base_width is not None and self.mup_base_width < 1:
-            raise ValueError(
-                f"model.mup_base_width={self.mup_base_width}: must be at least 1; null: the model's own width"
-            )
-        for key in ("num_layers", "embed_dim", "max_seq_len"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key}={getattr(self, key)}: must be at least 1")
 
     def _validate_latent(self) -> None:
         a = self.attention
@@ -395,8 +385,3 @@ class ModelConfig:
             )
         if e.num_groups > 1 and not 1 <= e.group_score_topk <= size:
             raise ValueError(f"model.moe.group_score_topk={e.group_score_topk}: a group has {size}; valid: 1 to {size}")
-        for key in ("balance_loss", "z_loss"):
-            if getattr(e, key) < 0:
-                raise ValueError(f"model.moe.{key}={getattr(e, key)}: must not be negative; 0 turns it off")
-        if e.capacity_factor <= 0:
-            raise ValueError(f"model.moe.capacity_factor={e.capacity_factor}: must be above 0, as 1.25")

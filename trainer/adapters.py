@@ -3,7 +3,7 @@
 Neither the step nor an objective knows of it: an objective that is `AdapterObjective` gives them the model's own tree.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +22,7 @@ from models.adapters.lora import (
     quantized_base,
 )
 from trainer.mesh import with_shardings
-from trainer.objective import Batch, Mean, Objective, Params
+from trainer.objective import Params, WrappedObjective
 
 BASE = "base"  # its name among the frozen models
 Shard = Callable[..., Any]  # (axes, shapes) to shardings; strict=False: what cannot be cut stays whole
@@ -94,17 +94,10 @@ def _shardings(abstract: Params) -> Any:
 
 
 @dataclass(frozen=True)
-class AdapterObjective:
+class AdapterObjective(WrappedObjective):
     """An `Objective` over adapters, from one over the model's own parameters."""
 
-    objective: Objective
     apply_adapters: Callable[..., Params]  # `AdapterLayout.join`
 
-    def loss(
-        self, apply: Any, params: Params, frozen: Mapping[str, Any], batch: Batch, rng: jax.Array | None
-    ) -> tuple[Mean, dict[str, Mean]]:
-        join_rng, rng = (None, None) if rng is None else (jax.random.fold_in(rng, 1), rng)
-        return self.objective.loss(apply, self.apply_adapters(frozen[BASE], params, join_rng), frozen, batch, rng)
-
-    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
-        return self.objective.batch_spec(batch_size, seq_len)
+    def wrap(self, apply, params, frozen, batch, rng) -> tuple[Any, Params]:
+        return apply, self.apply_adapters(frozen[BASE], params, None if rng is None else jax.random.fold_in(rng, 1))

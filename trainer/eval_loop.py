@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from trainer.metrics import bits_per_byte, perplexity
-from trainer.objective import Batch, Mean, Params
-from trainer.objectives.classification import class_report
+from trainer.objective import Batch, Mean, Objective, Params
 from trainer.step import EvalStep
 
 Sums = dict[str, tuple[float, float]]  # metric: total and weight, f64 on the host
@@ -63,19 +62,20 @@ def evaluate(
     return summarise(sums)
 
 
-def classifier_outputs(
-    told_step: Callable[..., Any], params: Params, frozen: Mapping[str, Any], batches: Iterable[Batch]
+def collect_outputs(
+    eval_outputs: Callable[..., Any], params: Params, frozen: Mapping[str, Any], batches: Iterable[Batch]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [N, C] and classes [N] of all texts of all batches."""
-    found = [jax.device_get(told_step(params, frozen, batch)) for batch in batches]
+    """Predictions [N, ...] and labels [N] of all batches, where there is a label (`Objective.eval_outputs`)."""
+    found = [jax.device_get(eval_outputs(params, frozen, batch)) for batch in batches]
     return tuple(np.concatenate(each) for each in zip(*((p[c >= 0], c[c >= 0]) for p, c in found), strict=True))
 
 
-def report_classes(told: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """`eval/NAME/precision` and its like for each source, and `eval/precision` over all of their texts."""
-    together = tuple(np.concatenate(each) for each in zip(*told.values(), strict=True))
-    named = {f"eval/{name}": of_source for name, of_source in told.items()} | {"eval": together}
-    return {f"{name}/{key}": value for name, found in named.items() for key, value in class_report(*found).items()}
+def report_outputs(objective: Objective, outputs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """`eval/NAME/precision` and its like for each source, and `eval/precision` over all of their outputs."""
+    together = tuple(np.concatenate(each) for each in zip(*outputs.values(), strict=True))
+    named = {f"eval/{name}": of_source for name, of_source in outputs.items()} | {"eval": together}
+    report = objective.eval_report
+    return {f"{name}/{key}": value for name, found in named.items() for key, value in report(*found).items()}
 
 
 def evaluate_sources(

@@ -8,7 +8,7 @@ warm-up included.
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +50,6 @@ class ScheduleConfig:
         return jnp.clip((step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1), 0.0, 1.0)
 
 
-def _check_fraction(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        nearest = min(max(value, 0), 1)
-        raise ValueError(f"schedule.{key}={value}: is a share, so from 0 to 1; nearest valid: {nearest}")
-
-
 @dataclass
 class ConstantConfig(ScheduleConfig):
     """The peak, all along: for schedule-free optimizers and for trying things."""
@@ -71,11 +65,7 @@ class CosineConfig(ScheduleConfig):
     """Half a cosine wave down to `final_fraction` (Loshchilov and Hutter 2017, without restarts)."""
 
     kind: str = "cosine"
-    min_lr_ratio: float = 0.1  # of the peak, at num_steps
-
-    def check(self, num_steps: int) -> None:
-        super().check(num_steps)
-        _check_fraction("final_fraction", self.min_lr_ratio)
+    min_lr_ratio: float = field(default=0.1, metadata={"min": 0, "max": 1})  # of the peak, at num_steps
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
         wave = 0.5 * (1 + jnp.cos(jnp.pi * self.progress(step, num_steps)))
@@ -87,11 +77,7 @@ class LinearConfig(ScheduleConfig):
     """A straight line down to `final_fraction`."""
 
     kind: str = "linear"
-    min_lr_ratio: float = 0.0  # of the peak, at num_steps
-
-    def check(self, num_steps: int) -> None:
-        super().check(num_steps)
-        _check_fraction("final_fraction", self.min_lr_ratio)
+    min_lr_ratio: float = field(default=0.0, metadata={"min": 0, "max": 1})  # of the peak, at num_steps
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
         return 1 - (1 - self.min_lr_ratio) * self.progress(step, num_steps)
@@ -108,15 +94,13 @@ class WsdConfig(ScheduleConfig):
     """Warm-up, stable, decay (Hu et al. 2024, MiniCPM): a run can be prolonged from before its decay."""
 
     kind: str = "wsd"
-    decay_fraction: float = 0.2  # of num_steps, at the end
+    decay_fraction: float = field(default=0.2, metadata={"min": 0, "max": 1})  # of num_steps, at the end
     decay_steps: int | None = None  # the same in updates; wins over decay_fraction
     decay: Decay = Decay.linear  # shape of the decay
-    min_lr_ratio: float = 0.0  # of the peak, at num_steps
+    min_lr_ratio: float = field(default=0.0, metadata={"min": 0, "max": 1})  # of the peak, at num_steps
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)
-        _check_fraction("final_fraction", self.min_lr_ratio)
-        _check_fraction("decay_fraction", self.decay_fraction)
         most = num_steps - self.warmup_steps
         if not 0 <= self._num_decay(num_steps) <= most:
             key = "decay_fraction" if self.decay_steps is None else "decay_steps"

@@ -9,6 +9,7 @@ Shape letters: L tokens of an example.
 import enum
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,32 @@ class OnOverflow(enum.Enum):
     )
     truncate = "truncate"  # its end is cut off, an answer's with it: what is left has no end of turn
     drop = "drop"  # it is left out
+
+
+@dataclass(frozen=True)
+class DataNeeds:
+    """What an objective needs of records and of the rows made from them."""
+
+    formats: tuple[DataFormat, ...] = (DataFormat.text, DataFormat.chat)  # valid data.format
+    phase: str | None = None  # the preset that sets objective and records together
+    transform: str | None = None  # kind of the transform that makes the targets; None: targets are next tokens
+    margins: bool = False  # pairs say how much better the chosen answer is: column `margin`
+    pairs_per_row: int = 1  # at most; 1: each pair is padded to a row of its own
+    num_negatives: int = 0  # further texts of each match
+
+    @property
+    def texts(self) -> int:
+        """Texts of one record, each a side of a row: fields [B, texts, L], or [B, L] of one."""
+        return examples_per_record(self.formats[0], self.num_negatives)
+
+    @property
+    def columns(self) -> dict[str, tuple[int, ...]]:
+        """Shape in one row of each f32 column that comes with the records."""
+        margins = {"margin": (self.pairs_per_row,)} if self.margins else {}
+        return margins | ({"label": ()} if DataFormat.unpaired_preference in self.formats else {})
+
+
+NO_NEEDS = DataNeeds()
 
 
 class EncodingConfig(NamedTuple):

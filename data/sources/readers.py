@@ -15,7 +15,7 @@ import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,7 +41,10 @@ class SourceShard(NamedTuple):
 @dataclass
 class SourceConfig:
     kind: str = ""
-    weight: float | None = None  # share of the mixture; null for all sources: by their tokens
+    # Share of the mixture; null for all sources: by their tokens
+    weight: float | None = field(
+        default=None, metadata={"above": 0, "hint": "leave the source out of source=[...] instead"}
+    )
     validation_fraction: float = 0.01  # of documents, by a hash of their content; never trained on
     max_documents: int | None = None  # take so many at most
     chat_format: RecordFormat = RecordFormat.auto  # of its records, where data.format=chat

@@ -19,12 +19,12 @@ from launch.planning.jaxpr_cost import Cost, LiveBuffer, Rules, jaxpr_cost
 from launch.planning.local_shapes import (
     Shapes,
     bytes_on_device,
+    frozen_configs,
     gathered_copies,
     local_shapes,
     product,
     shapes_of,
     share_of,
-    teacher_of,
 )
 from models.attention import kernels
 from models.config import AttentionImplementation, Dispatch, ModelConfig, Remat
@@ -122,7 +122,7 @@ class Plan:
         return self.tokens_per_second * self.flops_per_token / peak
 
 
-def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = None) -> Plan:
+def estimate(config: RunConfig, target: Target, models: Mapping[str, ModelConfig] | None = None) -> Plan:
     """The plan of a run on `target`; `config.mesh` must fit it.
 
     Raises: ValueError where mesh, batch and model do not go together.
@@ -133,9 +133,9 @@ def estimate(config: RunConfig, target: Target, teacher: ModelConfig | None = No
     sizes = dict(mesh.shape)
     rows = config.data.batch_size // task.gradient_accumulation_steps
     config = replace(config, model=with_pipeline(config.model, rows, mesh, config.sharding))
-    teacher = teacher or teacher_of(config)
-    whole = shapes_of(config, mesh, teacher)
-    local, jaxpr = _traced(config, mesh, teacher, hardware.platform)
+    models = frozen_configs(config) if models is None else models
+    whole = shapes_of(config, mesh, models)
+    local, jaxpr = _traced(config, mesh, models, hardware.platform)
     found = _walked(config, hardware, whole, local, jaxpr, sizes)
     model = whole.core.model
     tokens = math.prod(whole.batch.tokens.shape)
@@ -191,7 +191,7 @@ def _walked(
 _last: dict[str, tuple[Shapes, Any]] = {}
 
 
-def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None, platform: str) -> tuple[Shapes, Any]:
+def _traced(config: RunConfig, mesh: Any, models: Mapping[str, ModelConfig], platform: str) -> tuple[Shapes, Any]:
     """One device's share and the jaxpr of its step. Meshes that differ only in who keeps what have them in common."""
     sizes = dict(mesh.shape)
     if kernels.select_implementation(config.model, config.data.seq_len, platform) is not AttentionImplementation.xla:
@@ -200,9 +200,9 @@ def _traced(config: RunConfig, mesh: Any, teacher: ModelConfig | None, platform:
             config.model.attention, implementation=AttentionImplementation.xla, block_size=kernels.BLOCKS[0]
         )
         config = replace(config, model=replace(config.model, attention=attention))
-    key = repr((share_of(config, sizes), teacher, gathered_copies(config, sizes), platform))
+    key = repr((share_of(config, sizes), models, gathered_copies(config, sizes), platform))
     if key not in _last:
-        local = local_shapes(config, mesh, teacher, platform)
+        local = local_shapes(config, mesh, models, platform)
         if len(_last) > 64:
             _last.clear()
         _last[key] = local, local.core.train_step.trace(*local.arguments).jaxpr  # type: ignore[attr-defined]

@@ -23,12 +23,11 @@ from trainer.mesh import (
     MeshConfig,
     ShardingRules,
     abstract_mesh,
-    field_shardings,
     param_shardings,
     replicated,
     with_shardings,
 )
-from trainer.objective import REFERENCE, TEACHER, FrozenModel, column_spec
+from trainer.objective import FrozenModel
 from trainer.reliability.loss_spikes import NO_LIMITS
 
 AnyMesh = Mesh | AbstractMesh
@@ -65,36 +64,34 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
 
 
 def shapes_of(
-    config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None = None, constrain: ShardingConstraint | None = None
+    config: RunConfig,
+    mesh: AnyMesh,
+    models: Mapping[str, ModelConfig] | None = None,
+    constrain: ShardingConstraint | None = None,
 ) -> Shapes:
-    """Of the run on this mesh. Raises: ValueError as `build_core`."""
+    """Of the run on this mesh. `models`: of its `frozen_configs`. Raises: ValueError as `build_core`."""
     core = build_core(config, None, mesh, constrain)
-    spec = core.objective.batch_spec(core.batch_size, config.data.seq_len)
     frozen: dict[str, Any] = {}
     if core.adaptation is not None:
         frozen[BASE] = core.adaptation.stored
-    if config.objective.needs_reference:
-        shared = core.adaptation is not None and config.adapter.quantize_base.name == "full"
-        whole = core.own if core.adaptation is None else core.adaptation.full_params
-        frozen[REFERENCE] = frozen[BASE] if shared else whole
-    if teacher is not None:
-        shardings = param_shardings(param_axes(teacher), abstract_params(teacher), mesh, config.sharding)
-        params = with_shardings(abstract_params(teacher), shardings)
-        frozen[TEACHER] = FrozenModel(params, make_apply(teacher, core.constrain), teacher.vocab_size)
-    if config.objective.precomputed_model in frozen:
-        asked = frozen.pop(str(config.objective.precomputed_model))
-        spec = column_spec(spec, core.objective.column_spec(config.data.seq_len))  # type: ignore[attr-defined]
-        if isinstance(asked, FrozenModel):
-            frozen[TEACHER] = FrozenModel({}, asked.apply, asked.vocab_size)
-    return Shapes(core, frozen, with_shardings(spec, field_shardings(spec, core.sharding)))
+    for role, needed in config.objective.frozen_needs.loaded.items():
+        if needed.source is None:
+            shared = core.adaptation is not None and config.adapter.quantize_base.name == "full"
+            whole = core.own if core.adaptation is None else core.adaptation.full_params
+            if not needed.precompute:
+                frozen[role] = frozen[BASE] if shared else whole
+        elif (model := (models or {}).get(role)) is not None:
+            shardings = param_shardings(param_axes(model), abstract_params(model), mesh, config.sharding)
+            params = {} if needed.precompute else with_shardings(abstract_params(model), shardings)
+            frozen[role] = FrozenModel(params, make_apply(model, core.constrain), model.vocab_size)
+    return Shapes(core, frozen, core.batch_spec(config.data.seq_len))
 
 
-def teacher_of(config: RunConfig) -> ModelConfig | None:
-    """The architecture of the model to learn from; its weights are not read."""
-    name = config.objective.teacher_name
-    if name is None:
-        return None
-    return resolve_weights(name, config.output_dir, lambda text: None, key="objective.teacher").model
+def frozen_configs(config: RunConfig) -> dict[str, ModelConfig]:
+    """The architecture of each frozen model that has its own, by role; weights are not read."""
+    specs = config.objective.frozen_needs.loaded
+    find = lambda source, key: resolve_weights(source, config.output_dir, lambda text: None, key=key).model
+    return {role: find(spec.source, spec.key) for role, spec in specs.items() if spec.source is not None}
 
 
 def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
@@ -189,10 +186,10 @@ def gathered_copies(config: RunConfig, sizes: Mapping[str, int]) -> int:
     return product(sizes, [axis for axis in rules.axes_of("experts", "sharding") if axis in rows])
 
 
-def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None, platform: str) -> Shapes:
+def local_shapes(config: RunConfig, mesh: AnyMesh, models: Mapping[str, ModelConfig], platform: str) -> Shapes:
     """Of `share_of` the run, on one device of this platform."""
     sizes, rules = dict(mesh.shape), config.sharding
-    share = None if teacher is None else model_share(teacher, rules, sizes)
+    shares = {role: model_share(model, rules, sizes) for role, model in models.items()}
     local = share_of(config, sizes)
     pieces = product(sizes, [axis for axis in rules.residual if axis not in rules.length])
     alone = OneShare(
@@ -204,7 +201,7 @@ def local_shapes(config: RunConfig, mesh: AnyMesh, teacher: ModelConfig | None, 
         experts=product(sizes, rules.experts),
         platform=platform,
     )
-    return shapes_of(local, abstract_mesh(MeshConfig(), 1), share, alone)
+    return shapes_of(local, abstract_mesh(MeshConfig(), 1), shares, alone)
 
 
 def bytes_on_device(tree: Any, *, on_host: bool = False) -> float:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from configs.schema import RunConfig
 from configs.tasks import TrainConfig
 from launch.planning.estimate import Plan, estimate
 from launch.planning.hardware import Target, present
-from launch.planning.local_shapes import product, teacher_of
+from launch.planning.local_shapes import frozen_configs, product
 from models.config import ActivationOffload, ModelConfig, Remat
 from trainer.mesh import AXES, MeshConfig, mesh_sizes
 
@@ -45,7 +45,7 @@ def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda do
 
     Raises: ValueError where no mesh goes together with model and batch, with the last reason.
     """
-    teacher, refused = teacher_of(config), ValueError("no mesh")
+    models, refused = frozen_configs(config), ValueError("no mesh")
     if free.mesh:
         meshes = list(candidates(config, target))
     else:
@@ -59,7 +59,7 @@ def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda do
         for done, mesh in enumerate(meshes):
             tell(done, len(meshes) + LOOKED_INTO)
             try:
-                begun.append(_smallest(config, target, mesh, free, teacher))
+                begun.append(_smallest(config, target, mesh, free, models))
             except ValueError as error:
                 refused = error
         fitting = sorted((c for c in begun if c.plan.fits), key=lambda choice: -choice.plan.tokens_per_second)
@@ -72,7 +72,7 @@ def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda do
     found = fitting[LOOKED_INTO:]
     for done, choice in enumerate(fitting[:LOOKED_INTO]):
         tell(len(meshes) + done, len(meshes) + LOOKED_INTO)
-        found += _with_mesh(config, target, choice.config.mesh, free, teacher)
+        found += _with_mesh(config, target, choice.config.mesh, free, models)
     tell(1, 1)
     return sorted(found, key=lambda choice: -choice.plan.tokens_per_second)
 
@@ -106,23 +106,25 @@ def _sharing(config: RunConfig, mesh: MeshConfig) -> int:
     return product(vars(mesh), config.sharding.batch)
 
 
-def _smallest(config: RunConfig, target: Target, mesh: MeshConfig, free: Free, teacher: ModelConfig | None) -> Choice:
+def _smallest(
+    config: RunConfig, target: Target, mesh: MeshConfig, free: Free, models: Mapping[str, ModelConfig]
+) -> Choice:
     sharing = _sharing(config, mesh)
     batch = sharing if free.batch else config.data.batch_size
     turns, remat = list(_settings(config, batch // sharing, free))[-1]
     chosen = with_mesh(config, mesh, batch, turns, remat)
-    return Choice(chosen, estimate(chosen, target, teacher))
+    return Choice(chosen, estimate(chosen, target, models))
 
 
 def _with_mesh(
-    config: RunConfig, target: Target, mesh: MeshConfig, free: Free, teacher: ModelConfig | None
+    config: RunConfig, target: Target, mesh: MeshConfig, free: Free, models: Mapping[str, ModelConfig]
 ) -> Iterator[Choice]:
     """For each size of the batch that fits the least work: the first remat that does, then microbatches."""
     sharing = _sharing(config, mesh)
     for batch in [rows * sharing for rows in ROWS] if free.batch else [config.data.batch_size]:
         for turns, remat in _settings(config, batch // sharing, free):
             chosen = with_mesh(config, mesh, batch, turns, remat)
-            choice = Choice(chosen, estimate(chosen, target, teacher))
+            choice = Choice(chosen, estimate(chosen, target, models))
             if choice.plan.fits:
                 yield choice
                 break

@@ -18,7 +18,7 @@ import numpy as np
 
 from configs.schema import RunConfig
 from launch.planning.hardware import Target, topology_shape
-from launch.planning.local_shapes import bytes_on_device, shapes_of, teacher_of
+from launch.planning.local_shapes import bytes_on_device, frozen_configs, shapes_of
 from trainer.mesh import AXES, dcn_shape, make_mesh
 
 
@@ -51,7 +51,7 @@ def compile_step(config: RunConfig, target: Target) -> Compiled:
             "optimizer.offload_state=true: XLA's compiler for GPUs that are not there knows no memory of a host; leave "
             "compile=true out, or give a TPU"
         )
-    shapes = shapes_of(config, mesh, teacher_of(config))
+    shapes = shapes_of(config, mesh, frozen_configs(config))
     begin = time.perf_counter()
     try:
         program = shapes.core.train_step.lower(*shapes.arguments).compile()  # type: ignore[attr-defined]

@@ -68,8 +68,7 @@ def _check(config: RunConfig, task: CoordCheckConfig) -> None:
     if task.num_steps < 1:
         raise ValueError(f"task.num_steps={task.num_steps}: must be at least 1")
     objective = config.objective
-    frozen = objective.needs_reference or objective.moves_reference or objective.teacher_name is not None
-    if frozen or config.adapter.active or config.init_from is not None:
+    if objective.frozen_needs.models or config.adapter.active or config.init_from is not None:
         raise ValueError(
             "coordinates: looks at the first steps of models that begin at random; leave out init_from, adapters, and "
             f"objectives with a reference or a teacher (objective={objective.kind}, init_from={config.init_from})"

@@ -108,7 +108,7 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
             }
             for source in [*corpora.heldout, ""]
         }
-        if not saved.config.objective.is_token_level:
+        if not saved.config.objective.model_needs.is_token_level:
             rows = {name: {"n" if c == "tokens" else c: v for c, v in row.items()} for name, row in rows.items()}
         print_table("source", rows, columns)
     return 0

@@ -10,7 +10,7 @@ import numpy as np
 from configs.schema import Format, RunConfig
 from data.batch import ColumnBatch, TokenBatch, flat_rows
 from data.loader import batch_hash
-from data.records.encoding import marked_text
+from data.records.encoding import DataFormat, marked_text
 from data.tokenizers.tokenizer import Tokenizer
 from launch.build import build_source, is_main_process, load_corpora
 from launch.load_run import SavedRun, open_run
@@ -59,7 +59,7 @@ def next_batch(saved: SavedRun) -> dict[str, Any]:
     batch = source.global_batch()
     found = {"data_position": position["next_index"], "next_batch_sha256": batch_hash(batch)}
     transform = original.data.transform.build(corpora.tokenizer, original.data.seq_len)
-    if original.data.encoding() is not None or transform is not None:
+    if original.data.format is not DataFormat.text or transform is not None:
         in_place = transform is not None and transform.same_place
         found["next_example"] = first_example(corpora.tokenizer, batch, in_place=in_place)
     return found

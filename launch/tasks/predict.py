@@ -23,9 +23,6 @@ from data.tokenizers.tokenizer import Tokenizer
 from launch.build import is_main_process, log, sync_processes
 from launch.load_run import SavedRun, open_run
 from trainer.console import progress_bar
-from trainer.objectives.classification import Classification
-from trainer.objectives.contrastive import Contrastive
-from trainer.objectives.reward import Reward
 
 Said = Conversation | str
 ROUND = 32  # lengths of rows are multiples of it, so that few programs are compiled
@@ -44,7 +41,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         raise ValueError("predict: give texts, task.texts=['...'], or files of them, task.files=[FILE.txt,FILE.jsonl]")
     saved = open_run(config, overrides)
     objective = saved.core.objective
-    if not isinstance(objective, Reward | Classification | Contrastive):
+    if saved.config.objective.model_needs.is_token_level:
         raise ValueError(
             f"run={saved.folder.name}: its objective, {saved.config.objective.kind}, judges no texts; phase=reward, "
             "classify and embed make runs that do"
@@ -124,8 +121,4 @@ def write_found(found_NO: np.ndarray, objective: Any, classes: list[str], output
 
 def as_object(row: np.ndarray, objective: Any, classes: list[str]) -> dict[str, Any]:
     values = [round(float(value), 6) for value in row]
-    if isinstance(objective, Reward):
-        return {"reward": values[0]}
-    if isinstance(objective, Contrastive):
-        return {"vector": values}
-    return {"class": classes[int(row.argmax())], "probabilities": dict(zip(classes, values, strict=True))}
+    return objective.describe_output(values, classes)

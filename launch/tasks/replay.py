@@ -43,7 +43,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         stack.callback(source.close)
         state = checkpointer.restore(first, core.abstract).state
         source.set_state(checkpointer.read_json(first, "source"))
-        source.next_index = incident["rows"][0]
+        source.skip_to(incident["rows"][0])
         values: dict[str, float] = {}
         told, params, batch = [], state.params, None
         for step in range(first + 1, incident["step"] + 1):
@@ -55,7 +55,8 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             if config.format is not Format.json:
                 log(f"step {step}: " + ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
     same = {key: str(value) for key, value in values.items()} == incident["values"]
-    rows = worst_rows(core, params, frozen.models, batch, task.rows) if saved.objective.is_token_level else []
+    by_token = saved.objective.model_needs.is_token_level
+    rows = worst_rows(core, params, frozen.models, batch, task.rows) if by_token else []
     start = incident["batch_rows"][0]
     shown = [{"row": start + row, "loss": loss, "text": text_of(corpora.tokenizer, batch, row)} for row, loss in rows]
     if is_main_process():

@@ -85,7 +85,7 @@ def _check(config: RunConfig, task: ScalingLadderConfig) -> None:
         raise ValueError(f"task.compute_budget={task.compute_budget:g}: training FLOPs must be above 0, as 1e20")
     if config.init_from is not None or config.adapter.active:
         raise ValueError("ladder: a law is of models that begin at random; leave out init_from and adapter")
-    if not config.objective.is_token_level:
+    if not config.objective.model_needs.is_token_level:
         raise ValueError(f"ladder: a law is of losses of tokens, not of objective={config.objective.kind}")
 
 

@@ -12,7 +12,6 @@ import jax
 
 from configs.schema import RunConfig, to_plain
 from configs.tasks import TrainConfig
-from data.loader import TokenLoader
 from data.records.chat_encoding import chat_ids, text_after_turn
 from data.records.encoding import DataFormat
 from launch import distributed, exit_codes
@@ -141,7 +140,7 @@ class Session:
     folder: RunFolder
     corpora: Corpora
     core: Core
-    source: TokenLoader
+    source: BatchSource
     checkpointer: Checkpointer
     ledger: GoodputRecorder
     frozen: Frozen
@@ -254,7 +253,7 @@ class Session:
     ) -> tuple[TrainState, str]:
         # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
         with self.ledger.phase("compile"), startup.phase("compile"):
-            batch, frozen = self.core.place(self.first_rows()), self.frozen.models
+            batch, frozen = self.core.batch_spec(self.config.data.seq_len), self.frozen.models
             lowered = self.core.train_step.lower(state, frozen, batch, NO_LIMITS)
             about = {
                 "model": model_digest(self.core.model),
@@ -293,9 +292,6 @@ class Session:
                 )
         except ValueError as error:
             raise RuntimeError(f"training failed: {error}") from error  # past start-up, no input of the user's
-
-    def first_rows(self) -> Any:
-        return jax.tree.map(lambda column: column[self.core.rows], self.source.global_batch())
 
     def report(self, metrics: TrainMetrics, watch: SpikeWatch, trackers: Trackers, first_step: int) -> Callable:
         def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
@@ -452,7 +448,7 @@ def print_next_steps(config: RunConfig, folder: RunFolder, reason: str) -> str:
     prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
     chats = config.tokenizer.chat_template is not None or config.data.format is DataFormat.chat
     use = "generate", "chat='Hello'" if chats else f"prompt='{prompt} '"
-    if not config.objective.is_token_level:
+    if not config.objective.model_needs.is_token_level:
         use = "predict", "task.texts=['Hello']"
     elif config.objective.kind == "masked":  # an encoder writes nothing
         use = "evaluate", ""

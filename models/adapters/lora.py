@@ -49,11 +49,12 @@ class AdapterConfig:
     """Which parameters train: all, or low-rank additions to those of a frozen base, which `init_from` names."""
 
     method: Method = Method.none
-    rank: int = 16
-    alpha: float = 32.0  # the addition is scaled by alpha / rank; rslora: alpha / sqrt(rank)
+    rank: int = field(default=16, metadata={"min": 1})
+    # The addition is scaled by alpha / rank; rslora: alpha / sqrt(rank)
+    alpha: float = field(default=32.0, metadata={"above": 0})
     # Parts of a matrix's name, or patterns of it: attention, query, mlp.up, "mlp.*", embedding, head
     target_modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    dropout: float = 0.0  # of the input of adapters
+    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})  # of the input of adapters
     quantize_base: QuantizeBase = QuantizeBase.none  # how the frozen weights are kept
     double_quant: bool = False  # the scales of a base of few bits take 8 bits themselves
 
@@ -67,12 +68,6 @@ class AdapterConfig:
 
     def validate(self) -> None:
         """Raises: ValueError naming key, value, reason and fix."""
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank={self.rank}: must be at least 1; nearest valid: 1")
-        if self.alpha <= 0:
-            raise ValueError(f"adapter.alpha={self.alpha}: must be above 0, as 32")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"adapter.dropout={self.dropout}: must be at least 0 and below 1, as 0.05")
         if self.double_quant and self.quantize_base is QuantizeBase.none:
             raise ValueError(
                 "adapter.double_quant=true: a full base has no scales; add adapter.quantize_base=nf4, or leave it out"

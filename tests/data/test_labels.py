@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from data.records.chat_formats import BadRow
 from data.records.encoding import (
     BadRecords,
     DataFormat,
+    DataNeeds,
     EncodingConfig,
     LossMask,
     OnOverflow,
@@ -117,9 +117,10 @@ def test_the_class_is_the_target_of_the_last_token_and_never_read(tmp_path):
 def test_matches_stand_together_in_rows_of_all_their_texts(tmp_path):
     rows = [{"anchor": f"a{i}", "positive": f"b{i}", "negative": f"c{i}"} for i in range(8)]
     source = write(tmp_path / "a.jsonl", rows)
-    config = DataConfig(seq_len=8, format=DataFormat.retrieval, negatives=1)
-    manifest = prepare_source(source, Bytes(), tmp_path / "made", rules=config.encoding())
-    made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a")
+    config = DataConfig(seq_len=8, format=DataFormat.retrieval)
+    needs = DataNeeds(formats=(DataFormat.retrieval,), num_negatives=1)
+    manifest = prepare_source(source, Bytes(), tmp_path / "made", rules=config.encoding(needs))
+    made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a", needs=needs)
     assert len(made) == 8 and made[3].tokens.shape == (3, 8)
     texts = [Bytes().decode(row[:2].tolist()) for row in made[3].tokens]
     assert texts == ["a3", "b3", "c3"]
@@ -129,11 +130,11 @@ def test_margins_reach_the_batch_and_pairs_without_one_are_counted(tmp_path):
     rows = [{"prompt": "1?", "chosen": f"good {i}", "rejected": "no", "margin": i / 4} for i in range(6)]
     bad = [{"prompt": "1?", "chosen": "a", "rejected": "b"}, {**rows[0], "margin": "much"}, {**rows[0], "margin": True}]
     source = write(tmp_path / "a.jsonl", [*rows, *bad])
-    config = DataConfig(seq_len=64, format=DataFormat.preference, margins=True)
+    config, needs = DataConfig(seq_len=64, format=DataFormat.preference), DataNeeds(margins=True)
     tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=config.encoding())
+    manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=config.encoding(needs))
     assert sum(e["count"] for e in manifest.bad[str(tmp_path / "a.jsonl")].values()) == 3
-    made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a")
+    made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a", needs=needs)
     assert isinstance(made, PairRows) and [made[i].columns["margin"].tolist() for i in (0, 5)] == [[0.0], [1.25]]
     assert batch_hash(made[0]) != batch_hash(made[0]._replace(columns={"margin": made[0].columns["margin"] + 1}))
 
@@ -143,12 +144,13 @@ def test_pairs_share_rows_as_far_as_they_fit(tmp_path):
         {"prompt": "?", "chosen": "a" * n, "rejected": "b" * m, "margin": n}
         for n, m in zip(range(1, 9), range(8, 0, -1), strict=True)
     ]
-    config = DataConfig(seq_len=32, format=DataFormat.preference, margins=True)
+    config, needs = DataConfig(seq_len=32, format=DataFormat.preference), DataNeeds(margins=True)
+    rules = config.encoding(needs)
     tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    manifest = prepare_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", rules=config.encoding())
+    manifest = prepare_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", rules=rules)
     corpus = TokenCorpus(manifest, "train")
-    alone = make_rows(corpus, config, 0, "a")
-    packed = make_rows(corpus, replace(config, pairs_per_row=3), 0, "a")
+    alone = make_rows(corpus, config, 0, "a", needs=needs)
+    packed = make_rows(corpus, config, 0, "a", needs=DataNeeds(margins=True, pairs_per_row=3))
     assert len(alone) == 8 and len(packed) < 5
 
     def texts(rows) -> list[tuple]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.ranges import check_ranges
 from data.batch import TokenBatch
 from data.loader import DataConfig, Mixture, PackedRows, TokenLoader, heldout_batches, make_rows, stack
 from data.packing import CounterRng, Packing, TransformLengths, fold_seed, hashed, make_plan
@@ -367,7 +368,7 @@ def test_a_tokenizer_without_the_tokens_is_refused(config):
 @pytest.mark.parametrize(
     "config,said",
     [
-        (FimConfig(rate=1.5), "data.transform.rate=1.5: is a share"),
+        (FimConfig(rate=1.5), "data.transform.rate=1.5: must be from 0 to 1"),
         (SpanCorruptionConfig(density=1.0), "density=1.0: must be above 0 and below 1"),
         (SpanCorruptionConfig(mean_span=0.5), "mean_span=0.5: must be at least 1"),
         (MlmConfig(mask_share=0.9, random_share=0.2), "random_share=0.2: with mask_share=0.9 more than all"),
@@ -375,6 +376,7 @@ def test_a_tokenizer_without_the_tokens_is_refused(config):
 )
 def test_values_that_cannot_be_are_refused(config, said):
     with pytest.raises(ValueError, match=said):
+        check_ranges(config, "data.transform")
         config.build(Bytes(["<|mask|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]), L)
 
 

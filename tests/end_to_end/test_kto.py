@@ -67,7 +67,7 @@ def test_a_mesh_changes_nothing(home):
 
 
 MISTAKES = {
-    "no reference": (["init_from=null", "tokenizer=bytes"], "compares with the weights that the run begins with"),
+    "no reference": (["init_from=null", "tokenizer=bytes"], "init_from=null: objective=kto needs a reference model"),
     "other records": (["data.format=preference"], "objective=kto needs data.format=unpaired_preference"),
     "too many bad": (["data.max_bad_fraction=0.01"], "data.max_bad_fraction=0.01: 3 of"),
 }

@@ -153,7 +153,10 @@ MISTAKES = {
         ["objective.loss_type=cpo", "objective.precompute_ref_log_probs=true"],
         "objective.loss_type=cpo has no reference",
     ),
-    "no reference": (["init_from=null", "source=[jsonl]"], "compares with the weights that the run begins with"),
+    "no reference": (
+        ["init_from=null", "source=[jsonl]"],
+        "init_from=null: objective=preference needs a reference model",
+    ),
     "plain text": (["data.format=text"], "needs data.format=preference"),
     "smoothing": (
         ["objective.loss_type=ipo", "objective.label_smoothing=0.1"],

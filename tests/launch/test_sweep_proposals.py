@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
+from configs.ranges import check_ranges
 from configs.schema import register
 from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
 from launch.plotting import draw_sweep
@@ -178,7 +179,7 @@ def test_a_grid_is_taken_whole_and_has_no_ranges():
 def test_numbers_that_have_no_sense_are_refused():
     for key in ("trials", "parallel"):
         with pytest.raises(ValueError, match=f"sweep.{key}=0: must be at least 1"):
-            SweepSearchConfig(parameters={"seed": "1,2"}, **{key: 0}).validate()
+            check_ranges(SweepSearchConfig(parameters={"seed": "1,2"}, **{key: 0}), "sweep")
 
 
 def test_a_goal_of_max_turns_the_order_round():

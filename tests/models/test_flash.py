@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.ranges import check_ranges
 from models.attention.flash import Keys, Queries, block_is_visible, blockwise_attention, causal_attention, row_attention
 from models.attention.ops import UNLIMITED, attention, attention_mask
 from models.config import AttentionConfig, ContextParallel, ModelConfig
@@ -219,5 +220,5 @@ def test_a_layer_made_anew_keeps_what_its_attention_gave():
 
 def test_a_negative_block_is_refused():
     config = ModelConfig(vocab_size=8)
-    with pytest.raises(ValueError, match=r"model\.attention\.block=-1: must not be negative"):
-        replace(config, attention=AttentionConfig(block_size=-1)).validate()
+    with pytest.raises(ValueError, match=r"model\.attention\.block=-1: must be at least 0"):
+        check_ranges(replace(config, attention=AttentionConfig(block_size=-1)), "model")

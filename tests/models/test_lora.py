@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs.ranges import check_ranges
 from data.batch import TokenBatch
 from models.adapters.lora import (
     AdapterConfig,
@@ -142,7 +143,9 @@ def test_a_tied_head_takes_no_adapter(target):
 )
 def test_what_is_not_carried_out_is_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
-        AdapterConfig(**({"method": Method.lora} | wrong)).validate()
+        config = AdapterConfig(**({"method": Method.lora} | wrong))
+        check_ranges(config, "adapter")
+        config.validate()
 
 
 def test_names_of_dims_follow_the_dims_and_a_magnitude_is_a_vector():

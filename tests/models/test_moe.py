@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs.ranges import check_ranges
 from models.config import (
     Activation,
     Dispatch,
@@ -206,4 +207,6 @@ def test_two_kinds_of_layers_take_two_scans_however_many_there_are():
 )
 def test_impossible_experts_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        replace(CONFIG, moe=replace(EXPERTS, **changes)).validate()
+        config = replace(CONFIG, moe=replace(EXPERTS, **changes))
+        check_ranges(config, "model")
+        config.validate()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from configs.ranges import check_ranges
 from launch.planning.jaxpr_cost import jaxpr_cost
 from models.config import (
     Activation,
@@ -245,8 +246,8 @@ def test_layers_without_a_loop_give_the_same(unroll):
 
 
 def test_a_loop_has_no_negative_turns():
-    with pytest.raises(ValueError, match=r"model\.unroll=-1: must not be negative"):
-        dataclasses.replace(BASE, scan_unroll=-1).validate()
+    with pytest.raises(ValueError, match=r"model\.unroll=-1: must be at least 0"):
+        check_ranges(dataclasses.replace(BASE, scan_unroll=-1), "model")
 
 
 def test_remat_dots_multiplies_with_no_weight_again():
@@ -372,4 +373,5 @@ def test_rope_scaling_follows_the_published_formulas():
 )
 def test_impossible_models_are_refused_by_name(config, message):
     with pytest.raises(ValueError, match=message):
+        check_ranges(config, "model")
         config.validate()

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from omegaconf import OmegaConf
 
+from configs.ranges import check_ranges
 from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer, SaveFailed
 from trainer.checkpoint.checksums import state_hash
 from trainer.optimizers.optimizer import AdafactorConfig, AdamWConfig, MuonConfig, SoapConfig
@@ -305,7 +306,7 @@ def test_saving_a_step_twice_and_keeping_none_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"step 1 .* is saved already"):
             save(checkpointer, 1, toy_state())
     with pytest.raises(ValueError, match=r"checkpoint\.keep=0: must be at least 1"):
-        Checkpointer(tmp_path, CheckpointConfig(max_to_keep=0))
+        check_ranges(CheckpointConfig(max_to_keep=0), "checkpoint")
 
 
 def test_steps_that_will_be_done_anew_are_set_aside(tmp_path):

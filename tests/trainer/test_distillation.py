@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.ranges import check_ranges
 from data.batch import ColumnBatch, TokenBatch
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, make_apply
@@ -153,19 +154,20 @@ def test_what_a_teacher_said_before_is_what_it_says(kind, dtype, near):
     "changes,said",
     [
         ({"cache": True}, "objective.cache_teacher_logits=true: keeps the likeliest tokens"),
-        ({"top_k": -1}, "objective.top_k=-1: must not be negative"),
+        ({"top_k": -1}, "objective.top_k=-1: must be at least 0"),
         (
             {"cache": True, "top_k": 2, "match": FeatureLossConfig([[0, 0]])},
             "leave out objective.feature_loss.layer_mapping",
         ),
         ({"teacher": None}, "objective.teacher=null"),
         ({"temperature": 0.0}, "objective.temperature=0.0: must be above 0"),
-        ({"beta": 1.0}, "objective.divergence=forward and reverse"),
-        ({"weight": 2.0}, "objective.weight=2.0: is a share"),
+        ({"beta": 1.0}, "objective.beta=1.0: must be above 0 and below 1.*objective.divergence=forward or reverse"),
+        ({"weight": 2.0}, "objective.weight=2.0: must be from 0 to 1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
+        check_ranges(config(**changes), "objective")
         config(**changes).build(None)
 
 

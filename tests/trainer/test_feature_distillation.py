@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from optax import adamw
 
+from configs.ranges import check_ranges
 from models.captures import CaptureSpec
 from models.config import AttentionConfig, Dtype, ModelConfig, MoEConfig, Remat
 from models.transformer import init_params, make_apply, param_axes
@@ -154,13 +155,14 @@ def test_a_mesh_changes_nothing():
     "changes,said",
     [
         ({"layers": [[0, 1, 2]]}, "is no pair"),
-        ({"hidden_weight": -1.0}, "objective.feature_loss.hidden_loss_weight=-1.0: must not be negative"),
+        ({"hidden_weight": -1.0}, "objective.feature_loss.hidden_loss_weight=-1.0: must be at least 0"),
         ({"hidden_weight": 0.0, "attention_weight": 0.0}, "nothing of them is compared"),
         ({"layers": []}, "objective.feature_loss.layer_mapping=.*name the pairs"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
+        check_ranges(config(dataclasses.replace(MATCH, **changes)), "objective")
         config(dataclasses.replace(MATCH, **changes)).build(None)
 
 
@@ -174,7 +176,7 @@ def test_values_that_cannot_be_are_refused(changes, said):
 )
 def test_models_that_cannot_be_compared_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        config(dataclasses.replace(MATCH, **changes)).check_teacher(STUDENT, WIDE)
+        config(dataclasses.replace(MATCH, **changes)).check_frozen_model(TEACHER, STUDENT, WIDE)
 
 
 @pytest.mark.parity

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from jax.nn import log_sigmoid
 
+from configs.ranges import check_ranges
 from data.batch import ColumnBatch, TokenBatch, flat_rows
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, make_apply
 from tests.trainer.test_preference import batch as pairs_of
 from tests.trainer.test_preference import in_rows, longer
-from trainer.eval_loop import classifier_outputs, report_classes
+from trainer.eval_loop import collect_outputs, report_outputs
 from trainer.objectives.classification import ClassificationConfig, class_report
 from trainer.objectives.contrastive import ContrastiveConfig
 from trainer.objectives.pooling import Pooling, at_end, pooled
@@ -163,9 +164,11 @@ def test_packed_texts_are_judged_as_each_alone(pooling):
     loss, metrics = objective.loss(apply, params, {}, batch, None)
     np.testing.assert_allclose(loss.value(), np.average(nll, weights=weights), rtol=1e-4)
     assert float(metrics["accuracy"].value()) == pytest.approx(np.mean(right))
-    told = {"a": classifier_outputs(jax.jit(lambda p, f, b: objective.told(apply, p, b)), params, {}, [batch, batch])}
-    assert told["a"][0].shape == (12, 3) and told["a"][1].tolist() == 2 * [label for _, label in there]
-    assert report_classes(told)["eval/a/f1"] == report_classes(told)["eval/f1"]
+    outputs = jax.jit(lambda p, f, b: objective.eval_outputs(apply, p, f, b))
+    found = {"a": collect_outputs(outputs, params, {}, [batch, batch])}
+    assert found["a"][0].shape == (12, 3) and found["a"][1].tolist() == 2 * [label for _, label in there]
+    report = report_outputs(objective, found)
+    assert report["eval/a/f1"] == report["eval/f1"]
 
 
 def test_means_of_texts_never_mix():
@@ -235,12 +238,12 @@ def test_contrast_equals_cross_entropy_in_float64(negatives, symmetric):
 )
 def test_values_that_cannot_be_are_refused(config, said):
     with pytest.raises(ValueError, match=said):
-        config.build(None)
+        check_ranges(config, "objective")
 
 
 def test_classes_must_be_named():
     for classes in (0, 1):
         with pytest.raises(ValueError, match="name at least two"):
-            ClassificationConfig().outputs(classes)
+            ClassificationConfig().check_classes(classes)
     with pytest.raises(ValueError, match="3 weights for 2 classes"):
-        ClassificationConfig(class_weights=[1.0] * 3).outputs(2)
+        ClassificationConfig(class_weights=[1.0] * 3).check_classes(2)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.ranges import check_ranges
 from data.batch import ColumnBatch
 from tests.trainer.test_preference import APPLY, PARAMS, L, batch, longer, summed
 from trainer.objective import REFERENCE
@@ -81,8 +82,11 @@ def test_rows_of_padding_have_no_part_and_what_the_reference_said_before_is_what
 
 @pytest.mark.parametrize(
     "changes,said",
-    [({"beta": 0.0}, "objective.beta=0.0: must be above 0"), ({"desirable_weight": -1.0}, "must not be negative")],
+    [
+        ({"beta": 0.0}, "objective.beta=0.0: must be above 0"),
+        ({"desirable_weight": -1.0}, "desirable_weight=-1.0: must be at least 0"),
+    ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        KtoConfig(**changes).build(None)
+        check_ranges(KtoConfig(**changes), "objective")

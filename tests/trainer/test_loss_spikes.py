@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs.ranges import check_ranges
 from tests.trainer import toy
 from tests.trainer.test_step import new_state, step_with
 from trainer.reliability.loss_spikes import (
@@ -151,4 +152,4 @@ def test_a_rollback_needs_a_checkpoint_before_the_spike():
 @pytest.mark.parametrize("wrong", [{"deviations": 0.0}, {"window": 1}, {"limit": 0}])
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match=f"loss_spikes.{next(iter(wrong))}="):
-        replace(CONFIG, **wrong).validate()
+        check_ranges(replace(CONFIG, **wrong), "spikes")

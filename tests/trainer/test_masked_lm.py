@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.ranges import check_ranges
 from data.batch import TokenBatch
 from data.packing import CounterRng
 from data.transforms import Diffusion
@@ -116,4 +117,4 @@ def test_a_prefix_ends_where_learning_begins():
 
 def test_values_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"objective\.loss_chunk=0: must be at least 1"):
-        MaskedDiffusionConfig(loss_chunk_size=0).build(None)
+        check_ranges(MaskedDiffusionConfig(loss_chunk_size=0), "objective")

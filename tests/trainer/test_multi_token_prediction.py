@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.ranges import check_ranges
 from data.batch import TokenBatch
 from models.config import Dtype, ModelConfig, MoEConfig
 from models.decode.engine import generate
@@ -120,5 +121,5 @@ def test_modules_of_a_mixture_of_experts_have_experts():
 
 
 def test_values_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"objective\.weight=-1: must not be negative"):
-        MultiTokenConfig(weight=-1).build(None)
+    with pytest.raises(ValueError, match=r"objective\.weight=-1: must be at least 0"):
+        check_ranges(MultiTokenConfig(weight=-1), "objective")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from configs.ranges import check_ranges
 from tests.trainer import toy
 from trainer.objectives.next_token import NextTokenConfig
 
@@ -91,7 +92,7 @@ def test_batch_spec_is_the_shape_of_a_batch() -> None:
 def test_wrong_values_are_refused_by_name(wrong: dict) -> None:
     (key, value), *_ = wrong.items()
     with pytest.raises(ValueError, match=rf"objective\.{key}={value}: "):
-        NextTokenConfig(**wrong).build(None)
+        check_ranges(NextTokenConfig(**wrong), "objective")
 
 
 def test_the_config_is_structured() -> None:

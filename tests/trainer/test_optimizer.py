@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from omegaconf import OmegaConf
 
+from configs.ranges import check_ranges
 from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
 from trainer.optimizers.optimizer import (
     AdafactorConfig,
@@ -274,6 +275,7 @@ def test_without_an_average_the_parameters_are_evaluated() -> None:
 )
 def test_wrong_values_are_refused_by_name(config: OptimizerConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        check_ranges(config, "optimizer")
         build(config)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.ranges import check_ranges
 from data.batch import ColumnBatch, TokenBatch
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, logits, make_apply
@@ -250,7 +251,7 @@ def test_tokens_beyond_the_shorter_answer_may_count_less():
     "changes,said",
     [
         ({"beta": 0.0}, "objective.beta=0.0: must be above 0"),
-        ({"loss": Loss.exo}, "above 0 with exo"),
+        ({"loss": Loss.exo}, "above 0 with objective.loss_type=exo"),
         ({"loss": Loss.ipo, "label_smoothing": 0.1}, "has no meaning for objective.loss_type=ipo"),
         ({"length_weight": 2.0}, "from 0 to 1"),
         ({"loss": Loss.nca, "f_divergence": FDivergence.forward_kl}, "is for objective.loss_type=sigmoid.*not nca"),
@@ -258,4 +259,6 @@ def test_tokens_beyond_the_shorter_answer_may_count_less():
 )
 def test_values_that_cannot_be_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        dataclasses.replace(PreferenceConfig(), **changes).build(None)
+        config = dataclasses.replace(PreferenceConfig(), **changes)
+        check_ranges(config, "objective")
+        config.build(None)

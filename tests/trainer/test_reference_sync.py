@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import apply_updates
 
+from configs.ranges import check_ranges
 from data.batch import TokenBatch
 from models.layers import neftune_noise
 from models.transformer import init_params, make_apply, param_axes
 from tests.trainer.test_preference import APPLY, MODEL, PARAMS, batch
 from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
-from trainer.objective import REFERENCE
+from trainer.objective import REFERENCE, Sync
 from trainer.objectives.preference import Loss, PreferenceConfig
 from trainer.optimizers.optimizer import AdamWConfig, eval_params
-from trainer.reference_sync import ReferenceSyncState, reference_from_state
+from trainer.reference_sync import ReferenceSyncState, reference_from_state, with_moving_models
 from trainer.schedule import ConstantConfig
 from trainer.state import abstract_state, make_state
 from trainer.step import make_train_step
@@ -22,9 +24,8 @@ MOVING = PreferenceConfig(ref_model_sync_steps=2, ref_model_mixup_alpha=0.6)
 
 
 def optimizer(config=MOVING, **changes):
-    return config.around(
-        AdamWConfig(**changes).build(ConstantConfig(warmup_steps=0).build(1e-2, 10), param_axes(MODEL))
-    )
+    inner = AdamWConfig(**changes).build(ConstantConfig(warmup_steps=0).build(1e-2, 10), param_axes(MODEL))
+    return with_moving_models(inner, config.frozen_needs.synced)
 
 
 def train(steps: int, num_microbatches: int = 1, **changes):
@@ -85,12 +86,16 @@ def test_the_reference_lies_as_the_parameters_do():
     [
         ({"reference_every": 2, "cache_reference": True}, "cannot be asked in advance"),
         ({"reference_every": 2, "loss": Loss.cpo}, "objective.loss_type=cpo has no reference"),
-        ({"reference_share": 1.5}, "objective.ref_model_mixup_alpha=1.5: is a share"),
+        (
+            {"reference_share": 1.5},
+            "objective.ref_model_mixup_alpha=1.5: must be above 0 and at most 1; nearest valid: 1",
+        ),
         ({"wpo": True, "loss": Loss.aot}, "has no pairs to weigh"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
+        check_ranges(PreferenceConfig(**changes), "objective")
         PreferenceConfig(**changes).build(None)
 
 
@@ -115,3 +120,18 @@ def test_noise_is_the_steps_own_and_evaluation_has_none():
     np.testing.assert_array_equal(value(loud, one), value(loud, one))
     assert np.abs(value(loud, one) - value(loud, other)).max() > 1e-3
     np.testing.assert_array_equal(value(APPLY, one), value(APPLY, None))  # the model has no dropout
+
+
+def test_each_role_is_a_field_of_the_state_and_follows_by_its_own_rule():
+    inner = AdamWConfig().build(ConstantConfig(warmup_steps=0).build(1e-2, 10), param_axes(MODEL))
+    made = with_moving_models(inner, {"reference": Sync(2, 0.6), "critic": Sync(1, 1.0)})
+    state = made.init(PARAMS[0])
+    assert state._fields == ("inner", "reference", "critic") and set(reference_from_state(state)) == {
+        "reference",
+        "critic",
+    }
+    grads = jax.tree.map(jnp.ones_like, PARAMS[0])
+    updates, state = made.update(grads, state, PARAMS[0], step=jnp.asarray(0))
+    np.testing.assert_array_equal(leaves(state.reference), leaves(PARAMS[0]))
+    np.testing.assert_allclose(leaves(state.critic), leaves(apply_updates(PARAMS[0], updates)), rtol=1e-6)
+    assert with_moving_models(inner, {}) is inner

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from configs.ranges import check_ranges
 from trainer.schedule import (
     ConstantConfig,
     CosineConfig,
@@ -59,7 +60,7 @@ def test_a_decay_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"schedule\.decay_fraction=0\.9: .*nearest valid: 0\.8"):
         WsdConfig(warmup_steps=2, decay_fraction=0.9).build(1.0, 10)
     with pytest.raises(ValueError, match=r"schedule\.final_fraction=2"):
-        CosineConfig(warmup_steps=2, min_lr_ratio=2).build(1.0, 10)
+        check_ranges(CosineConfig(warmup_steps=2, min_lr_ratio=2), "schedule")
 
 
 @pytest.mark.parametrize("cls", ALL)

@@ -47,24 +47,14 @@ State = TypeVar("State")  # a dataclass pytree: TrainState
 class CheckpointConfig:
     """When a run is saved and what stays."""
 
-    save_interval_steps: int = 1000  # steps between checkpoints; 0: at the end only
-    max_to_keep: int = 3  # the last so many stay
-    keep_period: int | None = None  # each multiple of so many steps stays for ever
+    save_interval_steps: int = dataclasses.field(
+        default=1000, metadata={"min": 0}
+    )  # steps between checkpoints; 0: at the end only
+    max_to_keep: int = dataclasses.field(default=3, metadata={"min": 1})  # the last so many stay
+    # Each multiple of so many steps stays for ever; null: none
+    keep_period: int | None = dataclasses.field(default=None, metadata={"min": 1})
     keep_best: bool = True  # save when the evaluation loss is the best yet, and keep that one
     async_save: bool = True  # write in the background while training goes on
-
-    def validate(self) -> None:
-        """Raises: ValueError naming key, value, reason and fix."""
-        if self.save_interval_steps < 0:
-            raise ValueError(
-                f"checkpoint.save_interval_steps={self.save_interval_steps}: must be at least 0 (0: at the end only)"
-            )
-        if self.max_to_keep < 1:
-            raise ValueError(
-                f"checkpoint.max_to_keep={self.max_to_keep}: must be at least 1, or a resume finds nothing"
-            )
-        if self.keep_period is not None and self.keep_period < 1:
-            raise ValueError(f"checkpoint.keep_period={self.keep_period}: must be at least 1, or null for none")
 
 
 class SaveFailed(RuntimeError):
@@ -103,7 +93,6 @@ class Checkpointer:
     ):
         """Opens `folder`, which need not exist. `say` is told in one line what was found wrong."""
         self.config = config or CheckpointConfig()
-        self.config.validate()
         self.folder = Path(os.path.abspath(folder))
         self.say = say
         self._verified: set[int] = set()

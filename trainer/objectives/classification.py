@@ -6,7 +6,6 @@ texts are packed as conversations are.
 Shape letters: B batch, L length, C classes, N texts.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,31 +14,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.batch import TokenBatch
-from data.records.encoding import DataFormat
-from models.transformer import Apply
-from trainer.objective import Mean, ObjectiveConfig, Params, token_spec
+from data.records.encoding import DataFormat, DataNeeds
+from models.config import AttentionMask
+from models.transformer import ModelOutput
+from trainer.objective import Losses, LossInputs, Mean, ModelNeeds, Objective, ObjectiveConfig, means_of
 from trainer.objectives.moe_losses import auxiliary_terms
 from trainer.objectives.pooling import Pooling, at_end, scores
 
 
 @dataclass
 class ClassificationConfig(ObjectiveConfig):
-    """Its build checks the values."""
-
     kind: str = "classification"
     pooling: Pooling = Pooling.last
-    class_weights: list[float] = field(default_factory=list)  # of each of data.classes in the loss; []: all 1
-    label_smoothing: float = 0.0  # share of a class's probability spread evenly over all classes
+    # Of each of data.classes in the loss; []: all 1
+    class_weights: list[float] = field(default_factory=list, metadata={"above": 0})
+    # Share of a class's probability spread evenly over all classes
+    label_smoothing: float = field(default=0.0, metadata={"min": 0, "below": 1})
 
     @property
-    def of_tokens(self) -> bool:
-        return False
+    def data_needs(self) -> DataNeeds:
+        return DataNeeds(formats=(DataFormat.classification,), phase="classify")
 
     @property
-    def records(self) -> tuple[DataFormat, ...]:
-        return (DataFormat.classification,)
+    def model_needs(self) -> ModelNeeds:
+        return ModelNeeds(
+            num_labels=None, is_token_level=False, masks=(AttentionMask.causal, AttentionMask.bidirectional)
+        )
 
-    def outputs(self, num_classes: int) -> int:
+    def check_classes(self, num_classes: int) -> None:
         if num_classes < 2:
             raise ValueError(
                 f"data.classes: names {num_classes} classes; name at least two, in the order of their numbers: "
@@ -49,33 +51,20 @@ class ClassificationConfig(ObjectiveConfig):
             raise ValueError(
                 f"objective.class_weights: {len(self.class_weights)} weights for {num_classes} classes of data.classes"
             )
-        return num_classes
 
     def build(self, token_bytes: np.ndarray | None) -> "Classification":
-        """Raises: ValueError naming the key of a value that cannot be."""
-        if any(weight <= 0 for weight in self.class_weights):
-            raise ValueError(f"objective.class_weights={self.class_weights}: must be above 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"objective.label_smoothing={self.label_smoothing}: must be at least 0 and below 1")
         return Classification(self)
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """Metrics beside the loss: `accuracy`. A text weighs as much as its class, whatever its length."""
 
     config: ClassificationConfig
+    has_eval_outputs = True
 
-    def loss(
-        self,
-        apply: Apply,
-        params: Params,
-        frozen: Mapping[str, Any],
-        batch: TokenBatch,
-        rng: jax.Array | None,
-    ) -> tuple[Mean, dict[str, Mean]]:
-        c = self.config
-        output = apply(params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids, rng=rng)
+    def compute_loss(self, inputs: LossInputs) -> Losses:
+        c, batch, output = self.config, inputs.batch, inputs.forward()
         logits_BLC = scores(output, batch, c.pooling)
         classes = logits_BLC.shape[-1]
         learnt_BL = batch.loss_mask > 0
@@ -87,22 +76,23 @@ class Classification:
         loss_BL = -jnp.sum(target_BLC * jax.nn.log_softmax(logits_BLC), axis=-1) + added_BL
 
         right_BL = (logits_BLC.argmax(-1) == class_BL).astype(jnp.float32)
-        metrics = {name: Mean.of(values, learnt_BL) for name, values in {"accuracy": right_BL, **router}.items()}
-        return Mean.of(loss_BL, weight_BL), metrics
+        return Mean.of(loss_BL, weight_BL), means_of({"accuracy": right_BL, **router}, learnt_BL)
 
-    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
-        return token_spec(batch_size, seq_len)
-
-    def told(self, apply: Apply, params: Params, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+    def predict(self, output: ModelOutput, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """Probabilities [B, L, C] f32, and the class [B, L] i32 of the texts that end there; -1 elsewhere."""
-        output = apply(params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
         probability_BLC = jax.nn.softmax(scores(output, batch, self.config.pooling))
         return probability_BLC, jnp.where(batch.loss_mask > 0, batch.targets, -1)
 
-    def read(self, apply: Apply, params: Params, batch: TokenBatch) -> jax.Array:
+    def eval_report(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return class_report(predictions, labels)
+
+    def score_texts(self, output: ModelOutput, batch: TokenBatch) -> jax.Array:
         """[B, C] f32: the probability of each class, of rows that hold one text each."""
-        output = apply(params, batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
-        return jax.nn.softmax(at_end(scores(output, batch, self.config.pooling), batch.segment_ids))
+        found_BLC = scores(output, batch, self.config.pooling)
+        return jax.nn.softmax(at_end(found_BLC, batch.segment_ids))
+
+    def describe_output(self, values: list[float], classes: list[str]) -> dict[str, Any]:
+        return {"class": classes[int(np.argmax(values))], "probabilities": dict(zip(classes, values, strict=True))}
 
 
 def class_report(probability_NC: np.ndarray, class_N: np.ndarray) -> dict[str, float]:

@@ -6,7 +6,6 @@ Shape letters: B batch, L length, C chunk of the length, D model, V vocab.
 """
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,11 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.batch import columns_of, tokens_of
-from models.config import ModelConfig
-from models.transformer import Apply, ModelOutput
-from trainer.objective import TEACHER, Batch, FrozenModel, Mean, ObjectiveConfig, Params, column_spec, token_spec
-from trainer.objective_params import OBJECTIVE_PARAMS, ParamSpec, model_params
+from models.config import AttentionMask, ModelConfig
+from models.transformer import ModelOutput
+from trainer.objective import (
+    TEACHER,
+    Columns,
+    FrozenModel,
+    FrozenModelSpec,
+    FrozenNeeds,
+    Losses,
+    LossInputs,
+    Mean,
+    ModelNeeds,
+    Objective,
+    ObjectiveConfig,
+    means_of,
+)
+from trainer.objective_params import OBJECTIVE_PARAMS, model_params
 from trainer.objectives.cross_entropy import chunk_logits, map_chunks
 from trainer.objectives.feature_distillation import PROJECTION, FeatureLossConfig, matched, weighted
 from trainer.objectives.moe_losses import auxiliary_terms
@@ -38,15 +49,20 @@ class CacheDtype(enum.Enum):
 
 @dataclass
 class DistillationConfig(ObjectiveConfig):
-    """Its build checks the values."""
-
     kind: str = "distillation"
     teacher: str | None = None  # a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or gguf:FILE, with the run's own tokenizer
     divergence: Divergence = Divergence.forward
-    beta: float = 0.5  # jensen_shannon; its ends are no other divergence, but 0
-    temperature: float = 1.0  # the divergence is multiplied by its square, so that gradients keep their size
-    alpha: float = 0.5  # of the divergence; the rest is cross entropy with the text
-    top_k: int = 0  # compare the teacher's likeliest tokens, and the rest as one; 0: all of the vocabulary
+    # jensen_shannon: at its ends the divergence is 0
+    beta: float = field(
+        default=0.5,
+        metadata={"above": 0, "below": 1, "hint": "for the ends take objective.divergence=forward or reverse"},
+    )
+    # The divergence is multiplied by its square, so that gradients keep their size; 1: logits as they are
+    temperature: float = field(default=1.0, metadata={"above": 0})
+    # Of the divergence; the rest is cross entropy with the text
+    alpha: float = field(default=0.5, metadata={"min": 0, "max": 1})
+    # Compare the teacher's likeliest tokens, and the rest as one; 0: all of the vocabulary
+    top_k: int = field(default=0, metadata={"min": 0})
     cache_teacher_logits: bool = (
         False  # ask the teacher once about each row, before training, and keep its top_k on disk
     )
@@ -54,43 +70,32 @@ class DistillationConfig(ObjectiveConfig):
     feature_loss: FeatureLossConfig = field(
         default_factory=FeatureLossConfig
     )  # of what happens inside, added to the loss
-    loss_chunk_size: int = 128  # tokens of each row whose logits exist at once, the teacher's and the student's
+    # Tokens of each row whose logits exist at once, the teacher's and the student's
+    loss_chunk_size: int = field(default=128, metadata={"min": 1})
 
     @property
-    def teacher_name(self) -> str | None:
-        return self.teacher
+    def model_needs(self) -> ModelNeeds:
+        return ModelNeeds(masks=(AttentionMask.causal, AttentionMask.prefix), extra_params=self.feature_loss.extras)
 
     @property
-    def cached(self) -> str | None:
-        return TEACHER if self.cache_teacher_logits else None
+    def frozen_needs(self) -> FrozenNeeds:
+        if self.teacher is None:  # refused by `build`
+            return FrozenNeeds()
+        return FrozenNeeds(
+            {TEACHER: FrozenModelSpec(self.teacher, "objective.teacher", precompute=self.cache_teacher_logits)}
+        )
 
-    def extras(self, model: ModelConfig) -> dict[str, ParamSpec]:
-        return self.feature_loss.extras(model)
-
-    def check_teacher(self, student: ModelConfig, teacher: ModelConfig) -> None:
-        self.feature_loss.check_models(student, teacher)
-        if self.top_k > teacher.vocab_size > 0:
+    def check_frozen_model(self, role: str, model: ModelConfig, frozen: ModelConfig) -> None:
+        self.feature_loss.check_models(model, frozen)
+        if self.top_k > frozen.vocab_size > 0:
             raise ValueError(
-                f"objective.top_k={self.top_k}: the teacher has {teacher.vocab_size} tokens; 0 compares all of them"
+                f"objective.top_k={self.top_k}: the teacher has {frozen.vocab_size} tokens; 0 compares all of them"
             )
 
     def build(self, token_bytes: np.ndarray | None) -> "Distillation":
-        """Raises: ValueError naming the key of a value that cannot be."""
+        """Raises: ValueError for keys that do not go together."""
         if not self.teacher:
             raise ValueError("objective.teacher=null: name a run, hf:FOLDER or gguf:FILE to learn from")
-        if self.temperature <= 0:
-            raise ValueError(f"objective.temperature={self.temperature}: must be above 0; 1 leaves logits as they are")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"objective.weight={self.alpha}: is a share, from 0 to 1")
-        if not 0 < self.beta < 1:
-            raise ValueError(
-                f"objective.beta={self.beta}: must be above 0 and below 1; the ends are objective.divergence=forward "
-                "and reverse"
-            )
-        if self.loss_chunk_size < 1:
-            raise ValueError(f"objective.loss_chunk_size={self.loss_chunk_size}: must be at least 1")
-        if self.top_k < 0:
-            raise ValueError(f"objective.top_k={self.top_k}: must not be negative; 0 compares all tokens")
         if self.cache_teacher_logits and not self.top_k:
             raise ValueError(
                 "objective.cache_teacher_logits=true: keeps the likeliest tokens of each place, not whole distributions; say "
@@ -140,29 +145,20 @@ def between(p_BCV: jax.Array, q_BCV: jax.Array, config: DistillationConfig) -> j
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Objective):
     """Metrics beside the loss: `divergence`, `nll`, `teacher_nll`, `agreement` of the likeliest tokens; and
     `hidden_distance` and `attention_distance` of layers that are compared.
     """
 
     config: DistillationConfig
 
-    def loss(
-        self,
-        apply: Apply,
-        params: Params,
-        frozen: Mapping[str, Any],
-        batch: Batch,
-        rng: jax.Array | None,
-    ) -> tuple[Mean, dict[str, Mean]]:
-        c, teacher, kept, batch = self.config, frozen[TEACHER], columns_of(batch), tokens_of(batch)
+    def compute_loss(self, inputs: LossInputs) -> Losses:
+        c, teacher, stored_columns, batch = self.config, inputs.frozen[TEACHER], inputs.columns, inputs.batch
         assert isinstance(teacher, FrozenModel)
-        given = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
-        student = apply(model_params(params), batch.tokens, **given, rng=rng, asked=c.feature_loss.asked(0))
+        student = inputs._replace(params=model_params(inputs.params)).forward(asked=c.feature_loss.asked(0))
         taught = None
-        if not kept:
-            taught = teacher.apply(teacher.params, batch.tokens, **given, asked=c.feature_loss.asked(1))
-            taught = jax.lax.stop_gradient(taught)
+        if not stored_columns:
+            taught = jax.lax.stop_gradient(inputs.of_frozen(TEACHER).forward(asked=c.feature_loss.asked(1)))
 
         def compute(parts: tuple[jax.Array, ...], targets_BC: jax.Array) -> Found:
             x_BCV = _logits(student, parts[0], teacher.vocab_size)
@@ -175,28 +171,27 @@ class Distillation:
             t_BCV = jax.lax.stop_gradient(_logits(taught, parts[1], teacher.vocab_size))
             return Found(divergence(t_BCV, x_BCV, c), nll(x_BCV), nll(t_BCV), alike(t_BCV.argmax(-1)))
 
-        of_teacher = (kept["top_ids"], kept["top_logprobs"]) if taught is None else (taught.hidden_BLD,)
+        from_store = lambda: (stored_columns["top_ids"], stored_columns["top_logprobs"])
+        of_teacher = from_store() if taught is None else (taught.hidden_BLD,)
         found: Found = map_chunks(compute, (student.hidden_BLD, *of_teacher), batch.targets, c.loss_chunk_size)
         mask_BL = batch.loss_mask.astype(jnp.float32)
-        mean = lambda values_BL: Mean.of(values_BL, mask_BL)
         loss_BL = c.alpha * c.temperature**2 * found.divergence + (1 - c.alpha) * found.nll
         added_BL, router = auxiliary_terms(student, loss_BL.shape)
         metrics = {name: values for name, values in found._asdict().items() if values is not None} | router
         if student.inside is not None and taught is not None:
             apart = matched(
-                c.feature_loss, student.inside, taught.inside, params.get(OBJECTIVE_PARAMS, {}).get(PROJECTION)
+                c.feature_loss, student.inside, taught.inside, inputs.params.get(OBJECTIVE_PARAMS, {}).get(PROJECTION)
             )
             loss_BL = sum(weighted(c.feature_loss, apart), loss_BL)
             metrics |= apart
-        return mean(loss_BL + added_BL), {name: mean(values) for name, values in metrics.items()}
+        return Mean.of(loss_BL + added_BL, mask_BL), means_of(metrics, mask_BL)
 
-    def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+    def compute_columns(self, inputs: LossInputs) -> dict[str, jax.Array]:
         """The teacher's likeliest tokens [B, L, k], and at the loss's temperature their log-probabilities and that of
         the rest [B, L, k + 1]: that of another temperature would not follow from them.
         """
-        c, teacher, batch = self.config, frozen[TEACHER], tokens_of(batch)
-        given = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
-        taught = teacher.apply(teacher.params, batch.tokens, **given)
+        c, teacher, batch = self.config, inputs.frozen[TEACHER], inputs.batch
+        taught = inputs.of_frozen(TEACHER).forward()
 
         def compute(hidden_BCD: jax.Array, _: jax.Array) -> Buckets:
             t_BCV = _logits(taught, hidden_BCD, teacher.vocab_size)
@@ -204,17 +199,13 @@ class Distillation:
 
         return stored(map_chunks(compute, taught.hidden_BLD, batch.targets, c.loss_chunk_size), c.cache_dtype.name)
 
-    def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def column_spec(self, seq_len: int) -> Columns:
         k, dtype = self.config.top_k, np.dtype(self.config.cache_dtype.name)
         return {"top_ids": ((seq_len, k), np.int32), "top_logprobs": ((seq_len, k + 1), dtype)}
 
     def column_settings(self) -> dict[str, Any]:
         c = self.config
         return {"top_k": c.top_k, "temperature": c.temperature, "dtype": c.cache_dtype.name}
-
-    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
-        spec = token_spec(batch_size, seq_len)
-        return column_spec(spec, self.column_spec(seq_len)) if self.config.cached else spec
 
 
 def _logits(output: ModelOutput, hidden_BCD: jax.Array, vocab_size: int) -> jax.Array:

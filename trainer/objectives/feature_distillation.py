@@ -42,9 +42,10 @@ class FeatureLossConfig:
         default_factory=list
     )  # pairs [layer of the student, layer of the teacher], from 0
     hidden_loss: Hidden = Hidden.mse
-    hidden_loss_weight: float = 1.0  # of the mean over pairs; 0: hidden states are not compared
+    # Of the mean over pairs; 0: hidden states are not compared
+    hidden_loss_weight: float = field(default=1.0, metadata={"min": 0})
     attention_loss: Maps = Maps.kl
-    attention_loss_weight: float = 0.0  # likewise
+    attention_loss_weight: float = field(default=0.0, metadata={"min": 0})  # likewise
     teacher_dim: int | None = None  # width of the teacher's hidden states where it is another: a projection is learnt
 
     def check(self) -> None:
@@ -53,11 +54,6 @@ class FeatureLossConfig:
             if len(pair) != 2:
                 raise ValueError(
                     f"objective.feature_loss.layer_mapping={self.layer_mapping}: {pair} is no pair; give [student, teacher], as [[0,1]]"
-                )
-        for key in ("hidden_weight", "attention_weight"):
-            if getattr(self, key) < 0:
-                raise ValueError(
-                    f"objective.feature_loss.{key}={getattr(self, key)}: must not be negative; 0 turns it off"
                 )
         if self.layer_mapping and not self.hidden_loss_weight and not self.attention_loss_weight:
             raise ValueError(

@@ -8,19 +8,28 @@ Shape letters: B answers, S sides, L length.
 """
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import sigmoid
 
-from data.batch import TokenBatch, columns_of, tokens_of
-from data.records.encoding import DataFormat
-from models.transformer import Apply
-from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
+from data.batch import TokenBatch
+from data.records.encoding import DataFormat, DataNeeds
+from models.config import AttentionMask
+from trainer.objective import (
+    REFERENCE,
+    Columns,
+    FrozenModelSpec,
+    FrozenNeeds,
+    Losses,
+    LossInputs,
+    Mean,
+    ModelNeeds,
+    Objective,
+    ObjectiveConfig,
+)
 from trainer.objectives.cross_entropy import token_logprobs
 
 LABEL = "label"  # the column [B] f32: 1 where an answer is good
@@ -33,40 +42,31 @@ class Loss(enum.Enum):
 
 @dataclass
 class KtoConfig(ObjectiveConfig):
-    """Its build checks the values."""
-
     kind: str = "kto"
     loss_type: Loss = Loss.kto
-    beta: float = 0.1  # how far the policy may leave the reference: larger, less far
+    # How far the policy may leave the reference: larger, less far
+    beta: float = field(default=0.1, metadata={"above": 0})
     # Where n answers are good and m are not, n desirable_weight / (m undesirable_weight) is best between 1 and 4/3.
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    desirable_weight: float = field(default=1.0, metadata={"min": 0})
+    undesirable_weight: float = field(default=1.0, metadata={"min": 0})
     precompute_ref_log_probs: bool = (
         False  # ask the reference once about each answer, before training, and keep it on disk
     )
-    loss_chunk_size: int = 128  # tokens of each row whose logits exist at once
+    loss_chunk_size: int = field(default=128, metadata={"min": 1})  # tokens of each row whose logits exist at once
 
     @property
-    def records(self) -> tuple[DataFormat, ...]:
-        return (DataFormat.unpaired_preference,)
+    def data_needs(self) -> DataNeeds:
+        return DataNeeds(formats=(DataFormat.unpaired_preference,), phase="kto")
 
     @property
-    def needs_reference(self) -> bool:
-        return True
+    def model_needs(self) -> ModelNeeds:
+        return ModelNeeds(masks=(AttentionMask.causal,))
 
     @property
-    def cached(self) -> str | None:
-        return REFERENCE if self.precompute_ref_log_probs else None
+    def frozen_needs(self) -> FrozenNeeds:
+        return FrozenNeeds({REFERENCE: FrozenModelSpec(precompute=self.precompute_ref_log_probs)})
 
     def build(self, token_bytes: np.ndarray | None) -> "Kto":
-        """Raises: ValueError naming the key of a value that cannot be."""
-        if self.beta <= 0:
-            raise ValueError(f"objective.beta={self.beta}: must be above 0")
-        for key in ("desirable_weight", "undesirable_weight"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"objective.{key}={getattr(self, key)}: must not be negative")
-        if self.loss_chunk_size < 1:
-            raise ValueError(f"objective.loss_chunk_size={self.loss_chunk_size}: must be at least 1")
         return Kto(self)
 
 
@@ -78,7 +78,7 @@ def losses(ratios_B: jax.Array, good_B: jax.Array, z0: jax.Array, config: KtoCon
 
 
 @dataclass(frozen=True)
-class Kto:
+class Kto(Objective):
     """An `Objective`. The reference is a frozen model of the policy's own architecture.
 
     Metrics: `z0`, and over good and bad answers by themselves `reward_good`, `reward_bad` (beta times the log-ratio)
@@ -87,18 +87,16 @@ class Kto:
 
     config: KtoConfig
 
-    def loss(
-        self, apply: Apply, params: Params, frozen: Mapping[str, Any], batch: Batch, rng: jax.Array | None
-    ) -> tuple[Mean, dict[str, Mean]]:
-        c, columns = self.config, columns_of(batch)
-        kept = columns if REFERENCE in columns else self.columns(apply, frozen, batch)
-        reference_BS = jax.lax.stop_gradient(kept[REFERENCE])
-        policy_B, added_B = self._answers(apply, params, tokens_of(batch), 0, rng)
+    def compute_loss(self, inputs: LossInputs) -> Losses:
+        c, batch, columns = self.config, inputs.batch, inputs.columns
+        known = columns if REFERENCE in columns else self.compute_columns(inputs)
+        reference_BS = jax.lax.stop_gradient(known[REFERENCE])
+        policy_B, added_B = self._answers(inputs, 0)
         real_B = (batch.loss_mask[:, 0].sum(-1) > 0).astype(jnp.float32)
         mean = lambda values_B, of_B=real_B: Mean.of(values_B, of_B)
         z0 = jnp.zeros(())
         if c.loss_type is Loss.kto:
-            other_B, _ = self._answers(apply, jax.lax.stop_gradient(params), tokens_of(batch), 1, None)
+            other_B, _ = self._answers(inputs._replace(params=jax.lax.stop_gradient(inputs.params), rng=None), 1)
             z0 = jnp.maximum(mean(other_B - reference_BS[:, 1]).value(), 0)
         ratios_B, good_B = policy_B - reference_BS[:, 0], columns[LABEL].astype(jnp.float32)
         metrics = {"z0": mean(jnp.broadcast_to(z0, real_B.shape))}
@@ -106,27 +104,18 @@ class Kto:
             metrics |= {f"reward_{name}": mean(c.beta * ratios_B, of_B), f"logprob_{name}": mean(policy_B, of_B)}
         return mean(losses(ratios_B, good_B, z0, c) + added_B), metrics
 
-    def _answers(
-        self, apply: Apply, params: Params, batch: TokenBatch, side: int, rng: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def _answers(self, inputs: LossInputs, side: int) -> tuple[jax.Array, jax.Array]:
         """[B]: the summed log-probability of one side's answers, and what a mixture of experts adds to their loss."""
-        one = TokenBatch(*(field[:, side] for field in batch))
-        output = apply(params, one.tokens, positions_BL=one.positions, segment_ids_BL=one.segment_ids, rng=rng)
+        one = TokenBatch(*(column[:, side] for column in inputs.batch))
+        output = inputs.forward(one)
         found = token_logprobs(output, one.targets, chunk=self.config.loss_chunk_size)
         total_B = jnp.sum(jnp.where(one.loss_mask > 0, found.logprob, 0.0), axis=-1)
         return total_B, jnp.zeros_like(total_B) if output.auxiliary is None else output.auxiliary.loss_B
 
-    def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+    def compute_columns(self, inputs: LossInputs) -> dict[str, jax.Array]:
         """[B, S] f32: the summed log-probabilities under the reference."""
-        sides = [self._answers(apply, frozen[REFERENCE], tokens_of(batch), side, None)[0] for side in (0, 1)]
+        sides = [self._answers(inputs.of_frozen(REFERENCE), side)[0] for side in (0, 1)]
         return {REFERENCE: jnp.stack(sides, axis=-1)}
 
-    def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def column_spec(self, seq_len: int) -> Columns:
         return {REFERENCE: ((2,), np.float32)}
-
-    def column_settings(self) -> dict[str, Any]:
-        return {}
-
-    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
-        kept = self.column_spec(seq_len) if self.config.cached else {}
-        return column_spec(token_spec(batch_size, 2, seq_len), {LABEL: ((), np.float32), **kept})

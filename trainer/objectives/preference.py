@@ -7,25 +7,36 @@ Shape letters: B rows, S sides (0 chosen, 1 rejected), L length, P pairs.
 """
 
 import enum
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.nn import log_sigmoid, sigmoid
 
-from data.batch import TokenBatch, columns_of, flat_rows, tokens_of
-from data.records.encoding import DataFormat
+from data.batch import TokenBatch, flat_rows
+from data.records.encoding import DataFormat, DataNeeds
+from models.config import AttentionMask
 from models.moe import Auxiliary
-from models.transformer import Apply
-from trainer.objective import REFERENCE, Batch, Mean, ObjectiveConfig, Params, column_spec, token_spec
+from trainer.objective import (
+    REFERENCE,
+    Columns,
+    FrozenModelSpec,
+    FrozenNeeds,
+    Losses,
+    LossInputs,
+    Mean,
+    ModelNeeds,
+    Objective,
+    ObjectiveConfig,
+    Sync,
+    means_of,
+)
 from trainer.objectives.cross_entropy import TokenLogprobs, token_logprobs
 from trainer.objectives.pooling import running
-from trainer.objectives.segment_ops import check_pairs_per_row, of_rows, of_tokens, summed
-from trainer.reference_sync import sync_reference
+from trainer.objectives.segment_ops import of_rows, of_tokens, summed
 
 
 class Loss(enum.Enum):
@@ -62,66 +73,56 @@ FREE_OF_REFERENCE = (Loss.simpo, Loss.cpo, Loss.orpo)
 
 @dataclass
 class PreferenceConfig(ObjectiveConfig):
-    """Its build checks the values."""
-
     kind: str = "preference"
     loss_type: Loss = Loss.sigmoid
-    beta: float = 0.1  # how far the policy may leave the reference: larger, less far
+    # How far the policy may leave the reference: larger, less far
+    beta: float = field(default=0.1, metadata={"above": 0})
     f_divergence: FDivergence = FDivergence.reverse_kl  # of losses of a margin: sigmoid, robust, hinge, ipo, exo, ...
-    label_smoothing: float = 0.0  # share of labels taken for wrong: sigmoid, robust, exo, aot
+    # Share of labels taken for wrong: sigmoid, robust, exo, aot
+    label_smoothing: float = field(default=0.0, metadata={"min": 0, "below": 0.5})
     simpo_gamma: float = 1.0  # simpo: the margin to be reached, after beta
-    tau: float = 0.05  # discopop: temperature of the modulation
-    nll_weight: float = 0.0  # times the negative log-probability of a chosen answer, per token [2404.19733]
+    tau: float = field(default=0.05, metadata={"above": 0})  # discopop: temperature of the modulation
+    # Times the negative log-probability of a chosen answer, per token [2404.19733]; 0: off
+    nll_weight: float = field(default=0.0, metadata={"min": 0})
     nll_on_prompt: bool = False  # per token of prompt and answer, as TRL has it in ORPO
-    ld_alpha: float = 1.0  # weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
+    # Weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
+    ld_alpha: float = field(default=1.0, metadata={"min": 0, "max": 1})
     use_weighting: bool = False  # weigh pairs by how near the policy they were sampled [2406.11827]
-    ref_model_sync_steps: int = (
-        0  # updates after which the reference moves towards the policy [2404.09656]; 0: it never does
-    )
-    ref_model_mixup_alpha: float = 0.6  # of the policy in it then
+    # Updates after which the reference moves towards the policy [2404.09656]; 0: it never does
+    ref_model_sync_steps: int = field(default=0, metadata={"min": 0})
+    ref_model_mixup_alpha: float = field(default=0.6, metadata={"above": 0, "max": 1})  # of the policy in it then
     precompute_ref_log_probs: bool = (
         False  # ask the reference once about each pair, before training, and keep it on disk
     )
-    pairs_per_row: int = 1  # at most; 1: each is padded to a row of its own
-    loss_chunk_size: int = 128  # tokens of each row whose logits exist at once
+    # At most; 1: each is padded to a row of its own
+    pairs_per_row: int = field(default=1, metadata={"min": 1})
+    loss_chunk_size: int = field(default=128, metadata={"min": 1})  # tokens of each row whose logits exist at once
 
     @property
-    def records(self) -> tuple[DataFormat, ...]:
-        return (DataFormat.preference,)
+    def data_needs(self) -> DataNeeds:
+        return DataNeeds((DataFormat.preference,), phase="dpo", pairs_per_row=self.pairs_per_row)
 
     @property
-    def per_row(self) -> int:
-        return self.pairs_per_row
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.has_reference and not self.moves_reference
+    def model_needs(self) -> ModelNeeds:
+        return ModelNeeds(masks=(AttentionMask.causal,))
 
     @property
     def has_reference(self) -> bool:
         return self.loss_type not in FREE_OF_REFERENCE
 
     @property
-    def moves_reference(self) -> bool:
-        return self.ref_model_sync_steps > 0
-
-    def around(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-        if not self.moves_reference:
-            return optimizer
-        return sync_reference(optimizer, every=self.ref_model_sync_steps, share=self.ref_model_mixup_alpha)
-
-    @property
-    def cached(self) -> str | None:
-        return REFERENCE if self.precompute_ref_log_probs else None
+    def frozen_needs(self) -> FrozenNeeds:
+        if not self.has_reference:
+            return FrozenNeeds()
+        sync = Sync(self.ref_model_sync_steps, self.ref_model_mixup_alpha) if self.ref_model_sync_steps else None
+        return FrozenNeeds({REFERENCE: FrozenModelSpec(precompute=self.precompute_ref_log_probs, sync=sync)})
 
     def build(self, token_bytes: np.ndarray | None) -> "Preference":
-        """Raises: ValueError naming the key of a value that cannot be."""
+        """Raises: ValueError for keys that do not go together."""
         smoothing, name = self.label_smoothing, self.loss_type.name
-        least, most = (0.0, 0.5) if self.loss_type is not Loss.exo else (1e-9, 0.5)
-        if not least <= smoothing < most:
+        if self.loss_type is Loss.exo and smoothing < 1e-9:
             raise ValueError(
-                f"objective.label_smoothing={smoothing}: must be at least 0 and below 0.5"
-                + (", and above 0 with exo; 0.001 is its authors'" if self.loss_type is Loss.exo else "")
+                f"objective.label_smoothing={smoothing}: must be above 0 with objective.loss_type=exo; its authors use 0.001"
             )
         if smoothing and self.loss_type not in (Loss.sigmoid, Loss.robust, Loss.exo, Loss.aot, Loss.aot_unpaired):
             raise ValueError(
@@ -137,33 +138,15 @@ class PreferenceConfig(ObjectiveConfig):
                 raise ValueError(
                     f"objective.{key}={getattr(self, key)}: objective.loss_type={name} has no reference; leave it out"
                 )
-        if self.precompute_ref_log_probs and self.moves_reference:
+        if self.precompute_ref_log_probs and self.ref_model_sync_steps:
             raise ValueError(
                 f"objective.ref_model_sync_steps={self.ref_model_sync_steps}: a reference that moves cannot be asked in advance; "
                 "use 0, or objective.precompute_ref_log_probs=false"
-            )
-        if self.ref_model_sync_steps < 0:
-            raise ValueError(
-                f"objective.ref_model_sync_steps={self.ref_model_sync_steps}: must not be negative; 0 keeps it still"
-            )
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(
-                f"objective.ref_model_mixup_alpha={self.ref_model_mixup_alpha}: is a share, above 0 and up to 1"
             )
         if self.use_weighting and self.loss_type in (Loss.aot, Loss.aot_unpaired):
             raise ValueError(
                 f"objective.use_weighting=true: objective.loss_type={name} sorts, and has no pairs to weigh; use false"
             )
-        for key in ("beta", "tau"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"objective.{key}={getattr(self, key)}: must be above 0")
-        if not 0 <= self.ld_alpha <= 1:
-            raise ValueError(f"objective.ld_alpha={self.ld_alpha}: is a weight, from 0 to 1")
-        if self.nll_weight < 0:
-            raise ValueError(f"objective.nll_weight={self.nll_weight}: must not be negative; 0 turns it off")
-        if self.loss_chunk_size < 1:
-            raise ValueError(f"objective.loss_chunk_size={self.loss_chunk_size}: must be at least 1")
-        check_pairs_per_row(self.pairs_per_row)
         return Preference(self)
 
 
@@ -324,7 +307,7 @@ LOSSES: dict[Loss, Callable[[Pairs, PreferenceConfig], jax.Array]] = {
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Objective):
     """An `Objective` over batches [B, 2, L], each row of which holds `pairs_per_row` pairs at most.
 
     The reference is a frozen model of the policy's own architecture.
@@ -336,20 +319,13 @@ class Preference:
 
     config: PreferenceConfig
 
-    def loss(
-        self,
-        apply: Apply,
-        params: Params,
-        frozen: Mapping[str, Any],
-        batch: Batch,
-        rng: jax.Array | None,
-    ) -> tuple[Mean, dict[str, Mean]]:
-        c, kept, batch = self.config, columns_of(batch), tokens_of(batch)
-        policy, terms = self._forward(apply, params, batch, rng)
+    def compute_loss(self, inputs: LossInputs) -> Losses:
+        c, batch = self.config, inputs.batch
+        policy, terms = self._forward(inputs)
         policy_PS = self._total(policy, batch)
         reference_PS = jnp.zeros_like(policy_PS)
         if c.has_reference:
-            found = kept if REFERENCE in kept else self.columns(apply, frozen, batch)
+            found = inputs.columns if REFERENCE in inputs.columns else self.compute_columns(inputs)
             reference_PS = jax.lax.stop_gradient(found[REFERENCE]).reshape(-1, 2)
         pairs = Pairs(policy_PS, reference_PS, self._summed(batch.loss_mask, batch))
         mean = lambda values_P: Mean.of(values_P, pairs.real)
@@ -366,15 +342,14 @@ class Preference:
         if terms is not None:  # of the router: once a pair, not once a side
             loss_P = loss_P + of_rows(terms.loss_B, c.pairs_per_row)
             metrics |= {name: of_rows(values, c.pairs_per_row) for name, values in terms.metrics.items()}
-        return mean(loss_P), {key: mean(values_P) for key, values_P in metrics.items()}
+        return mean(loss_P), means_of(metrics, pairs.real)
 
-    def columns(self, apply: Apply, frozen: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
+    def compute_columns(self, inputs: LossInputs) -> dict[str, jax.Array]:
         """[B, N, S] f32: the summed log-probabilities of each pair under the reference."""
-        batch = tokens_of(batch)
-        found, _ = self._forward(apply, frozen[REFERENCE], batch, None)
-        return {REFERENCE: self._total(found, batch).reshape(-1, self.config.pairs_per_row, 2)}
+        found, _ = self._forward(inputs.of_frozen(REFERENCE))
+        return {REFERENCE: self._total(found, inputs.batch).reshape(-1, self.config.pairs_per_row, 2)}
 
-    def column_spec(self, seq_len: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def column_spec(self, seq_len: int) -> Columns:
         return {REFERENCE: ((self.config.pairs_per_row, 2), np.float32)}
 
     def column_settings(self) -> dict[str, Any]:
@@ -389,13 +364,10 @@ class Preference:
         counted_BSL = batch.loss_mask.astype(jnp.float32) * self._weights(batch)
         return self._summed(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), batch)
 
-    def _forward(
-        self, apply: Apply, params: Params, batch: TokenBatch, rng: jax.Array | None
-    ) -> tuple[TokenLogprobs, Auxiliary | None]:
+    def _forward(self, inputs: LossInputs) -> tuple[TokenLogprobs, Auxiliary | None]:
         """Of every target [B, S, L]; and what a mixture of experts adds, of every row [B S]."""
-        shape = batch.tokens.shape
-        flat = flat_rows(batch)
-        output = apply(params, flat.tokens, positions_BL=flat.positions, segment_ids_BL=flat.segment_ids, rng=rng)
+        shape, flat = inputs.batch.tokens.shape, flat_rows(inputs.batch)
+        output = inputs.forward(flat)
         found = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk_size)
         return jax.tree.map(lambda x: x.reshape(shape), found), output.auxiliary
 
@@ -425,7 +397,3 @@ class Preference:
         shorter_P = self._summed(mask_BSL, batch).min(-1)
         shorter_BSL = of_tokens(shorter_P, batch.segment_ids, self.config.pairs_per_row)
         return jnp.where(place_BSL <= shorter_BSL, 1.0, self.config.ld_alpha)
-
-    def batch_spec(self, batch_size: int, seq_len: int) -> Batch:
-        spec = token_spec(batch_size, 2, seq_len)
-        return column_spec(spec, self.column_spec(seq_len)) if self.config.cached else spec

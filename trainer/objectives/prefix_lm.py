@@ -3,17 +3,14 @@
 Shape letters: B batch, L length.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from data.batch import TokenBatch
 from models.transformer import Apply
-from trainer.objective import Mean, Objective, Params
+from trainer.objective import Params, WrappedObjective
 
 
 def prefix_of(batch: TokenBatch) -> jax.Array:
@@ -29,16 +26,8 @@ def prefix_of(batch: TokenBatch) -> jax.Array:
     return (before_BL == first_BL) & (jnp.asarray(batch.segment_ids) > 0)
 
 
-@dataclass(frozen=True)
-class Prefixed:
-    """An `Objective` over a model whose prompts see all of themselves, from one that does not know of it."""
+class Prefixed(WrappedObjective):
+    """An `Objective` over a model with `model.attention.mask=prefix`, from one that passes no prefix."""
 
-    objective: Objective
-
-    def loss(
-        self, apply: Apply, params: Params, frozen: Mapping[str, Any], batch: TokenBatch, rng: jax.Array | None
-    ) -> tuple[Mean, dict[str, Mean]]:
-        return self.objective.loss(partial(apply, prefix_BL=prefix_of(batch)), params, frozen, batch, rng)
-
-    def batch_spec(self, batch_size: int, seq_len: int) -> TokenBatch:
-        return self.objective.batch_spec(batch_size, seq_len)
+    def wrap(self, apply, params, frozen, batch, rng) -> tuple[Apply, Params]:
+        return partial(apply, prefix_BL=prefix_of(batch)), params

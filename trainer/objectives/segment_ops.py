@@ -7,12 +7,6 @@ import jax
 import jax.numpy as jnp
 
 
-def check_pairs_per_row(pairs_per_row: int) -> None:
-    """Raises: ValueError where a row would hold none."""
-    if pairs_per_row < 1:
-        raise ValueError(f"objective.pairs_per_row={pairs_per_row}: must be at least 1, each pair in a row of its own")
-
-
 def _of_pairs(segment_ids_BSL: jax.Array, pairs_per_row: int) -> jax.Array:
     """[B, S, L, N] bool: which pair of its row a token belongs to."""
     return segment_ids_BSL[..., None] == jnp.arange(1, pairs_per_row + 1)[None, None, None]

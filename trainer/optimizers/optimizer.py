@@ -39,15 +39,18 @@ class OptimizerConfig:
     kind: str = ""
     learning_rate: float = 1e-3  # peak; the schedule scales it
     weight_decay: float = 0.1  # of matrices, embeddings and the head
-    max_grad_norm: float | None = 1.0  # global norm above which gradients are scaled down; null: off
-    ema_decay: float | None = None  # keep an average of the parameters, used in evaluation; null: off
+    # Global norm above which gradients are scaled down; null: off
+    max_grad_norm: float | None = field(default=1.0, metadata={"above": 0, "hint": "null turns clipping off"})
+    # Keep an average of the parameters, used in evaluation; null: off
+    ema_decay: float | None = field(
+        default=None, metadata={"above": 0, "below": 1, "hint": "as 0.999; null turns it off"}
+    )
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # by role; each 1 if not given
     offload_state: bool = (
         False  # what the optimizer keeps lies in the host's memory, and comes to the devices for the update
     )
-    router_bias_update_rate: float = (
-        1e-3  # of model.moe.load_balancing=bias: what a bias moves in a step; no schedule scales it
-    )
+    # Of model.moe.load_balancing=bias: what a bias moves in a step; no schedule scales it
+    router_bias_update_rate: float = field(default=1e-3, metadata={"min": 0})
 
     def build(
         self, schedule: Schedule, param_axes: Tree, width: ModelConfig | None = None
@@ -71,16 +74,6 @@ class OptimizerConfig:
         for role, factor in self.lr_multipliers.items():
             if role not in roles:
                 raise ValueError(f"optimizer.lr_multipliers.{role}={factor}: no such role; valid: {', '.join(roles)}")
-        if self.router_bias_update_rate < 0:
-            raise ValueError(
-                f"optimizer.router_bias_update_rate={self.router_bias_update_rate}: must not be negative; 0 keeps the biases still"
-            )
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"optimizer.max_grad_norm={self.max_grad_norm}: must be above 0; null turns clipping off")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(
-                f"optimizer.ema_decay={self.ema_decay}: must be between 0 and 1, as 0.999; null turns it off"
-            )
 
     def mup_rule(self) -> Rule:
         """How rates follow from a model's width. Raises: ValueError where no rule is known."""
@@ -263,14 +256,8 @@ class SoapConfig(OptimizerConfig):
     b1: float = 0.95  # decay of the mean of gradients
     b2: float = 0.95  # decay of the mean of their squares, and of the preconditioners
     eps: float = 1e-8  # added to the root of the former
-    precondition_frequency: int = 10  # updates between refreshed eigenbases
-    max_precond_dim: int = 10_000  # a side longer than this keeps its own basis
-
-    def check(self) -> None:
-        super().check()
-        for key in ("precondition_frequency", "max_precond_dim"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"optimizer.{key}={getattr(self, key)}: must be at least 1; nearest valid: 1")
+    precondition_frequency: int = field(default=10, metadata={"min": 1})  # updates between refreshed eigenbases
+    max_precond_dim: int = field(default=10_000, metadata={"min": 1})  # a side longer than this keeps its own basis
 
     def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
         soap = scale_by_soap(
@@ -298,7 +285,8 @@ class ScheduleFreeConfig(OptimizerConfig):
 
     kind: str = "schedule_free"
     learning_rate: float = 2.5e-3  # peak
-    b1: float = 0.9  # how far gradients are taken towards the average
+    # How far gradients are taken towards the average
+    b1: float = field(default=0.9, metadata={"above": 0, "below": 1})
     b2: float = 0.95  # decay of the mean of squared gradients
     eps: float = 1e-8  # added to its root
 
@@ -309,8 +297,6 @@ class ScheduleFreeConfig(OptimizerConfig):
                 f"optimizer.ema_decay={self.ema_decay}: optimizer=schedule_free has an average of its own; "
                 "set optimizer.ema_decay=null"
             )
-        if not 0 < self.b1 < 1:
-            raise ValueError(f"optimizer.b1={self.b1}: must be between 0 and 1, as 0.9")
 
     def chain_updates(
         self, schedule: Schedule, param_axes: Tree, factors: Tree | None = None

@@ -12,7 +12,7 @@ import enum
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -39,18 +39,12 @@ class LossSpikeConfig:
     """What counts as a spike of loss or gradient norm, and what is done then."""
 
     policy: SpikePolicy = SpikePolicy.warn
-    num_std: float = 6.0  # standard deviations above the mean of the last `window` values
-    window: int = 128  # updates; half as many must be there before anything counts as a spike
-    max_rollbacks: int = 10  # updates that may be dropped in a row, or rollbacks, before the run ends
-
-    def validate(self) -> None:
-        """Raises: ValueError naming key, value, reason and fix."""
-        if self.num_std <= 0:
-            raise ValueError(f"loss_spikes.num_std={self.num_std}: must be above 0; loss_spikes.policy=warn drops none")
-        if self.window < 2:
-            raise ValueError(f"loss_spikes.window={self.window}: must be at least 2, or there is no deviation")
-        if self.max_rollbacks < 1:
-            raise ValueError(f"loss_spikes.max_rollbacks={self.max_rollbacks}: must be at least 1")
+    # Standard deviations above the mean of the last `window` values
+    num_std: float = field(default=6.0, metadata={"above": 0, "hint": "loss_spikes.policy=warn drops none"})
+    # Updates; half as many must be there before anything counts as a spike
+    window: int = field(default=128, metadata={"min": 2})
+    # Updates that may be dropped in a row, or rollbacks, before the run ends
+    max_rollbacks: int = field(default=10, metadata={"min": 1})
 
 
 class Rollback(Exception):

@@ -6,7 +6,7 @@ Silent data corruption: Hochschild et al. 2021, Cores that don't count; Dixit et
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,7 @@ NAMED = 3  # parameters that a message names
 class SDCCheckConfig:
     """Whether devices are checked for wrong results."""
 
-    every: int = 0  # steps between checks, of the time of two steps each; 0: never
-
-    def validate(self) -> None:
-        """Raises: ValueError naming key, value, reason and fix."""
-        if self.every < 0:
-            raise ValueError(f"sdc_check.every={self.every}: must be at least 0 (0: no checks)")
+    every: int = field(default=0, metadata={"min": 0})  # steps between checks, of the time of two steps each; 0: never
 
 
 class SilentDataCorruption(Exception):

@@ -29,9 +29,10 @@ _LAST = 2**48  # rows of a run: more than will ever be asked for
 class DataConfig:
     batch_size: int = 8  # sequences of the global batch
     seq_len: int = 256  # tokens of a sequence
-    packing: Packing = Packing.concat
+    packing: Packing = Packing.concat  # How documents fill rows
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    format: DataFormat = DataFormat.text
+    mixture_weights: list[float] = field(default_factory=list)  # Sampling weight of each source, in their order
+    format: DataFormat = DataFormat.text  # What a record of a source is
     transform: TransformConfig = field(default_factory=TransformConfig)  # of documents, as they go into rows
     loss_mask: LossMask = LossMask.assistant  # of conversations
     on_overflow: OnOverflow = OnOverflow.truncate_turns  # conversations of more than seq_len tokens

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
-from configs.schema import Format, RunConfig
-from configs.tasks import CoordCheckConfig
+from configs.schema import RunConfig
+from configs.tasks import CoordCheckConfig, Format
 from launch.build import Corpora, build_core, build_source, load_corpora, log, model_config
 from launch.planning.search import resolve_auto_mesh
 from launch.run_folder import RunFolder, write_whole
@@ -55,7 +55,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     title = f"{config.run}: {config.optimizer.kind}, rate {config.optimizer.learning_rate:g}"
     draw_coordinates(widths, found, slopes, folder / f"{config.run}.png", title)
     transfers = max(abs(value) for value in next(iter(slopes.values())).values()) <= task.tolerance
-    if config.format is Format.json:
+    if task.format is Format.json:
         print(json.dumps(told, indent=1))
     else:
         _print(widths, found, slopes)

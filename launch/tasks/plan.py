@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from configs.schema import Format, RunConfig
-from configs.tasks import PlanConfig
+from configs.schema import RunConfig
+from configs.tasks import Format, PlanConfig
 from data.object_store import is_url
 from launch.build import log
 from launch.config_errors import named_keys
@@ -59,7 +59,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         found["others"] = [_line(choice) for choice in others[:9]]
     write_whole(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
     draw_plan(best.plan, folder / f"{name}.png", title)
-    if config.format is Format.json:
+    if task.format is Format.json:
         print(json.dumps(found, indent=1))
     else:
         _print(title, best, found, others[: TOP - 1])

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from configs.schema import Format, RunConfig
-from configs.tasks import ScalingLadderConfig, TrainConfig
+from configs.schema import RunConfig
+from configs.tasks import Format, ScalingLadderConfig, TrainConfig
 from data.tokenizers.kinds import load_tokenizer
 from launch import exit_codes
 from launch.build import model_config
@@ -55,7 +55,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         points.append(point)
         took = "kept" if kept else f"{time.monotonic() - start:,.0f} s"
         _say(
-            config,
+            task,
             f"{number} of {len(climbed)}: {rung.run}: {point.parameters:,.0f} parameters, {point.tokens:,.0f} tokens, "
             f"{point.flops:.2e} FLOPs: loss {point.loss:.4f} ({took})",
         )
@@ -70,7 +70,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{config.run}.json", json.dumps(told, indent=1) + "\n")
     draw_law(points, law, others, family, best, ratio, folder / f"{config.run}.png", config.run)
-    if config.format is Format.json:
+    if task.format is Format.json:
         print(json.dumps(told, indent=1))
     else:
         _print(told)
@@ -104,7 +104,7 @@ def arguments(config: RunConfig, overrides: list[str], rung: Rung) -> list[str]:
 
 
 def _own(key: str, of_train: set[str]) -> bool:
-    return key in ("task", "run", "format") or (key.startswith("task.") and key not in of_train)
+    return key in ("task", "run") or (key.startswith("task.") and key not in of_train)
 
 
 def _finished(folder: RunFolder, rung: Rung) -> bool:
@@ -181,8 +181,8 @@ def _describe(
     }
 
 
-def _say(config: RunConfig, text: str) -> None:
-    print(text, flush=True, file=sys.stderr if config.format is Format.json else sys.stdout)
+def _say(task: ScalingLadderConfig, text: str) -> None:
+    print(text, flush=True, file=sys.stderr if task.format is Format.json else sys.stdout)
 
 
 def _print(told: dict[str, Any]) -> None:

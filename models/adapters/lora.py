@@ -48,8 +48,8 @@ class QuantizeBase(enum.Enum):
 class AdapterConfig:
     """Which parameters train: all, or low-rank additions to those of a frozen base, which `init_from` names."""
 
-    method: Method = Method.none
-    rank: int = 16
+    method: Method = Method.none  # Kind of adapter
+    rank: int = 16  # Rank of the low-rank matrices
     alpha: float = 32.0  # the addition is scaled by alpha / rank; rslora: alpha / sqrt(rank)
     # Parts of a matrix's name, or patterns of it: attention, query, mlp.up, "mlp.*", embedding, head
     target_modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])

@@ -27,7 +27,7 @@ class ClassificationConfig(ObjectiveConfig):
     """Its build checks the values."""
 
     kind: str = "classification"
-    pooling: Pooling = Pooling.last
+    pooling: Pooling = Pooling.last  # Hidden states that the score is computed from
     class_weights: list[float] = field(default_factory=list)  # of each of data.classes in the loss; []: all 1
     label_smoothing: float = 0.0  # share of a class's probability spread evenly over all classes
 

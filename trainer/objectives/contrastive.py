@@ -24,7 +24,7 @@ class ContrastiveConfig(ObjectiveConfig):
     """Its build checks the values."""
 
     kind: str = "contrastive"
-    pooling: Pooling = Pooling.mean
+    pooling: Pooling = Pooling.mean  # Hidden states that the embedding is computed from
     temperature: float = 0.05  # cosines are divided by it
     negatives: int = 0  # texts of each record that are to be told from the positive one
     symmetric: bool = True  # the anchor is also to be found from the positive, as in CLIP

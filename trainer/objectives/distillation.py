@@ -42,7 +42,7 @@ class DistillationConfig(ObjectiveConfig):
 
     kind: str = "distillation"
     teacher: str | None = None  # a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or gguf:FILE, with the run's own tokenizer
-    divergence: Divergence = Divergence.forward
+    divergence: Divergence = Divergence.forward  # Divergence between teacher P and student Q
     beta: float = 0.5  # jensen_shannon; its ends are no other divergence, but 0
     temperature: float = 1.0  # the divergence is multiplied by its square, so that gradients keep their size
     alpha: float = 0.5  # of the divergence; the rest is cross entropy with the text

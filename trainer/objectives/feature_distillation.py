@@ -41,9 +41,9 @@ class FeatureLossConfig:
     layer_mapping: list[list[int]] = field(
         default_factory=list
     )  # pairs [layer of the student, layer of the teacher], from 0
-    hidden_loss: Hidden = Hidden.mse
+    hidden_loss: Hidden = Hidden.mse  # Distance of hidden states
     hidden_loss_weight: float = 1.0  # of the mean over pairs; 0: hidden states are not compared
-    attention_loss: Maps = Maps.kl
+    attention_loss: Maps = Maps.kl  # Distance of attention maps
     attention_loss_weight: float = 0.0  # likewise
     teacher_dim: int | None = None  # width of the teacher's hidden states where it is another: a projection is learnt
 

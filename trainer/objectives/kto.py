@@ -36,11 +36,11 @@ class KtoConfig(ObjectiveConfig):
     """Its build checks the values."""
 
     kind: str = "kto"
-    loss_type: Loss = Loss.kto
+    loss_type: Loss = Loss.kto  # Loss of desirable and undesirable answers
     beta: float = 0.1  # how far the policy may leave the reference: larger, less far
     # Where n answers are good and m are not, n desirable_weight / (m undesirable_weight) is best between 1 and 4/3.
     desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    undesirable_weight: float = 1.0  # Loss weight of undesirable answers
     precompute_ref_log_probs: bool = (
         False  # ask the reference once about each answer, before training, and keep it on disk
     )

@@ -65,7 +65,7 @@ class PreferenceConfig(ObjectiveConfig):
     """Its build checks the values."""
 
     kind: str = "preference"
-    loss_type: Loss = Loss.sigmoid
+    loss_type: Loss = Loss.sigmoid  # Preference loss
     beta: float = 0.1  # how far the policy may leave the reference: larger, less far
     f_divergence: FDivergence = FDivergence.reverse_kl  # of losses of a margin: sigmoid, robust, hinge, ipo, exo, ...
     label_smoothing: float = 0.0  # share of labels taken for wrong: sigmoid, robust, exo, aot

@@ -38,7 +38,7 @@ class SpikePolicy(enum.Enum):
 class LossSpikeConfig:
     """What counts as a spike of loss or gradient norm, and what is done then."""
 
-    policy: SpikePolicy = SpikePolicy.warn
+    policy: SpikePolicy = SpikePolicy.warn  # Action on a loss spike
     num_std: float = 6.0  # standard deviations above the mean of the last `window` values
     window: int = 128  # updates; half as many must be there before anything counts as a spike
     max_rollbacks: int = 10  # updates that may be dropped in a row, or rollbacks, before the run ends

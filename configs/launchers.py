@@ -16,11 +16,11 @@ class LauncherConfig:
     least: ClassVar[dict[str, int]] = {}  # of the keys below, the smallest values
 
     kind: str = ""
-    dry_run: bool = False  # print what would be run; run nothing and write nothing
-    follow: bool = True  # stay with the job and show its log; Ctrl-C leaves a cluster's job running
-    max_restarts: int = 3  # starts after the first, from the newest checkpoint
-    # Environment variables for the processes: NAME hands on this shell's value and is written nowhere, so it is for
-    # secrets; NAME=VALUE is written into scripts.
+    dry_run: bool = False  # Print what would be run; run nothing and write nothing
+    follow: bool = True  # Follow the log of the job; Ctrl-C leaves a cluster's job running
+    max_restarts: int = 3  # Restarts at most, each from the newest checkpoint
+    # Environment variables of the processes: NAME passes on this shell's value and is written nowhere, for
+    # secrets; NAME=VALUE is written into scripts
     env: list[str] = field(default_factory=list)
 
     def validate(self) -> None:
@@ -48,10 +48,10 @@ class LocalConfig(LauncherConfig):
     least: ClassVar[dict[str, int]] = {"num_processes": 1}
 
     kind: str = "local"
-    max_restarts: int = 0
-    num_processes: int = 1
-    port: int = 0  # of the coordinator; 0: a free one
-    elastic: bool = False  # go on with half as many processes where twice in a row nothing was gained
+    max_restarts: int = 0  # Restarts at most, each from the newest checkpoint
+    num_processes: int = 1  # Number of processes
+    port: int = 0  # TCP port of the coordinator; 0: a free one
+    elastic: bool = False  # Continue with half the processes after two restarts in a row without progress
 
 
 class Runtime(enum.Enum):
@@ -68,21 +68,22 @@ class SlurmConfig(LauncherConfig):
     }  # fmt: skip
 
     kind: str = "slurm"
-    nodes: int = 1
-    processes_per_node: int = 1  # of GPUs each takes its share
-    gpus_per_node: int = 0
-    cpus_per_process: int = 0  # 0: the cluster's default
-    time: str | None = None  # limit as SLURM writes it: 4:00:00; null: the partition's
-    grace: int = 120  # seconds before the limit at which a checkpoint is written and the job is requeued
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    options: list[str] = field(default_factory=list)  # further ones of sbatch: [--exclusive, --mem=0]
-    array_limit: int = 0  # jobs of a sweep that run at once; 0: as many as there is room for
-    image: str | None = None  # a container image: of Pyxis (docker://..., FILE.sqsh) or of Apptainer (FILE.sif)
-    runtime: Runtime = Runtime.pyxis  # what runs the image
-    mounts: list[str] = field(default_factory=list)  # further folders that the image sees, HOST:CONTAINER
-    python: str | None = None  # the interpreter; null: this one, in an image python3
+    nodes: int = 1  # Number of nodes
+    processes_per_node: int = 1  # Processes per node, which share its GPUs equally
+    gpus_per_node: int = 0  # GPUs per node
+    cpus_per_process: int = 0  # CPUs per process; 0: the default of the cluster
+    time: str | None = None  # Time limit as SLURM writes it: 4:00:00; null: that of the partition
+    grace: int = 120  # Seconds before the time limit at which a checkpoint is saved and the job is requeued
+    partition: str | None = None  # Partition to submit to; null: the default of the cluster
+    account: str | None = None  # Account to charge; null: the user's default
+    qos: str | None = None  # Quality of service; null: the user's default
+    options: list[str] = field(default_factory=list)  # Further options of sbatch: [--exclusive, --mem=0]
+    array_limit: int = 0  # Jobs of a sweep that run at once; 0: no limit
+    # Container image of Pyxis (docker://..., FILE.sqsh) or Apptainer (FILE.sif); null: no container
+    image: str | None = None
+    runtime: Runtime = Runtime.pyxis  # Container runtime
+    mounts: list[str] = field(default_factory=list)  # Further folders mounted in the container, HOST:CONTAINER
+    python: str | None = None  # Python interpreter; null: this one, in a container python3
 
 
 @dataclass
@@ -92,24 +93,26 @@ class K8sConfig(LauncherConfig):
     least: ClassVar[dict[str, int]] = {"hosts": 1, "slices": 1, "grace": 1, "gpus_per_host": 0, "tpus_per_host": 0}
 
     kind: str = "k8s"
-    namespace: str = "default"
-    image: str = ""  # with Python and what Meshwright needs; the code of this checkout is laid into it
-    queue: str | None = None  # Kueue's LocalQueue; null: no queue
-    priority: str | None = None  # Kueue's WorkloadPriorityClass
-    hosts: int = 1  # pods; of TPUs those of one slice
-    slices: int = 1  # of TPUs
-    gpus_per_host: int = 0
-    tpu_accelerator: str | None = None  # GKE's name of the kind: tpu-v5p-slice, tpu-v6e-slice
-    tpu_topology: str | None = None  # of a slice: 2x2x4
-    tpus_per_host: int = 0  # chips
-    cpu: str | None = None  # of a pod, as Kubernetes writes it: 8, 500m
-    memory: str | None = None  # of a pod: 64Gi
-    volume: str | None = None  # PersistentVolumeClaim for the run folders; null: output_dir= is a bucket, or is lost
-    secret: str | None = None  # the Kubernetes secret that holds the names of env
-    service_account: str | None = None
-    host_network: bool = False  # pods on their host's network, which several slices and InfiniBand may ask for
-    node_selector: dict[str, str] = field(default_factory=dict)
-    grace: int = 120  # seconds from SIGTERM to SIGKILL: a checkpoint must fit in
+    namespace: str = "default"  # Namespace of the job
+    # Container image with Python and Meshwright's dependencies; the code of this checkout is copied into it
+    image: str = ""
+    queue: str | None = None  # LocalQueue of Kueue; null: no queue
+    priority: str | None = None  # WorkloadPriorityClass of Kueue; null: none
+    hosts: int = 1  # Number of pods; with TPUs those of one slice
+    slices: int = 1  # Number of TPU slices
+    gpus_per_host: int = 0  # GPUs per pod
+    tpu_accelerator: str | None = None  # TPU type as GKE names it: tpu-v5p-slice, tpu-v6e-slice; null: no TPUs
+    tpu_topology: str | None = None  # Topology of a TPU slice: 2x2x4
+    tpus_per_host: int = 0  # TPU chips per pod
+    cpu: str | None = None  # CPUs per pod, as Kubernetes writes them: 8, 500m; null: no request
+    memory: str | None = None  # Memory per pod: 64Gi; null: no request
+    # PersistentVolumeClaim for the run folders; null: output_dir= must be a bucket, or they are lost
+    volume: str | None = None
+    secret: str | None = None  # Kubernetes secret with the variables that env only names
+    service_account: str | None = None  # Service account of the pods; null: the default of the namespace
+    host_network: bool = False  # Use the host's network, which several slices and InfiniBand may require
+    node_selector: dict[str, str] = field(default_factory=dict)  # Labels of the nodes to run on
+    grace: int = 120  # Seconds from SIGTERM to SIGKILL, enough for a checkpoint
 
     def validate(self) -> None:
         super().validate()
@@ -140,14 +143,14 @@ class RayConfig(LauncherConfig):
     least: ClassVar[dict[str, int]] = {"hosts": 1}
 
     kind: str = "ray"
-    address: str = "auto"  # of the cluster: auto, HOST:PORT; local starts one on this machine
-    hosts: int = 1
-    cpus_per_host: float = 1.0
-    gpus_per_host: float = 0.0
-    resources: dict[str, float] = field(default_factory=dict)  # further ones of each actor: {TPU: 4}
-    spread: bool = True  # each actor on a host of its own
-    port: int = 0  # of the coordinator; 0: a free one
-    elastic: bool = False  # go on with half as many hosts where twice in a row nothing was gained
+    address: str = "auto"  # Address of the Ray cluster: auto, HOST:PORT; local starts one on this machine
+    hosts: int = 1  # Number of actors, one process each
+    cpus_per_host: float = 1.0  # CPUs per actor
+    gpus_per_host: float = 0.0  # GPUs per actor
+    resources: dict[str, float] = field(default_factory=dict)  # Further resources per actor: {TPU: 4}
+    spread: bool = True  # Place each actor on its own host
+    port: int = 0  # TCP port of the coordinator; 0: a free one
+    elastic: bool = False  # Continue with half the hosts after two restarts in a row without progress
 
 
 @dataclass
@@ -155,15 +158,16 @@ class TpuVmConfig(LauncherConfig):
     """A Cloud TPU slice as a queued resource, and every worker of it over ssh, through gcloud."""
 
     kind: str = "tpu_vm"
-    name: str | None = None  # of the TPU; null: the run's. One that is there is used
-    accelerator: str = ""  # v5p-32, v6e-64
-    runtime: str = ""  # software version: v2-alpha-tpuv5, v2-alpha-tpuv6e
-    zone: str = ""
-    project: str | None = None  # null: gcloud's
-    spot: bool = False  # cheaper, and taken away at any time
-    reserved: bool = False
-    setup: str = "python3 -m pip install -q --user -e '.[tpu]'"  # on each worker, in the folder of the code
-    python: str = "python3"
+    name: str | None = None  # Name of the TPU, which is used if it exists; null: the name of the run
+    accelerator: str = ""  # TPU type and size: v5p-32, v6e-64
+    runtime: str = ""  # TPU software version: v2-alpha-tpuv5, v2-alpha-tpuv6e
+    zone: str = ""  # Google Cloud zone
+    project: str | None = None  # Google Cloud project; null: the default of gcloud
+    spot: bool = False  # Use spot capacity: cheaper, and preempted at any time
+    reserved: bool = False  # Use reserved capacity
+    # Setup command on each worker, in the folder of the code
+    setup: str = "python3 -m pip install -q --user -e '.[tpu]'"
+    python: str = "python3"  # Python interpreter on the workers
 
     def validate(self) -> None:
         super().validate()
@@ -184,18 +188,20 @@ class SkypilotConfig(LauncherConfig):
     least: ClassVar[dict[str, int]] = {"num_nodes": 1, "autostop": 0}
 
     kind: str = "skypilot"
-    cluster: str | None = None  # its name; null: the run's
-    infra: str | None = None  # aws/us-east-1, gcp, k8s; null: the cheapest
-    accelerators: str | None = None  # H100:8, tpu-v6e-8; null: CPUs
-    num_nodes: int = 1
-    cpus: str | None = None
-    memory: str | None = None  # GB, 64+ for at least 64
-    spot: bool = False
-    image: str | None = None  # docker:NAME, or a cloud's image
-    bucket: str | None = None  # s3://... or gs://..., mounted as the folder of runs, so that they outlive the cluster
-    setup: str | None = None  # on each node, in the folder of the code; null: installs it for the accelerators
-    python: str = "python3"
-    autostop: int = 10  # minutes without work after which the cluster is deleted
+    cluster: str | None = None  # Name of the cluster; null: the name of the run
+    infra: str | None = None  # Cloud and region: aws/us-east-1, gcp, k8s; null: the cheapest
+    accelerators: str | None = None  # Accelerators per node: H100:8, tpu-v6e-8; null: CPUs only
+    num_nodes: int = 1  # Number of nodes
+    cpus: str | None = None  # CPUs per node: 8, 8+ for at least 8; null: SkyPilot's default
+    memory: str | None = None  # Memory per node in GB: 64, 64+ for at least 64; null: SkyPilot's default
+    spot: bool = False  # Use spot instances: cheaper, and preempted at any time
+    image: str | None = None  # Image: docker:NAME, or one of the cloud; null: SkyPilot's default
+    # Bucket for the run folders, s3://... or gs://..., so that they outlive the cluster; null: none
+    bucket: str | None = None
+    # Setup command on each node, in the folder of the code; null: install Meshwright for the accelerators
+    setup: str | None = None
+    python: str = "python3"  # Python interpreter on the nodes
+    autostop: int = 10  # Idle minutes after which the cluster is deleted
 
 
 LAUNCHERS: dict[str, type[LauncherConfig]] = {

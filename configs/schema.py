@@ -1,8 +1,9 @@
 """What a run is: `RunConfig` and `GROUPS`, the one table from a name on the command line to a dataclass.
 
-Defaults stand only in the dataclasses; a YAML file under this folder holds what differs. The dataclasses of models,
-optimizers, sources and so on stand beside the code that they configure; only tasks, launchers and sweeps, in
-`configs/tasks.py`, `launchers.py` and `sweeps.py`, are described in this layer, as what carries them out sits above it.
+Defaults stand only in the dataclasses; a YAML file under this folder adds an option that differs from them. The
+dataclasses of models, optimizers, sources and so on stand beside the code that they configure; only tasks, launchers
+and sweeps, in `configs/tasks.py`, `launchers.py` and `sweeps.py`, are described in this layer, as what carries them out
+sits above it.
 """
 
 import enum
@@ -48,7 +49,7 @@ from data.transforms import (
 )
 from models.adapters.lora import AdapterConfig
 from models.config import MatmulPrecision, ModelConfig
-from models.pruning import WidthConfig
+from models.pruning import PruneConfig
 from trainer.checkpoint.checkpointer import CheckpointConfig
 from trainer.mesh import MeshConfig, ShardingRules
 from trainer.objective import ObjectiveConfig
@@ -85,39 +86,26 @@ from trainer.tracker import TensorboardConfig, TrackerConfig, WandbConfig
 
 
 class Resume(enum.Enum):
-    auto = "auto"  # continue where the run stands, or start it
-    must = "must"  # refuse to start afresh
-    never = "never"  # refuse to touch a run that has checkpoints
-
-
-class Format(enum.Enum):
-    table = "table"
-    json = "json"
+    auto = "auto"  # resume from the newest checkpoint, or start the run
+    must = "must"  # fail where there is no checkpoint
+    never = "never"  # fail where there are checkpoints
 
 
 @dataclass
 class RunConfig:
     """One run, whole. Nobody below `launch` sees this class; functions take their own slice."""
 
-    run: str = "default"  # its name: the same name again goes on with the run
-    output_dir: str = "runs"  # the folder of all runs, or a URL of one in an object store: s3://BUCKET/runs
-    seed: int = 0  # of initialisation, data order, dropout and sampling
-    # This many fake CPU devices in all, to try a mesh without hardware
+    run: str = "default"  # Name of the run and of its folder; the same name again resumes the run
+    output_dir: str = "runs"  # Folder of all runs, or the URL of one in an object store: s3://BUCKET/runs
+    seed: int = 0  # Seed of initialization, data order, dropout and sampling
+    # Number of simulated CPU devices, to try a mesh without hardware; null: the real devices
     fake_devices: int | None = field(default=None, metadata={"min": 1, "hint": "null: the real devices"})
-    resume: Resume = Resume.auto
-    init_from: str | None = None  # begin from the weights of a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or peft:FOLDER
-    init_layers: list[int] = field(default_factory=list)  # of these weights take only these layers, in this order
-    init_width: WidthConfig = field(default_factory=WidthConfig)  # and of these only the most important units
-    reset: list[str] = field(default_factory=list)  # on resume, forget any of: optimizer, data, step
-    # Shares in the order of source=[...]
-    source_weights: list[float] = field(
-        default_factory=list, metadata={"above": 0, "hint": "leave the source out of source=[...] instead"}
-    )
-    step: int | None = None  # evaluate, generate, serve, inspect: the checkpoint; null: the newest
-    prompt: str | None = None  # generate: what to go on from
-    chat: str | None = None  # generate: what the user says; the model answers, through the run's chat template
-    format: Format = Format.table  # inspect, evaluate, runs: how to print
-    task: TaskConfig = field(default_factory=TaskConfig)  # groups choose the classes from here on
+    resume: Resume = Resume.auto  # Policy for a run that has checkpoints
+    # Initial weights: a run (NAME, FOLDER, NAME@STEP), hf:FOLDER, gguf:FILE or peft:FOLDER; null: random
+    init_from: str | None = None
+    prune: PruneConfig = field(default_factory=PruneConfig)  # Layers and units to keep of the weights of init_from
+    reset: list[str] = field(default_factory=list)  # State to discard when a run resumes, any of: optimizer, data, step
+    task: TaskConfig = field(default_factory=TaskConfig)  # Task, set by the first word of the command line
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -160,8 +148,8 @@ GROUPS: dict[str, dict[str, type]] = {
         "bytes": BytesConfig,
         "characters": CharactersConfig,
     },
-    "model": {"transformer": ModelConfig},
-    "adapter": {"adapter": AdapterConfig},
+    "model": {"tiny": ModelConfig},
+    "adapter": {"none": AdapterConfig},
     "objective": {
         "next_token": NextTokenConfig,
         "multi_token": MultiTokenConfig,
@@ -190,29 +178,33 @@ GROUPS: dict[str, dict[str, type]] = {
         "wsd": WsdConfig,
         "inverse_sqrt": InverseSqrtConfig,
     },
-    "mesh": {"mesh": MeshConfig},
-    "checkpoint": {"checkpoint": CheckpointConfig},
+    "mesh": {"default": MeshConfig},
+    "checkpoint": {"default": CheckpointConfig},
     "tracker": {"wandb": WandbConfig, "tensorboard": TensorboardConfig},
     "launcher": LAUNCHERS,
     "sweep": {"search": SweepSearchConfig},
 }
 
-# Groups of which a run has exactly one class: their schema needs no name of its own.
-_SINGLE = ("model", "adapter", "mesh", "checkpoint", "sweep")
-# Groups that need no YAML: the dataclass is the option.
-_NO_YAML = ("task", "launcher")
+# Where the options of a group go, if not to the key of the group's name.
+PACKAGES = {
+    "source": "data.sources.{option}",
+    "transform": "data.transform",
+    "tracker": "trackers.{option}",
+    "sweep": "task.sweep",
+}
 
 
 def register() -> None:
-    """Makes every dataclass known to Hydra: `<kind>_schema` in its group, for YAML files to build upon."""
+    """Registers every class of `GROUPS` with Hydra as an option of its group.
+
+    A YAML file under `configs/GROUP` adds an option: it sets what differs from the defaults of the group's class.
+    """
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for group, classes in GROUPS.items():
-        for name, cls in classes.items():
-            if group in _NO_YAML:
-                store.store(group=group, name=name, node=cls, package=group)
-            else:
-                store.store(group=group, name="schema" if group in _SINGLE else f"{name}_schema", node=cls)
+        for option, cls in classes.items():
+            package = PACKAGES.get(group, group).format(option=option)
+            store.store(group=group, name=option, node=cls, package=package)
 
 
 def to_typed(node: Any) -> RunConfig:
@@ -298,13 +290,14 @@ def validate(config: RunConfig) -> None:
     if unknown:
         raise ValueError(f"reset={config.reset}: {sorted(unknown)[0]!r} is none of optimizer, data, step")
     sources = config.data.sources
-    if config.source_weights:
-        if len(config.source_weights) != len(sources):
+    weights = config.data.mixture_weights
+    if weights:
+        if len(weights) != len(sources):
             raise ValueError(
-                f"source_weights={config.source_weights}: {len(config.source_weights)} numbers for "
-                f"{len(sources)} sources ({', '.join(sources)}); give one for each, in that order"
+                f"data.mixture_weights={weights}: {len(weights)} numbers for {len(sources)} sources "
+                f"({', '.join(sources)}); give one for each, in that order"
             )
-        for source, weight in zip(sources.values(), config.source_weights, strict=True):
+        for source, weight in zip(sources.values(), weights, strict=True):
             source.weight = weight
     given = [source.weight is not None for source in sources.values()]
     if any(given) and not all(given):
@@ -313,8 +306,8 @@ def validate(config: RunConfig) -> None:
             f"data.sources.{without[0]}.weight=null: other sources have a weight, so this one needs one too"
         )
     config.model.validate()
-    if config.init_width.active and config.init_from is None:
-        raise ValueError("init_width: thins out the weights of init_from; name some, or choose model.* instead")
+    if config.prune.width.active and config.init_from is None:
+        raise ValueError("prune.width: prunes the weights of init_from; name some, or choose model.* instead")
     config.adapter.validate()
     products = config.model.matmul_precision
     if config.adapter.active and products is not MatmulPrecision.full:

@@ -5,39 +5,43 @@ from dataclasses import dataclass, field
 
 
 class Method(enum.Enum):
-    auto = "auto"  # grid where every key has a list of values, else bayes
+    auto = "auto"  # grid where every key has a list of values, otherwise bayes
     grid = "grid"  # every combination, in order
-    random = "random"
-    tpe = "tpe"  # after some random ones, those that promise most (TPE, Bergstra et al. 2011)
+    random = "random"  # independent draws
+    tpe = "tpe"  # random draws first, then the Tree-structured Parzen Estimator (Bergstra et al. 2011)
 
 
 class Mode(enum.Enum):
-    min = "min"
-    max = "max"
+    min = "min"  # lower is better
+    max = "max"  # higher is better
 
 
 class Pruning(enum.Enum):
-    none = "none"
-    median = "median"  # ends a trial that is worse at a step than the median of the others there
-    hyperband = "hyperband"  # Li et al. 2018
+    none = "none"  # every trial trains to its end
+    median = "median"  # stop a trial that is worse at a step than the median of the others
+    hyperband = "hyperband"  # successive halving at several budgets (Li et al. 2018)
 
 
 @dataclass
 class SweepSearchConfig:
-    # By key what `KEY=...` says on the command line: 2,4,8 or 1e-4..1e-2 or log:1e-4..1e-2.
+    """The search over the keys that vary."""
+
+    # Values of each key that varies, as the command line has them: 2,4,8 or 1e-4..1e-2 or log:1e-4..1e-2
     parameters: dict[str, str] = field(default_factory=dict)
-    method: Method = Method.auto
-    # In all, those of earlier starts included; null: all of a grid, else 20
+    method: Method = Method.auto  # Search method
+    # Number of trials in total, including those of earlier starts; null: every point of a grid, otherwise 20
     trials: int | None = field(default=None, metadata={"min": 1})
-    max_concurrent_trials: int = field(default=1, metadata={"min": 1})  # trials at once
-    seed: int = 0  # of what is chosen; all trials have the run's `seed`
-    metric: str = "eval/loss"  # of metrics.jsonl, its last value; of train/... the mean over the last 50th of a run
-    mode: Mode = Mode.min
-    pruning: Pruning = Pruning.none
-    warmup_steps: int = field(default=0, metadata={"min": 0})  # steps that every trial gets
-    # Of this machine's, with launcher=local; 0: each trial sees them all
+    max_concurrent_trials: int = field(default=1, metadata={"min": 1})  # Trials that run at once
+    seed: int = 0  # Seed of the search; every trial trains with the seed of the run
+    # Metric to optimize, from metrics.jsonl: its last value; of train/... the mean over the last 50th of a run
+    metric: str = "eval/loss"
+    mode: Mode = Mode.min  # Direction of the optimization
+    pruning: Pruning = Pruning.none  # Early stopping of trials
+    # Optimizer steps that every trial gets before it may be pruned
+    warmup_steps: int = field(default=0, metadata={"min": 0})
+    # GPUs of this machine for each trial, with launcher=local; 0: every trial sees all of them
     gpus_per_trial: int = field(default=0, metadata={"min": 0})
-    retry_failed: bool = False  # do those that failed again
+    retry_failed: bool = False  # Repeat the trials that failed
 
     def validate(self) -> None:
         """Raises: ValueError naming key, value, reason and fix."""

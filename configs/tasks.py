@@ -1,5 +1,6 @@
 """What a process does: one dataclass for each task. What carries them out is `launch/tasks/`."""
 
+import enum
 from dataclasses import dataclass, field
 
 from configs.sweeps import SweepSearchConfig
@@ -11,43 +12,63 @@ from trainer.reliability.watchdog import WatchdogAction
 class TaskConfig:
     """What a process does; the first word of the command line."""
 
-    kind: str = ""
+    kind: str = ""  # Name of the task, set by the first word of the command line
+
+
+class Format(enum.Enum):
+    table = "table"  # for people
+    json = "json"  # for programs
+
+
+@dataclass
+class ReportTaskConfig(TaskConfig):
+    """Shared by tasks that print a result."""
+
+    format: Format = Format.table  # Output format
+
+
+@dataclass
+class RunReaderConfig(TaskConfig):
+    """Shared by tasks that read a checkpoint of a run."""
+
+    step: int | None = None  # Optimizer step of the checkpoint to read; null: the newest
 
 
 @dataclass
 class TrainConfig(TaskConfig):
     kind: str = "train"
-    num_steps: int = 1000  # optimizer updates in all, those before a resume included
-    gradient_accumulation_steps: int = 1  # slices of a batch that are computed one after the other
-    log_every: int = 10  # steps between lines where there is no terminal for a bar
-    eval_every: int = 0  # steps between evaluations on held-out text; 0: at the end only
-    sample_every: int = 0  # steps between samples; 0: at the end only
-    sample_prompt: str = ""  # what samples go on from
-    sample_tokens: int = 128  # length of a sample; 0: no samples
-    sample_temperature: float = 0.7
-    early_stopping_patience: int = 0  # evaluations without a better loss after which the run ends; 0: never
-    early_stopping_min_delta: float = 0.0  # what counts as better, in nats
-    watchdog_timeout: float = (
-        1800.0  # without a step, an evaluation or a save done, after which the run hangs; 0: never
-    )
-    watchdog_action: WatchdogAction = WatchdogAction.warn
-    profile_steps: list[int] = field(default_factory=list)  # [first, last]: a trace of these steps, in profile/
+    num_steps: int = 1000  # Optimizer steps in total, including those before a resume
+    # Gradient accumulation steps: slices of a batch that are computed one after the other
+    gradient_accumulation_steps: int = 1
+    log_every: int = 10  # Optimizer steps between log lines, where the output is no terminal
+    eval_every: int = 0  # Optimizer steps between evaluations on held-out text; 0: only at the end
+    sample_every: int = 0  # Optimizer steps between text samples; 0: only at the end
+    sample_prompt: str = ""  # Prompt of the text samples
+    sample_tokens: int = 128  # Length of a text sample in tokens; 0: no samples
+    sample_temperature: float = 0.7  # Sampling temperature of the text samples; 0: greedy
+    early_stopping_patience: int = 0  # Evaluations without improvement before early stopping; 0: never
+    early_stopping_min_delta: float = 0.0  # Least decrease of the loss that counts as improvement, in nats
+    # Seconds without progress (a step, an evaluation or a save) after which the run hangs; 0: never
+    watchdog_timeout: float = 1800.0
+    watchdog_action: WatchdogAction = WatchdogAction.warn  # Action when the run hangs
+    # Optimizer steps to profile, [first, last]; the trace is written to profile/ in the run folder
+    profile_steps: list[int] = field(default_factory=list)
 
 
 @dataclass
-class PlanConfig(TrainConfig):
+class PlanConfig(TrainConfig, ReportTaskConfig):
     """Of a run that `train` would start: what stands in `TrainConfig` is planned with."""
 
     kind: str = "plan"
-    target: str = "cpu"  # KIND-COUNT: v5p-512, v6e-256, h100x64, 2*v5e-256 for slices, cpu
-    compile: bool = False  # compile the step for the target, too, and say what XLA says
-    search: bool = False  # look for the mesh, the remat and the microbatches, too
-    num_tokens: float | None = None  # to train on, for days and dollars; null: num_steps of them
-    scaling_law: str | None = None  # the .json of a ladder, to recommend a size by; null: that of Hoffmann et al. 2022
-    price_per_device_hour: float | None = (
-        None  # dollars an hour of one device; null: that of launch/planning/hardware.py
-    )
-    output: str | None = None  # the folder for plan and picture; null: RUNS/plans
+    target: str = "cpu"  # Devices to plan for, as KIND-COUNT: v5p-512, v6e-256, h100x64, 2*v5e-256 for slices, cpu
+    compile: bool = False  # Compile the step for the target as well, and report what XLA allocates
+    search: bool = False  # Search for the mesh, the remat policy and the number of microbatches as well
+    num_tokens: float | None = None  # Training tokens, for the estimated days and cost; null: those of num_steps
+    # JSON file of a ladder to recommend a size by; null: the law of Hoffmann et al. 2022
+    scaling_law: str | None = None
+    # Price of one device, in dollars per hour; null: that of launch/planning/hardware.py
+    price_per_device_hour: float | None = None
+    output: str | None = None  # Folder for the plan and its picture; null: RUNS/plans
 
 
 @dataclass
@@ -55,31 +76,34 @@ class SweepConfig(TrainConfig):
     """Of runs that `train` would start, which differ in `sweep.parameters`: what stands in `TrainConfig` is of each."""
 
     kind: str = "sweep"
-    sweep: SweepSearchConfig = field(default_factory=SweepSearchConfig)  # on the command line sweep.*
+    sweep: SweepSearchConfig = field(default_factory=SweepSearchConfig)  # Search over the keys that vary
 
 
 @dataclass
-class CoordCheckConfig(TaskConfig):
+class CoordCheckConfig(ReportTaskConfig):
     """Of a run that `train` would start, at several widths."""
 
     kind: str = "coord_check"
-    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # embed_dim; all else grows in proportion
-    num_steps: int = 4  # at the peak of the learning rate
-    tolerance: float = 0.3  # what a slope may be, up or down
-    output: str | None = None  # the folder for numbers and picture; null: RUNS/coordinates
+    # Values of embed_dim to compare; all other sizes scale with it
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    num_steps: int = 4  # Optimizer steps at each width, at the peak learning rate
+    tolerance: float = 0.3  # Largest absolute slope that counts as transfer
+    output: str | None = None  # Folder for the numbers and the picture; null: RUNS/coordinates
 
 
 @dataclass
-class ScalingLadderConfig(TrainConfig):
+class ScalingLadderConfig(TrainConfig, ReportTaskConfig):
     """Runs of several sizes and lengths: what stands in `TrainConfig` is of each of them, `num_steps` aside."""
 
     kind: str = "scaling_ladder"
-    widths: list[int] = field(default_factory=lambda: [64, 96, 128, 192])  # embed_dim; all else grows in proportion
-    aspect_ratio: float | None = None  # width for each layer: num_layers follows; null: all as deep as the model
-    # Each size is trained on so many tokens for a parameter, in a run each. A single one: a law of compute alone
+    # Values of embed_dim to train; all other sizes scale with it
+    widths: list[int] = field(default_factory=lambda: [64, 96, 128, 192])
+    aspect_ratio: float | None = None  # Width divided by the number of layers; null: every size is as deep as the model
+    # Training tokens per parameter, a run for each; a single value gives a law of compute alone
     tokens_per_param: list[float] = field(default_factory=lambda: [10.0, 20.0, 40.0])
-    compute_budget: float | None = None  # training FLOPs to recommend a size for; null: 100 times the largest run's
-    output: str | None = None  # the folder for numbers and picture; null: RUNS/ladders
+    # Training FLOPs to recommend a size for; null: 100 times those of the largest run
+    compute_budget: float | None = None
+    output: str | None = None  # Folder for the numbers and the picture; null: RUNS/ladders
 
 
 @dataclass
@@ -88,85 +112,91 @@ class PrepareConfig(TaskConfig):
 
 
 @dataclass
-class EvaluateConfig(TaskConfig):
+class EvaluateConfig(RunReaderConfig, ReportTaskConfig):
     kind: str = "evaluate"
-    max_eval_batches: int = 0  # batches of each source; 0: data.max_eval_batches
-    eval_tasks: list[str] = field(default_factory=list)  # JSONL files of questions to answer, instead of sources
-    limit: int = 0  # problems of each file, the first ones; 0: all
-    limit_per_group: int = 0  # problems of each part of a file that has parts; 0: all
-    prefix: str | None = None  # special token before texts without a context; null: their first token goes unscored
-    dtype: Dtype | None = None  # of the computation; null: the run's
+    max_eval_batches: int = 0  # Batches of each source; 0: data.max_eval_batches
+    # JSONL files of multiple-choice problems to evaluate on, instead of sources
+    eval_tasks: list[str] = field(default_factory=list)
+    limit: int = 0  # Problems of each file, from its start; 0: all
+    limit_per_group: int = 0  # Problems of each part of a file that has parts; 0: all
+    # Special token before texts without a context; null: none, and their first token is not scored
+    prefix: str | None = None
+    dtype: Dtype | None = None  # Dtype of the computation; null: that of the run
 
 
 @dataclass
-class GenerateConfig(TaskConfig):
+class GenerateConfig(RunReaderConfig, ReportTaskConfig):
     kind: str = "generate"
-    max_new_tokens: int = 256
-    temperature: float = 0.7  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: list[str] = field(default_factory=list)  # texts that end a completion; they are not printed
-    diffusion_steps: int = 0  # passes of a masked diffusion model; 0: one for each token
-    prompts: list[str] = field(default_factory=list)  # several at once, of any lengths
-    prompt_file: str | None = None  # one prompt a line
-    num_samples: int = 1  # completions of each prompt
-    system: str | None = None  # with chat=: what the system says before it
-    messages_file: str | None = None  # a conversation to go on with: JSON, a list of messages, or {messages, tools}
+    prompt: str | None = None  # Text to continue
+    chat: str | None = None  # User message to answer, through the run's chat template
+    max_new_tokens: int = 256  # Tokens to generate at most
+    temperature: float = 0.7  # Sampling temperature; 0: greedy
+    top_k: int = 0  # Number of most probable tokens to sample from; 0: all
+    top_p: float = 1.0  # Probability mass of the most probable tokens to sample from (nucleus sampling); 1: all
+    min_p: float = 0.0  # Least probability of a token, relative to the most probable one; 0: none
+    repetition_penalty: float = 1.0  # Penalty on tokens that occurred before, as a factor; 1: none
+    stop: list[str] = field(default_factory=list)  # Texts that end a completion; they are not printed
+    diffusion_steps: int = 0  # Denoising steps of a masked diffusion model; 0: one for each token
+    prompts: list[str] = field(default_factory=list)  # Several prompts, of any lengths
+    prompt_file: str | None = None  # File of prompts, one per line
+    num_samples: int = 1  # Completions of each prompt
+    system: str | None = None  # System message of a chat
+    # JSON file of a conversation to continue: a list of messages, or {messages, tools}
+    messages_file: str | None = None
 
 
 @dataclass
-class ServeConfig(TaskConfig):
+class ServeConfig(RunReaderConfig):
     kind: str = "serve"
-    host: str = "127.0.0.1"  # another than this machine's own needs a key
-    port: int = 8000  # 0: a free one
-    api_key_env: str | None = None  # the environment variable that holds the key that clients must send
-    max_num_seqs: int = 16  # answers that are written at once
-    max_model_len: int | None = None  # tokens of a prompt and its answer; null: model.max_seq_len, at most 4096
-    max_queue_size: int = 64  # requests that may wait for a slot; further ones get status 429
-    timeout: float = 600.0  # seconds of a request, its wait included
-    max_request_bytes: int = 1_000_000  # of a body; larger ones get status 413
-    shutdown_timeout: float = 10.0  # seconds that answers get to be finished after SIGTERM
+    host: str = "127.0.0.1"  # Address to listen on; one that other machines can reach requires api_key_env
+    port: int = 8000  # TCP port; 0: a free one
+    api_key_env: str | None = None  # Environment variable with the API key that clients must send
+    max_num_seqs: int = 16  # Requests generated at once
+    # Tokens of a prompt and its completion at most; null: model.max_seq_len, at most 4096
+    max_model_len: int | None = None
+    max_queue_size: int = 64  # Requests that may wait for a slot; further ones get status 429
+    timeout: float = 600.0  # Seconds until a request times out, including its wait
+    max_request_bytes: int = 1_000_000  # Size of a request body at most, in bytes; larger ones get status 413
+    shutdown_timeout: float = 10.0  # Seconds to finish open requests after SIGTERM
 
 
 @dataclass
-class PredictConfig(TaskConfig):
+class PredictConfig(RunReaderConfig):
     kind: str = "predict"
-    texts: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)  # .txt: a text a line; .jsonl: a text or a conversation a line
-    output: str | None = None  # a file to write, .jsonl or .npy; null: JSON lines on the terminal
-    batch_size: int = 16  # texts that are read at once
+    texts: list[str] = field(default_factory=list)  # Texts to score
+    # Files to score: .txt with a text per line, .jsonl with a text or a conversation per line
+    files: list[str] = field(default_factory=list)
+    output: str | None = None  # Output file, .jsonl or .npy; null: JSON lines on standard output
+    batch_size: int = 16  # Texts per batch
 
 
 @dataclass
-class InspectConfig(TaskConfig):
+class InspectConfig(RunReaderConfig, ReportTaskConfig):
     kind: str = "inspect"
 
 
 @dataclass
-class RunsConfig(TaskConfig):
+class RunsConfig(ReportTaskConfig):
     kind: str = "runs"
 
 
 @dataclass
-class ReplayConfig(TaskConfig):
+class ReplayConfig(ReportTaskConfig):
     """Of a rollback (`loss_spikes.policy=rollback`): the updates before it, once more."""
 
     kind: str = "replay"
-    rollback: str | None = None  # STEP-N, as its file in incidents/ is called; null: the newest
-    rows: int = 5  # of its batch, those with the largest loss
+    rollback: str | None = None  # Incident to replay, by the name STEP-N of its file in incidents/; null: the newest
+    rows: int = 5  # Rows of the batch to print, those with the largest loss
 
 
 @dataclass
-class ConvertConfig(TaskConfig):
+class ConvertConfig(RunReaderConfig):
     kind: str = "convert"
-    input: str | None = None  # from=: hf:FOLDER, gguf:FILE, peft:FOLDER, or a run's name, NAME@STEP for one step
-    output: str | None = None  # to=: a run's name, hf:FOLDER, gguf:FILE, or peft:FOLDER for adapters alone
-    # float32, float16, bfloat16, and q8_0, q4_0 in a GGUF file; null: as they came, else the model's dtype; of
-    # adapters float32
+    input: str | None = None  # Checkpoint to convert: hf:FOLDER, gguf:FILE, peft:FOLDER, or a run as NAME or NAME@STEP
+    output: str | None = None  # Name of the new run, or hf:FOLDER, gguf:FILE, or peft:FOLDER for adapters alone
+    # Dtype of the output: float32, float16, bfloat16, in a GGUF file also q8_0, q4_0; null: that of the origin
     dtype: str | None = None
-    max_shard_size_gb: float = 5.0  # size of a file in a folder, at most
+    max_shard_size_gb: float = 5.0  # Size of each weight file at most, in gigabytes
 
 
 @dataclass
@@ -179,7 +209,7 @@ class StatusConfig(TaskConfig):
 @dataclass
 class LogsConfig(TaskConfig):
     kind: str = "logs"
-    follow: bool = False  # stay, and show what comes
+    follow: bool = False  # Wait for new lines
 
 
 @dataclass
@@ -206,3 +236,6 @@ TASKS: dict[str, type[TaskConfig]] = {
     "logs": LogsConfig,
     "stop": StopConfig,
 }
+
+# Names of a task's keys that no Python field can have.
+ALIASES: dict[str, dict[str, str]] = {"convert": {"from": "origin", "to": "target"}}

@@ -29,9 +29,13 @@ _LAST = 2**48  # rows of a run: more than will ever be asked for
 class DataConfig:
     batch_size: int = field(default=8, metadata={"min": 1})  # sequences of the global batch
     seq_len: int = field(default=256, metadata={"min": 1})  # tokens of a sequence
-    packing: Packing = Packing.concat
+    packing: Packing = Packing.concat  # How documents fill rows
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    format: DataFormat = DataFormat.text
+    # Sampling weight of each source, in their order
+    mixture_weights: list[float] = field(
+        default_factory=list, metadata={"above": 0, "hint": "leave the source out of source=[...] instead"}
+    )
+    format: DataFormat = DataFormat.text  # What a record of a source is
     transform: TransformConfig = field(default_factory=TransformConfig)  # of documents, as they go into rows
     loss_mask: LossMask = LossMask.assistant  # of conversations
     on_overflow: OnOverflow = OnOverflow.truncate_turns  # conversations of more than seq_len tokens
@@ -39,9 +43,8 @@ class DataConfig:
     # Of records that no example can be made of; with more, the run does not begin
     max_bad_fraction: float = field(default=0.1, metadata={"min": 0, "max": 1})
     shuffle: bool = True  # rows, anew in each epoch
-    max_epochs: float | None = (
-        None  # refuse to train longer than so many passes over the data; null: as often as needed
-    )
+    # refuse to train longer than so many passes over the data; null: as often as needed
+    max_epochs: float | None = None
     prefetch: int = field(default=2, metadata={"min": 0})  # batches made ahead
     max_eval_batches: int = field(default=16, metadata={"min": 0})  # of held-out text from each source, at most; 0: all
     cache_dir: str | None = None  # the folder of token shards, or its URL; null: prepared/ in the folder of all runs

@@ -7,54 +7,30 @@ input is wrong, 75 preempted with a checkpoint written (requeue me), 130 interru
 import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from launch import exit_codes
 
-TASKS = {
-    "train": "train a model; the same run name again goes on with the run",
-    "plan": "memory, speed and cost of a run on devices that need not be there: plan model=llama3_70b target=v5p-512",
-    "sweep": "train with other values of some keys: sweep experiment=hello optimizer.learning_rate=log:1e-4..1e-2",
-    "coord_check": "whether rates carry over from width to width: how far the first steps move activations",
-    "scaling_ladder": "runs of several sizes, the scaling law through them, and the size for a budget: ladder budget=1e18",
-    "prepare": "tokenise the sources to shards, so that a long run does not do it twice",
-    "evaluate": "loss, perplexity and bits per byte of a run, on its held-out text or on other sources",
-    "generate": "write text with a run: generate run=NAME prompt='...', or chat='...'",
-    "serve": "answer over HTTP as OpenAI's API does, with a chat page: serve run=NAME",
-    "predict": "rewards, classes or vectors of texts: predict run=NAME task.texts=['...']",
-    "inspect": "what a checkpoint holds: step, sizes, mesh, hashes, data position",
-    "convert": "a published checkpoint to a run, or back: convert from=hf:FOLDER to=RUN, from=RUN to=gguf:FILE",
-    "runs": "a table of the runs in a folder",
-    "replay": "the updates before a rollback once more, and which rows were to blame: replay run=NAME",
-    "status": "how the newest job of a run does: status run=NAME",
-    "logs": "what it printed: logs run=NAME, and follow=true to stay",
-    "stop": "ends it, with a checkpoint: stop run=NAME",
-}
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-SHORT = {
-    "from": "task.input", "to": "task.target",
-    "target": "task.target", "compile": "task.compile", "search": "task.search", "tokens": "task.num_tokens",
-    "plan.search": "task.search", "plan.compile": "task.compile", "follow": "task.follow", "budget": "task.compute_budget",
-}  # fmt: skip
-
+HELP = ("-h", "--help", "help")
+# Hydra's own flags. Those with a value are followed by it.
+FLAGS = ("--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc")
+FLAGS_WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+    "--experimental-rerun", "--info", "-i",
+)  # fmt: skip
 TUNABLES = "GLIBC_TUNABLES"
-
-OVERVIEW = """meshwright TASK [key=value ...]
-
-{tasks}
-
-Three commands to begin with:
-  meshwright train experiment=hello                             # a small model of Python source, in two minutes
-  meshwright generate run=hello prompt='def '                   # write with it
-  meshwright train source=[text] data.sources.text.paths=[DIR]  # learn from your own folder
-
-meshwright TASK --help lists every key and group; --cfg job prints the composed config; -m runs several values.
-"""
 
 
 def main() -> None:
     use_huge_pages()
-    sys.exit(run(sys.argv[1:]))
+    from launch.safe_stdio import guarded
+
+    sys.exit(guarded(lambda: run(sys.argv[1:])))
 
 
 def use_huge_pages() -> None:
@@ -62,7 +38,8 @@ def use_huge_pages() -> None:
 
     Steps on CPUs are up to a quarter faster. One's own GLIBC_TUNABLES stay as they are.
     """
-    if sys.platform != "linux" or TUNABLES in os.environ or set(sys.argv[1:2]) <= {"-h", "--help", "help", "--version"}:
+    quick = {*HELP, "--version"} & set(sys.argv[1:]) or len(sys.argv) == 1
+    if sys.platform != "linux" or TUNABLES in os.environ or quick:
         return
     os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -70,65 +47,76 @@ def use_huge_pages() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code."""
-    completing = any(a.startswith("query=") for a in arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
+    if not arguments or arguments[0] in HELP:
+        return _help(arguments[1:2], arguments[2:])
     if arguments == ["--version"]:
         from importlib.metadata import version
 
         print(f"meshwright {version('meshwright')}")
         return 0
-    word, rest = arguments[0], arguments[1:]
-    if not word.startswith("-") and "=" not in word:
-        if word not in TASKS:
-            from launch.config_errors import did_you_mean
+    from launch.help import asks_for_help, topics_of
 
-            print(
-                f"meshwright: {word!r} is not a task{did_you_mean(word, TASKS)}\n\n{overview()}",
-                file=sys.stderr,
-            )
+    completing = any(a.startswith("query=") for a in arguments)
+    word, rest = arguments[0], arguments[1:]
+    if asks_for_help(rest):
+        return _help([word], topics_of(rest))
+    if not word.startswith("-") and "=" not in word:
+        if not _is_task(word):
             return exit_codes.WRONG_INPUT
         arguments = [f"task={word}", *rest]
         if word == "plan" and not any(a.startswith("source=") for a in rest):
             arguments.append("source=[]")  # it reads no text
-        if word == "sweep":
-            from launch.sweeps.space import split_varying_keys
-
-            try:
-                arguments = split_varying_keys([_renamed(a) for a in arguments])
-            except ValueError as error:
-                print(f"meshwright: {error}", file=sys.stderr)
-                return exit_codes.WRONG_INPUT
     elif not completing and not word.startswith("-"):
+        from launch.help import overview
+
         print(f"meshwright: the first word must be a task, not {word!r}\n\n{overview()}", file=sys.stderr)
         return exit_codes.WRONG_INPUT
     if completing:
         _complete_after_the_task()
     from launch import distributed
-    from launch.safe_stdio import SafeStream
 
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(SafeStream, before)
     code = exit_codes.FAILED
     try:
         code = _run_hydra(arguments)
     finally:
         if code not in (0, exit_codes.PREEMPTED):  # by whichever way: on leaving, JAX would wait for the others
             distributed.exit_now(code)
-        sys.stdout, sys.stderr = before
     return code
 
 
-def overview() -> str:
-    width = max(map(len, TASKS))
-    return OVERVIEW.format(tasks="\n".join(f"  {name:<{width}}  {text}" for name, text in TASKS.items()))
+def _help(task: Sequence[str], topics: Sequence[str]) -> int:
+    from launch.help import help_on, overview
+
+    if not task:
+        print(overview())
+    elif not _is_task(task[0]):
+        return exit_codes.WRONG_INPUT
+    else:
+        try:
+            print(help_on(task[0], topics))
+        except ValueError as error:
+            print(f"meshwright: {error}", file=sys.stderr)
+            return exit_codes.WRONG_INPUT
+    return 0
+
+
+def _is_task(word: str) -> bool:
+    """Whether there is such a task; says so where there is none."""
+    from launch.help import TASKS, overview
+
+    if word not in TASKS:
+        from launch.config_errors import did_you_mean
+
+        print(f"meshwright: {word!r} is not a task{did_you_mean(word, TASKS)}\n\n{overview()}", file=sys.stderr)
+    return word in TASKS
 
 
 def _complete_after_the_task() -> None:
     # Shells hand over the whole line; Hydra's completion knows overrides only, so the task becomes one.
+    from configs.reference import tasks
+
     line = os.environ.get("COMP_LINE", "")
-    for task in TASKS:
+    for task in tasks():
         old, new = f"meshwright {task} ", f"meshwright task={task} "
         if line.startswith(old):
             os.environ["COMP_LINE"] = new + line[len(old) :]
@@ -141,10 +129,8 @@ def _run_hydra(arguments: list[str]) -> int:
     from launch.startup_timing import startup
 
     with startup.phase("import"):  # the classes of configs stand beside the code that they configure
-        import hydra
         from hydra.core.hydra_config import HydraConfig
         from hydra.errors import HydraException
-        from omegaconf import DictConfig
         from omegaconf.errors import OmegaConfBaseException
 
         from configs.schema import RunConfig, register, to_typed
@@ -153,17 +139,19 @@ def _run_hydra(arguments: list[str]) -> int:
         from launch import distributed
         from launch import safe_stdio as output
         from launch.launchers.registry import launch, launches
+        from launch.overrides import is_override, quoted, routes_of
         from trainer.checkpoint.checkpointer import SaveFailed
 
     register()
-    is_override = lambda a: ("=" in a and not a.startswith("-")) or a.startswith("~")
-    overrides = [quoted(_renamed(a)) for a in arguments if is_override(a)]
+    task_name = messages.task_of([a for a in arguments if is_override(a)])
+    route = routes_of(task_name).route
+    overrides = [quoted(route(a)) for a in arguments if is_override(a)]
     flags = [a for a in arguments if not is_override(a)]
     failed: list[Exception] = []
     codes: list[int] = []
     jobs: list[tuple[RunConfig, list[str]]] = []
 
-    def task(node: DictConfig) -> None:
+    def task(node: "DictConfig") -> None:
         try:  # Hydra would print the whole command line before an error
             # Overrides of this job: in a sweep (-m) each job has its own.
             config, own = to_typed(node), list(HydraConfig.get().overrides.task)
@@ -174,12 +162,16 @@ def _run_hydra(arguments: list[str]) -> int:
         except Exception as error:
             failed.append(error)
 
-    wrapped = hydra.main(version_base="1.3", config_path="pkg://configs", config_name="root")(task)
     program = sys.argv
-    sys.argv = [program[0], *overrides, *flags]  # Hydra's parser wants it in this order
     try:
         _check_layout()
-        wrapped()
+        if task_name == "sweep":
+            from launch.sweeps.space import split_varying_keys
+
+            overrides = split_varying_keys(overrides)
+        _check_flags(flags, task_name)
+        sys.argv = [program[0], *overrides, *flags]  # Hydra's parser wants it in this order
+        _compose(task, overrides, flags)
         if failed:
             raise failed[0]
         if jobs:
@@ -197,6 +189,8 @@ def _run_hydra(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("meshwright: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
+    except output.OutputClosed:
+        return exit_codes.OUTPUT_CLOSED
     except (SaveFailed, ObjectStoreError) as error:
         print(f"meshwright: {error}; the same command goes on from there", file=sys.stderr)
         distributed.exit_now(exit_codes.PREEMPTED)  # one of several: all begin again together
@@ -213,28 +207,40 @@ def _run_hydra(arguments: list[str]) -> int:
     return max(codes, default=0)
 
 
-def _renamed(override: str) -> str:
-    """Short names: `from=` is a word that no Python field can have, and a plan's are those that are typed most."""
-    key, equals, value = override.partition("=")
-    if key.startswith("sweep."):
-        return f"task.{override}"
-    return SHORT.get(key, key) + equals + value
+def _compose(task: Callable[["DictConfig"], Any], overrides: list[str], flags: list[str]) -> None:
+    """Calls `task` with the composed config.
 
-
-def quoted(override: str) -> str:
-    """A prompt or what is said in a chat as it is: Hydra's grammar would strip its spaces and read its brackets.
-
-    And [NAME=VALUE] of environment variables, which that grammar takes in quotes alone.
+    `hydra.main` composes a config twice, the first time to find its mode. So it is for its own flags alone, for
+    completion in a shell and for `hydra.KEY=`; a plain command composes once.
     """
-    key, _, value = override.partition("=")
-    if key == "launcher.env" and value[:1] == "[" and value[-1:] == "]" and not set(value) & set("'\""):
-        entries = (entry.strip().replace("${", "\\${") for entry in value[1:-1].split(","))
-        return f"{key}=[" + ",".join(f'"{entry}"' for entry in entries if entry) + "]"
-    free_text = key in ("prompt", "chat", "task.system")
-    if not free_text or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
-        return override
-    value = value.replace("${", "\\${")
-    return f"{key}='{value}'" if "'" not in value else f'{key}="' + value.replace('"', '\\"') + '"'
+    import hydra
+
+    if flags or any(o.lstrip("+~").startswith(("hydra.", "hydra/", "query=")) for o in overrides):
+        hydra.main(version_base="1.3", config_path="pkg://configs", config_name="root")(task)()
+        return
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import flag_override
+
+    with hydra.initialize_config_module("configs", version_base="1.3"):
+        node = hydra.compose("root", overrides=overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(node)
+        with flag_override(node, ["readonly", "struct"], False):
+            del node["hydra"]
+        task(node)
+
+
+def _check_flags(flags: Sequence[str], task: str) -> None:
+    """Raises: ValueError for a word that is neither a setting nor a flag of Hydra's, with what to type instead."""
+    from launch.config_errors import explain_flag
+
+    words = iter(enumerate(flags))
+    for number, word in words:
+        name = word.partition("=")[0]
+        if name in FLAGS_WITH_VALUE:
+            if "=" not in word:
+                next(words, None)
+        elif name not in FLAGS:
+            raise ValueError(explain_flag(word, flags[number + 1] if number + 1 < len(flags) else None, task))
 
 
 def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-def]  # RunConfig, imported late

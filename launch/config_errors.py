@@ -2,7 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+from configs.reference import groups as option_groups
+from configs.reference import option_names
+from launch.help import keys_of_task, owners
+from launch.key_hints import hint
 
 GROUP_VALUE = "Config group override must be"  # so begins Hydra's ValueError for `mesh=4`, which names no key
 
@@ -28,15 +33,15 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         if re.search(r"is not in struct|Key '[^']*' not in", text):
-            return _unknown_key(key, overrides)
-        return _wrong_value(key, overrides, text)
+            return _unknown_key(shown(key), overrides)
+        return _wrong_value(shown(key), overrides, text)
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
-        return f"{group}={option}: there is no such {group}{did_you_mean(option, _options(group))}"
+        return f"{group}={option}: there is no such {group}{did_you_mean(option, option_names(group))}"
     if match := re.search(
         r"[Oo]verriding.*?'([^']+)'.*?No match in the defaults list|Could not override '([^']+)'", text
     ):
-        return _unknown_key(match.group(1) or match.group(2), overrides)
+        return _unknown_key(shown(match.group(1) or match.group(2)), overrides)
     if text.startswith(GROUP_VALUE):
         for key in named_keys(overrides):
             number = re.fullmatch(r"[-+.\d]+|true|false|null", _given(key, overrides) or "", re.IGNORECASE)
@@ -45,8 +50,8 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     if match := re.search(r"full_key: (\S+)", text):
         key = match.group(1)
         if re.search(r"Key '[^']*' (is )?not in", text):
-            return _unknown_key(key, overrides)
-        return _wrong_value(key, overrides, text)
+            return _unknown_key(shown(key), overrides)
+        return _wrong_value(shown(key), overrides, text)
     if "no viable alternative" in text or "mismatched input" in text or "token recognition" in text:
         return f"{text.splitlines()[0]}\nquote values with spaces, brackets or commas: 'key=\"a value\"'"
     return text.splitlines()[0]
@@ -60,7 +65,7 @@ def named_keys(overrides: list[str]) -> set[str]:
 def _given(key: str, overrides: list[str]) -> str | None:
     for override in reversed(overrides):  # the last one counts
         name, _, value = override.partition("=")
-        if name.lstrip("+~") == key:
+        if shown(name.lstrip("+~")) == key:
             return value
     return None
 
@@ -81,12 +86,22 @@ def _wrong_value(key: str, overrides: list[str], text: str) -> str:
 
 
 def _unknown_key(key: str, overrides: list[str]) -> str:
+    said = f"{key}: there is no such key"
     known = _known_keys(overrides)
     if key in known:  # an experiment's, of a group for which the command line chose another
         group = key.partition(".")[0]
         value = _given(group, overrides)
         chosen = group if value is None else f"{group}={value}"
         return f"{key}: the experiment sets it, and {chosen} has no such key; give {group} as the experiment has it"
+    advice = hint(key)
+    if advice is not None and _fits(advice, known):
+        return f"{said}; did you mean {_with_value(advice, key, overrides)!r}?"
+    task = task_of(overrides)
+    named = advice.partition("=")[0] if advice is not None else key
+    others = [other for other in owners(named) if other != task]
+    if others:
+        instead = f"{named} is a key of {', '.join(others)}; `{task}` has no such key"
+        return instead if named == key else f"{said}; {instead}"
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if not near:  # the right word in the wrong place
         leaf = key.rsplit(".", 1)[-1]
@@ -95,17 +110,62 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
             near or [k for k in known if difflib.SequenceMatcher(None, k.rsplit(".", 1)[-1], leaf).ratio() > 0.75][:3]
         )
     if near:
-        return f"{key}: there is no such key; did you mean {' or '.join(repr(n) for n in near)}?"
+        return f"{said}; did you mean {' or '.join(repr(n) for n in near)}?"
     parent = key.rsplit(".", 1)[0] if "." in key else ""
     beside = [k for k in known if k.rpartition(".")[0] == parent]
     where = f"in {parent}" if parent else "at the top"
     if beside:
-        return f"{key}: there is no such key; known {where}: {', '.join(k.rpartition('.')[2] for k in beside)}"
-    return f"{key}: there is no such key; `meshwright TASK --cfg job` prints all of them"
+        return f"{said}; known {where}: {', '.join(k.rpartition('.')[2] for k in beside)}"
+    return f"{said}; `meshwright {task} --help all` prints all of them"
+
+
+def _fits(advice: str, known: Collection[str]) -> bool:
+    """Whether the config of this command has what a hint names, or gets it by the hint's choice of an option."""
+    *choices, last = advice.split()
+    return bool(choices) or last.partition("=")[0] in known
+
+
+def _with_value(advice: str, key: str, overrides: list[str]) -> str:
+    """A hint that names a group, with the option that the given value is nearest to."""
+    value = _given(key, overrides)
+    if advice not in option_groups() or value is None:
+        return advice
+    names = option_names(advice)
+    near = [value] if value in names else difflib.get_close_matches(value, names, n=1, cutoff=0.6)
+    return f"{advice}={near[0]}" if near else advice
+
+
+def explain_flag(word: str, following: str | None, task: str) -> str:
+    """What to type instead of a flag, such as `--max_steps 10`, or of a word alone."""
+    key, equals, value = word.lstrip("-").partition("=")
+    key = key.replace("-", "_")
+    if not equals and word.startswith("-") and following is not None and not following.startswith("-"):
+        value = following if "=" not in following else ""
+    for group in (g for g in ("experiment", *option_groups()) if not word.startswith("-") and key in option_names(g)):
+        option = f"[{key}]" if group in ("source", "tracker") else key
+        return f"{word}: settings are written KEY=VALUE: did you mean {f'{group}={option}'!r}?"
+    advice = hint(key) if key not in {known.path for known in keys_of_task(task)} else key
+    if advice is None:
+        near = difflib.get_close_matches(key, [known.path for known in keys_of_task(task)], n=1, cutoff=0.6)
+        advice = near[0] if near else key
+    setting = advice if "=" in advice.split()[-1] else f"{advice}={value or 'VALUE'}"
+    return f"{word}: keys are written KEY=VALUE: {setting}"
+
+
+def task_of(overrides: list[str]) -> str:
+    """The task of a command line."""
+    return _given("task", overrides) or "train"
+
+
+def shown(key: str) -> str:
+    """A key as a user writes it."""
+    return key.removeprefix("task.")
 
 
 def _known_keys(overrides: list[str]) -> list[str]:
-    """Every key of the config that the command's group choices give."""
+    """Every key of the config that the command's group choices give, and the groups; keys of the task as users write
+    them.
+    """
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_module
@@ -113,33 +173,19 @@ def _known_keys(overrides: list[str]) -> list[str]:
 
     def walk(node: DictConfig, prefix: str) -> Iterable[str]:
         for key in node:
-            yield f"{prefix}{key}"
+            path = f"{prefix}{key}"
+            if key != "kind" and path != "task":
+                yield shown(path)
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-                yield from walk(child, f"{prefix}{key}.")
+                yield from walk(child, f"{path}.")
 
-    groups = [name for name in overrides if "." not in name.partition("=")[0] and name.partition("=")[0] in _groups()]
+    names = {"task", *option_groups()}
+    groups = [word for word in overrides if word.partition("=")[0] in names]
     GlobalHydra.instance().clear()
     with initialize_config_module(config_module="configs", version_base="1.3"):
         try:
             node = compose("root", overrides=groups)
         except Exception:  # a group choice is wrong as well: the plain config will do for a suggestion
             node = compose("root")
-        return [*walk(node, ""), *_groups()]
-
-
-def _groups() -> list[str]:
-    from configs.schema import GROUPS
-
-    return [*GROUPS, "phase", "experiment"]
-
-
-def _options(group: str) -> list[str]:
-    """Names that `group=` accepts: YAML files and bare dataclasses."""
-    from importlib.resources import files
-
-    from configs.schema import _NO_YAML, GROUPS
-
-    folder = files("configs") / group
-    names = [p.name.removesuffix(".yaml") for p in folder.iterdir()] if folder.is_dir() else []
-    return sorted({n for n in names if not n.startswith("__")} | (set(GROUPS[group]) if group in _NO_YAML else set()))
+        return list(dict.fromkeys([*walk(node, ""), *option_groups()]))

@@ -188,10 +188,10 @@ def _no_source(config: RunConfig, role: str) -> ValueError:
 
 
 def _refuse_thinning(config: RunConfig, why: str) -> None:
-    if config.init_layers:
-        raise ValueError(f"init_layers={config.init_layers}: {why}; leave it out")
-    if config.init_width.active:
-        raise ValueError(f"init_width: {why}; leave it out")
+    if config.prune.layers:
+        raise ValueError(f"prune.layers={config.prune.layers}: {why}; leave it out")
+    if config.prune.width.active:
+        raise ValueError(f"prune.width: {why}; leave it out")
 
 
 class RunParts(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from configs.schema import RunConfig
-from configs.tasks import TrainConfig
+from configs.tasks import RunReaderConfig, TrainConfig
 from data.records.encoding import DataFormat
 from data.tokenizers.kinds import from_files
 from data.tokenizers.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
     changed = {key.partition(".")[0] for key in named}
     for key in changed & {"model", "adapter", "optimizer", "tokenizer", "objective", "schedule"}:
         raise ValueError(f"{key}: is fixed by the run {folder.name!r}; leave it out")
-    data = config.data if changed & {"data", "source", "source_weights"} else saved.data
+    data = config.data if changed & {"data", "source"} else saved.data
     if "source" not in changed and "data" in changed:
         data = dataclasses.replace(data, sources=saved.data.sources)
     # What a run learns of its records holds for others too, unless the command says otherwise.
@@ -115,11 +115,10 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
         mesh=config.mesh if "mesh" in changed else MeshConfig(),
         output_dir=config.output_dir,
         run=config.run,
-        format=config.format,
-        step=config.step,
     )
     checkpointer = folder.checkpointer(read_only=True, say=log)
-    step = config.step if config.step is not None else checkpointer.latest_valid_step()
+    assert isinstance(config.task, RunReaderConfig)
+    step = config.task.step if config.task.step is not None else checkpointer.latest_valid_step()
     if step is None:
         raise ValueError(
             f"run={folder.name}: has no checkpoint yet; they come every {saved.checkpoint.save_interval_steps} steps"

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import Format, RunConfig
+from configs.schema import RunConfig
+from configs.tasks import Format, ReportTaskConfig
 from launch.run_folder import write_whole
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def write_report(
     text = json.dumps(found, indent=1)
     write_whole(folder / f"{name}.json", text + "\n")
     draw(folder / f"{name}.png")
-    if config.format is Format.json:
+    assert isinstance(config.task, ReportTaskConfig)
+    if config.task.format is Format.json:
         print(text)
     else:
         show()

@@ -173,12 +173,12 @@ def model_digest(model: ModelConfig) -> str:
 
 
 def prune_source(origin: WeightsSource, config: RunConfig) -> WeightsSource:
-    """The origin with only the layers `init_layers`, in this order, and of the width `init_width`.
+    """The origin with only the layers `prune.layers`, in this order, and of the width `prune.width`.
 
     Raises: ValueError for layers or a width that it cannot have.
     """
-    origin = _with_layers(origin, config.init_layers)
-    return _with_width(origin, config.init_width) if config.init_width.active else origin
+    origin = _with_layers(origin, config.prune.layers)
+    return _with_width(origin, config.prune.width) if config.prune.width.active else origin
 
 
 def _with_width(origin: WeightsSource, width: WidthConfig) -> WeightsSource:
@@ -217,9 +217,9 @@ def _with_layers(origin: WeightsSource, layers: list[int]) -> WeightsSource:
     model, n = origin.model, origin.model.num_layers
     wrong = [i for i in layers if not 0 <= i < n]
     if wrong:
-        raise ValueError(f"init_layers={layers}: {origin.name} has the layers 0 to {n - 1}, and no {wrong[0]}")
+        raise ValueError(f"prune.layers={layers}: {origin.name} has the layers 0 to {n - 1}, and no {wrong[0]}")
     if len(stacks(model)) > 1:
-        raise ValueError(f"init_layers={layers}: {origin.name} has layers of two kinds, which cannot be thinned out")
+        raise ValueError(f"prune.layers={layers}: {origin.name} has layers of two kinds, which cannot be thinned out")
     cut = lambda pattern: [pattern[i % len(pattern)] for i in layers]
     thin = replace(
         model,

@@ -133,11 +133,11 @@ class ActivationOffload(enum.Enum):
 
 @dataclass
 class RopeConfig:
-    theta: float = 10_000.0
+    theta: float = 10_000.0  # Base of the rotary frequencies
     local_theta: float | None = None  # of sliding layers; null: theta
     partial_rotary_factor: float = 1.0  # of head_dim that is rotated
     scaling: RopeScaling = RopeScaling.none  # of full layers only where local_theta is set
-    factor: float = 1.0
+    factor: float = 1.0  # Factor by which scaling extends the context
     original_max_seq_len: int = 8192  # llama3, yarn, dynamic, longrope: what the model was first trained on
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -163,15 +163,15 @@ class MLAConfig:
 
 @dataclass
 class AttentionConfig:
-    num_heads: int = 4
+    num_heads: int = 4  # Number of query heads
     num_kv_heads: int = 4  # fewer than num_heads: grouped queries
     head_dim: int = 16  # of queries and keys
     v_head_dim: int | None = None  # of values; null: head_dim. Latent attention only
     mla: MLAConfig = field(default_factory=MLAConfig)
-    qk_norm: QKNorm = QKNorm.none
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mask: AttentionMask = AttentionMask.causal
+    qk_norm: QKNorm = QKNorm.none  # Normalization of queries and keys
+    qkv_bias: bool = False  # Bias of the query, key and value projections
+    out_bias: bool = False  # Bias of the output projection
+    mask: AttentionMask = AttentionMask.causal  # Tokens that a token attends to
     sliding_window: int = 4096  # tokens that a sliding layer sees, its own included
     layer_types: list[LayerKind] = field(default_factory=lambda: [LayerKind.full])  # repeated over the layers
     logit_softcap: float | None = None  # cap * tanh(score / cap): Gemma 2
@@ -183,18 +183,17 @@ class AttentionConfig:
     # and in shorter ones, where no token sees a later one, a quarter of the queries and the keys up to its end
     block_size: int | None = field(default=None, metadata={"min": 0, "hint": "0: whole rows; null: by length"})
     context_parallel: ContextParallel = ContextParallel.ring  # with mesh.context above 1
-    implementation: AttentionImplementation = AttentionImplementation.xla
+    implementation: AttentionImplementation = AttentionImplementation.xla  # Implementation of attention
 
 
 @dataclass
 class MLPConfig:
-    intermediate_dim: int = 256
+    intermediate_dim: int = 256  # Width of the hidden layer
     gated: bool = True  # activation(x Wg) * (x Wu), then Wd: Shazeer 2020
-    activation: Activation = Activation.silu
-    bias: bool = False
-    activation_clamp: float | None = (
-        None  # the gate is at most this, the other side within plus and minus this: GPT-OSS
-    )
+    activation: Activation = Activation.silu  # Activation function
+    bias: bool = False  # Bias of the projections
+    # the gate is at most this, the other side within plus and minus this: GPT-OSS
+    activation_clamp: float | None = None
     up_offset: float = 0.0  # added to the other side before the product: GPT-OSS 1
 
 
@@ -204,24 +203,24 @@ class MoEConfig:
 
     num_experts: int = 0  # 0: no layer has any
     first_num_dense_layers: int = 0  # the first layers, which keep the plain feed-forward layer: DeepSeek
-    experts_per_token: int = 2
+    experts_per_token: int = 2  # Experts that each token is routed to
     intermediate_dim: int = 256  # of each expert
     shared_intermediate_dim: int = 0  # of the experts that every token sees, together; 0: there are none
     bias: bool = False  # in the experts: GPT-OSS
     router_bias: bool = False  # GPT-OSS
-    router_score: RouterScore = RouterScore.softmax
+    router_score: RouterScore = RouterScore.softmax  # Normalization of router scores
     norm_topk_prob: bool = True  # the weights of the chosen experts are divided by their sum
     routed_scaling_factor: float = 1.0  # of these weights, thereafter: DeepSeek
     num_groups: int = 1  # groups of experts; a token chooses within the best of them only: DeepSeek-V2, section 2.2.2
-    topk_groups: int = 1
+    topk_groups: int = 1  # Groups of experts that a token may choose from
     group_score_topk: int = 2  # a group is worth its so many best scores together: DeepSeek-V3 2, DeepSeek-V2 1
-    load_balancing: LoadBalancing = LoadBalancing.aux_loss
-    # Times the auxiliary loss, which is 1 where all experts have the same load
+    load_balancing: LoadBalancing = LoadBalancing.aux_loss  # Method of load balancing
+    # times the auxiliary loss, which is 1 where all experts have the same load
     aux_loss_weight: float = field(default=0.01, metadata={"min": 0})
-    # Times the squared logsumexp of the router's logits: ST-MoE, section 3.2 (1e-3)
+    # times the squared logsumexp of the router's logits: ST-MoE, section 3.2 (1e-3)
     router_z_loss_weight: float = field(default=0.0, metadata={"min": 0})
-    dispatch: Dispatch = Dispatch.dropless
-    # Capacity: an expert's room in a row, in even shares of the row's tokens
+    dispatch: Dispatch = Dispatch.dropless  # How tokens reach their experts
+    # capacity: an expert's room in a row, in even shares of the row's tokens
     capacity_factor: float = field(default=1.25, metadata={"above": 0})
 
 
@@ -235,9 +234,8 @@ COMPUTE_KEYS = (
 class PipelineConfig:
     """With mesh.stage above 1."""
 
-    num_microbatches: int = (
-        0  # in which rows go through the stages, a multiple of mesh.stage. 0: up to 4 for each stage
-    )
+    # in which rows go through the stages, a multiple of mesh.stage. 0: up to 4 for each stage
+    num_microbatches: int = 0
     num_repeats: int = 1  # groups of layers of each stage; more wait less, and send more
 
 
@@ -245,43 +243,40 @@ class PipelineConfig:
 class ModelConfig:
     """A decoder-only transformer."""
 
-    num_layers: int = field(default=2, metadata={"min": 1})
-    embed_dim: int = field(default=64, metadata={"min": 1})
+    num_layers: int = field(default=2, metadata={"min": 1})  # Number of transformer layers
+    embed_dim: int = field(default=64, metadata={"min": 1})  # Width of the residual stream
     vocab_size: int = 0  # rows of the embedding; 0: as many as the tokenizer has
-    # Numbers for each token in place of logits: a reward, scores of classes. The objective needs a number, and refuses
-    # another; 0: that number
+    # numbers for each token in place of logits: a reward, scores of classes. The objective sets it
     outputs: int = field(default=0, metadata={"min": 0})
     max_seq_len: int = field(default=8192, metadata={"min": 1})  # of learned positions, and the longest text to write
-    norm: Norm = Norm.rms
-    norm_placement: NormPlacement = NormPlacement.pre
-    norm_eps: float = 1e-5
+    norm: Norm = Norm.rms  # Kind of normalization
+    norm_placement: NormPlacement = NormPlacement.pre  # Place of the norms in a layer
+    norm_eps: float = 1e-5  # Epsilon of the norms
     norm_unit_offset: bool = False  # scales are stored as w and used as 1 + w: Gemma
     norm_bias: bool = True  # of layer norm
-    position: Position = Position.rope
+    position: Position = Position.rope  # Kind of position embedding
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
-    # Modules that predict one token more each: DeepSeek-V3, section 2.2. objective=multi_token
+    # modules that predict one token more each: DeepSeek-V3, section 2.2. objective=multi_token
     mtp_num_layers: int = field(default=0, metadata={"min": 0})
-    tied_embeddings: bool = True
+    tied_embeddings: bool = True  # Share the weights of the embedding and the output head
     scale_embeddings: bool = False  # by sqrt(embed_dim): Gemma
     final_logit_softcap: float | None = None  # of logits: Gemma 2
-    # Of embeddings and of each sub-layer's output
-    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
-    init_std: float = 0.02
+    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})  # of embeddings and of each sub-layer's output
+    init_std: float = 0.02  # Standard deviation of initial weights
     init_scaled_residual: bool = True  # output projections by 1/sqrt(2 num_layers): GPT-2
     # Embed_dim at which rate and init_std were chosen (models/mup.py); null: this one
     mup_base_width: int | None = field(default=None, metadata={"min": 1})
     dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
-    param_dtype: Dtype = Dtype.float32
+    param_dtype: Dtype = Dtype.float32  # Dtype of parameters
     matmul_precision: MatmulPrecision = MatmulPrecision.full  # of the weights of layers, in training
-    remat: Remat = Remat.none
-    # Layers in a turn of the loop over them: more run a little faster, and compile longer. 0: all
+    remat: Remat = Remat.none  # Activations to keep for the backward pass
+    # layers in a turn of the loop over them: more run a little faster, and compile longer. 0: all
     scan_unroll: int = field(default=1, metadata={"min": 0, "hint": "1: a loop; 0: no loop"})
-    activation_offload: list[ActivationOffload] = field(
-        default_factory=list
-    )  # kept activations in the host's memory; remat full and its like
+    # kept activations in the host's memory; remat full and its like
+    activation_offload: list[ActivationOffload] = field(default_factory=list)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     @property

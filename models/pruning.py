@@ -10,7 +10,7 @@ Shape letters: n layers, k kept, and those of `models.transformer`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
@@ -21,21 +21,29 @@ from models.config import ModelConfig, Norm
 from models.transformer import Params, param_axes
 
 WIDTHS = {"embed": "embed_dim", "mlp": "hidden_dim", "heads": "num_heads", "kv_heads": "num_kv_heads"}
-KEY = "init_width"
+KEY = "prune.width"
 
 
 @dataclass
 class WidthConfig:
     """Of the student; null: as wide as where its weights come from."""
 
-    embed_dim: int | None = None  # dims of the residual stream
-    intermediate_dim: int | None = None  # of the feed-forward layer
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
+    embed_dim: int | None = None  # Dims of the residual stream to keep; null: all
+    intermediate_dim: int | None = None  # Hidden dims of each feed-forward layer to keep; null: all
+    num_heads: int | None = None  # Query heads to keep; null: all
+    num_kv_heads: int | None = None  # Key-value heads to keep; null: all
 
     @property
     def active(self) -> bool:
         return any(getattr(self, f.name) is not None for f in fields(self))
+
+
+@dataclass
+class PruneConfig:
+    """What a run keeps of the weights of `init_from`."""
+
+    layers: list[int] = field(default_factory=list)  # Indices of the layers to keep, in this order; empty: all
+    width: WidthConfig = field(default_factory=WidthConfig)  # Sizes to prune to, by weight norm
 
 
 def widths(model: ModelConfig) -> dict[str, int]:

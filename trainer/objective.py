@@ -99,9 +99,8 @@ class FrozenModelSpec:
     source: str | None = None  # a run or checkpoint, of any architecture; None: init_from, of the policy's architecture
     key: str = "init_from"  # the config key that names the source
     precompute: bool = False  # its outputs are computed once per row before training, and stored
-    sync: Sync | None = (
-        None  # the weights live in the optimizer state and follow the policy, see `trainer.reference_sync`
-    )
+    # the weights live in the optimizer state and follow the policy, see `trainer.reference_sync`
+    sync: Sync | None = None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 Update s (the first is 0) uses `schedule(s)`. The warm-up rises as (s + 1) / (warmup_steps + 1), so that no
 update is wasted on a rate of zero, and update `warmup_steps` has the peak. All shapes end at `num_steps`, the
-warm-up included.
+warm-up included. A warm-up and a decay that are longer than the run are shortened to fit: see `ScheduleConfig.fitted`.
 """
 
 import enum
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +21,47 @@ class ScheduleConfig:
     """Base of all schedules: `fraction` is what a subclass gives."""
 
     kind: str = ""
-    warmup_steps: int = 100  # updates of linear warm-up; 0: none
+    # Optimizer steps of linear warm-up; 0: none
+    warmup_steps: int = field(default=100, metadata={"min": 0})
 
     def build(self, peak: float, num_steps: int) -> Schedule:
-        """`schedule(step) -> learning rate`. Raises: ValueError where the parts do not fit in `num_steps`."""
-        self.check(num_steps)
+        """`schedule(step) -> learning rate`, of the fitted schedule."""
+        fitted = self.fitted(num_steps)
 
         def schedule(step: jax.Array | int) -> jax.Array:
             step = jnp.asarray(step, jnp.float32)
-            warmup = jnp.minimum(1.0, (step + 1) / (self.warmup_steps + 1))
-            return peak * jnp.where(step < self.warmup_steps, warmup, self.fraction(step, num_steps))
+            warmup = jnp.minimum(1.0, (step + 1) / (fitted.warmup_steps + 1))
+            return peak * jnp.where(step < fitted.warmup_steps, warmup, fitted.fraction(step, num_steps))
 
         return schedule
 
-    def check(self, num_steps: int) -> None:
-        if not 0 <= self.warmup_steps <= num_steps:
-            raise ValueError(
-                f"schedule.warmup_steps={self.warmup_steps}: must be from 0 to task.num_steps={num_steps}, "
-                f"it is part of the run; nearest valid: {min(max(self.warmup_steps, 0), num_steps)}"
-            )
+    def fitted(self, num_steps: int) -> Self:
+        """This schedule for a run of `num_steps`, however short.
+
+        A warm-up and a decay that together are longer than the run are scaled down by one factor, so that they keep
+        their proportion and fill it. Only the config counts, so that a resumed run has the same rates.
+        """
+        decay = self.num_decay(num_steps)
+        total = self.warmup_steps + decay
+        if total <= num_steps:
+            return self
+        return self.with_parts(self.warmup_steps * num_steps // total, decay * num_steps // total)
+
+    def shortened(self, num_steps: int) -> str | None:
+        """What `fitted` shortens, in words; None where everything fits."""
+        fitted = self.fitted(num_steps)
+        before, now = ((s.warmup_steps, s.num_decay(num_steps)) for s in (self, fitted))
+        parts = [
+            f"{name} {a} to {b} steps" for name, a, b in zip(("warm-up", "decay"), before, now, strict=True) if a != b
+        ]
+        return f"schedule: {', '.join(parts)}, to fit num_steps={num_steps}" if parts else None
+
+    def num_decay(self, num_steps: int) -> int:
+        """Steps of a decay that has a length of its own."""
+        return 0
+
+    def with_parts(self, warmup_steps: int, decay_steps: int) -> Self:
+        return replace(self, warmup_steps=warmup_steps)
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
         """Share of the peak at `step >= warmup_steps`, f32."""
@@ -95,27 +117,19 @@ class WsdConfig(ScheduleConfig):
 
     kind: str = "wsd"
     decay_fraction: float = field(default=0.2, metadata={"min": 0, "max": 1})  # of num_steps, at the end
-    decay_steps: int | None = None  # the same in updates; wins over decay_fraction
+    # Optimizer steps of the decay; null: decay_fraction
+    decay_steps: int | None = field(default=None, metadata={"min": 0})
     decay: Decay = Decay.linear  # shape of the decay
     min_lr_ratio: float = field(default=0.0, metadata={"min": 0, "max": 1})  # of the peak, at num_steps
 
-    def check(self, num_steps: int) -> None:
-        super().check(num_steps)
-        most = num_steps - self.warmup_steps
-        if not 0 <= self._num_decay(num_steps) <= most:
-            key = "decay_fraction" if self.decay_steps is None else "decay_steps"
-            nearest = math.floor(1e4 * most / num_steps) / 1e4 if self.decay_steps is None else most
-            raise ValueError(
-                f"schedule.{key}={getattr(self, key)}: a decay of {self._num_decay(num_steps)} updates does "
-                f"not fit after schedule.warmup_steps={self.warmup_steps} in task.num_steps={num_steps}; "
-                f"nearest valid: {nearest}"
-            )
-
-    def _num_decay(self, num_steps: int) -> int:
+    def num_decay(self, num_steps: int) -> int:
         return round(self.decay_fraction * num_steps) if self.decay_steps is None else self.decay_steps
 
+    def with_parts(self, warmup_steps: int, decay_steps: int) -> Self:
+        return replace(self, warmup_steps=warmup_steps, decay_steps=decay_steps)
+
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
-        num_decay = self._num_decay(num_steps)
+        num_decay = self.num_decay(num_steps)
         progress = jnp.clip((step - (num_steps - num_decay)) / max(num_decay, 1), 0.0, 1.0)
         shape = {
             Decay.linear: 1 - progress,

@@ -79,11 +79,13 @@ class WandbMode(enum.Enum):
 
 @dataclass
 class WandbConfig(TrackerConfig):
+    """Weights & Biases."""
+
     kind: str = "wandb"
-    project: str = "meshwright"
+    project: str = "meshwright"  # W&B project
     entity: str | None = None  # user or team; null: the account's default
     group: str | None = None  # runs shown together
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)  # W&B tags
     mode: WandbMode | None = None  # null: as WANDB_MODE says, else online
 
     def build(self, *, run_folder: Path, run_name: str, start_step: int) -> Tracker:
@@ -92,6 +94,8 @@ class WandbConfig(TrackerConfig):
 
 @dataclass
 class TensorboardConfig(TrackerConfig):
+    """TensorBoard event files in the run folder."""
+
     kind: str = "tensorboard"
     flush_seconds: int = 10  # at most so many seconds of points are lost to a kill
 

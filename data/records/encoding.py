@@ -30,9 +30,8 @@ class DataFormat(enum.Enum):
     text = "text"  # one text each: every token is learnt
     chat = "chat"  # `data.records.chat_formats` lists their formats: what data.loss_mask names is learnt
     unpaired_preference = "unpaired_preference"  # `data.records.unpaired_preference` lists theirs: an answer to a prompt, and whether it is good
-    preference = (
-        "preference"  # `data.records.preference` lists theirs: two answers to a prompt, of which the first is preferred
-    )
+    # `data.records.preference` lists theirs: two answers to a prompt, of which the first is preferred
+    preference = "preference"
     classification = "classification"  # `data.records.labels`: a text or a conversation, and its class
     retrieval = "retrieval"  # `data.records.labels`: texts that belong together
 
@@ -51,9 +50,8 @@ class LossMask(enum.Enum):
 class OnOverflow(enum.Enum):
     """What becomes of a conversation that is longer than a row."""
 
-    truncate_turns = (
-        "truncate_turns"  # it ends with the last learnt turn that fits whole; without such a turn it is left out
-    )
+    # it ends with the last learnt turn that fits whole; without such a turn it is left out
+    truncate_turns = "truncate_turns"
     truncate = "truncate"  # its end is cut off, an answer's with it: what is left has no end of turn
     drop = "drop"  # it is left out
 

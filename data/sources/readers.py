@@ -186,7 +186,7 @@ class JsonlConfig(FileSourceConfig):
     """One JSON object a line; .gz and .zst are unpacked on the way."""
 
     kind: str = "jsonl"
-    text_field: str = "text"
+    text_field: str = "text"  # Field that holds the text
 
     def suffixes(self) -> tuple[str, ...]:
         return tuple(f"{end}{packed}" for end in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
@@ -250,8 +250,10 @@ def _extra(module: str, extra: str, what: str) -> Any:
 
 @dataclass
 class ParquetConfig(FileSourceConfig):
+    """One document a row of a Parquet file."""
+
     kind: str = "parquet"
-    text_field: str = "text"
+    text_field: str = "text"  # Field that holds the text
 
     def suffixes(self) -> tuple[str, ...]:
         return (".parquet",)
@@ -284,7 +286,7 @@ class ArrayRecordConfig(FileSourceConfig):
     """Records that are text, JSON objects, or tf.train.Example messages."""
 
     kind: str = "arrayrecord"
-    text_field: str = "text"
+    text_field: str = "text"  # Field that holds the text
 
     def files(self) -> list[str]:
         return [f for f in super().files() if "array_record" in Path(f).name or len(self.paths) == 1]
@@ -353,8 +355,8 @@ class HuggingFaceConfig(SourceConfig):
     kind: str = "huggingface"
     path: str = MISSING  # folder or name
     name: str | None = None  # its configuration
-    split: str = "train"
-    text_field: str = "text"
+    split: str = "train"  # Split of the data set
+    text_field: str = "text"  # Field that holds the text
     streaming: bool = False  # read a data set on the Hub without downloading it whole
 
     def units(self) -> list[SourceShard]:
@@ -383,8 +385,8 @@ class SyntheticConfig(SourceConfig):
 
     kind: str = "synthetic"
     validation_fraction: float = 0.05
-    num_documents: int = 2000
-    seed: int = 0
+    num_documents: int = 2000  # Number of documents to generate
+    seed: int = 0  # Seed of the generated text
 
     def units(self) -> list[SourceShard]:
         return [SourceShard((), 0, self.num_documents)]

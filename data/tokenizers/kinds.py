@@ -331,6 +331,8 @@ class TokenizerConfig:
 
 @dataclass
 class SentencePieceConfig(TokenizerConfig):
+    """A SentencePiece model, read from a file or trained on the sources."""
+
     kind: str = "sentencepiece"
     path: str | None = None  # a trained tokenizer.model; null: train one on the sources
     vocab_size: int = 8192  # of a trained one; text too small for it gives fewer
@@ -355,11 +357,13 @@ class SentencePieceConfig(TokenizerConfig):
 
 @dataclass
 class TokenizerJsonConfig(TokenizerConfig):
+    """A tokenizer.json of Hugging Face."""
+
     kind: str = "tokenizer_json"
     path: str = MISSING  # tokenizer.json, or the folder that holds it
     bos: str | None = None  # texts of special tokens; null: those that tokenizer_config.json beside it names
-    eos: str | None = None
-    pad: str | None = None
+    eos: str | None = None  # Text of the end-of-sequence token; null: that of tokenizer_config.json
+    pad: str | None = None  # Text of the padding token; null: that of tokenizer_config.json
 
     def build(self, documents: Documents) -> Tokenizer:
         path = Path(self.path)
@@ -388,6 +392,8 @@ def _with_published(tokenizer: Tokenizer, published: TokenizerSettings) -> Token
 
 @dataclass
 class BytesConfig(TokenizerConfig):
+    """The 256 bytes of UTF-8."""
+
     kind: str = "bytes"
 
     def build(self, documents: Documents) -> Tokenizer:
@@ -396,6 +402,8 @@ class BytesConfig(TokenizerConfig):
 
 @dataclass
 class CharactersConfig(TokenizerConfig):
+    """The characters that the sources contain."""
+
     kind: str = "characters"
 
     def build(self, documents: Documents) -> Tokenizer:

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import BooleanNode, DictConfig, EnumNode, FloatNode, IntegerNode, ListConfig, StringNode
 
 RANGE = re.compile(r"(?P<log>log:)?(?P<low>[^:,]+?)\.\.(?P<high>[^:,]+)")
-SHARED = re.compile(r"(task|sweep|run|runs|resume|step|prompt|chat|format|launcher|launcher\..*|task\.(kind|sweep.*))")
+SHARED = re.compile(r"(task|sweep|run|runs|resume|launcher|launcher\..*|task\.(kind|sweep.*))")
 WAYS = "give values, KEY=2,4,8, or a range, KEY=1e-4..1e-2 or KEY=log:1e-4..1e-2"
 
 
@@ -36,7 +36,7 @@ Space = dict[str, Values | Range]  # by key
 def varies(override: str) -> bool:
     """Whether an override of the command line gives several values."""
     key, _, value = override.partition("=")
-    if key.startswith("~") or key in ("prompt", "chat", "task.sample_prompt", "launcher.env", "task.sweep.over"):
+    if key.startswith("~") or key in ("task.sample_prompt", "launcher.env", "task.sweep.over"):
         return False
     if ranged(value) is not None:
         return True

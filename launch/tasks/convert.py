@@ -63,7 +63,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     if to_kind is None:
         return to_run(dataclasses.replace(config, run=target), overrides, origin)
     name, _, step = origin.partition("@")
-    config = dataclasses.replace(config, run=name, step=int(step) if step.isdigit() else config.step)
+    if step.isdigit():
+        task = dataclasses.replace(task, step=int(step))
+    config = dataclasses.replace(config, run=name, task=task)
     return to_published(config, task, overrides, to_kind, path)
 
 

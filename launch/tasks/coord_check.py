@@ -40,7 +40,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         name: {part: slope(widths, [steps[-1][part] for steps in moved]) for part in moved[0][-1]}
         for name, moved in found.items()
     }
-    told = {
+    report = {
         "widths": widths,
         "base_width": base,
         "optimizer": config.optimizer.kind,
@@ -58,7 +58,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         print(f"with model.mup_base_width={base}: slopes near 0 are wanted, {verdict}")
 
     draw = lambda path: draw_coordinates(widths, found, slopes, path, title)
-    write_report(config, folder, config.run, told, draw, show)
+    write_report(config, folder, config.run, report, draw, show)
     return 0 if transfers else 1
 
 

@@ -5,8 +5,8 @@ import json
 import math
 from pathlib import Path
 
-from configs.schema import Format, RunConfig
-from configs.tasks import EvaluateConfig
+from configs.schema import RunConfig
+from configs.tasks import EvaluateConfig, Format
 from data.evaluation.multiple_choice import MultipleChoice, read_multiple_choice
 from data.tokenizers.tokenizer import Tokenizer
 from launch.build import build_evaluation, is_main_process, load_corpora, log
@@ -27,7 +27,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     saved = open_run(config, overrides, dtype=task.dtype)
     if not files:
         return on_sources(saved, config, task)
-    return on_problems(saved, files, prefix_ids(saved.tokenizer, task.prefix), config.format)
+    return on_problems(saved, files, prefix_ids(saved.tokenizer, task.prefix), task.format)
 
 
 def on_problems(saved: SavedRun, files: dict[str, list[MultipleChoice]], prefix: list[int], form: Format) -> int:
@@ -88,7 +88,7 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
         batch_size=saved.core.batch_size,
     )
     merged = dataclasses.replace(saved.config, data=data)
-    quiet = config.format is Format.json
+    quiet = task.format is Format.json
     corpora = load_corpora(merged, saved.folder, (lambda text: None) if quiet else log)
     if not corpora.heldout:
         raise ValueError("data: no source holds out text; set data.sources.NAME.validation_fraction above 0")

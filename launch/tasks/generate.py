@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.schema import Format, RunConfig
-from configs.tasks import GenerateConfig
+from configs.schema import RunConfig
+from configs.tasks import Format, GenerateConfig
 from data.records.chat_encoding import TEMPLATES, chat_ids, check_messages, text_after_turn
 from data.records.chat_template import render
 from data.tokenizers.tokenizer import Tokenizer
@@ -22,8 +22,8 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     """Prints prompt and completion of each prompt, or the answer in a chat; `format=json`: one object a line."""
     task = config.task
     assert isinstance(task, GenerateConfig)
-    chat = conversation(config, task)
-    prompts = all_prompts(config, task) if chat is None else []
+    chat = conversation(task)
+    prompts = all_prompts(task) if chat is None else []
     if task.num_samples < 1:
         raise ValueError(f"task.num_samples={task.num_samples}: must be at least 1")
     sampling = SamplingConfig(
@@ -45,7 +45,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         stop += ending
     begun = [prompt for prompt in begun for _ in range(task.num_samples)]
     given = [prompt for prompt in given for _ in range(task.num_samples)]
-    stream = len(given) == 1 and config.format is Format.table and is_main_process()
+    stream = len(given) == 1 and task.format is Format.table and is_main_process()
     if stream and chat is None:
         show(str(given[0]))
     results = generate_batches(
@@ -62,7 +62,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     if chat is not None:
         results = [(text.lstrip(), completion) for text, completion in results]
     if is_main_process():
-        print_all(begun, results, config.format, chat is not None, stream)
+        print_all(begun, results, task.format, chat is not None, stream)
     return 0
 
 
@@ -90,16 +90,16 @@ class Conversation(NamedTuple):
     tools: list[Any] | None
 
 
-def conversation(config: RunConfig, task: GenerateConfig) -> Conversation | None:
+def conversation(task: GenerateConfig) -> Conversation | None:
     """What `chat=`, `task.system=` and `task.messages_file=` say; None without them.
 
     Raises: ValueError where they contradict each other, and for messages that are none.
     """
-    if config.chat is None and task.messages_file is None:
+    if task.chat is None and task.messages_file is None:
         if task.system is not None:
             raise ValueError(f"task.system={task.system!r}: opens a chat, and there is none; add chat='Hello'")
         return None
-    if config.prompt is not None or task.prompts or task.prompt_file is not None:
+    if task.prompt is not None or task.prompts or task.prompt_file is not None:
         raise ValueError(
             "chat: a chat and a prompt exclude each other; chat= is answered through the run's template, prompt= is "
             "gone on with as it is"
@@ -108,7 +108,7 @@ def conversation(config: RunConfig, task: GenerateConfig) -> Conversation | None
     if task.messages_file is not None:
         messages, tools = read_chat(Path(task.messages_file))
     system = [] if task.system is None else [{"role": "system", "content": task.system}]
-    said = [] if config.chat is None else [{"role": "user", "content": config.chat}]
+    said = [] if task.chat is None else [{"role": "user", "content": task.chat}]
     messages = [*system, *messages, *said]
     check_messages(messages)
     return Conversation(messages, tools)
@@ -162,9 +162,9 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
-def all_prompts(config: RunConfig, task: GenerateConfig) -> list[str]:
+def all_prompts(task: GenerateConfig) -> list[str]:
     """Prompts of the command line and of a file. Raises: ValueError where there is none."""
-    prompts = ([config.prompt] if config.prompt is not None else []) + list(task.prompts)
+    prompts = ([task.prompt] if task.prompt is not None else []) + list(task.prompts)
     if task.prompt_file is not None:
         path = Path(task.prompt_file)
         if not path.is_file():

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs.schema import Format, RunConfig
+from configs.schema import RunConfig
+from configs.tasks import Format, InspectConfig
 from data.batch import ColumnBatch, TokenBatch, flat_rows
 from data.loader import batch_hash
 from data.records.encoding import DataFormat, marked_text
@@ -20,6 +21,8 @@ from trainer.checkpoint.checksums import state_hash
 
 def run(config: RunConfig, overrides: list[str]) -> int:
     """Prints the facts of one checkpoint; `format=json` for machines."""
+    task = config.task
+    assert isinstance(task, InspectConfig)
     saved = open_run(config, overrides)
     state = saved.state()
     found: dict[str, Any] = {
@@ -37,7 +40,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         found |= next_batch(saved)
     if not is_main_process():
         return 0
-    if config.format is Format.json:
+    if task.format is Format.json:
         print(json.dumps(found, indent=2))
     else:
         width = max(map(len, found))

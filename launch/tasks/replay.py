@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs.schema import Format, RunConfig
-from configs.tasks import ReplayConfig
+from configs.schema import RunConfig
+from configs.tasks import Format, ReplayConfig
 from launch import rollbacks as incidents
 from launch.build import Core, is_main_process, load_corpora, log
 from launch.initial_state import build_run
@@ -52,7 +52,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             state, metrics = core.train_step(state, frozen.models, batch, NO_LIMITS)
             values = {key: float(jax.device_get(metrics[key])) for key in WATCHED}
             told.append({"step": step, **values})
-            if config.format is not Format.json:
+            if task.format is not Format.json:
                 log(f"step {step}: " + ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
     same = {key: str(value) for key, value in values.items()} == incident["values"]
     by_token = saved.objective.model_needs.is_token_level
@@ -60,7 +60,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     start = incident["batch_rows"][0]
     shown = [{"row": start + row, "loss": loss, "text": text_of(corpora.tokenizer, batch, row)} for row, loss in rows]
     if is_main_process():
-        if config.format is Format.json:
+        if task.format is Format.json:
             print(json.dumps({"incident": name, "same": same, "updates": told, "rows": shown}, indent=2))
         else:
             then = ", ".join(f"{key} {value}" for key, value in incident["values"].items())

@@ -8,16 +8,19 @@ from typing import Any
 
 import yaml
 
-from configs.schema import Format, RunConfig
+from configs.schema import RunConfig
+from configs.tasks import Format, RunsConfig
 from launch.run_folder import RunFolder, folders
 from trainer.tracker import START
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
     """Prints the table, newest run last. An empty or absent folder is said, not an error."""
+    task = config.task
+    assert isinstance(task, RunsConfig)
     rows = [describe(folder) for folder in folders(config.output_dir)]
     rows.sort(key=lambda row: row["updated"])
-    if config.format is Format.json:
+    if task.format is Format.json:
         print(json.dumps(rows, indent=2))
     elif not rows:
         print(f"no runs in {config.output_dir}; begin with: meshwright train experiment=hello")

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from configs.schema import Format, RunConfig
-from configs.tasks import ScalingLadderConfig, TrainConfig
+from configs.schema import RunConfig
+from configs.tasks import Format, ScalingLadderConfig, TrainConfig
 from data.tokenizers.kinds import load_tokenizer
 from launch import exit_codes
 from launch.build import model_config
@@ -57,7 +57,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         points.append(point)
         took = "kept" if kept else f"{time.monotonic() - start:,.0f} s"
         _say(
-            config,
+            task,
             f"{number} of {len(climbed)}: {rung.run}: {point.parameters:,.0f} parameters, {point.tokens:,.0f} tokens, "
             f"{point.flops:.2e} FLOPs: loss {point.loss:.4f} ({took})",
         )
@@ -100,7 +100,7 @@ def arguments(config: RunConfig, overrides: list[str], rung: Rung) -> list[str]:
 
 
 def _own(key: str, of_train: set[str]) -> bool:
-    return key in ("task", "run", "format") or (key.startswith("task.") and key not in of_train)
+    return key in ("task", "run") or (key.startswith("task.") and key not in of_train)
 
 
 def _finished(folder: RunFolder, rung: Rung) -> bool:
@@ -176,8 +176,8 @@ def _describe(
     }
 
 
-def _say(config: RunConfig, text: str) -> None:
-    print(text, flush=True, file=sys.stderr if config.format is Format.json else sys.stdout)
+def _say(task: ScalingLadderConfig, text: str) -> None:
+    print(text, flush=True, file=sys.stderr if task.format is Format.json else sys.stdout)
 
 
 def _print(told: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from launch.config_errors import explain, named_keys
 from launch.launchers.base import say
 from launch.launchers.job import freeze_code
 from launch.launchers.supervisor import identity, is_alive
+from launch.overrides import routes_of
 from launch.plotting import draw_sweep
 from launch.run_folder import write_whole
 from launch.sweeps.progress_display import ProgressDisplay, as_row, print_table, spelt_command
@@ -49,6 +50,8 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     task = config.task
     assert isinstance(task, SweepConfig)
     search, folder = task.sweep, Path(config.output_dir) / "sweeps" / config.run
+    route = routes_of("train").route  # a YAML file may have the keys as the command line does
+    search.parameters = {route(key): text for key, text in search.parameters.items()}
     imported()
     if "://" in config.output_dir:
         raise ValueError(
@@ -120,7 +123,6 @@ def composed_trial(arguments: Sequence[str]) -> RunConfig:
     """Raises: ValueError, or Hydra's errors, where it is none."""
     config = to_typed(_node(arguments))
     assert isinstance(config.task, TrainConfig)
-    config.schedule.check(config.task.num_steps)
     return config
 
 

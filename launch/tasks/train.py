@@ -116,7 +116,8 @@ def tokens_per_step(config: RunConfig, core: Core) -> int:
 
 
 def describe(config: RunConfig, core: Core, line: str) -> None:
-    """What is about to run, in three lines."""
+    """What is about to run, in a few lines."""
+    assert isinstance(config.task, TrainConfig)
     shape = describe_mesh(core.mesh.shape)
     tokens = tokens_per_step(config, core)
     parameters = num_params(core.model)["total"]
@@ -128,6 +129,8 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
         share = f"{trained:,} trainable parameters, {trained / parameters:.2%} of the model"
         log(f"adapter: {a.method.name}, rank {a.rank}, scale {a.scale:g}{kept}: {share}")
     log(f"model: {parameters:,} parameters; {tokens:,} tokens a step; mesh: {shape} ({kind})")
+    if shortened := config.schedule.shortened(config.task.num_steps):
+        log(shortened)
     if schedule := schedule_over(core.model.pipeline, core.constrain):
         log(f"stages: {schedule.in_words}")
 
@@ -443,13 +446,13 @@ def print_next_steps(config: RunConfig, folder: RunFolder, reason: str) -> str:
     task = config.task
     assert isinstance(task, TrainConfig)
     how = "" if reason == DONE else f" ({reason})"
-    arguments = " ".join(a for a in sys.argv[1:] if not a.startswith(("task=", "task.num_steps=")))
-    resume = f"meshwright train {arguments}".rstrip() + f" task.num_steps={2 * task.num_steps}"
+    given = (a.removeprefix("task.") for a in sys.argv[1:] if not a.startswith(("task=", "task.num_steps=")))
+    resume = f"meshwright train {' '.join(given)}".rstrip() + f" num_steps={2 * task.num_steps}"
     prompt = task.sample_prompt.replace("\n", " ").strip() or "The"
     chats = config.tokenizer.chat_template is not None or config.data.format is DataFormat.chat
     use = "generate", "chat='Hello'" if chats else f"prompt='{prompt} '"
     if not config.objective.model_needs.is_token_level:
-        use = "predict", "task.texts=['Hello']"
+        use = "predict", "texts=['Hello']"
     elif config.objective.kind == "masked":  # an encoder writes nothing
         use = "evaluate", ""
     where = "" if config.output_dir == "runs" else f" output_dir={config.output_dir}"

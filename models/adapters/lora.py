@@ -48,9 +48,9 @@ class QuantizeBase(enum.Enum):
 class AdapterConfig:
     """Which parameters train: all, or low-rank additions to those of a frozen base, which `init_from` names."""
 
-    method: Method = Method.none
-    rank: int = field(default=16, metadata={"min": 1})
-    # The addition is scaled by alpha / rank; rslora: alpha / sqrt(rank)
+    method: Method = Method.none  # Kind of adapter
+    rank: int = field(default=16, metadata={"min": 1})  # Rank of the low-rank matrices
+    # the addition is scaled by alpha / rank; rslora: alpha / sqrt(rank)
     alpha: float = field(default=32.0, metadata={"above": 0})
     # Parts of a matrix's name, or patterns of it: attention, query, mlp.up, "mlp.*", embedding, head
     target_modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])

@@ -37,6 +37,10 @@ NEEDS = {
     "spam_smollm2": ["data.sources.jsonl.paths=[x]"],
     "distill_smollm2": ["data.sources.jsonl.paths=[x]"],
     "learning_rate": ["task=sweep"],
+    "search": ["task=sweep", "+task.sweep.over={seed:'1,2'}"],
+    "sweep": ["+task.sweep.over={seed:'1,2'}"],
+    "k8s": ["launcher.image=x"],
+    "tpu_vm": ["launcher.accelerator=x", "launcher.runtime=x", "launcher.zone=x"],
     "dpo": ["data.sources.jsonl.paths=[x]"],
     "dpo_smollm2": ["data.sources.jsonl.paths=[x]"],
 }
@@ -50,12 +54,16 @@ def hydra():
 
 
 def options():
+    """Every option of every group: a YAML file or a class."""
     for path in sorted(FOLDER.glob("*/*.yaml")):
         yield path.parent.name, path.stem
+    for group, classes in GROUPS.items():
+        for name in classes:
+            yield group, name
 
 
 @pytest.mark.parametrize(("group", "name"), list(options()))
-def test_every_yaml_composes_and_survives_being_saved(group, name):
+def test_every_option_composes_and_survives_being_saved(group, name):
     value = f"[{name}]" if group in ("source", "tracker") else name
     config = to_typed(compose("root", overrides=[f"{group}={value}", *NEEDS.get(name, [])]))
     saved = yaml.safe_load(yaml.safe_dump(to_plain(config)))
@@ -98,6 +106,15 @@ def test_no_yaml_restates_a_default(path):
                 assert key not in theirs or value != theirs[key], f"{where}{key}: {value} is the default already"
 
     walk(body, default, "")
+
+
+@pytest.mark.parametrize("name", [name for group, name in options() if group == "experiment"])
+@pytest.mark.parametrize("num_steps", [1, 10])
+def test_a_short_run_of_every_experiment_has_a_schedule(name, num_steps):
+    more = [f"task.num_steps={num_steps}", *NEEDS.get(name, [])]
+    config = to_typed(compose("root", overrides=[f"experiment={name}", *more]))
+    schedule = config.schedule.build(1.0, num_steps)
+    assert all(0 < float(schedule(step)) <= 1 for step in range(num_steps))
 
 
 def test_the_default_command_is_valid():

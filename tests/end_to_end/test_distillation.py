@@ -11,7 +11,7 @@ TEACHER = [*TINY, "source=[synthetic]", "model.num_layers=4", "task.num_steps=12
 KEPT = [a for a in TINY if not a.startswith(("model", "tokenizer"))]
 STUDENT = [
     *KEPT,
-    "phase=distill", "source=[synthetic]", "objective.teacher=teacher", "init_from=teacher", "init_layers=[0,3]",
+    "phase=distill", "source=[synthetic]", "objective.teacher=teacher", "init_from=teacher", "prune.layers=[0,3]",
     f"task.num_steps={STEPS}", "checkpoint.save_interval_steps=4",
 ]  # fmt: skip
 
@@ -51,7 +51,8 @@ def test_a_mesh_changes_nothing(home):
 
 def test_a_narrower_student_learns_from_the_layers_of_its_teacher(home):
     narrow = [
-        "init_width.embed_dim=32", "init_width.intermediate_dim=64", "init_width.num_heads=2", "init_width.num_kv_heads=2",
+        "prune.width.embed_dim=32", "prune.width.intermediate_dim=64",
+        "prune.width.num_heads=2", "prune.width.num_kv_heads=2",
         "objective.feature_loss.layer_mapping=[[0,1],[1,3]]", "objective.feature_loss.teacher_dim=64",
         "objective.feature_loss.attention_loss_weight=0.5",
     ]  # fmt: skip
@@ -106,16 +107,16 @@ def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(hom
 
 
 MISTAKES = {
-    "a width that is no width": (["init_width.embed_dim=65"], "init_width.embed_dim=65: the model has 64"),
+    "a width that is no width": (["prune.width.embed_dim=65"], "prune.width.embed_dim=65: the model has 64"),
     "no number of tokens": (["objective.cache_teacher_logits=true"], "say how many, as objective.top_k=64"),
     "layers that the teacher lacks": (["objective.feature_loss.layer_mapping=[[0,4]]"], "the teacher has no layer 4"),
     "no teacher": (["objective.teacher=null"], "objective.teacher=null: name a run"),
     "a teacher that is not there": (["objective.teacher=nobody"], "objective.teacher=nobody: there is no run"),
     "other tokens": (
-        ["tokenizer=characters", "init_from=null", "init_layers=[]", "model=tiny", "run=other"],
+        ["tokenizer=characters", "init_from=null", "prune.layers=[]", "model=tiny", "run=other"],
         "its tokenizer is not",
     ),
-    "a layer that is not there": (["init_layers=[0,4]"], "has the layers 0 to 3, and no 4"),
+    "a layer that is not there": (["prune.layers=[0,4]"], "has the layers 0 to 3, and no 4"),
 }
 
 

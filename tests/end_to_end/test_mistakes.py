@@ -32,11 +32,16 @@ MISTAKES = {
     "heads that do not divide": (["fake_devices=8", "mesh.data=1", "mesh.tensor=8"], "mesh.tensor=8"),
     "a folder that is not there": (["source=[text]", "data.sources.text.paths=[nowhere]"], "'nowhere' is not there"),
     "a source without its path": (["source=[text]"], "data.sources.text.paths=???"),
-    "a warm-up longer than the run": (["schedule.warmup_steps=50", "task.num_steps=10"], "schedule.warmup_steps=50"),
+    "a negative warm-up": (["schedule.warmup_steps=-5", "num_steps=10"], "schedule.warmup_steps=-5: must not be"),
+    "a key of another trainer": (["max_steps=10"], "max_steps: there is no such key; did you mean 'num_steps'?"),
+    "an option of another name": (["optimiser=adam"], "did you mean 'optimizer=adamw'?"),
+    "a flag": (["--max_steps", "10"], "--max_steps: keys are written KEY=VALUE: num_steps=10"),
+    "an option without its group": (["hello"], "did you mean 'experiment=hello'?"),
+    "a key of another task": (["temperature=0"], "temperature is a key of generate; `train` has no such key"),
     "a run that cannot be resumed": (["resume=must"], "resume=must"),
     "a run to begin from that is not there": (["init_from=nobody"], "init_from=nobody"),
     "a name that is no name": (["run=a/b"], "run='a/b'"),
-    "weights for another number of sources": (["source_weights=[1,2]"], "source_weights=[1.0, 2.0]"),
+    "weights for another number of sources": (["data.mixture_weights=[1,2]"], "data.mixture_weights=[1.0, 2.0]"),
 }
 
 

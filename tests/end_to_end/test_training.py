@@ -16,7 +16,7 @@ SOURCES = [
     "data.sources.second.seed=1",
     "+source@data.sources.third=synthetic",
     "data.sources.third.seed=2",
-    "source_weights=[5,3,2]",
+    "data.mixture_weights=[5,3,2]",
 ]
 STEPS = 30
 RUN = [*TINY, *SOURCES, f"task.num_steps={STEPS}", "checkpoint.save_interval_steps=4", "data.packing=best_fit"]

@@ -6,8 +6,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 
 from configs.schema import RunConfig, register, to_typed
-from launch.cli import quoted
 from launch.launchers.job import Job
+from launch.overrides import quoted
 
 
 def composed(*overrides: str) -> RunConfig:

@@ -36,7 +36,8 @@ def test_images_see_the_run_folders_and_the_environment(runtime):
 
 @pytest.mark.parametrize("overrides", [[], ["launcher.image=a b.sif", "launcher.runtime=apptainer"]])
 def test_the_script_is_bash(tmp_path, overrides):
-    one = job("launcher=slurm", *overrides, "prompt='it is $HOME and \"more\"'", folder=tmp_path / "a b" / "jobs" / "1")
+    prompt = ["task=generate", "task.prompt='it is $HOME and \"more\"'"]
+    one = job("launcher=slurm", *overrides, *prompt, folder=tmp_path / "a b" / "jobs" / "1")
     for jobs in ([one], [one, one]):
         checked = subprocess.run(["bash", "-n"], input=slurm.script(jobs), text=True, capture_output=True)
         assert checked.returncode == 0 and not checked.stderr, checked.stderr

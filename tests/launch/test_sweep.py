@@ -59,7 +59,7 @@ MISTAKES = {
     "a key given twice": (["seed=1,2", "++seed=3"], "seed: has one value and varies in the sweep as well"),
     "pruning without evaluations": (["seed=1,2", "sweep.pruning=median"], "give task.eval_every=N"),
     "runs in a bucket": (["seed=1,2", "output_dir=s3://a/b"], "output_dir=s3://a/b: a sweep reads the run folders"),
-    "a misspelt key of the sweep": (["seed=1,2", "sweep.trails=3"], "did you mean 'task.sweep.trials'"),
+    "a misspelt key of the sweep": (["seed=1,2", "sweep.trails=3"], "did you mean 'sweep.trials'"),
 }
 
 
@@ -173,12 +173,12 @@ def test_a_trial_may_fail_or_be_preempted_and_the_others_go_on(quick, capfd):
 
 
 def test_values_that_do_not_go_together_are_a_failed_trial(quick):
-    varied = ["task.num_steps=9,6", "schedule.warmup_steps=0,8"]  # each right beside the other's first value
-    given = ["model=tiny", "output_dir=runs", "run=a", "schedule=constant", f"{RATE}=1e-2", *varied]
+    varied = ["model.attention.num_heads=4,6", "model.attention.num_kv_heads=2,4"]  # each right with the other's first
+    given = ["model=tiny", "output_dir=runs", "run=a", "schedule=constant", "task.num_steps=6", f"{RATE}=1e-2", *varied]
     assert run(["sweep", *given]) == 0
     rows = results(quick, "a")
     assert [row["state"] for row in rows] == [DONE, DONE, DONE, FAILED]
-    assert rows[3]["message"].startswith("schedule.warmup_steps=8: must be from 0 to task.num_steps=6")
+    assert rows[3]["message"].startswith("model.attention.num_kv_heads=4: ")
 
 
 def test_a_wrong_command_ends_a_sweep_at_its_first_trial_and_the_same_goes_on_with_the_others(quick, capfd):
@@ -233,6 +233,20 @@ def test_measured_values_are_those_of_the_file(tmp_path):
         one.look()
     assert evaluated.reports() == {50: 3.0, 100: 2.0} and evaluated.value() == 2.0
     assert trained.value() == (10 / 99 + 10 / 100) / 2
+
+
+def test_keys_of_the_task_vary_without_a_prefix(quick, capfd):
+    given = [
+        "model=tiny",
+        "output_dir=runs",
+        "run=a",
+        "num_steps=4,6",
+        "sweep.parameters={patience:'1,2'}",
+        "launcher.dry_run=true",
+    ]
+    assert run(["sweep", *given[:3], given[3], given[5]]) == 0 and run(["sweep", *given[:3], *given[4:]]) == 0
+    shown = capfd.readouterr().out
+    assert "task.num_steps=6 run=a-001" in shown and "task.early_stopping_patience=2 run=a-001" in shown
 
 
 def test_a_dry_run_shows_the_commands_of_the_real_one(quick, capfd):

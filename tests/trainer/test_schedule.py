@@ -49,16 +49,35 @@ def test_each_shape_has_its_values_at_its_corners(config: ScheduleConfig, values
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_a_warmup_longer_than_the_run_is_refused(cls: type[ScheduleConfig]) -> None:
-    with pytest.raises(ValueError, match=r"schedule\.warmup_steps=11: .*task\.num_steps=10.*nearest valid: 10"):
-        cls(warmup_steps=11).build(1.0, 10)
+def test_a_warmup_longer_than_the_run_is_shortened_to_it(cls: type[ScheduleConfig]) -> None:
+    config, short = cls(warmup_steps=110), cls(warmup_steps=110).fitted(10)
+    assert 0 < short.warmup_steps + short.num_decay(10) <= 10
+    assert f"warm-up 110 to {short.warmup_steps} steps" in (config.shortened(10) or "")
+    assert float(config.build(1.0, 10)(0)) == float(short.build(1.0, 10)(0)) > 0
+    assert short.fitted(10) == short and short.shortened(10) is None
 
 
-def test_a_decay_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"schedule\.decay_steps=9: .*nearest valid: 8"):
-        WsdConfig(warmup_steps=2, decay_steps=9).build(1.0, 10)
-    with pytest.raises(ValueError, match=r"schedule\.decay_fraction=0\.9: .*nearest valid: 0\.8"):
-        WsdConfig(warmup_steps=2, decay_fraction=0.9).build(1.0, 10)
+def test_a_warmup_and_a_decay_keep_their_proportion_when_they_are_shortened() -> None:
+    given = (
+        (WsdConfig(warmup_steps=10, decay_steps=90), 10, (1, 9)),
+        (WsdConfig(warmup_steps=2, decay_fraction=0.9), 10, (1, 8)),
+        (WsdConfig(warmup_steps=30, decay_fraction=0.5), 20, (15, 5)),
+    )
+    for config, num_steps, parts in given:
+        short = config.fitted(num_steps)
+        assert (short.warmup_steps, short.num_decay(num_steps)) == parts
+    fits = WsdConfig(warmup_steps=2, decay_steps=8)
+    assert fits.fitted(10) is fits and fits.shortened(10) is None
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_value_that_no_run_can_have_is_refused(cls: type[ScheduleConfig]) -> None:
+    with pytest.raises(ValueError, match=r"schedule\.warmup_steps=-1: .*nearest valid: 0"):
+        cls(warmup_steps=-1).build(1.0, 10)
+    with pytest.raises(ValueError, match=r"schedule\.decay_steps=-9: .*nearest valid: 0"):
+        WsdConfig(warmup_steps=2, decay_steps=-9).build(1.0, 10)
+    with pytest.raises(ValueError, match=r"schedule\.decay_fraction=1\.9: .*nearest valid: 1"):
+        WsdConfig(warmup_steps=2, decay_fraction=1.9).build(1.0, 10)
     with pytest.raises(ValueError, match=r"schedule\.final_fraction=2"):
         check_ranges(CosineConfig(warmup_steps=2, min_lr_ratio=2), "schedule")
 

@@ -25,10 +25,10 @@ from trainer.objectives.pooling import Pooling, at_end, scores
 @dataclass
 class ClassificationConfig(ObjectiveConfig):
     kind: str = "classification"
-    pooling: Pooling = Pooling.last
-    # Of each of data.classes in the loss; []: all 1
+    pooling: Pooling = Pooling.last  # Hidden states that the score is computed from
+    # of each of data.classes in the loss; []: all 1
     class_weights: list[float] = field(default_factory=list, metadata={"above": 0})
-    # Share of a class's probability spread evenly over all classes
+    # share of a class's probability spread evenly over all classes
     label_smoothing: float = field(default=0.0, metadata={"min": 0, "below": 1})
 
     @property

@@ -22,9 +22,9 @@ from trainer.objectives.pooling import Pooling, at_end, pooled
 @dataclass
 class ContrastiveConfig(ObjectiveConfig):
     kind: str = "contrastive"
-    pooling: Pooling = Pooling.mean
+    pooling: Pooling = Pooling.mean  # Hidden states that the embedding is computed from
     temperature: float = field(default=0.05, metadata={"above": 0})  # cosines are divided by it
-    # Texts of each record that are to be distinguished from the positive one
+    # texts of each record that are to be told from the positive one
     negatives: int = field(default=0, metadata={"min": 0})
     symmetric: bool = True  # the anchor is also to be found from the positive, as in CLIP
 

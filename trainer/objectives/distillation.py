@@ -51,25 +51,23 @@ class CacheDtype(enum.Enum):
 class DistillationConfig(ObjectiveConfig):
     kind: str = "distillation"
     teacher: str | None = None  # a run (NAME, FOLDER, NAME@STEP), hf:FOLDER or gguf:FILE, with the run's own tokenizer
-    divergence: Divergence = Divergence.forward
-    # jensen_shannon: at its ends the divergence is 0
+    divergence: Divergence = Divergence.forward  # Divergence between teacher P and student Q
+    # jensen_shannon; its ends are no other divergence, but 0
     beta: float = field(
         default=0.5,
         metadata={"above": 0, "below": 1, "hint": "for the ends take objective.divergence=forward or reverse"},
     )
-    # The divergence is multiplied by its square, so that gradients keep their size; 1: logits as they are
+    # the divergence is multiplied by its square, so that gradients keep their size
     temperature: float = field(default=1.0, metadata={"above": 0})
-    # Of the divergence; the rest is cross entropy with the text
+    # of the divergence; the rest is cross entropy with the text
     alpha: float = field(default=0.5, metadata={"min": 0, "max": 1})
-    # Compare the teacher's likeliest tokens, and the rest as one; 0: all of the vocabulary
+    # compare the teacher's likeliest tokens, and the rest as one; 0: all of the vocabulary
     top_k: int = field(default=0, metadata={"min": 0})
-    cache_teacher_logits: bool = (
-        False  # ask the teacher once about each row, before training, and keep its top_k on disk
-    )
+    # ask the teacher once about each row, before training, and keep its top_k on disk
+    cache_teacher_logits: bool = False
     cache_dtype: CacheDtype = CacheDtype.float16  # of log-probabilities there
-    feature_loss: FeatureLossConfig = field(
-        default_factory=FeatureLossConfig
-    )  # of what happens inside, added to the loss
+    # of what happens inside, added to the loss
+    feature_loss: FeatureLossConfig = field(default_factory=FeatureLossConfig)
     # Tokens of each row whose logits exist at once, the teacher's and the student's
     loss_chunk_size: int = field(default=128, metadata={"min": 1})
 

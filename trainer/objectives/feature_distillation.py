@@ -38,13 +38,12 @@ class Maps(enum.Enum):
 class FeatureLossConfig:
     """Nothing is compared where `layers` is empty."""
 
-    layer_mapping: list[list[int]] = field(
-        default_factory=list
-    )  # pairs [layer of the student, layer of the teacher], from 0
-    hidden_loss: Hidden = Hidden.mse
-    # Of the mean over pairs; 0: hidden states are not compared
+    # pairs [layer of the student, layer of the teacher], from 0
+    layer_mapping: list[list[int]] = field(default_factory=list)
+    hidden_loss: Hidden = Hidden.mse  # Distance of hidden states
+    # of the mean over pairs; 0: hidden states are not compared
     hidden_loss_weight: float = field(default=1.0, metadata={"min": 0})
-    attention_loss: Maps = Maps.kl
+    attention_loss: Maps = Maps.kl  # Distance of attention maps
     attention_loss_weight: float = field(default=0.0, metadata={"min": 0})  # likewise
     teacher_dim: int | None = None  # width of the teacher's hidden states where it is another: a projection is learnt
 

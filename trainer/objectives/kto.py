@@ -43,15 +43,14 @@ class Loss(enum.Enum):
 @dataclass
 class KtoConfig(ObjectiveConfig):
     kind: str = "kto"
-    loss_type: Loss = Loss.kto
-    # How far the policy may leave the reference: larger, less far
+    loss_type: Loss = Loss.kto  # Loss of desirable and undesirable answers
+    # how far the policy may leave the reference: larger, less far
     beta: float = field(default=0.1, metadata={"above": 0})
     # Where n answers are good and m are not, n desirable_weight / (m undesirable_weight) is best between 1 and 4/3.
     desirable_weight: float = field(default=1.0, metadata={"min": 0})
-    undesirable_weight: float = field(default=1.0, metadata={"min": 0})
-    precompute_ref_log_probs: bool = (
-        False  # ask the reference once about each answer, before training, and keep it on disk
-    )
+    undesirable_weight: float = field(default=1.0, metadata={"min": 0})  # Loss weight of undesirable answers
+    # ask the reference once about each answer, before training, and keep it on disk
+    precompute_ref_log_probs: bool = False
     loss_chunk_size: int = field(default=128, metadata={"min": 1})  # tokens of each row whose logits exist at once
 
     @property

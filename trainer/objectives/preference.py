@@ -74,8 +74,8 @@ FREE_OF_REFERENCE = (Loss.simpo, Loss.cpo, Loss.orpo)
 @dataclass
 class PreferenceConfig(ObjectiveConfig):
     kind: str = "preference"
-    loss_type: Loss = Loss.sigmoid
-    # How far the policy may leave the reference: larger, less far
+    loss_type: Loss = Loss.sigmoid  # Preference loss
+    # how far the policy may leave the reference: larger, less far
     beta: float = field(default=0.1, metadata={"above": 0})
     f_divergence: FDivergence = FDivergence.reverse_kl  # of losses of a margin: sigmoid, robust, hinge, ipo, exo, ...
     # Share of labels taken for wrong: sigmoid, robust, exo, aot
@@ -91,9 +91,8 @@ class PreferenceConfig(ObjectiveConfig):
     # Updates after which the reference moves towards the policy [2404.09656]; 0: it never does
     ref_model_sync_steps: int = field(default=0, metadata={"min": 0})
     ref_model_mixup_alpha: float = field(default=0.6, metadata={"above": 0, "max": 1})  # of the policy in it then
-    precompute_ref_log_probs: bool = (
-        False  # ask the reference once about each pair, before training, and keep it on disk
-    )
+    # ask the reference once about each pair, before training, and keep it on disk
+    precompute_ref_log_probs: bool = False
     # At most; 1: each is padded to a row of its own
     pairs_per_row: int = field(default=1, metadata={"min": 1})
     loss_chunk_size: int = field(default=128, metadata={"min": 1})  # tokens of each row whose logits exist at once

@@ -46,9 +46,8 @@ class OptimizerConfig:
         default=None, metadata={"above": 0, "below": 1, "hint": "as 0.999; null turns it off"}
     )
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # by role; each 1 if not given
-    offload_state: bool = (
-        False  # what the optimizer keeps lies in the host's memory, and comes to the devices for the update
-    )
+    # what the optimizer keeps lies in the host's memory, and comes to the devices for the update
+    offload_state: bool = False
     # Of model.moe.load_balancing=bias: what a bias moves in a step; no schedule scales it
     router_bias_update_rate: float = field(default=1e-3, metadata={"min": 0})
 

@@ -38,12 +38,12 @@ class SpikePolicy(enum.Enum):
 class LossSpikeConfig:
     """What counts as a spike of loss or gradient norm, and what is done then."""
 
-    policy: SpikePolicy = SpikePolicy.warn
+    policy: SpikePolicy = SpikePolicy.warn  # Action on a loss spike
     # Standard deviations above the mean of the last `window` values
     num_std: float = field(default=6.0, metadata={"above": 0, "hint": "loss_spikes.policy=warn drops none"})
-    # Updates; half as many must be there before anything counts as a spike
+    # Number of optimizer steps in the moving window; detection starts once half of it is filled
     window: int = field(default=128, metadata={"min": 2})
-    # Updates that may be dropped in a row, or rollbacks, before the run ends
+    # Consecutive skipped steps, or rollbacks, after which the run stops
     max_rollbacks: int = field(default=10, metadata={"min": 1})
 
 

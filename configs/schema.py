@@ -318,11 +318,6 @@ def validate(config: RunConfig) -> None:
     config.launcher.validate()
     task = config.task
     if isinstance(task, TrainConfig):
-        for field_name in ("num_steps", "num_microbatches", "log_every"):
-            if getattr(task, field_name) < 1:
-                raise ValueError(f"task.{field_name}={getattr(task, field_name)}: must be at least 1")
-        if task.watchdog_timeout < 0:
-            raise ValueError(f"task.watchdog_timeout={task.watchdog_timeout:g}: must not be negative; 0: never")
         if task.profile_steps and len(task.profile_steps) != 2:
             raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
     if isinstance(task, SweepConfig):

@@ -37,11 +37,13 @@ class RunReaderConfig(TaskConfig):
 @dataclass
 class TrainConfig(TaskConfig):
     kind: str = "train"
-    num_steps: int = 1000  # Optimizer steps in total, including those before a resume
-    # Gradient accumulation steps: slices of a batch that are computed one after the other
-    gradient_accumulation_steps: int = 1
-    log_every: int = 10  # Optimizer steps between log lines, where the output is no terminal
-    eval_every: int = 0  # Optimizer steps between evaluations on held-out text; 0: only at the end
+    # Optimizer steps in total, including those before a resume
+    num_steps: int = field(default=1000, metadata={"min": 1})
+    # Number of microbatches that each batch is split into; they are processed one after the other
+    gradient_accumulation_steps: int = field(default=1, metadata={"min": 1})
+    # Optimizer steps between log lines, where the output is no terminal
+    log_every: int = field(default=10, metadata={"min": 1})
+    eval_every: int = 0  # Optimizer steps between evaluations on validation text; 0: only at the end
     sample_every: int = 0  # Optimizer steps between text samples; 0: only at the end
     sample_prompt: str = ""  # Prompt of the text samples
     sample_tokens: int = 128  # Length of a text sample in tokens; 0: no samples
@@ -49,7 +51,7 @@ class TrainConfig(TaskConfig):
     early_stopping_patience: int = 0  # Evaluations without improvement before early stopping; 0: never
     early_stopping_min_delta: float = 0.0  # Least decrease of the loss that counts as improvement, in nats
     # Seconds without progress (a step, an evaluation or a save) after which the run hangs; 0: never
-    watchdog_timeout: float = 1800.0
+    watchdog_timeout: float = field(default=1800.0, metadata={"min": 0, "hint": "0 disables the watchdog"})
     watchdog_action: WatchdogAction = WatchdogAction.warn  # Action when the run hangs
     # Optimizer steps to profile, [first, last]; the trace is written to profile/ in the run folder
     profile_steps: list[int] = field(default_factory=list)

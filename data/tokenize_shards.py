@@ -27,7 +27,14 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from data.object_store import Store, is_url, stored
-from data.records.encoding import DataFormat, EncodingConfig, examples_per_record, read_examples
+from data.records.encoding import (
+    DataFormat,
+    EncodingConfig,
+    LossMask,
+    OnOverflow,
+    examples_per_record,
+    read_examples,
+)
 from data.records.record import BadRecords
 from data.sources.readers import SourceConfig, SourceShard
 from data.tokenizers.tokenizer import Tokenizer, fingerprint
@@ -37,6 +44,18 @@ MANIFEST = "manifest.json"
 VERSION = 1
 EXAMPLES_VERSION = 1  # of how conversations become examples
 BATCH_CHARACTERS = 1 << 22  # of text that is tokenised at once
+# Names in manifests, which predate those of the config: changing them would discard every prepared folder.
+SAVED_KEYS = {"validation_fraction": "heldout_fraction"}
+SAVED_FORMATS = {
+    DataFormat.text: "documents",
+    DataFormat.chat: "conversations",
+    DataFormat.unpaired_preference: "completions",
+    DataFormat.preference: "pairs",
+    DataFormat.classification: "labelled",
+    DataFormat.retrieval: "matches",
+}
+SAVED_LOSS_MASKS = {LossMask.assistant: "assistant", LossMask.last_turn: "last", LossMask.all: "all"}
+SAVED_OVERFLOWS = {OnOverflow.truncate_turns: "whole_turns", OnOverflow.truncate: "cut", OnOverflow.drop: "drop"}
 Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
 
 
@@ -71,9 +90,9 @@ def settings(source: SourceConfig, tokenizer: Tokenizer, rules: EncodingConfig |
     Of conversations that is the chat template, too, and the length of a row, at which they end.
     """
     plain = {
-        f.name: v.name if isinstance(v := getattr(source, f.name), enum.Enum) else v
+        SAVED_KEYS.get(f.name, f.name): v.name if isinstance(v := getattr(source, f.name), enum.Enum) else v
         for f in dataclasses.fields(source)
-        if f.name not in ("weight", "format")
+        if f.name not in ("weight", "chat_format")
     }
     found = {"version": VERSION, "source": plain, "tokenizer": fingerprint(tokenizer)}
     if rules is None:
@@ -81,10 +100,10 @@ def settings(source: SourceConfig, tokenizer: Tokenizer, rules: EncodingConfig |
     return found | {
         "examples": {
             "version": EXAMPLES_VERSION,
-            "records": rules.records.name,
+            "records": SAVED_FORMATS[rules.records],
             "format": source.chat_format.name,
-            "loss_on": rules.loss_on.name,
-            "overlong": rules.overlong.name,
+            "loss_on": SAVED_LOSS_MASKS[rules.loss_on],
+            "overlong": SAVED_OVERFLOWS[rules.overlong],
             "max_length": rules.max_length,
             "chat_template": tokenizer.chat_template,
             "stop_ids": list(tokenizer.stop_ids),
@@ -397,7 +416,8 @@ class TokenCorpus:
         )
         self._tokens = [load(name, "tokens") for name in shards]
         examples = manifest.content["settings"].get("examples", {})
-        records = DataFormat[examples.get("records", DataFormat.text.name)]
+        saved = examples.get("records", SAVED_FORMATS[DataFormat.text])
+        records = next(format for format, name in SAVED_FORMATS.items() if name == saved)
         self.together = examples_per_record(records, examples.get("negatives", 0))
         # The class of a text is a target, and never a token to be read.
         self._beyond = int(records is DataFormat.classification)

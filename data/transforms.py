@@ -43,13 +43,13 @@ class TransformConfig:
 
     kind: str = "none"
 
-    def names(self, seq_len: int) -> list[Names]:
+    def special_tokens(self, seq_len: int) -> list[Names]:
         """Special tokens without which it cannot be."""
         return []
 
     def missing_special_tokens(self, special: Mapping[str, int] | Sequence[str], seq_len: int) -> list[str]:
         """Texts of the special tokens that a tokenizer with those of `special` lacks."""
-        return [names[0] for names in self.names(seq_len) if not any(name in special for name in names)]
+        return [names[0] for names in self.special_tokens(seq_len) if not any(name in special for name in names)]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> Transform | None:
         """None: documents stay as they are. Raises: ValueError naming the key of a value that cannot be."""
@@ -66,7 +66,7 @@ class TransformConfig:
                 "not: begin from weights whose tokenizer has them, or choose a tokenizer=NAME anew; where sentinels "
                 "are too few, a shorter data.seq_len needs less"
             )
-        return [special[next(name for name in names if name in special)] for names in self.names(seq_len)]
+        return [special[next(name for name in names if name in special)] for names in self.special_tokens(seq_len)]
 
 
 def _check_shares(**shares: float) -> None:
@@ -208,7 +208,7 @@ class SpansConfig(TransformConfig):
         """What pieces may be hidden by. Raises: ValueError naming the key of a value that cannot be."""
         raise TypeError(f"data.transform.kind={self.kind}: choose one with transform=NAME")
 
-    def names(self, seq_len: int) -> list[Names]:
+    def special_tokens(self, seq_len: int) -> list[Names]:
         denoisers = self.denoisers()
         modes = [MODES[mode] for mode in dict.fromkeys(d.mode for d in denoisers) if mode is not None]
         sizes = np.arange(2, max(seq_len, 2) + 1)
@@ -311,7 +311,7 @@ class MlmConfig(TransformConfig):
     mask_share: float = 0.8  # of those that are masked
     random_share: float = 0.1  # of those that another token stands for; the rest stay as they are
 
-    def names(self, seq_len: int) -> list[Names]:
+    def special_tokens(self, seq_len: int) -> list[Names]:
         return [MASK]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> "Mlm":
@@ -355,7 +355,7 @@ class DiffusionConfig(TransformConfig):
 
     kind: str = "diffusion"
 
-    def names(self, seq_len: int) -> list[Names]:
+    def special_tokens(self, seq_len: int) -> list[Names]:
         return [MASK]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> "Diffusion":

@@ -255,7 +255,7 @@ def encode_judged(
     if begins[0] != begins[1] or not np.array_equal(own.ids[: begins[0]], apart.ids[: begins[0]]):
         raise BadRow("the chat template writes the prompt differently for another answer")
     label = np.array([judged.label], own.ids.dtype)
-    return own._replace(ids=np.append(own.ids, label), learnt=np.append(own.loss_mask, False)), apart
+    return own._replace(ids=np.append(own.ids, label), loss_mask=np.append(own.loss_mask, False)), apart
 
 
 def _kept_length(turns: np.ndarray, rules: EncodingConfig) -> int:

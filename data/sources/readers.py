@@ -108,7 +108,7 @@ class FileSourceConfig(SourceConfig):
                     continue
                 yield from read(file, bad)
             except (OSError, EOFError, ValueError) as error:  # a file may break anywhere in its middle
-                if isinstance(error, ValueError) and str(error).startswith("data.sources.readers"):
+                if isinstance(error, ValueError) and str(error).startswith("data.sources"):
                     raise
                 bad.add(file, "unreadable or truncated", str(error)[:200])
 

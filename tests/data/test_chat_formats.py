@@ -226,7 +226,7 @@ def test_tables_hold_conversations_too(tmp_path):
 
 def test_array_records_hold_conversations_texts_and_examples(tmp_path):
     module = pytest.importorskip("array_record.python.array_record_module", reason="needs the extra 'arrayrecord'")
-    from tests.data.test_sources import example
+    from tests.data.test_readers import example
 
     contents = {
         "json": [json.dumps({"messages": [USER, ASSISTANT]}).encode(), b'{"messages": '],

@@ -60,7 +60,7 @@ def rules(loss_on=LossMask.assistant, overlong=OnOverflow.truncate_turns, max_le
 
 
 def learnt_texts(tokenizer, example):
-    return [tokenizer.decode(example.ids[begin:end]) for begin, end in runs(example.learnt)]
+    return [tokenizer.decode(example.ids[begin:end]) for begin, end in runs(example.loss_mask)]
 
 
 def test_ids_are_those_of_the_whole_conversation_rendered_once(tokenizer):
@@ -190,7 +190,7 @@ def test_texts_of_a_conversation_are_what_is_said_in_it():
 def test_masks_of_tool_conversations_are_those_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
     from data.tokenizers.kinds import TokenizerJsonConfig
-    from tests.data.test_chat import hf_tokenizer
+    from tests.data.test_chat_encoding import hf_tokenizer
 
     hf_tokenizer("byte-level").save(str(tmp_path / "tokenizer.json"))
     described = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}

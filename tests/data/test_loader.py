@@ -85,7 +85,9 @@ def test_it_goes_on_from_every_state(mixture, expected):
 def test_going_far_ahead_builds_no_row_in_between(mixture, monkeypatch):
     built = []
     make = PackedRows.transform_row
-    monkeypatch.setattr(PackedRows, "drawn", lambda self, row, index: built.append(row) or make(self, row, index))
+    monkeypatch.setattr(
+        PackedRows, "transform_row", lambda self, row, index: built.append(row) or make(self, row, index)
+    )
     far = source(mixture, prefetch=0)
     far.set_state({"next_index": 10**7 * B, "fingerprint": mixture.fingerprint})
     far.next_batch()

@@ -50,7 +50,7 @@ def test_shards_of_documents_are_what_they_always_were(tmp_path):
 
 
 def test_rows_learn_the_answers_and_their_ends_only(tmp_path, tokenizer):
-    source = source_of(tmp_path, map(record, range(20)), heldout_fraction=0.0)
+    source = source_of(tmp_path, map(record, range(20)), validation_fraction=0.0)
     manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES)
     corpus = TokenCorpus(manifest, "train")
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
@@ -96,7 +96,7 @@ def test_the_fingerprint_is_of_tokens_and_mask(tmp_path, tokenizer):
 
 def test_conversations_are_held_out_whole(tmp_path, tokenizer):
     records = [record(i) for i in range(9)]
-    source = source_of(tmp_path, records, heldout_fraction=1e-9)
+    source = source_of(tmp_path, records, validation_fraction=1e-9)
     manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES)
     train, heldout = TokenCorpus(manifest, "train"), TokenCorpus(manifest, "heldout")
     assert (train.num_documents, heldout.num_documents) == (8, 1)
@@ -110,7 +110,7 @@ def test_conversations_are_held_out_whole(tmp_path, tokenizer):
 def test_too_many_bad_records_stop_and_name_the_worst_reason_first(tmp_path, tokenizer):
     records = [*map(record, range(6)), "{", record(1, "q" * 99), record(2, "q" * 99), {"messages": []}]
     source = source_of(tmp_path, records)
-    with pytest.raises(ValueError, match=r"max_bad_share=0.3: 4 of 10 records of source jsonl") as error:
+    with pytest.raises(ValueError, match=r"max_bad_fraction=0.3: 4 of 10 records of source jsonl") as error:
         prepare_source(source, tokenizer, tmp_path / "out", rules=RULES, max_bad_share=0.3)
     said = str(error.value)
     assert "longer than data.seq_len=64 (2, first: line 8: " in said and "broken JSON (1, first: line 7)" in said
@@ -126,7 +126,7 @@ def test_max_documents_counts_good_ones(tmp_path, tokenizer):
 
 
 def test_texts_stand_beside_conversations_and_may_be_long(tmp_path, tokenizer):
-    source = source_of(tmp_path, [{"text": "x" * 3 * L}, {"text": "y"}], heldout_fraction=0.0)
+    source = source_of(tmp_path, [{"text": "x" * 3 * L}, {"text": "y"}], validation_fraction=0.0)
     corpus = TokenCorpus(prepare_source(source, tokenizer, tmp_path / "out", rules=RULES), "train")
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
     learnt = sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))

@@ -13,7 +13,7 @@ from data.tokenizers.kinds import Bytes, Characters
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
     """Twenty files that make ten units of work."""
-    monkeypatch.setattr("data.sources.readers.UNIT_BYTES", 60)
+    monkeypatch.setattr("data.sources.readers.SHARD_BYTES", 60)
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(20):

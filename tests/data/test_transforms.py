@@ -358,7 +358,9 @@ def test_a_trained_tokenizer_has_them_inside_its_size_and_known_ones_are_found()
     assert fim.vocab_size == made.vocab_size
 
 
-@pytest.mark.parametrize("config", [config for config in CONFIGS if config.names(L)], ids=lambda config: config.kind)
+@pytest.mark.parametrize(
+    "config", [config for config in CONFIGS if config.special_tokens(L)], ids=lambda config: config.kind
+)
 def test_a_tokenizer_without_the_tokens_is_refused(config):
     with pytest.raises(ValueError, match=f"data.transform.kind={config.kind}: needs the special tokens"):
         make_rows(CORPUS, DataConfig(seq_len=L), 0, "a", config.build(Bytes(), L))

@@ -74,7 +74,7 @@ def test_rows_hold_the_answer_another_one_and_the_label():
             return examples[index].ids[start:stop]
 
         def learnt(self, index, start, stop):
-            return examples[index].learnt[start:stop]
+            return examples[index].loss_mask[start:stop]
 
     rows = UnpairedRows(Corpus(), seq_len=64)
     assert len(rows) == 2

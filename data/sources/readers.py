@@ -211,7 +211,7 @@ class JsonlConfig(FileSourceConfig):
                 try:
                     content = json.loads(text)
                 except (ValueError, RecursionError):
-                    bad.add(file, "broken JSON", where)
+                    bad.add(file, "invalid JSON", where)
                     continue
                 yield content, where
 
@@ -308,7 +308,7 @@ class ArrayRecordConfig(FileSourceConfig):
             try:
                 yield from take_record(json.loads(text), file, bad, where)
             except (ValueError, RecursionError):
-                bad.add(file, "broken JSON", where)
+                bad.add(file, "invalid JSON", where)
 
     def _contents(self, file: str, bad: BadRecords) -> Iterator[tuple[bytes, str]]:
         module = _extra("array_record.python.array_record_module", "arrayrecord", "arrayrecord")
@@ -338,7 +338,7 @@ class ArrayRecordConfig(FileSourceConfig):
             try:
                 yield from take_text(json.loads(text), self.text_field, file, bad, where)
             except ValueError:
-                bad.add(file, "broken JSON", where)
+                bad.add(file, "invalid JSON", where)
             return
         yield from take_text({"text": text}, "text", file, bad, where)
 

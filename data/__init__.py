@@ -1,1 +1,1 @@
-"""From bytes to batches."""
+"""Data pipeline: sources, tokenizers, record encoding, packing and batches."""

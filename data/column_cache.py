@@ -1,8 +1,8 @@
-"""Numbers for each row of a corpus, computed once and read from disk thereafter: by source and row, whatever the order.
+"""Disk cache of per-row columns, computed once and read by row number in any order.
 
-FOLDER/key.json     all that the numbers depend on
-      /NAME.npy     [rows, ...] of each column, memory-mapped
-      /filled.json  how many rows are there; written after them, so that a pass that was cut off goes on
+FOLDER/key.json     everything the values depend on
+      /NAME.npy     [rows, ...] per column, memory-mapped
+      /filled.json  number of rows written; updated after the rows, so that an interrupted pass resumes
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-Spec = Mapping[str, tuple[tuple[int, ...], Any]]  # of each column: the shape of a row's part, and the dtype
+Spec = Mapping[str, tuple[tuple[int, ...], Any]]  # column name: (shape per row, dtype)
 
 
 class ColumnCache:
-    """Columns of `num_rows` rows. One process writes; the others open it when it is complete."""
+    """Memory-mapped columns of `num_rows` rows. One process writes; the others open it once it is complete."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any], num_rows: int, columns: Spec):
-        """Opens what is there. Raises: ValueError where that was made of something else, or is damaged."""
+        """Opens an existing cache. Raises: ValueError if it was built from another key or is damaged."""
         self.folder, self.key, self.num_rows, self.columns = folder, dict(key), num_rows, columns
         self.filled = 0
         self._arrays: dict[str, np.ndarray] | None = None
@@ -32,8 +32,8 @@ class ColumnCache:
         for name in sorted({*wanted, *found}):
             if wanted.get(name) != found.get(name):
                 raise ValueError(
-                    f"{self.folder}: was made with {name}={found.get(name)}, and is wanted with {wanted.get(name)}; "
-                    "delete the folder, and it is made anew"
+                    f"{self.folder}: was built with {name}={found.get(name)}, but this run needs {wanted.get(name)}; "
+                    "delete the folder to rebuild it"
                 )
         if (note := self.folder / "filled.json").exists():
             self.filled = int(json.loads(note.read_text())["rows"])
@@ -44,9 +44,12 @@ class ColumnCache:
         try:
             array = np.load(path, mmap_mode=mode, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); delete its folder, and it is made anew") from None
+            raise ValueError(f"{path}: cannot be read ({error}); delete its folder to rebuild it") from None
         if array.shape != (self.num_rows, *shape) or array.dtype != np.dtype(dtype):
-            raise ValueError(f"{path}: is {array.shape} {array.dtype}; delete its folder, and it is made anew")
+            raise ValueError(
+                f"{path}: is {array.shape} {array.dtype}, expected {(self.num_rows, *shape)} {np.dtype(dtype)}; "
+                "delete its folder to rebuild it"
+            )
         return array
 
     @property
@@ -54,19 +57,19 @@ class ColumnCache:
         return self.filled == self.num_rows
 
     def begin(self) -> None:
-        """Makes room for all rows, where there is none yet, and opens it for writing."""
+        """Opens the columns for writing; allocates all rows first if the cache is new."""
         if not (self.folder / "filled.json").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, (shape, dtype) in self.columns.items():
                 path = self.folder / f"{name}.npy"
                 np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (self.num_rows, *shape)).flush()
             _write(self.folder / "key.json", self.key)
-            self._note()
+            self._save_filled()
         self._arrays = {name: self._load(name, "r+") for name in self.columns}
 
     def write(self, first: int, values: Mapping[str, np.ndarray]) -> None:
-        """Rows from `first` on, as far as there are any; they count from the next `flush`."""
-        assert self._arrays is not None, "begin() opens the table for writing"
+        """Writes rows starting at `first`; rows past the end are dropped. They count as filled after `flush`."""
+        assert self._arrays is not None, "begin() opens the cache for writing"
         stop = min(first + len(next(iter(values.values()))), self.num_rows)
         for name, array in self._arrays.items():
             array[first:stop] = values[name][: stop - first]
@@ -75,13 +78,13 @@ class ColumnCache:
     def flush(self) -> None:
         for array in (self._arrays or {}).values():
             array.flush()  # type: ignore[attr-defined]
-        self._note()
+        self._save_filled()
 
-    def _note(self) -> None:
+    def _save_filled(self) -> None:
         _write(self.folder / "filled.json", {"rows": self.filled})
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """The columns of a row. Raises: IndexError for one that is not there yet."""
+        """Returns the columns of a row. Raises: IndexError if the row has not been written."""
         if self._arrays is None or not 0 <= row < self.filled:
             raise IndexError(f"{self.folder}: row {row} of {self.filled}")
         return {name: np.array(array[row]) for name, array in self._arrays.items()}

@@ -1,9 +1,9 @@
-"""The one order of all batches, and the way to any place in it.
+"""Deterministic data loader with random access to any step.
 
-Row i of the run is a formula of (seed, sources, i): the mixture picks the source, the source's epoch shuffles its
-rows, the plan of packing says which documents they hold, and what a transform draws follows from i. Batch s is rows
-[s B, (s + 1) B). Nothing is replayed to get anywhere, and hosts, workers and prefetching only decide who computes what,
-and when.
+Row i of a run is a pure function of (seed, sources, i): the mixture selects the source, the source's epoch shuffles its
+rows, the packing plan assigns documents to rows, and random draws of a transform are keyed by i. Batch s consists of
+rows [s B, (s + 1) B). Resuming replays nothing. Hosts, workers and prefetching affect only where and when a row is
+computed, never its contents.
 """
 
 import hashlib
@@ -22,11 +22,12 @@ from data.sources.readers import SourceConfig
 from data.transforms import Transform, TransformConfig
 
 Place = Callable[[TokenBatch], Any]
-_LAST = 2**48  # rows of a run: more than will ever be asked for
+_LAST = 2**48  # upper bound on the rows of a run
 
 
 @dataclass
 class DataConfig:
+<<<<<<< HEAD
     batch_size: int = field(default=8, metadata={"min": 1})  # sequences of the global batch
     seq_len: int = field(default=256, metadata={"min": 1})  # tokens of a sequence
     packing: Packing = Packing.concat  # How documents fill rows
@@ -51,6 +52,29 @@ class DataConfig:
 
     def encoding(self, needs: DataNeeds = NO_NEEDS) -> EncodingConfig | None:
         """How records become examples for an objective with these needs; None where they are documents."""
+=======
+    batch_size: int = 8  # global batch size, in sequences
+    seq_len: int = 256  # sequence length, in tokens
+    packing: Packing = Packing.concat  # concat: documents back to back; best_fit: uncut documents, a little padding
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # data sources of the mixture, by name
+    format: DataFormat = DataFormat.text  # record type of all sources
+    transform: TransformConfig = field(default_factory=TransformConfig)  # corruption or masking applied to documents
+    loss_mask: LossMask = LossMask.assistant  # tokens of a conversation that contribute to the loss
+    on_overflow: OnOverflow = OnOverflow.truncate_turns  # handling of conversations longer than seq_len tokens
+    classes: list[str] = field(default_factory=list)  # class names for classification, in label order
+    margins: bool = False  # of pairs; the objective sets it, and the next two keys
+    pairs_per_row: int = 1  # at most
+    negatives: int = 0  # of matches
+    max_bad_fraction: float = 0.1  # maximum fraction of unusable records; the run fails above it
+    shuffle: bool = True  # shuffle rows in every epoch
+    max_epochs: float | None = None  # maximum passes over the data; the run fails above it; null: unlimited
+    prefetch: int = 2  # batches prepared in advance; 0 disables prefetching
+    max_eval_batches: int = 16  # maximum validation batches per source; 0: all
+    cache_dir: str | None = None  # folder or URL of the token shards; null: prepared/ in output_dir
+
+    def encoding(self) -> EncodingConfig | None:
+        """Returns the encoding of records as examples; None for plain documents."""
+>>>>>>> p-data
         if self.format is DataFormat.text:
             return None
         made = (tuple(self.classes), needs.margins, needs.num_negatives)
@@ -58,7 +82,7 @@ class DataConfig:
 
 
 class PackedRows:
-    """The rows of one corpus."""
+    """Packed rows of one corpus."""
 
     def __init__(
         self, corpus: Corpus, *, seq_len: int, packing: Packing, seed: int, transform: Transform | None = None
@@ -75,22 +99,23 @@ class PackedRows:
         return self.transform_row(row, row)
 
     def transform_row(self, row: int, index: int) -> TokenBatch:
-        """The row as row `index` of the run: what a transform draws for it follows from that."""
+        """Builds the row as row `index` of the run, which keys the random draws of the transform."""
         transform, growth = self.transform, self.growth
 
-        def show(found: np.ndarray, piece: Piece, place: int) -> RowSlice:
+        def show(found: np.ndarray, piece: Piece, slot: int) -> RowSlice:
             assert transform is not None
             choice = 0 if growth is None else growth.choice(piece.document, piece.start)
-            return transform(found, piece.stop - piece.start, CounterRng(self.seed, int(index), place), choice)
+            return transform(found, piece.stop - piece.start, CounterRng(self.seed, int(index), slot), choice)
 
         pieces = self.plan.pieces(int(row))
         return build_row(self.corpus, pieces, self.seq_len, None if transform is None else show)
 
 
 class PairRows:
-    """The rows of one corpus of texts that stand together: fields [S, L], the texts of a group one to each side.
+    """Rows of a corpus of text groups: fields [S, L], one side per text of the group.
 
-    Of pairs 0 is chosen and 1 rejected. A row holds `per_row` groups at most: as segment n + 1 of every side the n-th.
+    For preference pairs side 0 is chosen and side 1 rejected. A row holds at most `per_row` groups; group n is segment
+    n + 1 of every side.
     """
 
     def __init__(self, corpus: Corpus, *, seq_len: int, sides: int = 2, per_row: int = 1, valued: bool = False):
@@ -103,8 +128,8 @@ class PairRows:
     def __getitem__(self, row: int) -> TokenBatch | ColumnBatch:
         row = int(row)
         firsts = [self.sides * row] if self.plan is None else [piece.document for piece in self.plan.pieces(row)]
-        whole = lambda text: Piece(text, 0, int(self.corpus.lengths[text]))
-        sides = [[whole(first + side) for first in firsts] for side in range(self.sides)]
+        uncut = lambda text: Piece(text, 0, int(self.corpus.lengths[text]))
+        sides = [[uncut(first + side) for first in firsts] for side in range(self.sides)]
         made: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in sides])
         if not self.valued:
             return made
@@ -113,25 +138,25 @@ class PairRows:
         return ColumnBatch(*made, {"margin": margins})
 
     def transform_row(self, row: int, index: int) -> TokenBatch | ColumnBatch:
-        """The row: nothing is drawn for it."""
+        """Returns the row: groups take no transform."""
         return self[row]
 
 
 class UnpairedRows(PairRows):
-    """The rows of one corpus of answers: 0 the answer, 1 another one to the same prompt; column `label` [] f32."""
+    """Rows of unpaired preferences: side 0 the completion, side 1 a mismatched one; column `label` [] f32."""
 
     def __getitem__(self, row: int) -> ColumnBatch:
         first, ends = 2 * int(row), self.corpus.lengths
-        # The label stands after the last token of the answer, where nothing is learnt.
+        # The label is stored after the last token of the completion and is masked out of the loss.
         sides = [[Piece(first, 0, int(ends[first]) - 1)], [Piece(first + 1, 0, int(ends[first + 1]))]]
         label = self.corpus.document(first, int(ends[first]) - 1, int(ends[first]))[0]
         tokens: TokenBatch = stack([build_row(self.corpus, pieces, self.seq_len) for pieces in sides])
-        tokens.targets[0, int(ends[first]) - 2] = 0  # not a token
+        tokens.targets[0, int(ends[first]) - 2] = 0  # the label is not a token
         return ColumnBatch(*tokens, {"label": np.float32(label)})
 
 
 class RowsWithColumns:
-    """Rows with what a table keeps of each."""
+    """Rows with their cached columns."""
 
     def __init__(self, rows: PackedRows | PairRows, table: ColumnCache):
         self.rows, self.table = rows, table
@@ -144,7 +169,7 @@ class RowsWithColumns:
         return ColumnBatch(*tokens_of(found), {**columns_of(found), **self.table[int(row)]})
 
     def transform_row(self, row: int, index: int) -> ColumnBatch:
-        """The row: what is kept was asked of these very tokens, so nothing may be drawn for them."""
+        """Returns the row untransformed: the cached columns were computed on exactly these tokens."""
         return self[row]
 
 
@@ -152,7 +177,7 @@ Rows = PackedRows | PairRows | RowsWithColumns
 
 
 def with_columns(rows: Mapping[str, Rows], tables: Mapping[str, ColumnCache]) -> dict[str, Rows]:
-    """Rows by source; those of a source that has a table with what it keeps."""
+    """Attaches cached columns to the rows of the sources that have them."""
     return {name: RowsWithColumns(found, tables[name]) if name in tables else found for name, found in rows.items()}
 
 
@@ -164,7 +189,11 @@ def make_rows(
     transform: Transform | None = None,
     needs: DataNeeds = NO_NEEDS,
 ) -> PackedRows | PairRows:
+<<<<<<< HEAD
     """The rows of the source `name`, for an objective with these needs."""
+=======
+    """Builds the rows of the source `name`."""
+>>>>>>> p-data
     if config.format is DataFormat.unpaired_preference:
         return UnpairedRows(corpus, seq_len=config.seq_len)
     rules = config.encoding(needs)
@@ -176,7 +205,7 @@ def make_rows(
 
 
 class Mixture:
-    """All rows of a run, by index."""
+    """Random access to all rows of a run, mixed from its sources."""
 
     def __init__(
         self,
@@ -189,9 +218,9 @@ class Mixture:
         transform: Transform | None = None,
         needs: DataNeeds = NO_NEEDS,
     ):
-        """`weights` None: by the tokens of each corpus; `tables`: what is kept of each source's rows.
+        """`weights` None: proportional to the tokens of each corpus. `tables`: cached columns by source.
 
-        Raises: ValueError for a source without a whole row.
+        Raises: ValueError if a source has no rows.
         """
         import grain
 
@@ -211,9 +240,15 @@ class Mixture:
             part = (part.shuffle() if config.shuffle else part).repeat(None)
             parts.append(part.map(_Tagged(index)))
         self._index = grain.MapDataset.mix(parts, [self.weights[n] for n in self.names]) if len(parts) > 1 else parts[0]
+<<<<<<< HEAD
         further = {} if transform is None else {"transform": asdict(config.transform)}
         if needs.pairs_per_row > 1:
             further["pairs_per_row"] = needs.pairs_per_row
+=======
+        extra = {} if transform is None else {"transform": asdict(config.transform)}
+        if config.pairs_per_row > 1:
+            extra["pairs_per_row"] = config.pairs_per_row
+>>>>>>> p-data
         self.fingerprint = _sha(
             {
                 "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
@@ -223,13 +258,13 @@ class Mixture:
                 "packing": config.packing.name,
                 "shuffle": config.shuffle,
             }
-            | further
+            | extra
         )
 
     def locate(self, index: int) -> tuple[str, int]:
-        """The source of row `index` and the row within its plan."""
+        """Returns the source of row `index` and the row number within that source's plan."""
         found = self._index[index]
-        assert found is not None, "nothing is filtered out"
+        assert found is not None, "no row is filtered out"
         return self.names[found[0]], found[1]
 
     def __getitem__(self, index: int) -> TokenBatch | ColumnBatch:
@@ -237,12 +272,12 @@ class Mixture:
         return self.rows[name].transform_row(row, index)
 
     def num_rows(self, epochs: float) -> int:
-        """Rows until some source has been passed over `epochs` times."""
+        """Returns the number of rows until the first source completes `epochs` epochs."""
         return int(min(len(self.rows[name]) * epochs / self.weights[name] for name in self.names))
 
 
 class _Tagged:
-    """Puts the source's number beside a row number; a class, so that Grain can copy it to workers."""
+    """Pairs a row number with its source index; a class, so that Grain can pickle it for workers."""
 
     def __init__(self, source: int):
         self.source = source
@@ -252,7 +287,7 @@ class _Tagged:
 
 
 def source_seed(seed: int, name: str) -> int:
-    """Each source shuffles by itself, whatever the others are."""
+    """Returns the shuffle seed of a source, independent of the other sources."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
 
 
@@ -261,7 +296,7 @@ def _sha(content: Any) -> str:
 
 
 def stack(rows: Sequence[Any]) -> Any:
-    """Rows of one kind of batch as that batch."""
+    """Stacks rows into a batch of their type."""
     if not isinstance(rows[0], ColumnBatch):
         return type(rows[0])(*(np.stack(column) for column in zip(*rows, strict=True)))
     tokens = TokenBatch(*(np.stack(column) for column in zip(*(row[:5] for row in rows), strict=True)))
@@ -269,7 +304,7 @@ def stack(rows: Sequence[Any]) -> Any:
 
 
 def padding_row(row: Any) -> Any:
-    """A row of padding, of the kind of `row`."""
+    """Returns a padding row with the type and shapes of `row`."""
     if not isinstance(row, ColumnBatch):
         return type(row)(*map(np.zeros_like, row))
     tokens = TokenBatch(*map(np.zeros_like, row[:5]))
@@ -277,7 +312,7 @@ def padding_row(row: Any) -> Any:
 
 
 class _LocalRows:
-    """The rows that this process feeds, one after the other: position p is slot p mod R of step p div R."""
+    """Rows fed by this process, in order: with R slots, position p is slot p mod R of step p // R."""
 
     def __init__(self, mixture: Mixture, first: int, batch_size: int, slots: Sequence[int]):
         self.mixture, self.first, self.batch_size, self.slots = (
@@ -296,13 +331,13 @@ class _LocalRows:
 
 
 class TokenLoader:
-    """Batches of a mixture, made ahead in the background and placed on the mesh there."""
+    """Batches of a mixture, prefetched and placed on the mesh in a background thread."""
 
     def __init__(self, mixture: Mixture, *, batch_size: int, slots: Sequence[int], place: Place, prefetch: int):
-        """`slots`: rows of the global batch that this process feeds."""
+        """`slots`: rows of the global batch fed by this process."""
         self.mixture, self.batch_size, self.slots = mixture, batch_size, slots
         self.place, self.prefetch = place, prefetch
-        self.next_index = 0  # row of the run with which the next batch begins
+        self.next_index = 0  # first row of the next batch
         self._iterator: Iterator[Any] | None = None
 
     def next_batch(self, state: Any = None) -> Any:
@@ -316,7 +351,7 @@ class TokenLoader:
         import grain
 
         rows = _LocalRows(self.mixture, self.next_index, self.batch_size, self.slots)
-        read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # one thread, below: more only contend
+        read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the one prefetch thread below is enough
         made = grain.MapDataset.source(rows).batch(len(self.slots), batch_fn=stack).to_iter_dataset(read)
         made = made.map(self.place)
         if self.prefetch:
@@ -327,11 +362,11 @@ class TokenLoader:
         return {"next_index": self.next_index, "fingerprint": self.mixture.fingerprint}
 
     def set_state(self, saved: dict[str, Any]) -> None:
-        """Raises: ValueError where the data is no longer what the position counts."""
+        """Restores the position. Raises: ValueError if the data differs from the checkpoint's."""
         if saved["fingerprint"] != self.mixture.fingerprint:
             raise ValueError(
-                "data: sources, weights, tokenizer, packing, seq_len or seed are not those of the checkpoint, so its "
-                "position says nothing about this data; set them back, or begin the data anew with reset=[data]"
+                "data: sources, weights, tokenizer, packing, seq_len or seed differ from the checkpoint, so its data "
+                "position does not apply; restore the old settings, or restart the data with reset=[data]"
             )
         self.skip_to(int(saved["next_index"]))
 
@@ -341,17 +376,17 @@ class TokenLoader:
         self.next_index = row
 
     def global_batch(self) -> Any:
-        """The whole next batch, of all processes, on the host."""
+        """Builds the next global batch, the rows of all processes, on the host."""
         return stack([self.mixture[self.next_index + slot] for slot in range(self.batch_size)])
 
     def close(self) -> None:
         if self._iterator is not None and (close := getattr(self._iterator, "close", None)) is not None:
-            close()  # of the thread that makes batches ahead
+            close()  # stops the prefetch thread
         self._iterator = None
 
 
 def batch_hash(batch: TokenBatch | ColumnBatch) -> str:
-    """SHA-256 over every field of a batch in its canonical dtype, and every column in its own."""
+    """Returns the SHA-256 of a batch: fields in their canonical dtype, columns in their own."""
     digest = hashlib.sha256()
     fields = [*zip(TokenBatch._fields, batch[:5], DTYPES, strict=True)]
     fields += [(name, value, value.dtype) for name, value in sorted(columns_of(batch).items())]
@@ -364,11 +399,11 @@ def batch_hash(batch: TokenBatch | ColumnBatch) -> str:
 def heldout_batches(
     rows: Rows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
 ) -> Iterator[Any]:
-    """The first batches of held-out rows, always the same; what is missing in the last one is padding."""
+    """Yields the first validation batches, always the same; the last one is filled with padding rows."""
     count = -(-len(rows) // batch_size)
     if max_batches:
         count = min(count, max_batches)
-    nothing = padding_row(rows[0])
+    padding = padding_row(rows[0])
     for first in range(0, count * batch_size, batch_size):
         wanted = [first + int(slot) for slot in slots]
-        yield place(stack([rows[i] if i < len(rows) else nothing for i in wanted]))
+        yield place(stack([rows[i] if i < len(rows) else padding for i in wanted]))

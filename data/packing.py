@@ -1,10 +1,10 @@
-"""Documents to rows of equal length, by a plan that is a pure function of (corpus, seed, seq_len, packing).
+"""Packs documents into rows of equal length; the plan is a pure function of (corpus, seed, seq_len, packing).
 
-Rows are planned once, over the shuffled documents; an epoch then shuffles rows. Packed documents never see each other,
-so which of them share a row has no effect on what a model computes. Where a transform (`data/transforms.py`) makes more
-of a piece than it was, the plan cuts and packs by what it becomes.
+Rows are planned once, over the shuffled documents; each epoch then shuffles the rows. Packed documents do not attend
+to each other, so the assignment to rows does not change what a model computes. If a transform (`data/transforms.py`)
+lengthens a piece, the plan cuts and packs by the transformed length.
 
-Shape letters: L length of a row, C choices of a transform.
+Shape letters: L row length, C transform choices.
 """
 
 import bisect
@@ -17,12 +17,12 @@ import numpy as np
 
 from data.batch import TokenBatch
 
-WINDOW = 8192  # documents among which best fit looks for a place
+WINDOW = 8192  # documents that best fit packs at a time
 
 
 class Packing(enum.Enum):
-    concat = "concat"  # one after the other, cut at the ends of rows: no padding
-    best_fit = "best_fit"  # whole documents, only those longer than a row are cut: a little padding
+    concat = "concat"  # documents back to back, cut at row boundaries: no padding
+    best_fit = "best_fit"  # documents stay intact unless longer than a row: little padding
 
 
 class Corpus(Protocol):
@@ -31,7 +31,7 @@ class Corpus(Protocol):
 
     def document(self, index: int, start: int, stop: int) -> np.ndarray: ...
 
-    def learnt(self, index: int, start: int, stop: int) -> np.ndarray | None: ...
+    def loss_mask(self, index: int, start: int, stop: int) -> np.ndarray | None: ...
 
     def values(self, indices: Sequence[int]) -> np.ndarray: ...
 
@@ -45,20 +45,19 @@ class Piece(NamedTuple):
 
 
 class RowSlice(NamedTuple):
-    """What a row holds of a piece: as many of each."""
+    """Row contents made from one piece; the three arrays have equal length."""
 
     tokens: np.ndarray  # i32
     targets: np.ndarray  # i32
     mask: np.ndarray  # f32
 
 
-ShowSlice = Callable[
-    [np.ndarray, Piece, int], RowSlice
-]  # of its tokens and the next one, the piece, and its place in the row
+# (tokens of the piece plus the next one, the piece, its index in the row) -> row contents
+ShowSlice = Callable[[np.ndarray, Piece, int], RowSlice]
 
 
 class Plan(Protocol):
-    """Which pieces make up each row."""
+    """Assignment of pieces to rows."""
 
     num_rows: int
 
@@ -66,7 +65,7 @@ class Plan(Protocol):
 
 
 def hashed(seed: int, count: int) -> np.ndarray:
-    """[count] u64: SplitMix64 of (seed, i); the same on every platform and version."""
+    """Returns [count] u64: SplitMix64 of (seed, i), identical on every platform and version."""
     with np.errstate(over="ignore"):
         x = np.arange(count, dtype=np.uint64) + np.uint64(1)
         x = x * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed & (2**64 - 1)) * np.uint64(0xD1342543DE82EF95)
@@ -76,15 +75,15 @@ def hashed(seed: int, count: int) -> np.ndarray:
 
 
 def shuffled(seed: int, count: int) -> np.ndarray:
-    """A permutation of range(count)."""
+    """Returns a permutation of range(count)."""
     return np.argsort(hashed(seed, count), kind="stable")
 
 
 def fold_seed(*parts: int) -> int:
-    """One seed from several numbers: each is hashed with those before it."""
+    """Folds several numbers into one seed; each is hashed with those before it."""
     seed = 0
     for part in parts:
-        x = ((seed ^ part) * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) % 2**64  # `hashed` of one number
+        x = ((seed ^ part) * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) % 2**64  # as `hashed` for a single number
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> shift)) * factor % 2**64
         seed = x ^ (x >> 31)
@@ -92,7 +91,7 @@ def fold_seed(*parts: int) -> int:
 
 
 class CounterRng:
-    """Random numbers that follow from a key, one after the other; the same on every platform and version."""
+    """Counter-based random numbers for a key, identical on every platform and version."""
 
     def __init__(self, *key: int):
         self._key, self._count = fold_seed(*key), 0
@@ -102,21 +101,22 @@ class CounterRng:
         return fold_seed(self._key, self._count)
 
     def uniform(self, count: int) -> np.ndarray:
-        """[count] f64, at least 0 and below 1."""
+        """Returns [count] f64 in [0, 1)."""
         return (hashed(self._seed(), count) >> np.uint64(11)) * 2.0**-53
 
     def below(self, bound: int) -> int:
-        """One of 0 to bound - 1."""
+        """Returns an integer in [0, bound)."""
         return int(self.uniform(1)[0] * bound)
 
     def order(self, count: int) -> np.ndarray:
-        """A permutation of range(count)."""
+        """Returns a permutation of range(count)."""
         return shuffled(self._seed(), count)
 
 
 class TransformLengths:
-    """What pieces take in a row: `table` [C, L + 1] i64, of pieces of n tokens, ascending. Which of the C choices holds
-    for a piece follows from where it begins.
+    """Row lengths of transformed pieces: `table` [C, L + 1] i64, by choice and piece length, ascending.
+
+    The choice for a piece is a function of its document and start.
     """
 
     def __init__(self, table: np.ndarray, seed: int):
@@ -126,8 +126,9 @@ class TransformLengths:
         return fold_seed(self.seed, document, start) % len(self.table) if len(self.table) > 1 else 0
 
     def cut(self, document: int, start: int, stop: int, room: int) -> tuple[Piece, int] | None:
-        """The longest piece from `start` on that fits, and what it takes; None where it would be a single token of
-        several.
+        """Returns the longest piece from `start` that fits into `room` tokens, and its transformed length.
+
+        None if only one token of several would fit.
         """
         table = self.table[self.choice(document, start)]
         size = min(stop - start, int(np.searchsorted(table, room, side="right")) - 1)
@@ -137,7 +138,7 @@ class TransformLengths:
 
 
 class ConcatPlan:
-    """Row r is tokens [r L, (r + 1) L) of all documents in shuffled order."""
+    """Row r holds tokens [r L, (r + 1) L) of all documents, concatenated in shuffled order."""
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int):
         self.seq_len = seq_len
@@ -152,16 +153,16 @@ class ConcatPlan:
         found = []
         while at < stop:
             end = int(self.ends[rank])
-            begin = int(self.ends[rank - 1]) if rank else 0
+            start = int(self.ends[rank - 1]) if rank else 0
             if end > at:
-                found.append(Piece(int(self.order[rank]), at - begin, min(stop, end) - begin))
+                found.append(Piece(int(self.order[rank]), at - start, min(stop, end) - start))
                 at = min(stop, end)
             rank += 1
         return found
 
 
 class ListedPlan:
-    """Rows that are kept one by one."""
+    """A plan stored as an explicit list of rows."""
 
     def __init__(self, rows: Iterable[list[Piece]]):
         documents, starts, stops, offsets = [], [], [], [0]
@@ -182,7 +183,7 @@ class ListedPlan:
 
 
 class BestFitPlan(ListedPlan):
-    """Each document goes where it leaves the least room, the longest first, among those of a window."""
+    """Best-fit decreasing over windows of documents: the fullest row that still fits takes the next longest piece."""
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: TransformLengths | None = None):
         cuts = (_cuts(d, lengths[d], seq_len, growth) for d in shuffled(seed, len(lengths)))
@@ -190,14 +191,15 @@ class BestFitPlan(ListedPlan):
 
 
 class PairPlan(ListedPlan):
-    """Pairs of texts whole, as many side by side as fit: each takes what the longer of its texts does. A row's pieces
-    are the first texts of its pairs, `most` of them.
+    """Packs uncut groups of texts into rows; a group takes the length of its longest text.
+
+    A row's pieces are the first texts of its groups, at most `most` of them.
     """
 
     def __init__(self, lengths: np.ndarray, seq_len: int, *, sides: int, most: int):
         sizes = lengths.reshape(-1, sides).max(1).tolist()
-        whole = lambda text: Piece(text, 0, int(lengths[text]))
-        super().__init__(_in_windows(([(whole(sides * i), size)] for i, size in enumerate(sizes)), seq_len, most))
+        uncut = lambda text: Piece(text, 0, int(lengths[text]))
+        super().__init__(_in_windows(([(uncut(sides * i), size)] for i, size in enumerate(sizes)), seq_len, most))
 
 
 def _cuts(document: int, length: int, seq_len: int, growth: TransformLengths | None) -> Iterator[tuple[Piece, int]]:
@@ -209,13 +211,13 @@ def _cuts(document: int, length: int, seq_len: int, growth: TransformLengths | N
     start = 0
     while start < length:
         cut = growth.cut(int(document), start, int(length), seq_len)
-        assert cut is not None, "two tokens fit into a row"
+        assert cut is not None, "a row has room for two tokens"
         yield cut
         start = cut[0].stop
 
 
 class GrownConcatPlan(ListedPlan):
-    """One after the other, each as long as the room that is left allows."""
+    """`ConcatPlan` for transformed pieces: documents back to back, each piece as long as the remaining room allows."""
 
     def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, growth: TransformLengths):
         super().__init__(_concat(shuffled(seed, len(lengths)), lengths, seq_len, growth))
@@ -241,14 +243,14 @@ def _concat(order: np.ndarray, lengths: np.ndarray, seq_len: int, growth: Transf
 def _in_windows(
     documents: Iterable[Iterable[tuple[Piece, int]]], seq_len: int, most: int | None = None
 ) -> Iterator[list[Piece]]:
-    """Rows of the pieces of each document, of so many documents at a time."""
+    """Yields best-fit rows for the pieces of `WINDOW` documents at a time."""
     documents = iter(documents)
     while window := list(itertools.islice(documents, WINDOW)):
         yield from _best_fit(list(itertools.chain.from_iterable(window)), seq_len, most)
 
 
 def _best_fit(cuts: list[tuple[Piece, int]], seq_len: int, most: int | None = None) -> list[list[Piece]]:
-    """`most`: pieces of a row."""
+    """Returns rows of at most `most` pieces; None: unlimited."""
     cuts.sort(key=lambda cut: -cut[1])  # stable: equal lengths keep the shuffled order
     rows: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
@@ -269,28 +271,28 @@ def _best_fit(cuts: list[tuple[Piece, int]], seq_len: int, most: int | None = No
 def make_plan(
     lengths: np.ndarray, *, seq_len: int, packing: Packing, seed: int, growth: TransformLengths | None = None
 ) -> Plan:
-    """`growth` None: a piece takes as many tokens as it has."""
+    """Builds the plan for a packing mode. `growth` None: pieces keep their length in the row."""
     if packing is Packing.best_fit:
         return BestFitPlan(lengths, seq_len, seed, growth)
     return ConcatPlan(lengths, seq_len, seed) if growth is None else GrownConcatPlan(lengths, seq_len, seed, growth)
 
 
-def plain(found: np.ndarray, size: int, learnt: np.ndarray | None = None) -> RowSlice:
-    """`size` tokens, each with the next one as its target; `found` may have one more. The last target is masked where
-    there is none; `loss_mask`: which of the others count.
+def plain(found: np.ndarray, size: int, loss_mask: np.ndarray | None = None) -> RowSlice:
+    """Returns `size` tokens with the next token as target; `found` may hold one token more.
+
+    The last target is masked if there is no next token. `loss_mask` selects the other targets; None: all of them.
     """
     targets, mask = np.zeros(size, np.int32), np.zeros(size, np.float32)
     known = min(len(found) - 1, size)
     targets[:known] = found[1 : known + 1]
-    mask[:known] = 1 if learnt is None else learnt
+    mask[:known] = 1 if loss_mask is None else loss_mask
     return RowSlice(found[:size].astype(np.int32), targets, mask)
 
 
 def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int, show: ShowSlice | None = None) -> TokenBatch:
-    """One row [L] of each field. A piece's last target is the document's next token, or masked where there is none.
+    """Builds one row, [L] per field. A piece's last target is the document's next token; masked without one.
 
-    What a corpus says of a token holds for it as a target: the mask moves with it, once. `show`: what else a piece
-    becomes.
+    The loss mask of a corpus is indexed by token and shifts by one with the targets. `show` transforms pieces.
     """
     tokens = np.zeros(seq_len, np.int32)
     targets = np.zeros(seq_len, np.int32)
@@ -300,13 +302,13 @@ def build_row(corpus: Corpus, pieces: list[Piece], seq_len: int, show: ShowSlice
     at = 0
     for segment, piece in enumerate(pieces, 1):
         document, start, stop = piece
-        found = corpus.document(document, start, stop + 1)  # with the token that follows, if any
+        found = corpus.document(document, start, stop + 1)  # plus the next token, if any
         if show is None:
-            shown = plain(found, stop - start, corpus.learnt(document, start + 1, start + len(found)))
+            part = plain(found, stop - start, corpus.loss_mask(document, start + 1, start + len(found)))
         else:
-            shown = show(found, piece, segment - 1)
-        size = len(shown.tokens)
-        tokens[at : at + size], targets[at : at + size], mask[at : at + size] = shown
+            part = show(found, piece, segment - 1)
+        size = len(part.tokens)
+        tokens[at : at + size], targets[at : at + size], mask[at : at + size] = part
         segments[at : at + size] = segment
         positions[at : at + size] = np.arange(size)
         at += size

@@ -1,14 +1,14 @@
-"""Text to token shards, once: memory-mapped afterwards, by every process and every later run.
+"""Tokenizes text into shards once; every process and every later run memory-maps them.
 
-    FOLDER/shard_00000.train.tokens.npy   u16 or u32, the documents one after the other
+    FOLDER/shard_00000.train.tokens.npy   u16 or u32, concatenated documents
           /shard_00000.train.offsets.npy  i64 [documents + 1]
-          /shard_00000.train.learnt.npy   bool, beside the tokens of conversations: which of them are to be learnt
-          /shard_00000.train.values.npy   f32 [documents]: margins of pairs, where they have any
-          /shard_00000.heldout.*          documents that are never trained on
-          /shard_00000.json               what the shard was made of; written last
-          /manifest.json                  settings, hashes, counts, bad records; written when all shards stand
+          /shard_00000.train.learnt.npy   bool per token: the loss mask; only for formats other than text
+          /shard_00000.train.values.npy   f32 [documents]: preference margins, if the objective reads them
+          /shard_00000.heldout.*          the validation split, never trained on
+          /shard_00000.json               inputs and counts of the shard; written last
+          /manifest.json                  settings, hashes, counts, bad records; written after all shards
 
-A shard is one unit of a source. A run that is killed goes on with the next shard; one whose files changed is made anew.
+A shard is one unit of a source. A killed run resumes at the next shard; a shard is rebuilt if its files changed.
 """
 
 import dataclasses
@@ -27,7 +27,14 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from data.object_store import Store, is_url, stored
-from data.records.encoding import DataFormat, EncodingConfig, examples_per_record, read_examples
+from data.records.encoding import (
+    DataFormat,
+    EncodingConfig,
+    LossMask,
+    OnOverflow,
+    examples_per_record,
+    read_examples,
+)
 from data.records.record import BadRecords
 from data.sources.readers import SourceConfig, SourceShard
 from data.tokenizers.tokenizer import Tokenizer, fingerprint
@@ -35,20 +42,32 @@ from data.tokenizers.tokenizer import Tokenizer, fingerprint
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 VERSION = 1
-EXAMPLES_VERSION = 1  # of how conversations become examples
-BATCH_CHARACTERS = 1 << 22  # of text that is tokenised at once
-Progress = Callable[[int, int, int], None]  # shards done, shards in all, tokens so far
+EXAMPLES_VERSION = 1  # version of the record encoding
+BATCH_CHARACTERS = 1 << 22  # characters tokenized per batch
+# Names saved in manifests differ from the config's: changing them would discard every prepared folder.
+SAVED_KEYS = {"validation_fraction": "heldout_fraction"}
+SAVED_FORMATS = {
+    DataFormat.text: "documents",
+    DataFormat.chat: "conversations",
+    DataFormat.unpaired_preference: "completions",
+    DataFormat.preference: "pairs",
+    DataFormat.classification: "labelled",
+    DataFormat.retrieval: "matches",
+}
+SAVED_LOSS_MASKS = {LossMask.assistant: "assistant", LossMask.last_turn: "last", LossMask.all: "all"}
+SAVED_OVERFLOWS = {OnOverflow.truncate_turns: "whole_turns", OnOverflow.truncate: "cut", OnOverflow.drop: "drop"}
+Progress = Callable[[int, int, int], None]  # (shards done, total shards, tokens so far)
 
 
 class Manifest(NamedTuple):
-    """What a prepared folder holds."""
+    """Contents of a prepared folder."""
 
     folder: Path
     content: dict[str, Any]
 
     @property
     def fingerprint(self) -> str:
-        """Of all that defines the tokens."""
+        """SHA-256 of everything that determines the tokens."""
         return self.content["fingerprint"]
 
     @property
@@ -57,23 +76,26 @@ class Manifest(NamedTuple):
 
     @property
     def masked(self) -> bool:
-        """Whether it holds conversations, of which not every token is to be learnt."""
+        """Whether the shards have a loss mask: every format but text."""
         return "examples" in self.content["settings"]
 
     def count(self, split: str, what: str) -> int:
-        """`documents`, `tokens` or `bytes` of a split; of conversations also `loss_mask` tokens and those `truncated`."""
+        """Returns a count of a split: `documents`, `tokens` or `bytes`.
+
+        Formats other than text also have `learnt` (tokens in the loss) and `shortened` (truncated examples).
+        """
         return self.content["counts"][split][what]
 
 
 def settings(source: SourceConfig, tokenizer: Tokenizer, rules: EncodingConfig | None = None) -> dict[str, Any]:
-    """All that decides which tokens come out, but for the content of the files.
+    """Returns everything that determines the tokens except the file contents.
 
-    Of conversations that is the chat template, too, and the length of a row, at which they end.
+    For formats other than text this includes the chat template and the maximum example length.
     """
     plain = {
-        f.name: v.name if isinstance(v := getattr(source, f.name), enum.Enum) else v
+        SAVED_KEYS.get(f.name, f.name): v.name if isinstance(v := getattr(source, f.name), enum.Enum) else v
         for f in dataclasses.fields(source)
-        if f.name not in ("weight", "format")
+        if f.name not in ("weight", "chat_format")
     }
     found = {"version": VERSION, "source": plain, "tokenizer": fingerprint(tokenizer)}
     if rules is None:
@@ -81,10 +103,10 @@ def settings(source: SourceConfig, tokenizer: Tokenizer, rules: EncodingConfig |
     return found | {
         "examples": {
             "version": EXAMPLES_VERSION,
-            "records": rules.records.name,
+            "records": SAVED_FORMATS[rules.records],
             "format": source.chat_format.name,
-            "loss_on": rules.loss_on.name,
-            "overlong": rules.overlong.name,
+            "loss_on": SAVED_LOSS_MASKS[rules.loss_on],
+            "overlong": SAVED_OVERFLOWS[rules.overlong],
             "max_length": rules.max_length,
             "chat_template": tokenizer.chat_template,
             "stop_ids": list(tokenizer.stop_ids),
@@ -100,7 +122,7 @@ def _plain(value: Any) -> Any:
 def shard_folder(
     root: Path, name: str, source: SourceConfig, tokenizer: Tokenizer, rules: EncodingConfig | None = None
 ) -> Path:
-    """Where the shards of a source stand: other settings, another folder."""
+    """Returns the shard folder of a source; its name contains a hash of the settings."""
     return root / f"{name}-{_sha(settings(source, tokenizer, rules))[:12]}"
 
 
@@ -113,13 +135,13 @@ def prepare_source(
     rules: EncodingConfig | None = None,
     max_bad_share: float = 1.0,
 ) -> Manifest:
-    """Tokenises what is not tokenised yet and returns the manifest. With `encoding`, records are conversations.
+    """Tokenizes the missing shards and returns the manifest. `rules` None: records are plain documents.
 
-    Raises: ValueError where nothing in the source can be used, or more than `max_bad_share` cannot, saying why.
+    Raises: ValueError if the source has no usable record or more than `max_bad_share` bad ones, with the reasons.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = settings(source, tokenizer, rules)
-    units, of_record = source.units(), 1 if rules is None else rules.examples_per_record
+    units, per_record = source.units(), 1 if rules is None else rules.examples_per_record
     shards, tokens = [], 0
     left = source.max_documents
     for index, unit in enumerate(units):
@@ -129,37 +151,37 @@ def prepare_source(
             shard = _make_shard(source, tokenizer, unit, folder / f"shard_{index:05d}", made_of, left, rules)
         shards.append(shard)
         documents = sum(shard["counts"][split]["documents"] for split in SPLITS)
-        left = None if left is None else left - documents // of_record
+        left = None if left is None else left - documents // per_record
         tokens += sum(shard["counts"][split]["tokens"] for split in SPLITS)
         progress(index + 1, len(units), tokens)
     manifest = _manifest(wanted, shards)
     if not manifest["counts"]["train"]["tokens"]:
         raise ValueError(f"source {source.kind}: no text to train on{_reasons(manifest['bad_records'])}")
-    _refuse_too_many(source, manifest, max_bad_share)
+    _check_bad_fraction(source, manifest, max_bad_share)
     _write(folder / MANIFEST, manifest)
     return Manifest(folder, manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What `prepare_source` left there. Raises: ValueError where it has not, or not on a disk that is seen here."""
+    """Reads the manifest that `prepare_source` wrote. Raises: ValueError if this process cannot see it."""
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(
-            f"{path} is not there: process 0 has prepared this source, but on a disk that this process does not see; "
-            "let `runs` (or `data.cache_dir`) be on storage that all hosts share, or in an object store"
+            f"{path}: not found; process 0 prepared this source on a disk that this process cannot see. "
+            "Set output_dir (or data.cache_dir) to storage shared by all hosts, or to an object store"
         )
     return Manifest(folder, json.loads(path.read_text()))
 
 
 class ShardCache:
-    """Prepared folders that an object store keeps, and their copies on this machine: hosts need share no disk."""
+    """Syncs prepared folders between this machine and an object store, so that hosts need no shared disk."""
 
     def __init__(self, url: str | None, root: Path, folders: list[Path]):
-        """Without a `url` there is only `root`, and nothing is done."""
+        """`folders` are below `root`. `url` None: `fetch` and `send` do nothing."""
         self._stores = {} if url is None else {f: Store(f"{url}/{f.relative_to(root).as_posix()}") for f in folders}
 
     def fetch(self) -> None:
-        """Downloads what is whole there and different here."""
+        """Downloads folders that are complete in the store and differ from the local copy."""
         for folder, store in self._stores.items():
             manifest = store.read(MANIFEST)
             if manifest is None or _content(folder / MANIFEST) == manifest:
@@ -169,7 +191,7 @@ class ShardCache:
             store.get([MANIFEST], folder)
 
     def send(self) -> None:
-        """Uploads what is not there yet, the manifest last."""
+        """Uploads folders that the store lacks, the manifest last."""
         for folder, store in self._stores.items():
             manifest = _content(folder / MANIFEST)
             if manifest is None or store.read(MANIFEST) == manifest:
@@ -184,14 +206,14 @@ def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def _refuse_too_many(source: SourceConfig, manifest: dict[str, Any], max_bad_share: float) -> None:
+def _check_bad_fraction(source: SourceConfig, manifest: dict[str, Any], max_bad_share: float) -> None:
     bad = sum(e["count"] for reasons in manifest["bad_records"].values() for e in reasons.values())
     total = bad + sum(manifest["counts"][split]["documents"] for split in SPLITS)
     if bad > max_bad_share * total:
         raise ValueError(
-            f"data.max_bad_fraction={max_bad_share:g}: {bad:,} of {total:,} records of source {source.kind} cannot be used"
-            f"{_reasons(manifest['bad_records'])}; mend them, or allow more (for those that are too long: a longer "
-            "data.seq_len, or data.on_overflow=truncate)"
+            f"data.max_bad_fraction={max_bad_share:g}: {bad:,} of {total:,} records of source {source.kind} are "
+            f"unusable{_reasons(manifest['bad_records'])}; fix them or raise data.max_bad_fraction (if records are too long, "
+            "raise data.seq_len or set data.on_overflow=truncate)"
         )
 
 
@@ -220,12 +242,12 @@ def _manifest(wanted: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str,
 
 
 class _Document(NamedTuple):
-    digest: bytes  # of what it was made of
-    content: bytes  # what the fingerprint of the shard is made of
+    digest: bytes  # hash of the source record; selects the split
+    content: bytes  # contribution to the fingerprint of the shard
     size: int  # bytes of text
     ids: np.ndarray
-    learnt: np.ndarray | None = None
-    shortened: bool = False
+    loss_mask: np.ndarray | None = None
+    truncated: bool = False
     value: float = 0.0
 
 
@@ -248,13 +270,14 @@ def _examples(
     left: int | None,
     rules: EncodingConfig,
 ) -> Iterator[_Document]:
-    # Templates are programs, and some ask for the date: the fingerprint is of what came out.
-    for said, examples in itertools.islice(read_examples(source, unit, bad, tokenizer, rules), left):
-        content = json.dumps(said, sort_keys=True).encode()
-        for example in examples:  # those of a pair one after the other, on the same side of the split
-            made = example.ids.astype("<i4").tobytes() + example.loss_mask.tobytes()
-            made += np.array(example.value, "<f4").tobytes() if rules.margins else b""
-            yield _Document(hashlib.sha256(content).digest(), hashlib.sha256(made).digest(), len(content), *example)
+    # Templates are programs, and some read the date, so the fingerprint hashes the encoded examples.
+    for record, examples in itertools.islice(read_examples(source, unit, bad, tokenizer, rules), left):
+        content = json.dumps(record, sort_keys=True).encode()
+        for example in examples:  # examples of one record are adjacent and in the same split
+            encoded = example.ids.astype("<i4").tobytes() + example.loss_mask.tobytes()
+            encoded += np.array(example.value, "<f4").tobytes() if rules.margins else b""
+            hashes = hashlib.sha256(content).digest(), hashlib.sha256(encoded).digest()
+            yield _Document(*hashes, len(content), *example)
 
 
 def _make_shard(
@@ -269,31 +292,31 @@ def _make_shard(
     bad, content = BadRecords(), hashlib.sha256()
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     arrays: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    learnt: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    masks: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     values: dict[str, list[float]] = {split: [] for split in SPLITS}
-    sizes, shortened = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    sizes, truncated = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     if rules is None:
         found = _documents(source, tokenizer, unit, bad, left)
     else:
         found = _examples(source, tokenizer, unit, bad, left, rules)
     for document in found:
         content.update(document.content)
-        # By content: a document keeps its side wherever it stands and whatever stands beside it.
+        # Split by content: a document stays in its split regardless of its position and its neighbors.
         share = int.from_bytes(document.digest[:8], "big") / 2**64
         split = "heldout" if share < source.validation_fraction else "train"
         arrays[split].append(document.ids.astype(dtype))
         sizes[split] += document.size
-        shortened[split] += document.shortened
+        truncated[split] += document.truncated
         values[split].append(document.value)
-        if document.learnt is not None:
-            learnt[split].append(document.learnt)
+        if document.loss_mask is not None:
+            masks[split].append(document.loss_mask)
     for split in SPLITS:
         lengths = np.array([0] + [len(a) for a in arrays[split]], np.int64)
         save = lambda what, array, split=split: _save(stem.with_name(f"{stem.name}.{split}.{what}.npy"), array)
         save("tokens", np.concatenate([np.zeros(0, dtype), *arrays[split]]))
         save("offsets", np.cumsum(lengths))
         if rules is not None:
-            save("learnt", np.concatenate([np.zeros(0, bool), *learnt[split]]))
+            save("learnt", np.concatenate([np.zeros(0, bool), *masks[split]]))
         if rules is not None and rules.margins:
             save("values", np.array(values[split], np.float32))
     counts: dict[str, dict[str, int]] = {
@@ -301,8 +324,8 @@ def _make_shard(
     }
     if rules is not None:
         for split in SPLITS:
-            targets = sum(int(mask[1:].sum()) for mask in learnt[split])
-            counts[split] |= {"learnt": targets, "shortened": shortened[split]}
+            targets = sum(int(mask[1:].sum()) for mask in masks[split])
+            counts[split] |= {"learnt": targets, "shortened": truncated[split]}
     shard = {
         "name": stem.name,
         "made_of": made_of,
@@ -346,7 +369,7 @@ def _state_of(unit: SourceShard) -> list[Any]:
         try:
             stat = os.stat(file)
             found.append([file, stat.st_size, stat.st_mtime_ns])
-        except OSError:  # a name on a hub, not a file
+        except OSError:  # a dataset name on the Hub, not a file
             found.append([file])
     return [found, unit.start, unit.stop]
 
@@ -356,70 +379,71 @@ def _sha(content: Any) -> str:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    with _whole(path) as file:
+    with _atomic_write(path) as file:
         try:
             np.save(file, array, allow_pickle=False)
-        except OSError as error:  # NumPy says how much it could write, but no number of an error
-            raise OSError(error.errno or errno.ENOSPC, f"{path} could not be written: {error}") from error
+        except OSError as error:  # NumPy reports the bytes written but sets no errno
+            raise OSError(error.errno or errno.ENOSPC, f"{path}: cannot be written: {error}") from error
 
 
 def _write(path: Path, content: Any) -> None:
-    with _whole(path) as file:
+    with _atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when it is all there; two runs may make the same one at a time."""
-    half = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    with open(half, "wb") as file:
+def _atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Writes a temporary file and renames it when complete; safe if two runs write the same path."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    with open(partial, "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(half, path)
+    os.replace(partial, path)
 
 
 class TokenCorpus:
-    """The documents of one split of a prepared folder, read from memory maps.
+    """Memory-mapped documents of one split of a prepared folder.
 
-    Where no document fell into the held-out split (a corpus of one file, say), the end of the longest document is
-    held out instead: of n tokens the first int(n (1 - heldout_fraction)) are trained on. Conversations are not cut:
-    of those the last ones are held out whole.
+    If no document was assigned to the validation split (a corpus of one file, for example), validation uses the end of
+    the longest document: of n tokens the first int(n (1 - validation_fraction)) are trained on. Formats other than text
+    are not cut: validation uses the last examples instead.
     """
 
     def __init__(self, manifest: Manifest, split: str):
         shards = [s["name"] for s in manifest.content["shards"]]
         self.fingerprint = f"{manifest.fingerprint}:{split}"
-        carve = self._splitting(manifest)
+        carve = self._needs_split(manifest)
         source = "train" if carve and split == "heldout" else split
         load = lambda name, what: np.load(
             manifest.folder / f"{name}.{source}.{what}.npy", mmap_mode="r", allow_pickle=False
         )
         self._tokens = [load(name, "tokens") for name in shards]
         examples = manifest.content["settings"].get("examples", {})
-        records = DataFormat[examples.get("records", DataFormat.text.name)]
-        self.together = examples_per_record(records, examples.get("negatives", 0))
-        # The class of a text is a target, and never a token to be read.
-        self._beyond = int(records is DataFormat.classification)
-        self._learnt = [load(name, "learnt") for name in shards] if manifest.masked else None
+        saved = examples.get("records", SAVED_FORMATS[DataFormat.text])
+        records = next(format for format, name in SAVED_FORMATS.items() if name == saved)
+        self.examples_per_record = examples_per_record(records, examples.get("negatives", 0))
+        # A class label follows the last token: it is a target, never an input.
+        self._num_labels = int(records is DataFormat.classification)
+        self._loss_masks = [load(name, "learnt") for name in shards] if manifest.masked else None
         offsets = [load(name, "offsets") for name in shards]
         self._shard = np.concatenate([np.full(len(o) - 1, i, np.int32) for i, o in enumerate(offsets)])
         self._start = np.concatenate([np.asarray(o[:-1]) for o in offsets])
-        self.lengths = np.concatenate([np.diff(o) for o in offsets]) - self._beyond
+        self.lengths = np.concatenate([np.diff(o) for o in offsets]) - self._num_labels
         self._values = [load(name, "values") for name in shards] if examples.get("margins") else None
-        self._number = np.concatenate([np.arange(len(o) - 1) for o in offsets])  # in its shard
-        fraction = manifest.content["settings"]["source"]["heldout_fraction"]
+        self._number = np.concatenate([np.arange(len(o) - 1) for o in offsets])  # index within the shard
+        fraction = manifest.content["settings"]["source"][SAVED_KEYS["validation_fraction"]]
         if carve and manifest.masked:
-            self._part(split, fraction)
+            self._split_examples(split, fraction)
         elif carve:
-            self._split(split, fraction)
+            self._split_longest(split, fraction)
 
     @staticmethod
-    def _splitting(manifest: Manifest) -> bool:
-        fraction = manifest.content["settings"]["source"]["heldout_fraction"]
+    def _needs_split(manifest: Manifest) -> bool:
+        fraction = manifest.content["settings"]["source"][SAVED_KEYS["validation_fraction"]]
         return fraction > 0 and manifest.count("heldout", "documents") == 0
 
-    def _split(self, split: str, fraction: float) -> None:
+    def _split_longest(self, split: str, fraction: float) -> None:
         longest, total = int(np.argmax(self.lengths)), int(self.lengths.sum())
         size = min(total - int(total * (1 - fraction)), int(self.lengths[longest]) // 2)
         if split == "train":
@@ -429,9 +453,9 @@ class TokenCorpus:
             self._shard, self._start = self._shard[at], self._start[at] + self.lengths[at] - size
             self.lengths = np.array([size], np.int64)
 
-    def _part(self, split: str, fraction: float) -> None:
+    def _split_examples(self, split: str, fraction: float) -> None:
         last = min(max(1, round(self.num_documents * fraction)), self.num_documents // 2)
-        last = -(-last // self.together) * self.together
+        last = -(-last // self.examples_per_record) * self.examples_per_record
         at = slice(None, self.num_documents - last) if split == "train" else slice(self.num_documents - last, None)
         self._shard, self._start, self.lengths = self._shard[at], self._start[at], self.lengths[at]
         self._number = self._number[at]
@@ -445,19 +469,19 @@ class TokenCorpus:
         return int(self.lengths.sum())
 
     def document(self, index: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document; less where it ends sooner."""
-        return self._cut(self._tokens, index, start, stop)
+        """Returns tokens [start, stop) of a document, fewer if it ends earlier."""
+        return self._slice(self._tokens, index, start, stop)
 
-    def learnt(self, index: int, start: int, stop: int) -> np.ndarray | None:
-        """Which of the tokens [start, stop) are to be learnt; None where all are."""
-        return None if self._learnt is None else self._cut(self._learnt, index, start, stop)
+    def loss_mask(self, index: int, start: int, stop: int) -> np.ndarray | None:
+        """Returns the bool mask of the tokens [start, stop) that contribute to the loss; None: all of them."""
+        return None if self._loss_masks is None else self._slice(self._loss_masks, index, start, stop)
 
     def values(self, indices: Sequence[int]) -> np.ndarray:
-        """[documents] f32: what is known of them beforehand."""
+        """Returns [documents] f32: the saved value of each, such as a preference margin."""
         assert self._values is not None
         return np.array([self._values[self._shard[i]][self._number[i]] for i in indices], np.float32)
 
-    def _cut(self, arrays: list[np.ndarray], index: int, start: int, stop: int) -> np.ndarray:
-        stop = min(stop, int(self.lengths[index]) + self._beyond)
+    def _slice(self, arrays: list[np.ndarray], index: int, start: int, stop: int) -> np.ndarray:
+        stop = min(stop, int(self.lengths[index]) + self._num_labels)
         first = int(self._start[index])
         return arrays[self._shard[index]][first + start : first + stop]

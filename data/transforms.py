@@ -1,11 +1,11 @@
-"""What a model is shown of a document, and what it is to learn of it: infilling, prefixes, noise and what it hides.
+"""Document transforms for pretraining objectives: fill-in-the-middle, prefix LM, span corruption, MLM, diffusion.
 
-A transform takes one piece of a document, as packing has cut it. Its draws are a function of (seed, row of the run,
-place in the row), so that an epoch hides other tokens than the one before, and neither hosts nor batches change what
-is hidden; held-out rows have numbers of their own, and are always the same. Where a piece grows, packing is told by
-how much before it cuts.
+A transform takes one piece of a document, as cut by packing. Its random draws are a function of (seed, row of the run,
+index in the row): every epoch masks other tokens, and the result does not depend on hosts or batch size. Validation
+rows are keyed by their own row number and are always the same. If a transform lengthens a piece, packing reads the new
+length from `growth` before it cuts.
 
-Shape letters: N tokens of a piece, C choices, L length of a row.
+Shape letters: N tokens of a piece, C choices, L row length.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,32 +17,33 @@ import numpy as np
 from data.packing import CounterRng, RowSlice, plain
 from data.tokenizers.tokenizer import Tokenizer
 
-Names = tuple[str, ...]  # texts of which a tokenizer has one; the first is given to one that has none
+Names = tuple[str, ...]  # spellings of one special token; the first is added to a tokenizer that has none of them
 FIM_PREFIX: Names = ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "[PREFIX]", "<PRE>", "▁<PRE>", "<｜fim▁begin｜>")
 FIM_SUFFIX: Names = ("<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>", "[SUFFIX]", "<SUF>", "▁<SUF>", "<｜fim▁hole｜>")
 FIM_MIDDLE: Names = ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "[MIDDLE]", "<MID>", "▁<MID>", "<｜fim▁end｜>")
 MASK: Names = ("<|mask|>", "[MASK]", "<mask>", "<|mdm_mask|>")
 MODES: dict[str, Names] = {"R": ("[R]", "[NLU]"), "X": ("[X]", "[NLG]"), "S": ("[S]", "[S2S]")}
-LEAST_RATIO = 1e-3  # of masked tokens in diffusion: LLaDA, appendix B
+LEAST_RATIO = 1e-3  # minimum mask ratio in diffusion: LLaDA, appendix B
 
 
 class Transform(Protocol):
-    """What a model is shown of pieces of documents."""
+    """Maps a piece of a document to row contents."""
 
-    growth: np.ndarray | None  # [C, L + 1]: what a piece of n tokens takes in a row, by choice; None: n tokens
-    same_place: bool  # targets are of the token itself, not of the one that follows
+    growth: np.ndarray | None  # [C, L + 1]: transformed length of a piece of n tokens, by choice; None: n
+    same_place: bool  # targets are the tokens at the same position, not the next ones
 
     def __call__(self, found: np.ndarray, size: int, draws: CounterRng, choice: int) -> RowSlice:
-        """`found`: the piece's `size` tokens, and the one that follows them in the document, if any."""
+        """`found`: the piece's `size` tokens, plus the next token of the document, if any."""
         ...
 
 
 @dataclass
 class TransformConfig:
-    """Base of all transforms' configs, and documents as they are."""
+    """Base of the transform configs; kind=none leaves documents unchanged."""
 
     kind: str = "none"
 
+<<<<<<< HEAD
     @property
     def in_place(self) -> bool:
         """Whether targets are the tokens hidden in their own places; else they are next tokens."""
@@ -50,40 +51,55 @@ class TransformConfig:
 
     def names(self, seq_len: int) -> list[Names]:
         """Special tokens without which it cannot be."""
+=======
+    def special_tokens(self, seq_len: int) -> list[Names]:
+        """Returns the special tokens that the transform requires."""
+>>>>>>> p-data
         return []
 
     def missing_special_tokens(self, special: Mapping[str, int] | Sequence[str], seq_len: int) -> list[str]:
-        """Texts of the special tokens that a tokenizer with those of `special` lacks."""
-        return [names[0] for names in self.names(seq_len) if not any(name in special for name in names)]
+        """Returns the required special tokens that are not in `special`."""
+        return [names[0] for names in self.special_tokens(seq_len) if not any(name in special for name in names)]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> Transform | None:
-        """None: documents stay as they are. Raises: ValueError naming the key of a value that cannot be."""
+        """Builds the transform; None leaves documents unchanged. Raises: ValueError naming an invalid key."""
         return None
 
     def _tokens(self, tokenizer: Tokenizer, seq_len: int) -> list[int]:
-        """Ids of the special tokens in the order of `special_tokens`. Raises: ValueError where the tokenizer has them not."""
+        """Returns the ids of `special_tokens`, in order. Raises: ValueError if the tokenizer lacks one."""
         special = tokenizer.special_tokens
         if missing := self.missing_special_tokens(special, seq_len):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
                 f"data.transform.kind={self.kind}: needs the special tokens {', '.join(missing[:3])}{more}, which the "
-                "tokenizer does not have; a tokenizer that a run makes gets them, one that comes with init_from does "
-                "not: begin from weights whose tokenizer has them, or choose a tokenizer=NAME anew; where sentinels "
-                "are too few, a shorter data.seq_len needs less"
+                "tokenizer does not have. They are added to a tokenizer built by the run, but not to one loaded with "
+                "init_from: start from weights whose tokenizer has them, or set tokenizer=NAME; if sentinels are "
+                "missing, a shorter data.seq_len needs fewer"
             )
-        return [special[next(name for name in names if name in special)] for names in self.names(seq_len)]
+        return [special[next(name for name in names if name in special)] for names in self.special_tokens(seq_len)]
 
 
+<<<<<<< HEAD
+=======
+def _check_shares(**shares: float) -> None:
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"data.transform.{key}={value}: must be between 0 and 1")
+
+
+>>>>>>> p-data
 # Infilling
 
 
 @dataclass
 class FimConfig(TransformConfig):
-    """Fill-in-the-middle (Bavarian et al. 2022), at the level of pieces: their section 4.4, "context-level"."""
+    """Fill-in-the-middle (Bavarian et al. 2022), applied per piece ("context-level", section 4.4)."""
 
     kind: str = "fim"
-    rate: float = field(default=0.5, metadata={"min": 0, "max": 1})  # of pieces; the others stay as they are
-    spm_rate: float = field(default=0.5, metadata={"min": 0, "max": 1})  # of those, suffix first
+    # fraction of pieces to transform; the others are unchanged
+    rate: float = field(default=0.5, metadata={"min": 0, "max": 1})
+    # fraction of transformed pieces in suffix-first (SPM) order
+    spm_rate: float = field(default=0.5, metadata={"min": 0, "max": 1})
 
     def special_tokens(self, seq_len: int) -> list[Names]:
         return [FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE]
@@ -98,16 +114,18 @@ class FimConfig(TransformConfig):
 
 @dataclass(frozen=True)
 class Fim:
-    """`<pre> prefix <suf> suffix <mid> middle end`, or suffix first: `<pre> <suf> suffix <mid> prefix middle end`, the
-    form that shares its parts with the other (section 3). All of it is learnt. The borders of the middle are two even
-    draws over the tokens; the end of the document, or of the piece where it was cut, says that the middle has met its
-    suffix. Room for sentinels and end is set aside also where a piece stays as it is.
+    """Reorders a piece as PSM or SPM; every token contributes to the loss.
+
+    PSM is `<pre> prefix <suf> suffix <mid> middle eos`; SPM is `<pre> <suf> suffix <mid> prefix middle eos`, the
+    variant that shares its parts with PSM (section 3). The middle is bounded by two uniform draws over the tokens; EOS
+    marks where the middle meets the suffix, also in a piece cut from a longer document. `growth` reserves room for
+    sentinels and EOS in unchanged pieces, too.
     """
 
     config: FimConfig
     sentinels: Sequence[int]
-    begin: int | None
-    end: int | None
+    bos_id: int | None
+    eos_id: int | None
     growth: np.ndarray
     same_place = False
 
@@ -115,12 +133,12 @@ class Fim:
         if draws.uniform(1)[0] >= self.config.rate:
             return plain(found, size)
         ids = found[:size]
-        head = ids[:1] if self.begin is not None and ids[0] == self.begin else ids[:0]
-        body = ids[len(head) : size - (self.end is not None and int(ids[-1]) == self.end)]
+        head = ids[:1] if self.bos_id is not None and ids[0] == self.bos_id else ids[:0]
+        body = ids[len(head) : size - (self.eos_id is not None and int(ids[-1]) == self.eos_id)]
         first, second = sorted(draws.below(len(body) + 1) for _ in range(2))
         before, middle, after = body[:first], body[first:second], body[second:]
         pre, suf, mid = ([token] for token in self.sentinels)
-        end = [] if self.end is None else [self.end]
+        end = [] if self.eos_id is None else [self.eos_id]
         if draws.uniform(1)[0] < self.config.spm_rate:
             parts = head, pre, suf, after, mid, before, middle, end
         else:
@@ -131,8 +149,9 @@ class Fim:
 
 @dataclass
 class PrefixLmConfig(TransformConfig):
-    """A prefix that is not learnt, and the rest (Raffel et al. 2020, section 3.2.1). `model.attention.mask=prefix` lets
-    the prefix see all of itself.
+    """Prefix LM (Raffel et al. 2020, section 3.2.1): the loss covers only the tokens after a prefix.
+
+    `model.attention.mask=prefix` makes attention bidirectional within the prefix.
     """
 
     kind: str = "prefix_lm"
@@ -143,16 +162,16 @@ class PrefixLmConfig(TransformConfig):
 
 @dataclass(frozen=True)
 class PrefixLm:
-    """The border is an even draw: at least one token before it, at least one after it."""
+    """Draws the end of the prefix uniformly, with at least one token before and after it."""
 
     growth = None
     same_place = False
 
     def __call__(self, found: np.ndarray, size: int, draws: CounterRng, choice: int) -> RowSlice:
-        shown = plain(found, size)
-        border = 1 + draws.below(max(size - 1, 1))  # the first token that is learnt: the target of the one before
-        shown.mask[: border - 1] = 0
-        return shown
+        result = plain(found, size)
+        border = 1 + draws.below(max(size - 1, 1))  # first token in the loss, as the target of the one before it
+        result.mask[: border - 1] = 0
+        return result
 
 
 # Spans
@@ -160,8 +179,8 @@ class PrefixLm:
 
 class Denoiser(NamedTuple):
     mean_span: float | None  # tokens; None: one span, the end of the piece
-    density: float  # share of tokens in spans
-    mode: str | None = None  # of `MODES`
+    density: float  # fraction of tokens in spans
+    mode: str | None = None  # key of `MODES`
 
 
 # Tay et al. 2022, table 1: regular, extreme, sequential denoising.
@@ -173,44 +192,45 @@ UL2 = (
 
 
 def span_numbers(size: np.ndarray | int, denoiser: Denoiser) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens that are hidden, spans that they form) of pieces of at least 2 tokens, as T5's random_spans_noise_mask
-    counts them.
+    """Returns the numbers of masked tokens and of spans for pieces of at least 2 tokens.
+
+    Counts as T5's `random_spans_noise_mask`.
     """
     size = np.asarray(size)
     noise = np.clip(np.round(size * denoiser.density), 1, size - 1).astype(np.int64)
     if denoiser.mean_span is None:
         return noise, np.ones_like(noise)
     spans = np.maximum(np.round(noise / denoiser.mean_span), 1).astype(np.int64)
-    return noise, np.minimum(spans, np.minimum(noise, size - noise))  # fewer, where they would be empty or touch
+    return noise, np.minimum(spans, np.minimum(noise, size - noise))  # spans must be non-empty and not adjacent
 
 
 def span_mask(size: int, denoiser: Denoiser, draws: CounterRng) -> np.ndarray:
-    """[N] bool: the tokens that are hidden. Spans and what lies between them are random partitions (T5)."""
+    """Returns [N] bool: the masked tokens. Span lengths and gap lengths are random partitions (T5)."""
     noise, spans = map(int, span_numbers(size, denoiser))
-    kept, hidden = (_partition(total, spans, draws) for total in (size - noise, noise))
-    lengths = np.stack([kept, hidden], 1).reshape(-1)
+    gaps, hidden = (_partition(total, spans, draws) for total in (size - noise, noise))
+    lengths = np.stack([gaps, hidden], 1).reshape(-1)
     return np.repeat(np.tile([False, True], spans), lengths)
 
 
 def _partition(total: int, parts: int, draws: CounterRng) -> np.ndarray:
-    """[parts] lengths of at least 1 that add up to `total`, every way as likely as any other."""
+    """Returns [parts] positive lengths that sum to `total`, uniform over all such partitions."""
     borders = np.sort(draws.order(total - 1)[: parts - 1]) + 1
     return np.diff(np.concatenate([[0], borders, [total]]))
 
 
 @dataclass
 class SpansConfig(TransformConfig):
-    """Base of those that hide spans."""
+    """Base of the transforms that mask spans."""
 
     def denoisers(self) -> Sequence[Denoiser]:
-        """What pieces may be hidden by. Raises: ValueError naming the key of a value that cannot be."""
+        """Returns the denoisers to choose from. Raises: ValueError naming an invalid key."""
         raise TypeError(f"data.transform.kind={self.kind}: choose one with transform=NAME")
 
-    def names(self, seq_len: int) -> list[Names]:
+    def special_tokens(self, seq_len: int) -> list[Names]:
         denoisers = self.denoisers()
         modes = [MODES[mode] for mode in dict.fromkeys(d.mode for d in denoisers) if mode is not None]
         sizes = np.arange(2, max(seq_len, 2) + 1)
-        # Without the token that ends targets: a tokenizer may have none.
+        # Ignores the EOS token after the targets: the tokenizer may have none.
         fitting = lambda d: np.maximum(span_numbers(sizes, d)[1] * (_length(sizes, d, 0) <= seq_len), 1)
         most = max(int(fitting(d).max()) for d in denoisers)
         return [*modes, *((f"<extra_id_{i}>",) for i in range(most))]
@@ -229,11 +249,11 @@ class SpansConfig(TransformConfig):
 
 @dataclass
 class SpanCorruptionConfig(SpansConfig):
-    """Random spans are hidden, and written after the rest (Raffel et al. 2020, section 3.1.4), in one decoder."""
+    """T5 span corruption (Raffel et al. 2020, section 3.1.4) for a decoder: masked spans follow the corrupted text."""
 
     kind: str = "span_corruption"
-    density: float = field(default=0.15, metadata={"above": 0, "below": 1})  # share of tokens that are hidden
-    mean_span: float = field(default=3.0, metadata={"min": 1})  # tokens
+    density: float = field(default=0.15, metadata={"above": 0, "below": 1})  # fraction of tokens to mask
+    mean_span: float = field(default=3.0, metadata={"min": 1})  # mean span length, in tokens
 
     def denoisers(self) -> Sequence[Denoiser]:
         return (Denoiser(self.mean_span, self.density),)
@@ -241,10 +261,10 @@ class SpanCorruptionConfig(SpansConfig):
 
 @dataclass
 class Ul2Config(SpansConfig):
-    """UL2's mixture of denoisers (Tay et al. 2022, table 1), each as likely, chosen once for each piece.
+    """UL2 mixture of denoisers (Tay et al. 2022, table 1), one drawn uniformly per piece.
 
-    What a piece is hidden by decides its length and so how documents are cut; it does not change from epoch to epoch,
-    while the spans do.
+    The denoiser determines the length of a piece and thereby how documents are cut, so it is the same in every epoch;
+    the spans differ.
     """
 
     kind: str = "ul2"
@@ -254,15 +274,16 @@ class Ul2Config(SpansConfig):
 
 
 def _length(size: np.ndarray, denoiser: Denoiser, ends: int) -> np.ndarray:
-    """Tokens in a row of pieces of at least 2 tokens: each span has a sentinel in its place and one before it."""
+    """Returns the transformed length of pieces of at least 2 tokens; each span adds two sentinels."""
     return size + 2 * span_numbers(size, denoiser)[1] + (denoiser.mode is not None) + ends
 
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """`[mode] text with sentinels` and then `sentinel span sentinel span ... end`, of which the second part is learnt.
+    """Masks spans with sentinels and appends the spans as targets.
 
-    A piece of one token has nothing to hide, and nothing is learnt of it.
+    The row is `[mode] text with sentinels` followed by `sentinel span sentinel span ... eos`; the loss covers only the
+    second part. A piece of one token has no span and does not contribute to the loss.
     """
 
     denoisers: Sequence[Denoiser]
@@ -277,20 +298,20 @@ class SpanCorruption:
         if size < 2:
             return RowSlice(ids, np.zeros_like(ids), np.zeros(size, np.float32))
         hidden = span_mask(size, denoiser, draws)
-        begins = hidden & ~np.concatenate([[False], hidden[:-1]])
-        span = np.cumsum(begins) - 1  # of each token, where it is hidden
+        starts = hidden & ~np.concatenate([[False], hidden[:-1]])
+        span = np.cumsum(starts) - 1  # span index of each masked token
         sentinels = np.asarray(self.sentinels, np.int32)
-        marked = np.where(begins, sentinels[np.maximum(span, 0)], ids)
-        source = marked[~hidden | begins]
+        marked = np.where(starts, sentinels[np.maximum(span, 0)], ids)
+        source = marked[~hidden | starts]
         if denoiser.mode is not None:
             source = np.concatenate([[self.modes[denoiser.mode]], source])
-        at = np.flatnonzero(begins[hidden])
+        at = np.flatnonzero(starts[hidden])
         written = np.insert(ids[hidden], at, sentinels[: len(at)])
         end = [] if self.end is None else [self.end]
         made = np.concatenate([source, written, end]).astype(np.int32)
-        shown = plain(made, len(made))
-        shown.mask[: len(source) - 1] = 0
-        return shown
+        result = plain(made, len(made))
+        result.mask[: len(source) - 1] = 0
+        return result
 
 
 # Masks in place
@@ -298,9 +319,10 @@ class SpanCorruption:
 
 @dataclass
 class MlmConfig(TransformConfig):
-    """Masked language modelling (Devlin et al. 2019, section 3.1)."""
+    """Masked language modeling (Devlin et al. 2019, section 3.1)."""
 
     kind: str = "mlm"
+<<<<<<< HEAD
     # Of tokens that are to be told, at least one of each piece; special tokens never
     rate: float = field(default=0.15, metadata={"min": 0, "max": 1})
     mask_share: float = field(default=0.8, metadata={"min": 0, "max": 1})  # of those that are masked
@@ -310,14 +332,20 @@ class MlmConfig(TransformConfig):
     @property
     def in_place(self) -> bool:
         return True
+=======
+    rate: float = 0.15  # fraction of tokens to predict, at least one per piece; special tokens are never selected
+    mask_share: float = 0.8  # fraction of selected tokens replaced by the mask token
+    random_share: float = 0.1  # fraction of selected tokens replaced by a random token; the rest are unchanged
+>>>>>>> p-data
 
-    def names(self, seq_len: int) -> list[Names]:
+    def special_tokens(self, seq_len: int) -> list[Names]:
         return [MASK]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> "Mlm":
         if self.mask_share + self.random_share > 1:
             raise ValueError(
-                f"data.transform.random_share={self.random_share}: with mask_share={self.mask_share} more than all"
+                f"data.transform.random_share={self.random_share}: must not exceed 1 - mask_share "
+                f"(data.transform.mask_share={self.mask_share})"
             )
         special = {*tokenizer.special_tokens.values(), *(i for i in tokenizer.special_ids.values() if i is not None)}
         ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(special))
@@ -328,7 +356,7 @@ class MlmConfig(TransformConfig):
 class Mlm:
     config: MlmConfig
     mask: int
-    ordinary: np.ndarray  # ids of tokens that are not special, ascending
+    ordinary: np.ndarray  # ids of non-special tokens, ascending
     growth = None
     same_place = True
 
@@ -340,25 +368,30 @@ class Mlm:
         fate, other = draws.uniform(count), (draws.uniform(count) * len(self.ordinary)).astype(np.int64)
         masked, replaced = self.config.mask_share, self.config.mask_share + self.config.random_share
         tokens, weights = ids.copy(), np.zeros(size, np.float32)
-        kept = np.where(fate < replaced, self.ordinary[other], ids[chosen])
-        tokens[chosen] = np.where(fate < masked, self.mask, kept)
+        unmasked = np.where(fate < replaced, self.ordinary[other], ids[chosen])
+        tokens[chosen] = np.where(fate < masked, self.mask, unmasked)
         weights[chosen] = 1
         return RowSlice(tokens, ids, weights)
 
 
 @dataclass
 class DiffusionConfig(TransformConfig):
-    """Tokens are masked, each by itself, with a probability t that is an even draw for each piece, and weigh 1 / t
-    (Sahoo et al. 2024, MDLM; Nie et al. 2025, LLaDA, equation 3).
+    """Masked diffusion (Sahoo et al. 2024, MDLM; Nie et al. 2025, LLaDA, equation 3).
+
+    Masks each token independently with probability t, drawn uniformly per piece; the loss weight is 1 / t.
     """
 
     kind: str = "diffusion"
 
+<<<<<<< HEAD
     @property
     def in_place(self) -> bool:
         return True
 
     def names(self, seq_len: int) -> list[Names]:
+=======
+    def special_tokens(self, seq_len: int) -> list[Names]:
+>>>>>>> p-data
         return [MASK]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> "Diffusion":

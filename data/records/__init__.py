@@ -1,1 +1,1 @@
-"""From raw records to conversations, pairs and labels, and to tokens with a loss mask."""
+"""Record parsing (conversations, preferences, labels) and encoding as tokens with a loss mask."""

@@ -1,9 +1,9 @@
-"""Conversations to tokens, and which of them the assistant wrote.
+"""Encodes conversations as token ids with an assistant mask.
 
-A conversation is a list of messages as OpenAI writes them: `{"role": "user", "content": "..."}`, roles `system`,
-`developer`, `user`, `assistant` (with `tool_calls` where it calls any) and `tool`. The ids are those of transformers'
-`apply_chat_template`. As there, the text of a special token stands for it also where a user wrote it; a message whose
-writer is not trusted has to be cleaned of such texts before.
+A conversation is a list of OpenAI-style messages: `{"role": "user", "content": "..."}` with the roles `system`,
+`developer`, `user`, `assistant` (optionally with `tool_calls`) and `tool`. The ids equal those of transformers'
+`apply_chat_template`. As in transformers, the text of a special token is encoded as that token even in a user message;
+sanitize untrusted messages first.
 """
 
 import re
@@ -32,12 +32,12 @@ RENAMED = {
 }
 TEMPLATES = ("chatml", "gemma", "llama3", "mistral", "plain")
 SMALL_TALK = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
-CONTROL = re.compile(r"<\|[^|<>\s]+\|>|<[a-z]+_of_turn>")  # what looks like the text of a special token
+CONTROL = re.compile(r"<\|[^|<>\s]+\|>|<[a-z]+_of_turn>")  # texts that look like special tokens
 
 
 class ChatTokens(NamedTuple):
     ids: np.ndarray  # [L] i32
-    assistant_mask: np.ndarray  # [L] bool: what the assistant wrote, the token that ends its turn included
+    assistant_mask: np.ndarray  # [L] bool: tokens of assistant turns, including their end-of-turn tokens
 
 
 def encode_chat(
@@ -48,12 +48,12 @@ def encode_chat(
     add_generation_prompt: bool = False,
     **extra: Any,
 ) -> ChatTokens:
-    """Ids of a conversation and the mask of what the assistant wrote.
+    """Encodes a conversation; returns its ids and the mask of assistant tokens.
 
-    The mask comes from the template's `generation` marks; from a template without them by rendering the conversation
-    up to each assistant's turn. A token that is partly the assistant's counts as its. `extra`: as `render`'s.
-    Raises: ValueError for messages that `check_messages` or the template refuses, and where a template without marks
-    writes earlier turns in another way once later ones follow: their tokens cannot be told then.
+    The mask comes from the template's `{% generation %}` tags or, without tags, from rendering the conversation up to
+    each assistant turn. A token that is partly assistant text is in the mask. `extra`: as in `render`.
+    Raises: ValueError if `check_messages` or the template rejects the messages, or if a template without tags renders
+    earlier turns differently once later ones follow, so that their tokens cannot be identified.
     """
     given = {"tools": tools, "special_tokens": tokenizer.special_texts, **extra}
     rendered = _render(tokenizer, messages, given, add_generation_prompt)
@@ -61,12 +61,12 @@ def encode_chat(
     if not marks_generation(_template(tokenizer)):
         generated = _generated_by_prefix(tokenizer, messages, rendered.text, given)
     ids, characters = tokenizer.encode_special(rendered.text)
-    _refuse_double_bos(tokenizer, ids)
+    _check_single_bos(tokenizer, ids)
     mask = np.zeros(len(ids), bool)
-    for begin, end in generated:
-        inside = [i for i, (b, e) in enumerate(characters) if b < end and (e > begin or b == e == begin)]
-        if inside and begin < end:
-            mask[inside[0] : inside[-1] + 1] = True
+    for start, stop in generated:
+        covered = [i for i, (a, b) in enumerate(characters) if a < stop and (b > start or a == b == start)]
+        if covered and start < stop:
+            mask[covered[0] : covered[-1] + 1] = True
     return ChatTokens(np.array(ids, np.int32), mask)
 
 
@@ -78,20 +78,20 @@ def chat_ids(
     add_generation_prompt: bool = True,
     **extra: Any,
 ) -> list[int]:
-    """The ids alone, for a model to go on from: a template may do with earlier turns what it likes.
+    """Encodes a conversation as a generation prompt; the template may rewrite earlier turns.
 
-    Raises: ValueError for messages that `check_messages` or the template refuses.
+    Raises: ValueError if `check_messages` or the template rejects the messages.
     """
     given = {"tools": tools, "special_tokens": tokenizer.special_texts, **extra}
     ids = tokenizer.encode_special(_render(tokenizer, messages, given, add_generation_prompt).text).ids
-    _refuse_double_bos(tokenizer, ids)
+    _check_single_bos(tokenizer, ids)
     return ids
 
 
 def _template(tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
-            "tokenizer.chat_template=null: this tokenizer has no chat template; give it one when a run begins: "
+            "tokenizer.chat_template=null: this tokenizer has no chat template; set one when starting a run: "
             f"tokenizer.chat_template=NAME ({', '.join(TEMPLATES)}) or a file"
         )
     return tokenizer.chat_template
@@ -105,15 +105,15 @@ def _render(
     return render_marked(template, messages, add_generation_prompt=add_generation_prompt, **given)
 
 
-def _refuse_double_bos(tokenizer: Tokenizer, ids: list[int]) -> None:
+def _check_single_bos(tokenizer: Tokenizer, ids: list[int]) -> None:
     if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
-        raise ValueError("tokenizer.chat_template: the chat begins with BOS twice; the template must write it once")
+        raise ValueError("tokenizer.chat_template: the chat starts with two BOS tokens; the template must write one")
 
 
 def _generated_by_prefix(
     tokenizer: Tokenizer, messages: Sequence[Message], text: str, given: dict[str, Any]
 ) -> list[tuple[int, int]]:
-    """What each assistant's turn adds to the text before it, as far as its last special token."""
+    """Returns the characters [start, stop) that each assistant turn adds, up to its last special token."""
     template, found = _template(tokenizer), []
     special = "|".join(map(re.escape, tokenizer.special_tokens)) or "(?!)"
     for i, message in enumerate(messages):
@@ -122,20 +122,20 @@ def _generated_by_prefix(
         before = render(template, messages[:i], add_generation_prompt=True, **given)
         after = render(template, messages[: i + 1], **given)
         if not (text.startswith(after) and after.startswith(before)):
-            what = "what comes after it" if not text.startswith(after) else "the generation prompt"
+            cause = "later messages" if not text.startswith(after) else "the generation prompt"
             raise ValueError(
-                f"messages[{i}]: the chat template writes this turn differently because of {what}, so that its tokens "
-                "cannot be told from the others; end the conversation with this turn, or use a template with "
-                "{% generation %} marks (tokenizer.chat_template=FILE)"
+                f"messages[{i}]: the chat template renders this turn differently because of {cause}, so its tokens "
+                "cannot be identified; end the conversation with this turn, or use a template with "
+                "{% generation %} tags (tokenizer.chat_template=FILE)"
             )
-        # Line ends after the token that ends the turn are the template's: a model stops before them.
+        # Newlines after the end-of-turn token belong to the template: the model stops before them.
         rest = re.search(rf"(?:{special})(\s+)\Z", after[len(before) :])
         found.append((len(before), len(after) - (len(rest.group(1)) if rest else 0)))
     return found
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises: ValueError naming the index, the key, the value and what would be right."""
+    """Validates messages. Raises: ValueError naming the index, the key, the value and the expected value."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"messages={_short(messages)}: must be a list of objects with role and content")
     if not messages:
@@ -150,14 +150,14 @@ def check_messages(messages: Sequence[Message]) -> None:
         if calls is not None:
             _check_calls(i, role, calls)
         if content is None and not (role == "assistant" and calls):
-            raise ValueError(f"messages[{i}].content: is missing; give a text, '' for a turn in which nothing is said")
+            raise ValueError(f"messages[{i}].content: is missing; must be a string ('' for an empty turn)")
         if content is not None and not isinstance(content, str):
-            raise ValueError(f"messages[{i}].content={_short(content)}: must be one text; join the texts of its parts")
+            raise ValueError(f"messages[{i}].content={_short(content)}: must be a string; join the texts of its parts")
 
 
 def _check_calls(i: int, role: str, calls: Any) -> None:
     if role != "assistant" and calls:
-        raise ValueError(f"messages[{i}].tool_calls: only an assistant calls functions, not {role!r}")
+        raise ValueError(f"messages[{i}].tool_calls: only the assistant can call tools, not {role!r}")
     named = lambda call: isinstance(call, Mapping) and isinstance((call.get("function") or call).get("name"), str)
     if not isinstance(calls, list | tuple) or not all(map(named, calls)):
         example = '[{"type": "function", "function": {"name": "f", "arguments": {}}}]'
@@ -173,10 +173,10 @@ def _short(value: Any) -> str:
 
 
 def configured(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
-    """A tokenizer with the policy that a config asks for; without a wish it keeps its own.
+    """Returns the tokenizer with the policy of a config; unset keys leave its own policy unchanged.
 
-    The token that ends an assistant's turn ends what a model writes, whatever else does.
-    Raises: ValueError as `with_template`; where a text shall begin with a BOS that there is not.
+    The end-of-turn token of the chat template is always a stop token.
+    Raises: ValueError as `with_template`, and for add_bos=true if the tokenizer has no BOS token.
     """
     if config.add_bos is not None:
         tokenizer = tokenizer.with_policy(add_bos=config.add_bos)
@@ -187,11 +187,11 @@ def configured(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
 
 
 def with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
-    """The tokenizer with one of TEMPLATES or with that of a file.
+    """Returns the tokenizer with a chat template: one of TEMPLATES, or a file.
 
-    Where the policy wants BOS and the template does not write it, it is put before the template.
-    Raises: ValueError where there is no such template, where it needs special tokens that the tokenizer has not, and
-    where no token of the assistant's turn ends it.
+    If the policy adds BOS and the template does not write it, BOS is prepended to the template.
+    Raises: ValueError if the template does not exist, needs special tokens that the tokenizer lacks, or does not end
+    the assistant turn with a special token.
     """
     key = f"tokenizer.chat_template={name}"
     text = _source(name)
@@ -199,8 +199,8 @@ def with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     if missing:
         quoted = ",".join(f"'{token}'" for token in missing)
         raise ValueError(
-            f"{key}: needs {', '.join(missing)}, which this tokenizer does not have as special tokens; take "
-            f"tokenizer.chat_template=plain, which needs none, or train a tokenizer that has them: "
+            f"{key}: needs the special tokens {', '.join(missing)}, which this tokenizer does not have; use "
+            f"tokenizer.chat_template=plain, which needs none, or train a tokenizer with them: "
             f"tokenizer=sentencepiece tokenizer.special_tokens=[{quoted}]"
         )
     made = tokenizer.with_policy(chat_template=text)
@@ -213,7 +213,7 @@ def with_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     end = _end_of_turn(made)
     if end is None and made.special_tokens:
         raise ValueError(
-            f"{key}: an assistant's turn does not end with a special token, so that a model could not learn to end it; "
+            f"{key}: the assistant turn does not end with a special token, so a model could not learn to stop; "
             "write {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
         )
     return made if end is None else made.with_policy(stop_ids=(*made.stop_ids, end))
@@ -224,12 +224,12 @@ def _source(name: str) -> str:
         folder = files("data") / "templates"
         return "".join((folder / f"{part}.jinja").read_text() for part in ("tools", name))
     if not Path(name).is_file():
-        raise ValueError(f"tokenizer.chat_template={name}: is neither a file nor one of {', '.join(TEMPLATES)}")
+        raise ValueError(f"tokenizer.chat_template={name}: must be a file or one of {', '.join(TEMPLATES)}")
     return Path(name).read_text()
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The special token with which the assistant's turn ends; None where there is none, or the template is odd."""
+    """Returns the special token that ends an assistant turn; None without one, or if the template fails."""
     try:
         ids, mask = encode_chat(tokenizer, SMALL_TALK)
     except ValueError:
@@ -239,12 +239,14 @@ def _end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 
 def text_after_turn(tokenizer: Tokenizer) -> str | None:
-    """What the template writes after an assistant's turn and before the next user's: there a model without a token
-    that ends its turn has to be stopped. None where it has one."""
+    """Returns the stop string of a tokenizer without stop tokens; None if it has one.
+
+    The stop string is the text that the template writes between an assistant turn and the next user message.
+    """
     if tokenizer.stop_ids:
         return None
-    said = [*SMALL_TALK, SMALL_TALK[0]]
+    messages = [*SMALL_TALK, SMALL_TALK[0]]
     given = {"special_tokens": tokenizer.special_texts}
-    whole, first = (render(_template(tokenizer), m, **given) for m in (said, SMALL_TALK[:1]))
-    rest = whole[len(first) :].partition(SMALL_TALK[1]["content"])[2].removesuffix("\n\n")
+    full, first = (render(_template(tokenizer), m, **given) for m in (messages, SMALL_TALK[:1]))
+    rest = full[len(first) :].partition(SMALL_TALK[1]["content"])[2].removesuffix("\n\n")
     return rest.removesuffix(SMALL_TALK[0]["content"]).rstrip() or None

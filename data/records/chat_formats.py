@@ -1,13 +1,13 @@
-"""Records to conversations: the layouts in which fine-tuning data is published, told by their fields.
+"""Parses published fine-tuning formats into conversations; formats are detected by their fields.
 
     messages      {"messages": [{"role", "content"}, ...]}
     sharegpt      {"conversations": [{"from", "value"}, ...]}
-    instruction   {"instruction", "input", "output" or "response"}, with "history": [[question, answer], ...]
-    completion    {"prompt", "completion" or "response"}: texts, or lists of messages
-    text          {"text"}: no conversation, all of it is to be learnt
+    instruction   {"instruction", "input", "output" or "response"}, optional "history": [[question, answer], ...]
+    completion    {"prompt", "completion" or "response"}: strings, or lists of messages
+    text          {"text"}: a plain document; every token contributes to the loss
 
-All but the last may have "system" and "tools" beside them; a list may stand as the JSON of a list. What comes out is a
-conversation as `data.chat` has it. Fields that have no meaning here are left alone.
+All but the last accept "system" and "tools"; a list may be JSON-encoded. Messages follow
+`data.records.chat_encoding`. Unknown fields are ignored.
 """
 
 import json
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class BadRow(ValueError):
-    """A record that cannot be used: the reason, of which there are few, and what it was in this one."""
+    """An unusable record: a reason that is shared by many records, and the detail of this one."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -40,10 +40,10 @@ class Conversation(NamedTuple):
 def read_conversations(
     source: SourceConfig, unit: SourceShard, bad: BadRecords
 ) -> Iterator[tuple[Record, Conversation | str]]:
-    """Every usable record with its conversation, or with its text where it is one; the others are counted.
+    """Yields every usable record with its conversation, or its text; counts the others in `bad`.
 
-    The format of a file is that of its first record that shows one, so that a record that lacks a field later is told
-    from one in another format.
+    The first record with a known format sets the format of its file, so that a later record that lacks a field is
+    reported as such and not read in another format.
     """
     formats: dict[str, RecordFormat] = {}
     text_field = getattr(source, "text_field", "text")
@@ -59,7 +59,7 @@ def read_conversations(
 def read_each(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, convert: Callable[[Record], T]
 ) -> Iterator[tuple[Record, T]]:
-    """Every record of a unit with what `convert` makes of it; those that it refuses with BadRow are counted."""
+    """Yields every record of a shard with its conversion; counts records for which `convert` raises BadRow."""
     for record in source.records(unit, bad):
         try:
             yield record, convert(record)
@@ -68,7 +68,7 @@ def read_each(
 
 
 def format_of(named: RecordFormat, fields: Mapping[str, Any], text_field: str = "text") -> RecordFormat:
-    """The format that was named, or the one that the fields show. Raises: BadRow as `find_format`."""
+    """Returns the configured format, or detects it if it is auto. Raises: BadRow as `find_format`."""
     return find_format(fields, text_field) if named is RecordFormat.auto else named
 
 
@@ -77,7 +77,7 @@ def count_bad(bad: BadRecords, record: Record, error: BadRow) -> None:
 
 
 def find_format(fields: Mapping[str, Any], text_field: str = "text") -> RecordFormat:
-    """Raises: BadRow where no format has such fields."""
+    """Detects the format of a record by its fields. Raises: BadRow if no format matches."""
     if "messages" in fields:
         return RecordFormat.messages
     if "conversations" in fields:
@@ -92,7 +92,7 @@ def find_format(fields: Mapping[str, Any], text_field: str = "text") -> RecordFo
 
 
 def to_conversation(fields: Mapping[str, Any], format: RecordFormat, text_field: str = "text") -> Conversation | str:
-    """Raises: BadRow where a field is missing or holds something else, and where there is nothing to learn."""
+    """Parses a record. Raises: BadRow if a field is missing or invalid, or an answer is missing or empty."""
     if format is RecordFormat.text:
         return _filled(text_of(fields, text_field), "empty document")
     if format in (RecordFormat.messages, RecordFormat.sharegpt):
@@ -113,10 +113,10 @@ def to_conversation(fields: Mapping[str, Any], format: RecordFormat, text_field:
 def _with_answers(conversation: Conversation) -> Conversation:
     answers = [(i, m) for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
     if not answers:
-        raise BadRow("no assistant's turn")
+        raise BadRow("no assistant turn")
     for i, message in answers:
-        thoughts = any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning"))
-        if not (message["content"] or "").strip() and not message.get("tool_calls") and not thoughts:
+        reasoning = any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning"))
+        if not (message["content"] or "").strip() and not message.get("tool_calls") and not reasoning:
             raise BadRow("empty answer", f"message {i + 1}")
     return conversation
 
@@ -133,7 +133,7 @@ def _field(fields: Mapping[str, Any], name: str) -> Any:
 def text_of(fields: Mapping[str, Any], name: str) -> str:
     value = _field(fields, name)
     if not isinstance(value, str):
-        raise BadRow(f"field {name!r} is not text", f"it is {_short(value)}")
+        raise BadRow(f"field {name!r} is not a string", f"it is {_short(value)}")
     return value
 
 
@@ -153,12 +153,12 @@ def _short(value: Any) -> str:
 
 
 def _list(value: Any, name: str) -> list[Any]:
-    """Many tables hold lists as JSON: their columns have one type for all rows."""
+    """Parses a list, or the JSON of a list: table columns with one type often hold JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRow(f"field {name!r} is broken JSON", _short(value)) from None
+            raise BadRow(f"field {name!r} is invalid JSON", _short(value)) from None
     if not isinstance(value, list):
         raise BadRow(f"field {name!r} is not a list", f"it is {_short(value)}")
     return value
@@ -180,17 +180,17 @@ def _instruction(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     answer = text_of(fields, _answer_name(fields, RecordFormat.instruction))
     messages = []
     for pair in _list(fields.get("history") or [], "history"):
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(said, str) for said in pair)):
-            raise BadRow("field 'history' is not a list of pairs of texts", f"it has {_short(pair)}")
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRow("field 'history' is not a list of string pairs", f"it has {_short(pair)}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def instruction_text(fields: Mapping[str, Any]) -> str:
-    """The instruction with its input below it."""
-    asked = text_of(fields, "instruction")
-    more = "" if fields.get("input") is None else text_of(fields, "input")
-    return _filled("\n\n".join(part for part in (asked, more) if part.strip()), "empty instruction")
+    """Returns the instruction followed by its input."""
+    instruction = text_of(fields, "instruction")
+    context = "" if fields.get("input") is None else text_of(fields, "input")
+    return _filled("\n\n".join(part for part in (instruction, context) if part.strip()), "empty instruction")
 
 
 def _turns(value: Any, name: str, role: str) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ def _turns(value: Any, name: str, role: str) -> list[dict[str, Any]]:
         return [{"role": role, "content": _filled(value, "empty answer" if role == "assistant" else f"empty {name}")}]
     if isinstance(value, list):
         return message_list(value)
-    raise BadRow(f"field {name!r} is neither text nor a list of messages", f"it is {_short(value)}")
+    raise BadRow(f"field {name!r} is neither a string nor a list of messages", f"it is {_short(value)}")
 
 
 # Messages
@@ -212,73 +212,73 @@ def message_list(value: Any) -> list[dict[str, Any]]:
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:
-    """With `role` and `content`, whatever a file calls them; parts of a content become one text, thoughts and calls."""
+    """Normalizes a message: `role` and `content` keys; content parts become one text, reasoning and tool calls."""
     where = f"message {i + 1}"
     if not isinstance(message, Mapping):
         raise BadRow("a message is not an object", f"{where} is {_short(message)}")
-    written = message.get("role", message.get("from"))
-    role = RENAMED.get(written, written) if isinstance(written, str) else written
+    raw_role = message.get("role", message.get("from"))
+    role = RENAMED.get(raw_role, raw_role) if isinstance(raw_role, str) else raw_role
     if role not in ROLES:
-        raise BadRow("a message of an unknown role", f"{where}: {_short(written)}")
+        raise BadRow("unknown message role", f"{where}: {_short(raw_role)}")
     content = message.get("content", message.get("value"))
-    kept = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
-    if written == "function_call":
-        return {**kept, "role": role, "content": None, "tool_calls": _calls(content, where)}
+    rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
+    if raw_role == "function_call":
+        return {**rest, "role": role, "content": None, "tool_calls": _calls(content, where)}
     if isinstance(content, list):
-        kept, content = _joined(content, kept, where)
-    if "tool_calls" in kept:
-        kept["tool_calls"] = [_call(call, where) for call in _list(kept["tool_calls"], "tool_calls")]
-        if not kept["tool_calls"]:
-            del kept["tool_calls"]
+        rest, content = _join_parts(content, rest, where)
+    if "tool_calls" in rest:
+        rest["tool_calls"] = [_call(call, where) for call in _list(rest["tool_calls"], "tool_calls")]
+        if not rest["tool_calls"]:
+            del rest["tool_calls"]
     if content is None and role != "assistant":
         raise BadRow("a message without content", where)
     if not isinstance(content, str | None):
-        raise BadRow("a message whose content is not text", f"{where}: {_short(content)}")
-    return {**kept, "role": role, "content": content if content is not None or kept.get("tool_calls") else ""}
+        raise BadRow("message content is not a string", f"{where}: {_short(content)}")
+    return {**rest, "role": role, "content": content if content is not None or rest.get("tool_calls") else ""}
 
 
-def _joined(parts: list[Any], kept: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
-    texts, thoughts, calls = [], [], []
+def _join_parts(parts: list[Any], rest: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    texts, reasoning, calls = [], [], []
     for part in parts:
         if not isinstance(part, Mapping):
-            raise BadRow("a part of a content is not an object", f"{where}: {_short(part)}")
+            raise BadRow("a content part is not an object", f"{where}: {_short(part)}")
         kind = part.get("type")
         value = part.get("value", part.get(kind) if isinstance(kind, str) else None)
         if kind == "tool_call":
             calls += _calls(value, where)
         elif kind not in ("text", "reasoning", "thinking"):
-            raise BadRow("a part of a content that is neither text nor a call", f"{where}: type {_short(kind)}")
+            raise BadRow("a content part is neither text, reasoning nor a tool call", f"{where}: type {_short(kind)}")
         elif not isinstance(value, str):
-            raise BadRow("a part of a content without text", where)
+            raise BadRow("a content part without text", where)
         else:
-            (texts if kind == "text" else thoughts).append(value)
-    if thoughts:
-        kept = {**kept, "reasoning_content": "\n".join(thoughts)}
+            (texts if kind == "text" else reasoning).append(value)
+    if reasoning:
+        rest = {**rest, "reasoning_content": "\n".join(reasoning)}
     if calls:
-        kept = {**kept, "tool_calls": calls}
-    return kept, "\n".join(texts)
+        rest = {**rest, "tool_calls": calls}
+    return rest, "\n".join(texts)
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """A call or several, maybe as JSON, in OpenAI's form."""
+    """Parses one or several tool calls, possibly JSON-encoded, into OpenAI's format."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRow("a call is broken JSON", f"{where}: {_short(value)}") from None
+            raise BadRow("a tool call is invalid JSON", f"{where}: {_short(value)}") from None
     return [_call(call, where) for call in (value if isinstance(value, list) else [value])]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRow("a call without a name", f"{where}: {_short(call)}")
+        raise BadRow("a tool call without a name", f"{where}: {_short(call)}")
     function = {**function, "arguments": _parsed(function["arguments"])} if "arguments" in function else dict(function)
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
 
 
 def _parsed(arguments: Any) -> Any:
-    """Arguments as an object, as templates want them, where they are the JSON of one, as OpenAI writes them."""
+    """Decodes JSON arguments (OpenAI's format) to an object (as templates expect); others are unchanged."""
     try:
         found = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
@@ -287,7 +287,7 @@ def _parsed(arguments: Any) -> Any:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """In OpenAI's form; None where none are offered."""
+    """Parses tool definitions into OpenAI's format; None without tools."""
     if value is None or value == "":
         return None
     found = _list(value, "tools")

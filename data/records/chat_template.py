@@ -1,7 +1,7 @@
-"""Chat templates: Jinja in a sandbox, as published checkpoints expect it, and which characters the assistant wrote.
+"""Renders Jinja chat templates in a sandbox and locates the assistant's characters.
 
-The conventions (options of the environment, functions that templates may call, the `generation` tag) are those of
-transformers, so that a published template gives the same text here as there.
+The conventions (environment options, functions available to templates, the `generation` tag) are those of
+transformers, so that a published template renders the same text.
 """
 
 import json
@@ -18,47 +18,47 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 Message = Mapping[str, Any]
-# Templates are programs that others wrote: what they do with data they did not expect is any of these.
+# Errors that third-party templates raise on unexpected input.
 FAILURES = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 
 
 class Rendered(NamedTuple):
     text: str
-    generated: list[tuple[int, int]]  # characters [begin, end) inside `generation` tags
+    generated: list[tuple[int, int]]  # characters [start, stop) inside `generation` tags
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: puts marks around what is rendered inside."""
+    """`{% generation %}...{% endgeneration %}`: puts marks around the rendered body."""
 
-    tags = {"generation"}  # noqa: RUF012  # Jinja's own way
+    tags = {"generation"}  # noqa: RUF012  # Jinja's own convention
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
-        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_mark", [nodes.Name("generation_marks", "load")])
-        return nodes.CallBlock(call, [], [], inside).set_lineno(line)
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _mark(self, marks: Any, caller: Any) -> str:
         return marks[0] + caller() + marks[1]
 
 
 class _Namespace(Namespace):
-    """Jinja's, without names that begin with `_`: through those a template could reach what the sandbox hides."""
+    """Jinja's namespace without attributes that start with `_`, which could escape the sandbox."""
 
     def __init__(*args: Any, **given: Any) -> None:
         made, *rest = args
         for name in dict(*rest, **given):
-            _Namespace._refuse(name)
+            _Namespace._check_name(name)
         Namespace.__init__(made, *rest, **given)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _Namespace._refuse(name)
+        _Namespace._check_name(name)
         super().__setitem__(name, value)
 
     @staticmethod
-    def _refuse(name: Any) -> None:
+    def _check_name(name: Any) -> None:
         if str(name).startswith("_"):
-            raise SecurityError(f"namespace attribute {name!r}: must not begin with '_'")
+            raise SecurityError(f"namespace attribute {name!r}: must not start with '_'")
 
 
 def _raise(message: str) -> None:
@@ -68,7 +68,7 @@ def _raise(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own filter would write < and > as escapes for HTML.
+    # Jinja's own filter escapes < and > for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -98,8 +98,8 @@ def _compiled(template: str) -> jinja2.Template:
 
 @lru_cache(maxsize=64)
 def literals(template: str) -> tuple[str, ...]:
-    """Texts that stand in a template, outside and inside its expressions."""
-    _compiled(template)  # says where it is broken
+    """Returns the literal texts of a template, outside and inside its expressions."""
+    _compiled(template)  # raises with the line of a syntax error
     tree = environment().parse(template)
     data = [node.data for node in tree.find_all(nodes.TemplateData)]
     return (*data, *(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)))
@@ -107,7 +107,7 @@ def literals(template: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=64)
 def marks_generation(template: str) -> bool:
-    """Whether a template says itself what the assistant wrote."""
+    """Returns whether a template has `generation` tags."""
     _compiled(template)
     tree = environment().parse(template)
     return any(node.identifier == _Generation.identifier for node in tree.find_all(nodes.ExtensionAttribute))
@@ -122,7 +122,7 @@ def render(
     special_tokens: Mapping[str, str],
     **extra: Any,
 ) -> str:
-    """The text of a conversation; see `render_marked`."""
+    """Renders a conversation as text; see `render_marked`."""
     given: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
     return render_marked(template, messages, **given, special_tokens=special_tokens, **extra).text
 
@@ -136,12 +136,12 @@ def render_marked(
     special_tokens: Mapping[str, str],
     **extra: Any,
 ) -> Rendered:
-    """The text of a conversation, and which part of it the template marks as written by the assistant.
+    """Renders a conversation as text with the character ranges inside `generation` tags.
 
-    `special_tokens`: what the template knows as `bos_token`, `eos_token` and so on. `extra`: more of what a template
-    may ask for (`documents`, `enable_thinking`, `date_string`). A template that asks for the date gives another text
-    tomorrow; hand it `date_string`.
-    Raises: ValueError where the template refuses, with its words and the message at which it begins to.
+    `special_tokens`: the template variables `bos_token`, `eos_token` and so on. `extra`: further template variables
+    (`documents`, `enable_thinking`, `date_string`). A template that reads the current date renders differently every
+    day; pass `date_string` to pin it.
+    Raises: ValueError if the template fails, with its error and the first message that causes it.
     """
     values = {"documents": None, **special_tokens, **extra, "add_generation_prompt": add_generation_prompt}
     values["tools"] = None if tools is None else list(tools)
@@ -152,12 +152,12 @@ def render_marked(
     try:
         return _cut(compiled.render(messages=plain, generation_marks=marks, **values), marks)
     except FAILURES as error:
-        at = _first_refused(compiled, plain, values, marks, str(error))
-        raise ValueError(f"{at}the chat template refuses: {error}") from None
+        at = _first_failing(compiled, plain, values, marks, str(error))
+        raise ValueError(f"{at}the chat template failed: {error}") from None
 
 
-def _first_refused(compiled: jinja2.Template, messages: list, values: dict, marks: tuple[str, str], why: str) -> str:
-    """`messages[i]: ` of the message with which the refusal comes; empty where it does not depend on them."""
+def _first_failing(compiled: jinja2.Template, messages: list, values: dict, marks: tuple[str, str], why: str) -> str:
+    """Returns `messages[i]: ` for the first message that causes the error; empty if none does."""
     for count in range(len(messages)):
         try:
             compiled.render(messages=messages[:count], generation_marks=marks, **values)
@@ -168,22 +168,23 @@ def _first_refused(compiled: jinja2.Template, messages: list, values: dict, mark
 
 
 def _as_json(value: Any) -> Any:
-    """Plain lists, dicts, texts and numbers: a template gets nothing that has methods of ours."""
+    """Converts to plain lists, dicts, strings and numbers, so that templates cannot reach our objects' methods."""
     try:
         return json.loads(json.dumps(value))
     except TypeError as error:
-        raise ValueError(f"chat: {error}; give texts, numbers, lists and objects") from None
+        raise ValueError(f"chat: {error}; use only strings, numbers, lists and objects") from None
 
 
 def _aliased(message: Message) -> dict[str, Any]:
-    # As transformers has it: keys without a value are not there, and thoughts go by the names that templates use.
-    kept = {key: value for key, value in message.items() if value is not None}
-    thoughts = next((kept[name] for name in ("reasoning_content", "thinking", "reasoning") if name in kept), None)
-    return kept if thoughts is None else {"thinking": thoughts, **kept, "reasoning_content": thoughts}
+    # As in transformers: keys with null values are removed, and reasoning is available under both common names.
+    present = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((present[name] for name in names if name in present), None)
+    return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
 
 
 def _unused_marks(everything: str) -> tuple[str, str]:
-    """Two texts that do not occur in what is rendered: nobody can write them into a message."""
+    """Returns two marker strings that do not occur in the input, so that no message can forge them."""
     number = 0
     while f"\ufdd0{number}" in everything:
         number += 1
@@ -193,8 +194,8 @@ def _unused_marks(everything: str) -> tuple[str, str]:
 def _cut(marked: str, marks: tuple[str, str]) -> Rendered:
     text, generated = "", []
     for piece in marked.split(marks[0]):
-        inside, found, after = piece.partition(marks[1])
+        body, found, after = piece.partition(marks[1])
         if found:
-            generated.append((len(text), len(text) + len(inside)))
-        text += inside + after
+            generated.append((len(text), len(text) + len(body)))
+        text += body + after
     return Rendered(text, generated)

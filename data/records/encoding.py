@@ -1,7 +1,7 @@
-"""Conversations to examples: ids, and a mask of the tokens that are to be learnt.
+"""Encodes records as examples: token ids and a loss mask.
 
-An example is never longer than a row, so that no answer is learnt without its question. Which of its tokens count is
-`data.loss_mask`; what becomes of a longer one is `data.on_overflow`.
+An example never exceeds a row, so no answer is trained on without its question. `data.loss_mask` selects the tokens
+that contribute to the loss; `data.on_overflow` decides how longer conversations are handled.
 
 Shape letters: L tokens of an example.
 """
@@ -25,8 +25,9 @@ from data.tokenizers.tokenizer import Tokenizer
 
 
 class DataFormat(enum.Enum):
-    """What the records of all sources are."""
+    """Record type of all sources; the named modules list the accepted fields."""
 
+<<<<<<< HEAD
     text = "text"  # one text each: every token is learnt
     chat = "chat"  # `data.records.chat_formats` lists their formats: what data.loss_mask names is learnt
     unpaired_preference = "unpaired_preference"  # `data.records.unpaired_preference` lists theirs: an answer to a prompt, and whether it is good
@@ -34,26 +35,47 @@ class DataFormat(enum.Enum):
     preference = "preference"
     classification = "classification"  # `data.records.labels`: a text or a conversation, and its class
     retrieval = "retrieval"  # `data.records.labels`: texts that belong together
+=======
+    text = "text"  # plain documents; every token contributes to the loss
+    chat = "chat"  # conversations (data.records.chat_formats); data.loss_mask selects the tokens of the loss
+    unpaired_preference = "unpaired_preference"  # a completion labeled good or bad (data.records.unpaired_preference)
+    preference = "preference"  # a chosen and a rejected answer to one prompt (data.records.preference)
+    classification = "classification"  # a text or conversation and its class (data.records.labels)
+    retrieval = "retrieval"  # an anchor, a positive and optional negatives (data.records.labels)
+>>>>>>> p-data
 
 
-NOUNS = {DataFormat.classification: "texts"}  # of records, for people; the others are called by their own names
+NOUNS = {  # plural noun for the records of a format, in log lines
+    DataFormat.text: "documents",
+    DataFormat.chat: "conversations",
+    DataFormat.unpaired_preference: "completions",
+    DataFormat.preference: "pairs",
+    DataFormat.classification: "texts",
+    DataFormat.retrieval: "matches",
+}
 
 
 class LossMask(enum.Enum):
-    """What a model learns of a conversation."""
+    """Tokens of a conversation that contribute to the loss."""
 
-    assistant = "assistant"  # all that the assistant says, and to end its turns
-    last_turn = "last_turn"  # the assistant's last turn only
+    assistant = "assistant"  # all assistant turns, including their end-of-turn tokens
+    last_turn = "last_turn"  # only the last assistant turn
     all = "all"  # every token, as in pretraining
 
 
 class OnOverflow(enum.Enum):
-    """What becomes of a conversation that is longer than a row."""
+    """Handling of conversations longer than `data.seq_len`."""
 
+<<<<<<< HEAD
     # it ends with the last learnt turn that fits whole; without such a turn it is left out
     truncate_turns = "truncate_turns"
     truncate = "truncate"  # its end is cut off, an answer's with it: what is left has no end of turn
     drop = "drop"  # it is left out
+=======
+    truncate_turns = "truncate_turns"  # truncate after the last complete turn; drop the conversation if none fits
+    truncate = "truncate"  # truncate at seq_len tokens, even within an answer, which then has no end of turn
+    drop = "drop"  # drop the conversation
+>>>>>>> p-data
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,7 @@ NO_NEEDS = DataNeeds()
 
 
 class EncodingConfig(NamedTuple):
-    """How records become examples."""
+    """Encoding of records as examples."""
 
     loss_on: LossMask
     overlong: OnOverflow
@@ -95,12 +117,12 @@ class EncodingConfig(NamedTuple):
 
     @property
     def examples_per_record(self) -> int:
-        """Examples of one record, which are never parted."""
+        """Number of examples per record; they are never split up."""
         return examples_per_record(self.records, self.negatives)
 
 
 def examples_per_record(records: DataFormat, negatives: int = 0) -> int:
-    """Examples of one record, which are never parted."""
+    """Returns the number of examples per record; they are never split up."""
     return {DataFormat.preference: 2, DataFormat.unpaired_preference: 2, DataFormat.retrieval: 2 + negatives}.get(
         records, 1
     )
@@ -108,9 +130,9 @@ def examples_per_record(records: DataFormat, negatives: int = 0) -> int:
 
 class Example(NamedTuple):
     ids: np.ndarray  # [L] i32
-    loss_mask: np.ndarray  # [L] bool: tokens that are targets of the loss; never the first alone
+    loss_mask: np.ndarray  # [L] bool: tokens that contribute to the loss as targets; never only the first
     truncated: bool = False
-    value: float = 0.0  # the margin of a pair
+    value: float = 0.0  # margin of a preference pair
 
 
 Said = Conversation | Pair | Labelled | Match | str
@@ -119,7 +141,7 @@ Said = Conversation | Pair | Labelled | Match | str
 def read_said(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, rules: EncodingConfig
 ) -> Iterator[tuple[Record, Said]]:
-    """Every usable record of a unit with what it holds; the others are counted."""
+    """Yields every usable record of a shard with its parsed content; counts the others in `bad`."""
     if rules.records is DataFormat.preference:
         return read_pairs(source, unit, bad, margins=rules.margins)
     if rules.records is DataFormat.classification:
@@ -134,17 +156,17 @@ def read_said(
 def read_examples(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, tokenizer: Tokenizer, rules: EncodingConfig
 ) -> Iterator[tuple[Said, tuple[Example, ...]]]:
-    """What was said and its examples, `encoding.examples_per_record`, for every usable record of a unit; the others are counted.
+    """Yields the content of every usable record with its `examples_per_record` examples; counts the others in `bad`.
 
-    Raises: ValueError for a tokenizer without a chat template, at the first conversation.
+    Raises: ValueError at the first conversation if the tokenizer has no chat template.
     """
     if rules.records is DataFormat.unpaired_preference:
-        yield from _judged_examples(source, unit, bad, tokenizer, rules)
+        yield from _unpaired_examples(source, unit, bad, tokenizer, rules)
         return
     for record, said in read_said(source, unit, bad, rules):
-        first = said.chosen if isinstance(said, Pair) else said.said if isinstance(said, Labelled) else said
+        first = said.chosen if isinstance(said, Pair) else said.content if isinstance(said, Labelled) else said
         if isinstance(first, Conversation) and tokenizer.chat_template is None:
-            encode_chat(tokenizer, first.messages)  # says what to do
+            encode_chat(tokenizer, first.messages)  # raises with instructions
         try:
             yield said, encode_said(tokenizer, said, rules)
         except BadRow as error:
@@ -153,20 +175,20 @@ def read_examples(
             count_bad(bad, record, _refused(error))
 
 
-def _judged_examples(
+def _unpaired_examples(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, tokenizer: Tokenizer, rules: EncodingConfig
 ) -> Iterator[tuple[Conversation, tuple[Example, Example]]]:
-    """Beside each pair of examples the prompt, by which answers to one prompt stay on one side of a split."""
-    for record, judged, other in pair_with_next(read_unpaired(source, unit, bad)):
-        conversation = judged.conversation
+    """Yields each prompt with its two examples; the prompt keeps all of its completions in one split."""
+    for record, unpaired, other in pair_with_next(read_unpaired(source, unit, bad)):
+        conversation = unpaired.conversation
         if tokenizer.chat_template is None:
-            encode_chat(tokenizer, conversation.messages)  # says what to do
+            encode_chat(tokenizer, conversation.messages)  # raises with instructions
         try:
             if other is None:
-                raise BadRow("no other record whose answer it could be compared with")
+                raise BadRow("no other record to take a mismatched completion from")
             yield (
                 conversation._replace(messages=conversation.messages[:-1]),
-                encode_judged(tokenizer, judged, other, rules),
+                encode_unpaired(tokenizer, unpaired, other, rules),
             )
         except BadRow as error:
             count_bad(bad, record, error)
@@ -175,7 +197,7 @@ def _judged_examples(
 
 
 def encode_said(tokenizer: Tokenizer, said: Said, rules: EncodingConfig) -> tuple[Example, ...]:
-    """`encoding.examples_per_record` examples. Raises: as `encode_example`."""
+    """Encodes the content of a record as `examples_per_record` examples. Raises: as `encode_example`."""
     if isinstance(said, Pair):
         return encode_pair(tokenizer, said, rules)
     if isinstance(said, Labelled):
@@ -186,10 +208,10 @@ def encode_said(tokenizer: Tokenizer, said: Said, rules: EncodingConfig) -> tupl
 
 
 def encode_whole(tokenizer: Tokenizer, said: Conversation | str, rules: EncodingConfig) -> Example:
-    """All of it to be read, and its last token to be told by. A longer text loses its end, but not the token of the
-    end, or is left out, as `data.on_overflow` says.
+    """Encodes a text or conversation for pooling: the loss mask selects only its last token.
 
-    Raises: BadRow for one that is too long or empty; ValueError as `encode_chat`.
+    With `data.on_overflow=truncate` a longer text is truncated but keeps its end token.
+    Raises: BadRow if it is empty, or too long with another `data.on_overflow`; ValueError as `encode_chat`.
     """
     if isinstance(said, str):
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -208,82 +230,81 @@ def encode_whole(tokenizer: Tokenizer, said: Conversation | str, rules: Encoding
 
 
 def encode_labelled(tokenizer: Tokenizer, labelled: Labelled, rules: EncodingConfig) -> Example:
-    """The ids of a text, and its class in the place of a next token: what is to be said after the last one.
-
-    Raises: as `encode_whole`.
-    """
-    ids, _, shortened, _ = encode_whole(tokenizer, labelled.said, rules)
+    """Encodes a text followed by its class, which is the target of the last token. Raises: as `encode_whole`."""
+    ids, _, truncated, _ = encode_whole(tokenizer, labelled.content, rules)
     ids = np.append(ids, np.int32(labelled.label))
-    return Example(ids, np.arange(len(ids)) == len(ids) - 1, shortened)
+    return Example(ids, np.arange(len(ids)) == len(ids) - 1, truncated)
 
 
 def _refused(error: ValueError) -> BadRow:
-    # Messages of templates and tokenizers tell the place; as a reason it would make every record a kind of its own.
+    # Errors of templates and tokenizers include the position, which would make every reason unique.
     return BadRow(re.sub(r"messages\[\d+\]", "a message", str(error))[:160], str(error)[:300])
 
 
 def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, rules: EncodingConfig) -> Example:
-    """Ids and mask. A text is encoded as a document of pretraining, however long it is: packing cuts it.
+    """Encodes a conversation with its loss mask, or a text as a pretraining document of any length (packing cuts it).
 
-    Raises: BadRow for one in which nothing can be learnt; ValueError as `encode_chat`.
+    Raises: BadRow if no token contributes to the loss; ValueError as `encode_chat`.
     """
     if isinstance(conversation, str):
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         ids = np.array(tokenizer.begin(tokenizer.encode(conversation)) + end, np.int32)
         return _checked(Example(ids, np.ones(len(ids), bool)))
-    ids, said = encode_chat(tokenizer, conversation.messages, tools=conversation.tools)
-    said = with_ends(ids, said, tokenizer.stop_ids)
-    learnt = {LossMask.assistant: said, LossMask.last_turn: last_turn(said), LossMask.all: np.ones(len(ids), bool)}[
-        rules.loss_on
-    ]
+    ids, assistant = encode_chat(tokenizer, conversation.messages, tools=conversation.tools)
+    assistant = with_ends(ids, assistant, tokenizer.stop_ids)
+    mask = {
+        LossMask.assistant: assistant,
+        LossMask.last_turn: last_turn(assistant),
+        LossMask.all: np.ones(len(ids), bool),
+    }[rules.loss_on]
     if len(ids) <= rules.max_length:
-        return _checked(Example(ids, learnt))
-    turns = said if rules.loss_on is LossMask.all else learnt
-    length = _kept_length(turns, rules)
+        return _checked(Example(ids, mask))
+    turns = assistant if rules.loss_on is LossMask.all else mask
+    length = _truncated_length(turns, rules)
     if not length:
         raise BadRow(f"longer than data.seq_len={rules.max_length}", f"{len(ids)} tokens")
-    return _checked(Example(ids[:length], learnt[:length], truncated=True))
+    return _checked(Example(ids[:length], mask[:length], truncated=True))
 
 
 def encode_pair(tokenizer: Tokenizer, pair: Pair, rules: EncodingConfig) -> tuple[Example, Example]:
-    """Ids of both, with the last turn as what is compared; the prompt has the same ids in both.
+    """Encodes both answers of a preference pair; the loss mask selects the last turn, the prompt ids are equal.
 
-    A pair of which one is longer than a row is left out, or both ends are cut off (data.on_overflow=truncate).
-    Raises: BadRow for one that cannot be compared; ValueError as `encode_chat`.
+    If one answer exceeds a row, the pair is dropped; with data.on_overflow=truncate both are truncated.
+    Raises: BadRow if the answers cannot be compared; ValueError as `encode_chat`.
     """
     overlong = rules.overlong if rules.overlong is OnOverflow.truncate else OnOverflow.drop
     of_last = rules._replace(loss_on=LossMask.last_turn, overlong=overlong)
     chosen, rejected = (encode_example(tokenizer, side, of_last) for side in (pair.chosen, pair.rejected))
-    begins = [int(np.argmax(side.loss_mask)) for side in (chosen, rejected)]
-    if begins[0] != begins[1] or not np.array_equal(chosen.ids[: begins[0]], rejected.ids[: begins[0]]):
-        raise BadRow("the chat template writes the prompt differently for the two answers")
+    starts = [int(np.argmax(side.loss_mask)) for side in (chosen, rejected)]
+    if starts[0] != starts[1] or not np.array_equal(chosen.ids[: starts[0]], rejected.ids[: starts[0]]):
+        raise BadRow("the chat template renders the prompt differently for the two answers")
     if np.array_equal(chosen.ids, rejected.ids):
-        raise BadRow("chosen is the same as rejected" + (" before data.seq_len" if chosen.truncated else ""))
+        raise BadRow("chosen equals rejected" + (" before data.seq_len" if chosen.truncated else ""))
     return chosen._replace(value=pair.margin), rejected
 
 
-def encode_judged(
-    tokenizer: Tokenizer, judged: UnpairedExample, other: UnpairedExample, rules: EncodingConfig
+def encode_unpaired(
+    tokenizer: Tokenizer, unpaired: UnpairedExample, other: UnpairedExample, rules: EncodingConfig
 ) -> tuple[Example, Example]:
-    """Ids of a prompt with its answer, and with that of `other`, whose end is cut off where a row has no room for it.
+    """Encodes a prompt with its own completion, and with that of `other`, truncated to fit a row.
 
-    After the first stands one id more, 1 where the answer is good and 0 where not: it is no token, and never learnt.
-    Raises: BadRow for one that cannot be compared; ValueError as `encode_chat`.
+    The first example ends with one extra id, the label (1 desirable, 0 undesirable); it is masked out of the loss.
+    Raises: BadRow if the completions cannot be compared; ValueError as `encode_chat`.
     """
-    conversation, answer = judged.conversation, other.conversation.messages[-1]
+    conversation, answer = unpaired.conversation, other.conversation.messages[-1]
     mixed = conversation._replace(messages=[*conversation.messages[:-1], answer])
     overlong = rules.overlong if rules.overlong is OnOverflow.truncate else OnOverflow.drop
     of_last = rules._replace(loss_on=LossMask.last_turn, overlong=overlong)
     own = encode_example(tokenizer, conversation, of_last)
-    apart = encode_example(tokenizer, mixed, of_last._replace(overlong=OnOverflow.truncate))
-    begins = [int(np.argmax(side.loss_mask)) for side in (own, apart)]
-    if begins[0] != begins[1] or not np.array_equal(own.ids[: begins[0]], apart.ids[: begins[0]]):
-        raise BadRow("the chat template writes the prompt differently for another answer")
-    label = np.array([judged.label], own.ids.dtype)
-    return own._replace(ids=np.append(own.ids, label), learnt=np.append(own.loss_mask, False)), apart
+    mismatched = encode_example(tokenizer, mixed, of_last._replace(overlong=OnOverflow.truncate))
+    starts = [int(np.argmax(side.loss_mask)) for side in (own, mismatched)]
+    if starts[0] != starts[1] or not np.array_equal(own.ids[: starts[0]], mismatched.ids[: starts[0]]):
+        raise BadRow("the chat template renders the prompt differently for another answer")
+    label = np.array([unpaired.label], own.ids.dtype)
+    return own._replace(ids=np.append(own.ids, label), loss_mask=np.append(own.loss_mask, False)), mismatched
 
 
-def _kept_length(turns: np.ndarray, rules: EncodingConfig) -> int:
+def _truncated_length(turns: np.ndarray, rules: EncodingConfig) -> int:
     if rules.overlong is OnOverflow.truncate:
         return rules.max_length
     if rules.overlong is OnOverflow.drop:
@@ -292,41 +313,43 @@ def _kept_length(turns: np.ndarray, rules: EncodingConfig) -> int:
 
 
 def _checked(example: Example) -> Example:
-    if not example.loss_mask[1:].any():  # the first token is nobody's target
-        raise BadRow("no token to learn" + (" before data.seq_len" if example.truncated else ""))
+    if not example.loss_mask[1:].any():  # the first token is never a target
+        raise BadRow("no token contributes to the loss" + (" before data.seq_len" if example.truncated else ""))
     return example
 
 
 def runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """[begin, end) of every stretch of True."""
+    """Returns [start, stop) of every run of True values."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def last_turn(said: np.ndarray) -> np.ndarray:
-    """The mask of its last stretch alone."""
-    kept = np.zeros_like(said)
-    for begin, end in runs(said)[-1:]:
-        kept[begin:end] = True
-    return kept
+def last_turn(mask: np.ndarray) -> np.ndarray:
+    """Returns the mask restricted to its last run."""
+    last = np.zeros_like(mask)
+    for start, stop in runs(mask)[-1:]:
+        last[start:stop] = True
+    return last
 
 
-def with_ends(ids: np.ndarray, said: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
-    """The mask with the token that ends a turn, where a template leaves it outside its marks: without it a model would
-    never learn to stop."""
-    said = said.copy()
-    for _, end in runs(said):
-        if end < len(ids) and int(ids[end]) in stop_ids and int(ids[end - 1]) not in stop_ids:
-            said[end] = True
-    return said
+def with_ends(ids: np.ndarray, mask: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
+    """Extends each turn of the mask to its end token if the chat template leaves it out.
+
+    Without that token in the loss a model would not learn to stop.
+    """
+    mask = mask.copy()
+    for _, stop in runs(mask):
+        if stop < len(ids) and int(ids[stop]) in stop_ids and int(ids[stop - 1]) not in stop_ids:
+            mask[stop] = True
+    return mask
 
 
 def texts_of(said: Said) -> list[str]:
-    """What is said in it, for a tokenizer to be trained on."""
+    """Returns the texts of a record, for tokenizer training."""
     if isinstance(said, Pair):
         return [*texts_of(said.chosen), *texts_of(said.rejected)]
     if isinstance(said, Labelled):
-        return texts_of(said.said)
+        return texts_of(said.content)
     if isinstance(said, UnpairedExample):
         return texts_of(said.conversation)
     if isinstance(said, Match):
@@ -336,19 +359,19 @@ def texts_of(said: Said) -> list[str]:
     return [message["content"] for message in said.messages if message["content"]]
 
 
-def marked_text(tokenizer: Tokenizer, ids: Sequence[int], learnt: Sequence[bool]) -> str:
-    """The text of an example for people: special tokens by their names, what is learnt between ⟦ and ⟧."""
+def marked_text(tokenizer: Tokenizer, ids: Sequence[int], loss_mask: Sequence[bool]) -> str:
+    """Renders an example for display: special tokens by name, tokens of the loss between ⟦ and ⟧."""
     names = {i: text for text, i in tokenizer.special_tokens.items()}
-    text, begin = "", 0
-    spoken = np.asarray(learnt, bool)
+    text, start = "", 0
+    mask = np.asarray(loss_mask, bool)
     for at in range(1, len(ids) + 1):
-        here = int(ids[begin])
-        same = at < len(ids) and spoken[at] == spoken[begin] and here not in names and int(ids[at]) not in names
+        first = int(ids[start])
+        same = at < len(ids) and mask[at] == mask[start] and first not in names and int(ids[at]) not in names
         if same:
             continue
-        opens = spoken[begin] and (begin == 0 or not spoken[begin - 1])
-        closes = spoken[begin] and (at == len(ids) or not spoken[at])
-        piece = names[here] if here in names else tokenizer.decode(list(map(int, ids[begin:at])))
+        opens = mask[start] and (start == 0 or not mask[start - 1])
+        closes = mask[start] and (at == len(ids) or not mask[at])
+        piece = names[first] if first in names else tokenizer.decode(list(map(int, ids[start:at])))
         text += ("⟦" if opens else "") + piece + ("⟧" if closes else "")
-        begin = at
+        start = at
     return text

@@ -1,10 +1,10 @@
-"""Records that are judged as a whole: a text and its class, or texts that belong together.
+"""Parses labeled records: a text and its class, or an anchor text with its positive and negatives.
 
     {"text", "label"}, {"messages", "label"}     a text, or a conversation in any format of `data.records.chat_formats`
-    {"anchor", "positive"}                       two texts that mean alike; `MATCHED` lists the other names
+    {"anchor", "positive"}                       two texts with the same meaning; `MATCHED` lists the other field names
 
-A class is a name out of `data.classes`, or its number there. "negative" is a text, or "negatives" a list of texts, that
-should be told from the positive one; what is positive for other records of a batch is told from it anyway.
+A class is a name from `data.classes` or its index. "negative" is a text and "negatives" a list of texts to contrast
+with the positive; the positives of the other records in a batch serve as in-batch negatives in any case.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +26,12 @@ MATCHED = (
 
 
 class Labelled(NamedTuple):
-    said: Conversation | str
-    label: int  # of data.classes
+    content: Conversation | str
+    label: int  # index in data.classes
 
 
 class Match(NamedTuple):
-    """Texts: the first belongs to the second, and not to any that follow."""
+    """Texts for contrastive training: the anchor, its positive, then negatives."""
 
     texts: tuple[str, ...]
 
@@ -39,7 +39,7 @@ class Match(NamedTuple):
 def read_labelled(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, classes: Sequence[str]
 ) -> Iterator[tuple[Record, Labelled]]:
-    """Every usable record with its text and class; the others are counted."""
+    """Yields every usable record with its text and class; counts the others in `bad`."""
     text_field = getattr(source, "text_field", "text")
 
     def convert(record: Record) -> Labelled:
@@ -50,7 +50,7 @@ def read_labelled(
 
 
 def to_label(fields: Mapping[str, Any], classes: Sequence[str]) -> int:
-    """Raises: BadRow where there is no class, or one that `classes` does not name."""
+    """Returns the class index of a record. Raises: BadRow if the class is missing or not in `classes`."""
     name = next((name for name in LABELS if name in fields), None)
     if name is None:
         raise BadRow("no field 'label'", f"its fields: {', '.join(map(str, fields))[:200]}")
@@ -61,32 +61,32 @@ def to_label(fields: Mapping[str, Any], classes: Sequence[str]) -> int:
         return list(classes).index(str(value))
     if isinstance(value, int) and 0 <= value < len(classes):
         return value
-    raise BadRow(f"field {name!r} is none of data.classes", repr(value)[:60])
+    raise BadRow(f"field {name!r} is not one of data.classes", repr(value)[:60])
 
 
 def read_matches(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, negatives: int
 ) -> Iterator[tuple[Record, Match]]:
-    """Every usable record with its texts, 2 and `negatives` of them; the others are counted."""
+    """Yields every usable record with its 2 + `negatives` texts; counts the others in `bad`."""
     return read_each(source, unit, bad, lambda record: to_match(record.fields, negatives))
 
 
 def to_match(fields: Mapping[str, Any], negatives: int) -> Match:
-    """Raises: BadRow where a field is missing or no text, and where the two texts are one."""
+    """Returns the texts of a record. Raises: BadRow if a field is missing or not a string, or the texts are equal."""
     names = next((names for names in MATCHED if all(name in fields for name in names)), None)
     if names is None:
-        raise BadRow("no two fields that belong together", f"its fields: {', '.join(map(str, fields))[:200]}")
+        raise BadRow("no anchor and positive fields", f"its fields: {', '.join(map(str, fields))[:200]}")
     texts = [text_of(fields, name).strip() for name in names]
     if negatives:
         found = fields.get("negatives", fields.get("negative"))
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise BadRow("no field 'negative' or 'negatives' with texts")
+            raise BadRow("no field 'negative' or 'negatives' with strings")
         if len(found) < negatives:
             raise BadRow("fewer negatives than objective.negatives", f"{len(found)}")
         texts += [text.strip() for text in found[:negatives]]
     if not all(texts):
         raise BadRow("empty text")
     if texts[0] == texts[1]:
-        raise BadRow("the two texts are the same")
+        raise BadRow("anchor and positive are equal")
     return Match(tuple(texts))

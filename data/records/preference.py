@@ -1,11 +1,11 @@
-"""Records to pairs of answers to one prompt, the first of them preferred: the layouts in which such data is published.
+"""Parses published preference formats into pairs of a chosen and a rejected answer to one prompt.
 
-    {"chosen": [message, ...], "rejected": [message, ...]}          whole conversations that begin alike
+    {"chosen": [message, ...], "rejected": [message, ...]}          full conversations with a common prompt
     {"chosen": "\\n\\nHuman: ...", "rejected": "\\n\\nHuman: ..."}      the same as transcripts (HH-RLHF)
-    {"prompt" | "messages" | "conversations", "chosen", "rejected"} a text or messages, and two answers to it
-    {"instruction", "input", "chosen", "rejected"}                  an instruction, and two answers to it
+    {"prompt" | "messages" | "conversations", "chosen", "rejected"} a string or messages, and two answers
+    {"instruction", "input", "chosen", "rejected"}                  an instruction, and two answers
 
-An answer is a text, a message or a list of messages. "system" and "tools" may stand beside them.
+An answer is a string, a message or a list of messages. "system" and "tools" are optional.
 """
 
 import math
@@ -30,17 +30,17 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 class Pair(NamedTuple):
-    """Two conversations that differ in the assistant's last turn only."""
+    """Two conversations that differ only in the last assistant turn."""
 
     chosen: Conversation
     rejected: Conversation
-    margin: float = 0.0  # by which the chosen answer is better, where a record says so
+    margin: float = 0.0  # margin of the chosen answer over the rejected one, if the record has it
 
 
 def read_pairs(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, *, margins: bool = False
 ) -> Iterator[tuple[Record, Pair]]:
-    """Every usable record with its pair; the others are counted. With `margins` each must say its "margin"."""
+    """Yields every usable record with its pair; counts the others in `bad`. `margins` requires a "margin" field."""
 
     def convert(record: Record) -> Pair:
         pair = to_pair(record.fields)
@@ -50,7 +50,7 @@ def read_pairs(
 
 
 def to_pair(fields: Mapping[str, Any]) -> Pair:
-    """Raises: BadRow where a field is missing or holds something else, and where the answers do not differ."""
+    """Parses a record. Raises: BadRow if a field is missing or invalid, or the answers are equal."""
     for name in ("chosen", "rejected"):
         if name not in fields:
             raise BadRow(f"no field {name!r}", f"its fields: {', '.join(map(str, fields))[:200]}")
@@ -60,14 +60,14 @@ def to_pair(fields: Mapping[str, Any]) -> Pair:
         prompt = [{"role": "system", "content": text_of(fields, "system")}, *prompt]
     chosen, rejected = ([*prompt, *_answer(fields[name], name, bool(prompt))] for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise BadRow("chosen is the same as rejected")
+        raise BadRow("chosen equals rejected")
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise BadRow(f"field {name!r} does not end with the assistant's turn")
+            raise BadRow(f"field {name!r} does not end with an assistant turn")
         if not (messages[-1]["content"] or "").strip() and not messages[-1].get("tool_calls"):
             raise BadRow("empty answer", f"field {name!r}")
     if chosen[:-1] != rejected[:-1]:
-        raise BadRow("chosen and rejected are answers to different prompts")
+        raise BadRow("chosen and rejected have different prompts")
     tools = read_tools(fields.get("tools"))
     return Pair(Conversation(chosen, tools), Conversation(rejected, tools))
 
@@ -75,7 +75,7 @@ def to_pair(fields: Mapping[str, Any]) -> Pair:
 def _margin(fields: Mapping[str, Any]) -> float:
     value = fields.get("margin")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow("field 'margin' is no number", repr(value)[:60])
+        raise BadRow("field 'margin' is not a finite number", repr(value)[:60])
     return float(value)
 
 
@@ -102,8 +102,8 @@ def _answer(value: Any, name: str, prompted: bool) -> list[dict[str, Any]]:
 def _transcript(text: str, name: str) -> list[dict[str, Any]]:
     parts = SPEAKER.split(text)
     if parts[0].strip() or len(parts) < 3:
-        raise BadRow(f"field {name!r} is neither messages nor a transcript, and there is no prompt beside it")
+        raise BadRow(f"field {name!r} is neither messages nor a transcript, and the record has no prompt")
     return [
-        {"role": SPEAKERS[speaker], "content": said.strip()}
-        for speaker, said in zip(parts[1::2], parts[2::2], strict=True)
+        {"role": SPEAKERS[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[1::2], parts[2::2], strict=True)
     ]

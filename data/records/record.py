@@ -1,4 +1,4 @@
-"""One record of a source, and the count of those that could not be used."""
+"""Records of a source, and counts of the unusable ones."""
 
 import enum
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Record(NamedTuple):
-    """An object of a source, and its place for people."""
+    """A JSON-like object of a source, with its position for error messages."""
 
     fields: dict[str, Any]
     file: str
@@ -14,9 +14,9 @@ class Record(NamedTuple):
 
 
 class RecordFormat(enum.Enum):
-    """What the fields of a record mean; `data.records.chat_formats` tells each in turn."""
+    """Field layout of records; see `data.records.chat_formats`."""
 
-    auto = "auto"  # told from the first record of a file that shows it
+    auto = "auto"  # detected from the first record of each file with a known layout
     messages = "messages"
     sharegpt = "sharegpt"
     instruction = "instruction"
@@ -25,7 +25,7 @@ class RecordFormat(enum.Enum):
 
 
 class BadRecords:
-    """Input that could not be used: counts by file and reason, and where each reason was met first."""
+    """Counts of unusable input by file and reason, with the first position of each reason."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -46,7 +46,7 @@ class BadRecords:
 
 
 def decode(content: bytes, file: str, bad: BadRecords, where: str = "") -> str | None:
-    """Text of UTF-8 bytes; None, and a count, for what is binary or another encoding."""
+    """Decodes UTF-8; binary data and other encodings are counted in `bad` and return None."""
     if b"\0" in content:
         bad.add(file, "binary", where)
         return None
@@ -58,7 +58,7 @@ def decode(content: bytes, file: str, bad: BadRecords, where: str = "") -> str |
 
 
 def take_record(content: Any, file: str, bad: BadRecords, where: str) -> Iterator[Record]:
-    """An object, if it is one."""
+    """Yields the record if it is an object; counts it in `bad` otherwise."""
     if isinstance(content, dict):
         yield Record(content, file, where)
     else:
@@ -66,13 +66,13 @@ def take_record(content: Any, file: str, bad: BadRecords, where: str) -> Iterato
 
 
 def take_text(record: Any, text_field: str, file: str, bad: BadRecords, where: str) -> Iterator[str]:
-    """The text of a record, if it has one."""
+    """Yields the text of a record if it has one; counts the record in `bad` otherwise."""
     if not isinstance(record, dict):
         bad.add(file, "not an object", where)
     elif text_field not in record:
         bad.add(file, f"no field {text_field!r}", f"{where}; its fields: {', '.join(map(str, record))[:200]}")
     elif not isinstance(record[text_field], str):
-        bad.add(file, f"field {text_field!r} is not text", where)
+        bad.add(file, f"field {text_field!r} is not a string", where)
     elif not record[text_field].strip():
         bad.add(file, "empty document", where)
     else:

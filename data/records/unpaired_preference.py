@@ -1,7 +1,7 @@
-"""Records to answers that are good or not, each by itself (KTO's data): a conversation, and a label beside it.
+"""Parses unpaired preferences (KTO): a conversation labeled desirable or undesirable.
 
-{"prompt", "completion", "label": true}     or "messages", "conversations", "instruction" as in data.conversations
-{"prompt", "chosen", "rejected"}            as in data.preferences: two answers, one good and one not
+{"prompt", "completion", "label": true}     or "messages", "conversations", "instruction" as in `chat_formats`
+{"prompt", "chosen", "rejected"}            as in `preference`: one desirable and one undesirable answer
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,21 +14,21 @@ from data.sources.readers import SourceConfig, SourceShard
 
 
 class UnpairedExample(NamedTuple):
-    """A conversation that ends with the assistant's turn, and whether that is as it should be."""
+    """A conversation that ends with an assistant turn, and whether that turn is desirable."""
 
     conversation: Conversation
     label: bool
 
 
 def read_unpaired(source: SourceConfig, unit: SourceShard, bad: BadRecords) -> Iterator[tuple[Record, UnpairedExample]]:
-    """Every usable answer with its record, which a pair has two of; the others are counted."""
+    """Yields every usable answer with its record (a pair yields two); counts bad records in `bad`."""
     for record, answers in read_each(source, unit, bad, lambda record: to_unpaired(record.fields, source.chat_format)):
-        for judged in answers:
-            yield record, judged
+        for unpaired in answers:
+            yield record, unpaired
 
 
 def to_unpaired(fields: Mapping[str, Any], format: RecordFormat = RecordFormat.auto) -> list[UnpairedExample]:
-    """Raises: BadRow where a field is missing or holds something else."""
+    """Parses the one or two answers of a record. Raises: BadRow if a field is missing or invalid."""
     if "chosen" in fields and "rejected" in fields:
         pair = to_pair(fields)
         return [UnpairedExample(pair.chosen, True), UnpairedExample(pair.rejected, False)]
@@ -41,7 +41,7 @@ def to_unpaired(fields: Mapping[str, Any], format: RecordFormat = RecordFormat.a
     if isinstance(conversation, str):
         raise BadRow("a text without a prompt")
     if conversation.messages[-1]["role"] != "assistant":
-        raise BadRow("it does not end with the assistant's turn")
+        raise BadRow("the conversation does not end with an assistant turn")
     if len(conversation.messages) < 2:
         raise BadRow("an answer without a prompt")
     return [UnpairedExample(conversation, bool(label))]
@@ -50,14 +50,14 @@ def to_unpaired(fields: Mapping[str, Any], format: RecordFormat = RecordFormat.a
 def pair_with_next(
     found: Iterator[tuple[Record, UnpairedExample]],
 ) -> Iterator[tuple[Record, UnpairedExample, UnpairedExample | None]]:
-    """Each with the next answer of another record, the last with the first; None where there is no other record."""
+    """Pairs each answer with the next record's, the last with the first record's; None without another record."""
     first: tuple[Record, UnpairedExample] | None = None
     waiting: list[tuple[Record, UnpairedExample]] = []
-    for record, judged in found:
-        first = first or (record, judged)
+    for record, unpaired in found:
+        first = first or (record, unpaired)
         if waiting and waiting[0][0] is not record:
-            yield from ((*one, judged) for one in waiting)
+            yield from ((*one, unpaired) for one in waiting)
             waiting = []
-        waiting.append((record, judged))
-    for record, judged in waiting:
-        yield record, judged, first[1] if first and first[0] is not record else None
+        waiting.append((record, unpaired))
+    for record, unpaired in waiting:
+        yield record, unpaired, first[1] if first and first[0] is not record else None

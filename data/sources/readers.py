@@ -111,7 +111,7 @@ class FileSourceConfig(SourceConfig):
                     continue
                 yield from read(file, bad)
             except (OSError, EOFError, ValueError) as error:  # a file may break anywhere in its middle
-                if isinstance(error, ValueError) and str(error).startswith("data.sources.readers"):
+                if isinstance(error, ValueError) and str(error).startswith("data.sources"):
                     raise
                 bad.add(file, "unreadable or truncated", str(error)[:200])
 
@@ -214,7 +214,7 @@ class JsonlConfig(FileSourceConfig):
                 try:
                     content = json.loads(text)
                 except (ValueError, RecursionError):
-                    bad.add(file, "broken JSON", where)
+                    bad.add(file, "invalid JSON", where)
                     continue
                 yield content, where
 
@@ -313,7 +313,7 @@ class ArrayRecordConfig(FileSourceConfig):
             try:
                 yield from take_record(json.loads(text), file, bad, where)
             except (ValueError, RecursionError):
-                bad.add(file, "broken JSON", where)
+                bad.add(file, "invalid JSON", where)
 
     def _contents(self, file: str, bad: BadRecords) -> Iterator[tuple[bytes, str]]:
         module = _extra("array_record.python.array_record_module", "arrayrecord", "arrayrecord")
@@ -343,7 +343,7 @@ class ArrayRecordConfig(FileSourceConfig):
             try:
                 yield from take_text(json.loads(text), self.text_field, file, bad, where)
             except ValueError:
-                bad.add(file, "broken JSON", where)
+                bad.add(file, "invalid JSON", where)
             return
         yield from take_text({"text": text}, "text", file, bad, where)
 

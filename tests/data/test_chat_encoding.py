@@ -1,4 +1,4 @@
-"""Chats become the ids that other tools make of them, and the mask says what the assistant wrote."""
+"""Chats are encoded with the same ids as in transformers, and the mask selects assistant tokens."""
 
 import json
 
@@ -83,7 +83,7 @@ AWKWARD = {
 
 
 def hf_tokenizer(style):
-    """Small tokenizers of the two make-ups that published ones have: byte-level, and pieces with byte fallback."""
+    """Small tokenizers of the two common kinds: byte-level BPE, and SentencePiece-style BPE with byte fallback."""
     tokenizers = pytest.importorskip("tokenizers")
     if style == "byte-level":
         inner = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -103,7 +103,7 @@ def hf_tokenizer(style):
         vocab_size=700, special_tokens=[*CONTROLS, *more], initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator([TEXT], trainer)
-    if more:  # learnt from words, used without cutting at them; the bytes are pieces, not special
+    if more:  # trained on words but applied without splitting; byte tokens are regular tokens, not special ones
         content = json.loads(inner.to_str())
         content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"].startswith("<0x")]
         content["pre_tokenizer"]["split"] = False
@@ -135,7 +135,7 @@ def sentencepiece(**more):
 
 @pytest.fixture(scope="module", params=["bytes", "sentencepiece", "tokenizer_json"])
 def tokenizer(request, tmp_path_factory):
-    """With which `plain` works."""
+    """Tokenizers that support the `plain` template."""
     if request.param == "bytes":
         return Bytes()
     if request.param == "sentencepiece":
@@ -150,7 +150,7 @@ def tokenizer(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", AWKWARD)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_begins_with_one_bos_and_ends_what_the_assistant_says(base, name, case):
+def test_every_template_starts_with_one_bos_and_ends_assistant_turns(base, name, case):
     made = with_template(base, name)
     messages, tools, prompted = AWKWARD[case]
     ids, mask = encode_chat(made, messages, tools=tools, add_generation_prompt=prompted)
@@ -158,17 +158,17 @@ def test_every_template_begins_with_one_bos_and_ends_what_the_assistant_says(bas
     assert ids[0] == made.bos_id and ids[1] != made.bos_id
     ends = [i for i in range(len(ids)) if mask[i] and (i + 1 == len(ids) or not mask[i + 1])]
     assert len(ends) == sum(m["role"] == "assistant" for m in messages)
-    assert all(ids[end] in made.stop_ids for end in ends), "the end of a turn can be learnt"
+    assert all(ids[end] in made.stop_ids for end in ends), "the end-of-turn token is in the loss"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_what_a_model_goes_on_from_is_what_it_was_trained_on(base, name):
+def test_generation_prompts_match_the_training_ids(base, name):
     made = with_template(base, name)
     messages = [system("Be brief."), user("hello 日本"), assistant("the cat \U0001f600"), user("a"), assistant("b")]
-    whole, mask = encode_chat(made, messages)
+    full, mask = encode_chat(made, messages)
     for at in (2, 4):
         prompt = chat_ids(made, messages[:at])
-        assert whole[: len(prompt)].tolist() == prompt
+        assert full[: len(prompt)].tolist() == prompt
         assert mask[len(prompt)] and not mask[len(prompt) - 1]
 
 
@@ -197,20 +197,21 @@ def test_control_tokens_trained_into_sentencepiece_make_chatml_possible():
     assert made.stop_ids == (made.eos_id, made.special_tokens["<|im_end|>"])
     assert ids[mask][-1] == made.special_tokens["<|im_end|>"]
     assert ids.tolist().count(made.special_tokens["<|im_start|>"]) == 2
-    assert made.eos_id in ids, "as in transformers, the text of a special token stands for it"
+    assert made.eos_id in ids, "as in transformers, the text of a special token is encoded as that token"
     assert made.encode("<|im_start|>")[0] != made.special_tokens["<|im_start|>"], "a document is text"
 
 
-def test_a_template_whose_tokens_are_not_there_is_refused_naming_them():
-    with pytest.raises(ValueError, match=r"chat_template=llama3: needs <\|end_header_id\|>, <\|eot_id\|>, .*=plain"):
+def test_a_template_without_its_special_tokens_is_refused_naming_them():
+    needs = r"chat_template=llama3: needs the special tokens <\|end_header_id\|>, <\|eot_id\|>, .*=plain"
+    with pytest.raises(ValueError, match=needs):
         with_template(Bytes(), "llama3")
-    with pytest.raises(ValueError, match=r"chat_template=gemma: needs <end_of_turn>, <start_of_turn>"):
+    with pytest.raises(ValueError, match=r"chat_template=gemma: needs the special tokens <end_of_turn>, <start_of_t"):
         with_template(Bytes(), "gemma")
-    with pytest.raises(ValueError, match=r"chat_template=chatlm: is neither a file nor one of chatml"):
+    with pytest.raises(ValueError, match=r"chat_template=chatlm: must be a file or one of chatml"):
         with_template(Bytes(), "chatlm")
 
 
-def test_a_template_of_a_file_must_end_what_the_assistant_says(tmp_path):
+def test_a_template_from_a_file_must_end_assistant_turns(tmp_path):
     path = tmp_path / "mine.jinja"
     body = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}END{% endgeneration %}\n{% endfor %}"
     path.write_text(body.replace("END", ""))
@@ -232,7 +233,7 @@ def test_a_bos_that_the_template_writes_is_not_written_twice(base, tmp_path):
     assert with_template(base, str(path)).chat_template == "{{ bos_token }}" + turn
     assert with_template(base.with_policy(add_bos=False), str(path)).chat_template == turn
     path.write_text("<s>{{ bos_token }}" + turn)
-    with pytest.raises(ValueError, match="begins with BOS twice"):
+    with pytest.raises(ValueError, match="starts with two BOS tokens"):
         with_template(base, str(path))
 
 
@@ -245,7 +246,7 @@ UNMARKED = (
 )
 
 
-def test_without_marks_the_mask_comes_from_what_each_turn_adds(base):
+def test_without_generation_tags_the_mask_comes_from_rendered_prefixes(base):
     assert not marks_generation(UNMARKED) and marks_generation("{%- generation -%}x{%- endgeneration -%}")
     marked = with_template(base, "chatml")
     unmarked = configured(base.with_policy(chat_template=UNMARKED), TokenizerConfig())
@@ -257,11 +258,11 @@ def test_without_marks_the_mask_comes_from_what_each_turn_adds(base):
         assert ids.tolist() == want.ids.tolist() and mask.tolist() == want.assistant_mask.tolist(), case
 
 
-def test_a_template_that_rewrites_history_is_refused_for_training_and_not_for_writing(base):
+def test_a_template_that_rewrites_history_is_refused_for_training_but_not_for_generation(base):
     forgetful = UNMARKED.replace("{{ m.content }}", "{{ m.content if loop.last else 'forgotten' }}")
     made = base.with_policy(chat_template=forgetful)
     messages = [user("a"), assistant("b"), user("c"), assistant("d")]
-    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template writes this turn differently"):
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template renders this turn differently"):
         encode_chat(made, messages)
     assert chat_ids(made, messages[:3])
 
@@ -269,14 +270,14 @@ def test_a_template_that_rewrites_history_is_refused_for_training_and_not_for_wr
 # Rendering
 
 
-def test_a_refusal_of_the_template_names_the_message():
+def test_template_errors_name_the_message():
     template = (
         "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"messages\[2\]: the chat template refuses: roles must alternate"):
+    with pytest.raises(ValueError, match=r"messages\[2\]: the chat template failed: roles must alternate"):
         render(template, [user("a"), assistant("b"), assistant("c"), user("d")], special_tokens={})
-    with pytest.raises(ValueError, match=r"messages\[0\]: the chat template refuses"):
+    with pytest.raises(ValueError, match=r"messages\[0\]: the chat template failed"):
         render("{{ messages[0].content + 1 }}", [user("a")], special_tokens={})
 
 
@@ -291,15 +292,15 @@ def test_a_refusal_of_the_template_names_the_message():
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(template):
-    with pytest.raises(ValueError, match=r"the chat template refuses"):
+    with pytest.raises(ValueError, match=r"the chat template failed"):
         print(render(template, [user("a")], special_tokens={}))
 
 
-def test_nothing_that_a_user_writes_can_forge_a_mark():
+def test_user_text_cannot_forge_a_mark():
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    said = "\ufdd00\ufdd1x\ufdd00\ufdd2 \ufdd01\ufdd1"
-    found = render_marked(template, [user(said), user("y")], special_tokens={})
-    assert found == (said + "y", [(0, len(said)), (len(said), len(said) + 1)])
+    text = "\ufdd00\ufdd1x\ufdd00\ufdd2 \ufdd01\ufdd1"
+    found = render_marked(template, [user(text), user("y")], special_tokens={})
+    assert found == (text + "y", [(0, len(text)), (len(text), len(text) + 1)])
 
 
 def test_tools_are_not_escaped_as_for_web_pages():
@@ -316,15 +317,15 @@ BAD = {
     "no content": ([{"role": "user"}], r"messages\[0\].content: is missing"),
     "no content and no call": ([assistant(None)], r"messages\[0\].content: is missing"),
     "parts": ([user([{"type": "text", "text": "a"}])], r"messages\[0\].content=\[.*join the texts of its parts"),
-    "a number": ([user(3)], r"messages\[0\].content=3: must be one text"),
-    "calls of a user": ([{**user("a"), "tool_calls": [CALL]}], r"only an assistant calls functions, not 'user'"),
+    "a number": ([user(3)], r"messages\[0\].content=3: must be a string"),
+    "calls of a user": ([{**user("a"), "tool_calls": [CALL]}], r"only the assistant can call tools, not 'user'"),
     "a call without a name": ([assistant("", tool_calls=[{"function": {}}])], r"messages\[0\].tool_calls=.*list like"),
 }
 
 
-@pytest.mark.parametrize(("messages", "said"), BAD.values(), ids=BAD.keys())
-def test_messages_that_are_none_are_named(messages, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("messages", "error"), BAD.values(), ids=BAD.keys())
+def test_invalid_messages_are_refused_with_their_index(messages, error):
+    with pytest.raises(ValueError, match=error):
         check_messages(messages)
 
 
@@ -334,7 +335,7 @@ def test_all_awkward_conversations_are_allowed():
         assert {m["role"] for m in messages} <= set(ROLES)
 
 
-def test_without_a_template_the_way_out_is_named():
+def test_without_a_template_the_error_names_the_fix():
     with pytest.raises(ValueError, match=r"tokenizer.chat_template=NAME \(chatml, "):
         encode_chat(Bytes(), SMALL_TALK)
 
@@ -342,7 +343,7 @@ def test_without_a_template_the_way_out_is_named():
 # Against transformers
 
 
-# Conventions of widely used models, in our words: what they have in common with ours is their text, not their code.
+# Conventions of widely used models, written independently: they render the same text with other code.
 PUBLISHED = {
     "instructions with a system block": (
         "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
@@ -431,7 +432,7 @@ def test_an_exported_tokenizer_makes_the_same_chats_in_transformers(base, name, 
 
 
 @pytest.mark.parity
-def test_thoughts_go_by_the_names_that_transformers_gives_them(theirs, base):
+def test_reasoning_has_the_names_used_by_transformers(theirs, base):
     template = "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{{ m.thinking }}\n{% endfor %}"
     messages = [user("a"), assistant("b", thinking="c", name=None), assistant("b", reasoning_content="d")]
     want = theirs.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True)["input_ids"]

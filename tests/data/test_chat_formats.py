@@ -1,4 +1,4 @@
-"""Every layout in which conversations are published is read, and what cannot be is counted where it stands."""
+"""Every published conversation format is parsed, and unusable records are counted with their position."""
 
 import gzip
 import json
@@ -25,8 +25,8 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 
-def messages_of(*said):
-    return [{"role": role, "content": content} for role, content in said]
+def messages_of(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 # name: (fields, format, messages, tools)
@@ -110,14 +110,14 @@ FORMATS = {
 
 
 @pytest.mark.parametrize(("fields", "format", "messages", "tools"), FORMATS.values(), ids=FORMATS.keys())
-def test_every_format_is_told_by_its_fields_and_read(fields, format, messages, tools):
+def test_every_format_is_detected_by_its_fields_and_parsed(fields, format, messages, tools):
     assert find_format(fields).name == format
     found = to_conversation(fields, RecordFormat[format])
     assert found == Conversation(messages, tools)
     check_messages(found.messages)
 
 
-def test_a_text_is_no_conversation():
+def test_a_text_is_not_a_conversation():
     assert find_format({"text": "x"}) is RecordFormat.text and to_conversation({"text": "x"}, RecordFormat.text) == "x"
     assert find_format({"body": "x"}, "body") is RecordFormat.text
 
@@ -125,47 +125,51 @@ def test_a_text_is_no_conversation():
 BAD = {
     "no known fields": ({"a": 1}, "auto", "fields of no known format"),
     "no output": ({"instruction": "q", "text": "x"}, "instruction", "no field 'output'"),
-    "an output that is none": ({"instruction": "q", "output": None}, "auto", "field 'output' is not text"),
+    "a null output": ({"instruction": "q", "output": None}, "auto", "field 'output' is not a string"),
     "an empty output": ({"instruction": "q", "output": " \n"}, "auto", "empty answer"),
     "nothing asked": ({"instruction": "", "input": "", "output": "a"}, "auto", "empty instruction"),
-    "a history of texts": ({"instruction": "q", "output": "a", "history": ["x"]}, "auto", "not a list of pairs"),
+    "a history of texts": ({"instruction": "q", "output": "a", "history": ["x"]}, "auto", "not a list of string pairs"),
     "an empty response": ({"prompt": "q", "response": ""}, "auto", "empty answer"),
-    "a prompt that is a number": ({"prompt": 3, "response": "a"}, "auto", "neither text nor a list of messages"),
+    "a prompt that is a number": ({"prompt": 3, "response": "a"}, "auto", "neither a string nor a list of messages"),
     "no messages": ({"messages": []}, "auto", "no messages"),
-    "messages that are text": ({"messages": "hello"}, "auto", "field 'messages' is broken JSON"),
+    "messages that are text": ({"messages": "hello"}, "auto", "field 'messages' is invalid JSON"),
     "messages that are an object": ({"messages": {}}, "auto", "field 'messages' is not a list"),
     "a message that is text": ({"messages": ["hello"]}, "auto", "a message is not an object"),
-    "an unknown role": ({"messages": messages_of(("wizard", "q"))}, "auto", "a message of an unknown role"),
-    "a role that is a list": ({"messages": messages_of(([], "q"))}, "auto", "a message of an unknown role"),
-    "a content that is a number": ({"messages": messages_of(("user", 3))}, "auto", "whose content is not text"),
+    "an unknown role": ({"messages": messages_of(("wizard", "q"))}, "auto", "unknown message role"),
+    "a role that is a list": ({"messages": messages_of(([], "q"))}, "auto", "unknown message role"),
+    "a content that is a number": ({"messages": messages_of(("user", 3))}, "auto", "message content is not a string"),
     "no content": ({"messages": [{"role": "user"}, ASSISTANT]}, "auto", "a message without content"),
-    "no answer": ({"messages": [USER]}, "auto", "no assistant's turn"),
+    "no answer": ({"messages": [USER]}, "auto", "no assistant turn"),
     "an empty turn": ({"messages": [USER, messages_of(("assistant", ""))[0]]}, "auto", "empty answer"),
     "a picture": (
         {"messages": messages_of(("user", [{"type": "image", "image": "x"}]))},
         "auto",
-        "neither text nor a call",
+        "neither text, reasoning nor a tool call",
     ),
     "a call of nothing": (
         {"messages": [USER, {**CALLED, "tool_calls": [{}]}]},
         "auto",
-        "a call without a name",
+        "a tool call without a name",
     ),
     "a broken call": (
         {"conversations": [{"from": "function_call", "value": "{"}]},
         "auto",
-        "a call is broken JSON",
+        "a tool call is invalid JSON",
     ),
-    "broken tools": ({"messages": [USER, ASSISTANT], "tools": "{"}, "auto", "field 'tools' is broken JSON"),
+    "broken tools": ({"messages": [USER, ASSISTANT], "tools": "{"}, "auto", "field 'tools' is invalid JSON"),
     "a tool that is text": ({"messages": [USER, ASSISTANT], "tools": ["x"]}, "auto", "a tool is not an object"),
-    "a system that is a number": ({"messages": [USER, ASSISTANT], "system": 3}, "auto", "field 'system' is not text"),
+    "a system that is a number": (
+        {"messages": [USER, ASSISTANT], "system": 3},
+        "auto",
+        "field 'system' is not a string",
+    ),
     "an empty text": ({"text": " "}, "auto", "empty document"),
 }
 
 
-@pytest.mark.parametrize(("fields", "format", "said"), BAD.values(), ids=BAD.keys())
-def test_a_record_that_is_none_is_named(fields, format, said):
-    with pytest.raises(BadRow, match=said):
+@pytest.mark.parametrize(("fields", "format", "reason"), BAD.values(), ids=BAD.keys())
+def test_invalid_records_are_refused_with_the_reason(fields, format, reason):
+    with pytest.raises(BadRow, match=reason):
         known = RecordFormat[format]
         to_conversation(fields, find_format(fields) if known is RecordFormat.auto else known)
 
@@ -186,13 +190,13 @@ def test_bad_lines_are_counted_with_file_and_line_and_the_rest_is_read(tmp_path)
     assert len(found) == 2 and len(huge) > RECORD_BYTES
     places = {reason: entry["first"].partition(":")[0] for reason, entry in bad[str(path)].items()}
     assert places == {
-        "broken JSON": "line 2",
+        "invalid JSON": "line 2",
         "not UTF-8": "line 3",
         "a line longer than 4 MiB": "line 4",
         "not an object": "line 6",
         "no field 'messages'": "line 9",
     }
-    assert bad[str(path)]["broken JSON"]["count"] == 2
+    assert bad[str(path)]["invalid JSON"]["count"] == 2
 
 
 def test_each_file_has_its_own_format_which_may_be_named(tmp_path):
@@ -226,7 +230,7 @@ def test_tables_hold_conversations_too(tmp_path):
 
 def test_array_records_hold_conversations_texts_and_examples(tmp_path):
     module = pytest.importorskip("array_record.python.array_record_module", reason="needs the extra 'arrayrecord'")
-    from tests.data.test_sources import example
+    from tests.data.test_readers import example
 
     contents = {
         "json": [json.dumps({"messages": [USER, ASSISTANT]}).encode(), b'{"messages": '],
@@ -241,7 +245,7 @@ def test_array_records_hold_conversations_texts_and_examples(tmp_path):
     found, bad = read(ArrayRecordConfig(paths=[str(tmp_path)]))
     talk = Conversation([USER, ASSISTANT])
     assert found == [talk, talk, "hello"]
-    assert bad == {str(tmp_path / "json.array_record"): {"broken JSON": {"count": 1, "first": "record 2"}}}
+    assert bad == {str(tmp_path / "json.array_record"): {"invalid JSON": {"count": 1, "first": "record 2"}}}
 
 
 def test_data_sets_hold_conversations(tmp_path):
@@ -255,7 +259,7 @@ def test_data_sets_hold_conversations(tmp_path):
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real data is not here")
 @pytest.mark.parametrize("path", sorted(REAL.glob("*.jsonl")), ids=lambda path: path.stem)
-def test_real_files_are_read_whole(path):
+def test_real_files_are_read_completely(path):
     found, bad = read(JsonlConfig(paths=[str(path)]))
     assert not bad and len(found) == len(path.read_text().splitlines())
     for conversation in found:

@@ -21,17 +21,17 @@ def table(folder, rows=5, **changes):
     return ColumnCache(folder, {"weights": "abc", "seq_len": 3} | changes, rows, SPEC)
 
 
-def test_rows_come_back_by_their_number_and_a_pass_that_was_cut_off_goes_on(tmp_path):
+def test_rows_are_read_by_number_and_an_interrupted_pass_resumes(tmp_path):
     made = table(tmp_path / "t")
     made.begin()
     made.write(0, values(0, 2))
     made.flush()
-    made.write(2, values(2, 2))  # not noted: a kill here loses it
+    made.write(2, values(2, 2))  # not flushed: a kill at this point loses it
     again = table(tmp_path / "t")
     assert (again.filled, again.complete) == (2, False)
     again.begin()
     again.write(2, values(2, 2))
-    again.write(4, values(4, 2))  # more than there is
+    again.write(4, values(4, 2))  # one row past the end
     again.flush()
     read = table(tmp_path / "t")
     assert read.complete
@@ -42,10 +42,10 @@ def test_rows_come_back_by_their_number_and_a_pass_that_was_cut_off_goes_on(tmp_
         read[5]
 
 
-def test_a_table_of_something_else_is_refused_and_so_is_a_damaged_one(tmp_path):
+def test_a_cache_with_another_key_or_damaged_files_is_refused(tmp_path):
     made = table(tmp_path / "t")
     made.begin()
-    with pytest.raises(ValueError, match="was made with seq_len=3, and is wanted with 4; delete the folder"):
+    with pytest.raises(ValueError, match="was built with seq_len=3, but this run needs 4; delete the folder"):
         table(tmp_path / "t", seq_len=4)
     (tmp_path / "t" / "ids.npy").write_bytes(b"gone")
     with pytest.raises(ValueError, match="cannot be read"):

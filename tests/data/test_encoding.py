@@ -1,4 +1,4 @@
-"""What is learnt of a conversation: the assistant's words and the ends of its turns, and nothing where that is cut."""
+"""Loss masks of conversations: assistant turns and their end tokens; nothing from turns that are cut."""
 
 import json
 
@@ -45,7 +45,7 @@ CALLING = Conversation(
 
 
 class PadIsEos(Bytes):
-    """As many published tokenizers have it."""
+    """A tokenizer with pad = eos, as is common in published ones."""
 
     pad_id = EOS
 
@@ -59,96 +59,96 @@ def rules(loss_on=LossMask.assistant, overlong=OnOverflow.truncate_turns, max_le
     return EncodingConfig(loss_on, overlong, max_length)
 
 
-def learnt_texts(tokenizer, example):
-    return [tokenizer.decode(example.ids[begin:end]) for begin, end in runs(example.learnt)]
+def masked_texts(tokenizer, example):
+    return [tokenizer.decode(example.ids[start:stop]) for start, stop in runs(example.loss_mask)]
 
 
-def test_ids_are_those_of_the_whole_conversation_rendered_once(tokenizer):
+def test_ids_equal_those_of_the_full_conversation_rendered_once(tokenizer):
     for talk in (TALK, CALLING):
         example = encode_example(tokenizer, talk, rules())
         want = chat_ids(tokenizer, talk.messages, tools=talk.tools, add_generation_prompt=False)
         assert example.ids.tolist() == want and not example.truncated
 
 
-def test_every_turn_of_the_assistant_is_learnt_with_its_end(tokenizer):
+def test_every_assistant_turn_is_in_the_loss_with_its_end(tokenizer):
     example = encode_example(tokenizer, TALK, rules())
-    assert learnt_texts(tokenizer, example) == [" assistant 1", " assistant 2", " assistant 3"]
+    assert masked_texts(tokenizer, example) == [" assistant 1", " assistant 2", " assistant 3"]
     assert [int(example.ids[end - 1]) for _, end in runs(example.loss_mask)] == [EOS] * 3
-    calls = learnt_texts(tokenizer, encode_example(tokenizer, CALLING, rules()))
+    calls = masked_texts(tokenizer, encode_example(tokenizer, CALLING, rules()))
     assert calls == [' <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', " two"]
 
 
 def test_loss_on_chooses_turns(tokenizer):
-    whole = encode_example(tokenizer, TALK, rules())
+    full = encode_example(tokenizer, TALK, rules())
     last = encode_example(tokenizer, TALK, rules(LossMask.last_turn))
-    assert runs(last.loss_mask) == runs(whole.loss_mask)[-1:]
+    assert runs(last.loss_mask) == runs(full.loss_mask)[-1:]
     assert encode_example(tokenizer, TALK, rules(LossMask.all)).loss_mask.all()
 
 
-def test_an_end_is_learnt_where_pad_is_eos_and_padding_never(tokenizer):
+def test_end_tokens_are_in_the_loss_if_pad_is_eos_and_padding_never(tokenizer):
     example = encode_example(tokenizer, TALK, rules())
 
     class Corpus:
         fingerprint = ""
         lengths = np.array([len(example.ids)])
         document = staticmethod(lambda index, start, stop: example.ids[start:stop])
-        learnt = staticmethod(lambda index, start, stop: example.loss_mask[start:stop])
+        loss_mask = staticmethod(lambda index, start, stop: example.loss_mask[start:stop])
 
     row = PackedRows(Corpus(), seq_len=len(example.ids) + 9, packing=Packing.best_fit, seed=0)[0]
-    learnt = row.loss_mask > 0
-    assert (row.targets[learnt] == EOS).sum() == 3 and not learnt[len(example.ids) - 1 :].any()
-    # The mask has moved with the targets, once.
-    assert row.targets[learnt].tolist() == example.ids[example.loss_mask].tolist()
+    in_loss = row.loss_mask > 0
+    assert (row.targets[in_loss] == EOS).sum() == 3 and not in_loss[len(example.ids) - 1 :].any()
+    # The mask is shifted with the targets, once.
+    assert row.targets[in_loss].tolist() == example.ids[example.loss_mask].tolist()
 
 
 @pytest.mark.parametrize("loss_on", LossMask)
 @pytest.mark.parametrize("overlong", OnOverflow)
-def test_an_example_is_never_longer_than_a_row_and_has_something_to_learn(tokenizer, loss_on, overlong):
-    whole = encode_example(tokenizer, TALK, rules(loss_on))
-    for length in range(1, len(whole.ids) + 1):
+def test_an_example_never_exceeds_a_row_and_has_targets(tokenizer, loss_on, overlong):
+    full = encode_example(tokenizer, TALK, rules(loss_on))
+    for length in range(1, len(full.ids) + 1):
         try:
             example = encode_example(tokenizer, TALK, rules(loss_on, overlong, length))
         except BadRow as error:
             assert "data.seq_len" in error.reason
             continue
         assert len(example.ids) <= length and example.loss_mask[1:].any()
-        assert example.ids.tolist() == whole.ids[: len(example.ids)].tolist()
-        assert example.loss_mask.tolist() == whole.loss_mask[: len(example.ids)].tolist()
-        assert example.truncated == (len(example.ids) < len(whole.ids))
+        assert example.ids.tolist() == full.ids[: len(example.ids)].tolist()
+        assert example.loss_mask.tolist() == full.loss_mask[: len(example.ids)].tolist()
+        assert example.truncated == (len(example.ids) < len(full.ids))
         if overlong is OnOverflow.truncate_turns and example.truncated:
-            assert example.ids[-1] == EOS, "it ends with a turn that is whole"
+            assert example.ids[-1] == EOS, "it ends with a complete turn"
         assert not (overlong is OnOverflow.drop and example.truncated)
 
 
-def test_whole_turns_keeps_as_many_as_fit(tokenizer):
-    whole = encode_example(tokenizer, TALK, rules())
-    ends = [end for _, end in runs(whole.loss_mask)]
-    for length, kept in ((ends[0], 1), (ends[1] - 1, 1), (ends[1], 2), (ends[2] - 1, 2)):
-        assert len(runs(encode_example(tokenizer, TALK, rules(max_length=length)).loss_mask)) == kept
+def test_truncate_turns_retains_the_turns_that_fit(tokenizer):
+    full = encode_example(tokenizer, TALK, rules())
+    ends = [end for _, end in runs(full.loss_mask)]
+    for length, turns in ((ends[0], 1), (ends[1] - 1, 1), (ends[1], 2), (ends[2] - 1, 2)):
+        assert len(runs(encode_example(tokenizer, TALK, rules(max_length=length)).loss_mask)) == turns
     with pytest.raises(BadRow, match=rf"longer than data\.seq_len={ends[0] - 1}"):
         encode_example(tokenizer, TALK, rules(max_length=ends[0] - 1))
     with pytest.raises(BadRow, match=rf"longer than data\.seq_len={ends[1]}"):
         encode_example(tokenizer, TALK, rules(LossMask.last_turn, max_length=ends[1]))
 
 
-def test_a_cut_that_leaves_nothing_to_learn_leaves_the_example_out(tokenizer):
-    with pytest.raises(BadRow, match=r"no token to learn before data\.seq_len"):
+def test_an_example_without_targets_after_truncation_is_dropped(tokenizer):
+    with pytest.raises(BadRow, match=r"no token contributes to the loss before data\.seq_len"):
         encode_example(tokenizer, TALK, rules(overlong=OnOverflow.truncate, max_length=20))
 
 
-def test_a_text_is_learnt_whole_as_in_pretraining(tokenizer):
+def test_every_token_of_a_text_is_in_the_loss_as_in_pretraining(tokenizer):
     example = encode_example(tokenizer, "hello", rules(max_length=2))
     assert example.ids.tolist() == [*b"hello", EOS] and example.loss_mask.all()
-    with pytest.raises(BadRow, match="no token to learn"):
+    with pytest.raises(BadRow, match="no token contributes to the loss"):
         encode_example(Characters("ab"), "a", rules())
 
 
-def test_an_end_outside_the_marks_of_a_template_is_learnt_all_the_same():
+def test_an_end_token_outside_the_generation_tags_is_in_the_loss():
     ids = np.array([5, 6, 9, 5, 6, 9, 9, 5, 6])
-    said = np.array([0, 1, 0, 0, 1, 1, 0, 0, 1], bool)
+    mask = np.array([0, 1, 0, 0, 1, 1, 0, 0, 1], bool)
     # The first turn lacks its end; the second has it already; the third has none.
-    assert with_ends(ids, said, (9,)).tolist() == [False, True, True, False, True, True, False, False, True]
-    assert runs(last_turn(said)) == [(8, 9)] and runs(last_turn(said[:0])) == []
+    assert with_ends(ids, mask, (9,)).tolist() == [False, True, True, False, True, True, False, False, True]
+    assert runs(last_turn(mask)) == [(8, 9)] and runs(last_turn(mask[:0])) == []
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_and_counted(tmp_path):
@@ -163,7 +163,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_counted(tmp_path)
     tokenizer = Bytes().with_policy(chat_template=template)
     assert not list(read_examples(source, source.units()[0], bad, tokenizer, rules()))
     [(reason, entry)] = bad.found[str(path)].items()
-    assert "writes this turn differently" in reason and entry["count"] == 3 and entry["first"].startswith("line 1: ")
+    assert "renders this turn differently" in reason and entry["count"] == 3 and entry["first"].startswith("line 1: ")
 
 
 def test_without_a_template_conversations_are_refused_and_texts_are_not(tmp_path):
@@ -177,12 +177,12 @@ def test_without_a_template_conversations_are_refused_and_texts_are_not(tmp_path
         read()
 
 
-def test_marked_text_shows_what_is_learnt(tokenizer):
-    ids, said = encode_chat(tokenizer, TALK.messages[1:3])
-    assert marked_text(tokenizer, ids, said) == "User: user 1\n\nAssistant:⟦ assistant 1<|endoftext|>⟧\n\n"
+def test_marked_text_shows_the_loss_mask(tokenizer):
+    ids, mask = encode_chat(tokenizer, TALK.messages[1:3])
+    assert marked_text(tokenizer, ids, mask) == "User: user 1\n\nAssistant:⟦ assistant 1<|endoftext|>⟧\n\n"
 
 
-def test_texts_of_a_conversation_are_what_is_said_in_it():
+def test_texts_of_a_conversation_are_its_contents():
     assert texts_of(CALLING) == ["go", "2", "two"] and texts_of("x") == ["x"]
 
 
@@ -190,7 +190,7 @@ def test_texts_of_a_conversation_are_what_is_said_in_it():
 def test_masks_of_tool_conversations_are_those_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
     from data.tokenizers.kinds import TokenizerJsonConfig
-    from tests.data.test_chat import hf_tokenizer
+    from tests.data.test_chat_encoding import hf_tokenizer
 
     hf_tokenizer("byte-level").save(str(tmp_path / "tokenizer.json"))
     described = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -36,7 +36,7 @@ def write(path, rows) -> JsonlConfig:
 
 
 @pytest.mark.parametrize("value,want", [("ham", 0), ("spam", 1), (0, 0), (1, 1), (True, 1)])
-def test_a_class_is_told_by_its_name_or_its_number(value, want):
+def test_a_class_is_given_by_name_or_index(value, want):
     assert to_label({"label": value}, CLASSES) == want
 
 
@@ -48,10 +48,10 @@ def test_a_name_that_looks_like_a_number_is_a_name():
     "fields,reason",
     [
         ({}, "no field 'label'"),
-        ({"label": "eggs"}, "field 'label' is none of data.classes"),
-        ({"class": 2}, "field 'class' is none of data.classes"),
-        ({"label": None}, "field 'label' is none of data.classes"),
-        ({"label": -1}, "field 'label' is none of data.classes"),
+        ({"label": "eggs"}, "field 'label' is not one of data.classes"),
+        ({"class": 2}, "field 'class' is not one of data.classes"),
+        ({"label": None}, "field 'label' is not one of data.classes"),
+        ({"label": -1}, "field 'label' is not one of data.classes"),
     ],
 )
 def test_records_without_a_known_class_are_refused(fields, reason):
@@ -62,16 +62,16 @@ def test_records_without_a_known_class_are_refused(fields, reason):
 @pytest.mark.parametrize(
     "fields,negatives,reason",
     [
-        ({"anchor": "a"}, 0, "no two fields that belong together"),
-        ({"anchor": "a", "positive": 3}, 0, "field 'positive' is not text"),
+        ({"anchor": "a"}, 0, "no anchor and positive fields"),
+        ({"anchor": "a", "positive": 3}, 0, "field 'positive' is not a string"),
         ({"anchor": "a", "positive": " "}, 0, "empty text"),
-        ({"query": "a", "passage": "a "}, 0, "the two texts are the same"),
+        ({"query": "a", "passage": "a "}, 0, "anchor and positive are equal"),
         ({"query": "a", "passage": "b"}, 1, "no field 'negative'"),
         ({"query": "a", "passage": "b", "negatives": ["c"]}, 2, "fewer negatives than"),
         ({"query": "a", "passage": "b", "negative": 3}, 1, "no field 'negative'"),
     ],
 )
-def test_matches_that_are_none_are_refused(fields, negatives, reason):
+def test_invalid_matches_are_refused(fields, negatives, reason):
     with pytest.raises(BadRow, match=reason):
         to_match(fields, negatives)
 
@@ -84,15 +84,15 @@ def test_matches_are_found_by_their_usual_names():
 
 def test_a_text_keeps_its_end_when_it_is_cut():
     tokenizer = Bytes()
-    whole = encode_whole(tokenizer, "a long text indeed, too long", rules(DataFormat.classification))
-    assert len(whole.ids) == 16 and whole.ids[-1] == tokenizer.eos_id and whole.truncated
+    example = encode_whole(tokenizer, "a long text indeed, too long", rules(DataFormat.classification))
+    assert len(example.ids) == 16 and example.ids[-1] == tokenizer.eos_id and example.truncated
     with pytest.raises(BadRow, match=r"longer than data\.seq_len=16"):
         encode_whole(
             tokenizer, "a long text indeed", rules(DataFormat.classification)._replace(overlong=OnOverflow.drop)
         )
 
 
-def test_the_class_is_the_target_of_the_last_token_and_never_read(tmp_path):
+def test_the_class_is_the_target_of_the_last_token_and_never_an_input(tmp_path):
     tokenizer = Bytes()
     made = encode_labelled(tokenizer, Labelled("hi", 1), rules(DataFormat.classification))
     assert made.ids.tolist() == [*tokenizer.encode("hi"), tokenizer.eos_id, 1]
@@ -114,7 +114,7 @@ def test_the_class_is_the_target_of_the_last_token_and_never_read(tmp_path):
         assert row.targets[end] == {"hi": 1, "yes": 0}[text]
 
 
-def test_matches_stand_together_in_rows_of_all_their_texts(tmp_path):
+def test_a_row_holds_all_texts_of_a_match(tmp_path):
     rows = [{"anchor": f"a{i}", "positive": f"b{i}", "negative": f"c{i}"} for i in range(8)]
     source = write(tmp_path / "a.jsonl", rows)
     config = DataConfig(seq_len=8, format=DataFormat.retrieval)

@@ -49,12 +49,12 @@ def test_prefetching_changes_nothing(mixture, expected, prefetch):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_rows_of_all_processes_make_the_same_batch(mixture, expected, processes):
+def test_the_rows_of_all_processes_form_the_same_batch(mixture, expected, processes):
     share = B // processes
     parts = [source(mixture, range(i * share, (i + 1) * share)) for i in range(processes)]
     for step in range(6):
         pieces = [part.next_batch() for part in parts]
-        assert all(len(piece.tokens) == share for piece in pieces), "a process made rows of others"
+        assert all(len(piece.tokens) == share for piece in pieces), "a process built rows of another"
         assert batch_hash(TokenBatch(*(np.concatenate(c) for c in zip(*pieces, strict=True)))) == expected[step]
     for part in parts:
         part.close()
@@ -63,43 +63,45 @@ def test_the_rows_of_all_processes_make_the_same_batch(mixture, expected, proces
 def test_a_process_may_own_scattered_rows(mixture):
     slots = [1, 4, 6]
     part = source(mixture, slots)
-    whole = source(mixture)
+    full = source(mixture)
     for _ in range(3):
-        mine, all_rows = part.next_batch(), whole.next_batch()
+        mine, all_rows = part.next_batch(), full.next_batch()
         assert np.array_equal(mine.tokens, all_rows.tokens[slots])
     part.close()
-    whole.close()
+    full.close()
 
 
-def test_it_goes_on_from_every_state(mixture, expected):
-    going = source(mixture)
+def test_it_resumes_from_every_state(mixture, expected):
+    running = source(mixture)
     for step in range(8):
-        state = going.get_state()
+        state = running.get_state()
         again = source(mixture, prefetch=3)
         again.set_state(state)
         assert take(again, 12 - step) == expected[step:]
-        going.next_batch()
-    going.close()
+        running.next_batch()
+    running.close()
 
 
-def test_going_far_ahead_builds_no_row_in_between(mixture, monkeypatch):
+def test_skipping_ahead_builds_no_row_in_between(mixture, monkeypatch):
     built = []
     make = PackedRows.transform_row
-    monkeypatch.setattr(PackedRows, "drawn", lambda self, row, index: built.append(row) or make(self, row, index))
+    monkeypatch.setattr(
+        PackedRows, "transform_row", lambda self, row, index: built.append(row) or make(self, row, index)
+    )
     far = source(mixture, prefetch=0)
     far.set_state({"next_index": 10**7 * B, "fingerprint": mixture.fingerprint})
     far.next_batch()
     assert B <= len(built) <= 2 * B
 
 
-def test_sources_come_in_their_shares(mixture):
+def test_sources_are_mixed_by_weight(mixture):
     names = [mixture.locate(i)[0] for i in range(1000)]
     assert {name: names.count(name) / 1000 for name in mixture.names} == pytest.approx(
         {"books": 0.5, "code": 0.3, "wiki": 0.2}, abs=0.005
     )
 
 
-def test_an_epoch_has_every_row_once_and_the_next_in_another_order(mixture):
+def test_every_epoch_has_each_row_once_in_its_own_order(mixture):
     found = {name: [] for name in mixture.names}
     for i in itertools.count():
         name, row = mixture.locate(i)
@@ -119,7 +121,7 @@ def test_a_position_in_other_data_is_refused(mixture):
 
 
 @pytest.mark.parametrize("change", [{"seq_len": 8}, {"packing": None}, {"shuffle": False}])
-def test_the_fingerprint_tells_what_changes_the_order(change):
+def test_the_fingerprint_depends_on_everything_that_changes_the_order(change):
     base = DataConfig(batch_size=B, seq_len=L)
     if "packing" in change:
         change = {"packing": Packing.best_fit}
@@ -145,7 +147,7 @@ def test_an_error_in_the_background_reaches_the_loop(mixture):
         broken.next_batch()
 
 
-def test_heldout_batches_end_with_padding_and_count_every_token_once():
+def test_validation_batches_end_with_padding_and_count_every_token_once():
     rows = PackedRows(corpora()["wiki"], seq_len=L, packing=Packing.concat, seed=0)
     batches = list(heldout_batches(rows, batch_size=B, slots=range(B), max_batches=0, place=lambda b: b))
     assert len(batches) == -(-len(rows) // B)

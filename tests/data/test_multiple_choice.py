@@ -1,4 +1,4 @@
-"""Problems from files: every published shape, and what is wrong with a line said by its number."""
+"""Multiple-choice questions: every published layout is read, and errors name the line."""
 
 import json
 
@@ -13,7 +13,7 @@ def write(tmp_path, *rows):
     return path
 
 
-def test_every_published_shape_is_read(tmp_path):
+def test_every_published_layout_is_read(tmp_path):
     path = write(
         tmp_path,
         {"query": "Q", "choices": ["a", "b"], "gold": 1},
@@ -30,7 +30,7 @@ def test_every_published_shape_is_read(tmp_path):
     assert found[4].options == (Option("", "x"), Option("", "y"))
 
 
-def test_limits_count_problems_and_those_of_a_part(tmp_path):
+def test_limits_apply_to_all_questions_and_to_each_group(tmp_path):
     rows = [{"sentence_good": "a", "sentence_bad": "b", "UID": "uv"[i % 2]} for i in range(10)]
     path = write(tmp_path, *rows)
     assert len(read_multiple_choice(path, limit=3)) == 3
@@ -42,20 +42,20 @@ def test_limits_count_problems_and_those_of_a_part(tmp_path):
     [
         ("{", "line 2: is not JSON"),
         ([1], "line 2: must be an object, not list"),
-        ({"question": "?"}, "line 2: has the fields question; known shapes: query"),
-        ({"query": "?", "choices": ["a"], "gold": 0}, "choices: must be a list of at least two texts"),
-        ({"query": "?", "choices": ["a", "b"], "gold": 2}, "gold=2: must be the number of the right one, 0 to 1"),
-        ({"context": None, "continuation": "x"}, "context=None: must be a text"),
+        ({"question": "?"}, "line 2: has the fields question; known layouts: query"),
+        ({"query": "?", "choices": ["a"], "gold": 0}, "choices: must be a list of at least two non-empty strings"),
+        ({"query": "?", "choices": ["a", "b"], "gold": 2}, "gold=2: must be the index of the correct option, 0 to 1"),
+        ({"context": None, "continuation": "x"}, "context=None: must be a non-empty string"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_said_with_its_number(tmp_path, row, reason):
+def test_errors_name_the_line_and_the_reason(tmp_path, row, reason):
     path = write(tmp_path, {"context": "a", "continuation": "b"}, row)
     with pytest.raises(ValueError, match=reason):
         read_multiple_choice(path)
 
 
 def test_no_file_and_an_empty_file_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no such file"):
+    with pytest.raises(ValueError, match="file not found"):
         read_multiple_choice(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="holds no problem"):
+    with pytest.raises(ValueError, match="contains no questions"):
         read_multiple_choice(write(tmp_path))

@@ -1,4 +1,4 @@
-"""Packing: every token once, targets true, documents apart."""
+"""Packing: every token appears once, targets are correct, documents are separate."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from data.packing import BestFitPlan, ConcatPlan, Packing, build_row, hashed, ma
 
 
 class Documents:
-    """Token t of document d is 1000 d + t: a token says where it comes from."""
+    """Token t of document d is 1000 d + t, so a token identifies its origin."""
 
     fingerprint = "documents"
 
@@ -20,7 +20,7 @@ class Documents:
     def document(self, index, start, stop):
         return 1000 * index + np.arange(start, min(stop, self.lengths[index]))
 
-    def learnt(self, index, start, stop):
+    def loss_mask(self, index, start, stop):
         return None
 
 
@@ -31,7 +31,7 @@ packings = pytest.mark.parametrize("packing", list(Packing))
 @packings
 @settings(max_examples=60, deadline=None)
 @given(lengths=lengths, seq_len=st.integers(1, 16), seed=st.integers(0, 3))
-def test_every_token_of_every_document_comes_exactly_once(packing, lengths, seq_len, seed):
+def test_every_token_of_every_document_appears_exactly_once(packing, lengths, seq_len, seed):
     plan = make_plan(np.array(lengths), seq_len=seq_len, packing=packing, seed=seed)
     seen = [(p.document, t) for row in range(plan.num_rows) for p in plan.pieces(row) for t in range(p.start, p.stop)]
     assert sorted(seen) == [(d, t) for d, n in enumerate(lengths) for t in range(n)]
@@ -41,7 +41,7 @@ def test_every_token_of_every_document_comes_exactly_once(packing, lengths, seq_
 @packings
 @settings(max_examples=60, deadline=None)
 @given(lengths=lengths, seq_len=st.integers(1, 16))
-def test_rows_say_the_truth_about_their_tokens(packing, lengths, seq_len):
+def test_rows_have_correct_targets_segments_and_positions(packing, lengths, seq_len):
     corpus = Documents(lengths)
     plan = make_plan(corpus.lengths, seq_len=seq_len, packing=packing, seed=0)
     for r in range(plan.num_rows):
@@ -71,7 +71,7 @@ def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths, seq_len):
             assert piece.stop == min(piece.start + seq_len, lengths[piece.document])
 
 
-def test_concat_leaves_no_padding_but_in_the_last_row():
+def test_concat_pads_only_the_last_row():
     plan = ConcatPlan(np.array([5, 9, 3, 30]), 8, 0)
     filled = [sum(p.stop - p.start for p in plan.pieces(row)) for row in range(plan.num_rows)]
     assert filled == [8] * 5 + [7]
@@ -86,5 +86,5 @@ def test_best_fit_wastes_little():
 def test_the_shuffle_is_a_permutation_that_depends_on_the_seed():
     assert sorted(shuffled(0, 100)) == list(range(100))
     assert not np.array_equal(shuffled(0, 100), shuffled(1, 100))
-    # Pinned: a run that goes on after an upgrade must find its rows where they were.
+    # Pinned: a run resumed after an upgrade must find its rows in the same places.
     assert hashed(7, 2).tolist() == [15337404600680133411, 13615431973392968899]

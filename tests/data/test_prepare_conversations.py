@@ -1,4 +1,4 @@
-"""Shards of conversations: the mask beside the tokens, and a folder for each way to make them."""
+"""Shards of conversations: the loss mask is saved with the tokens; every setting has its own folder."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def source_of(tmp_path, records, **fields):
     return JsonlConfig(paths=[str(path)], **fields)
 
 
-def test_shards_of_documents_are_what_they_always_were(tmp_path):
+def test_shards_of_documents_are_pinned(tmp_path):
     source = SyntheticConfig(num_documents=30)
     folder = shard_folder(tmp_path, "x", source, Bytes())
     manifest = prepare_source(source, Bytes(), folder)
@@ -42,23 +42,23 @@ def test_shards_of_documents_are_what_they_always_were(tmp_path):
     for path in sorted(folder.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     row = PackedRows(TokenCorpus(manifest, "train"), seq_len=64, packing=Packing.best_fit, seed=0)[3]
-    # Pinned: those that exist must be found again, and a run must find in them the batches that it had.
+    # Pinned: existing folders must be found again, and resumed runs must get the same batches.
     assert folder.name == "x-2937a6442721"
     assert manifest.fingerprint == "3e140f0c1d3388e42a2348b55df977e264db7b2387f278a3c725a0c17a80519e"
     assert digest.hexdigest() == "a665056543fbcdd332fa39d5fd8912a3101c7bc8db8a406b3f9e710405cd99a2"
     assert batch_hash(row) == "98369feb53a76948e6676b8bdcdf31c9b4ee8747f2bbdef142a5b27232736534"
 
 
-def test_rows_learn_the_answers_and_their_ends_only(tmp_path, tokenizer):
-    source = source_of(tmp_path, map(record, range(20)), heldout_fraction=0.0)
+def test_only_answers_and_their_end_tokens_contribute_to_the_loss(tmp_path, tokenizer):
+    source = source_of(tmp_path, map(record, range(20)), validation_fraction=0.0)
     manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES)
     corpus = TokenCorpus(manifest, "train")
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
     found = []
     for row in (rows[i] for i in range(len(rows))):
-        learnt = row.loss_mask > 0
-        assert (row.segment_ids[learnt] > 0).all()
-        found += tokenizer.decode([10 if t == 256 else t for t in row.targets[learnt].tolist()]).split("\n")[:-1]
+        in_loss = row.loss_mask > 0
+        assert (row.segment_ids[in_loss] > 0).all()
+        found += tokenizer.decode([10 if t == 256 else t for t in row.targets[in_loss].tolist()]).split("\n")[:-1]
     assert sorted(found) == sorted(f" a{i}" for i in range(20))
     assert manifest.count("train", "learnt") == sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
     assert manifest.masked and manifest.count("train", "shortened") == 0
@@ -83,26 +83,26 @@ def test_every_choice_that_changes_tokens_or_mask_has_a_folder(tmp_path, tokeniz
     assert folder(rules=None) == folder(source=named, rules=None), "documents have no format"
 
 
-def test_the_fingerprint_is_of_tokens_and_mask(tmp_path, tokenizer):
+def test_the_fingerprint_covers_tokens_and_mask(tmp_path, tokenizer):
     source = source_of(tmp_path, map(record, range(3)))
     made = [
         prepare_source(source, tokenizer, tmp_path / loss_on.name, rules=RULES._replace(loss_on=loss_on))
         for loss_on in LossMask
     ]
     contents = [manifest.content["shards"][0]["content"] for manifest in made]
-    assert contents[0] == contents[1] != contents[2], "of one turn, the last is all"
+    assert contents[0] == contents[1] != contents[2], "with one turn, the last turn is all of them"
     assert len({manifest.fingerprint for manifest in made}) == 3
 
 
-def test_conversations_are_held_out_whole(tmp_path, tokenizer):
+def test_validation_conversations_are_not_cut(tmp_path, tokenizer):
     records = [record(i) for i in range(9)]
-    source = source_of(tmp_path, records, heldout_fraction=1e-9)
+    source = source_of(tmp_path, records, validation_fraction=1e-9)
     manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES)
-    train, heldout = TokenCorpus(manifest, "train"), TokenCorpus(manifest, "heldout")
-    assert (train.num_documents, heldout.num_documents) == (8, 1)
-    text = tokenizer.decode(heldout.document(0, 0, L))
+    train, validation = TokenCorpus(manifest, "train"), TokenCorpus(manifest, "heldout")
+    assert (train.num_documents, validation.num_documents) == (8, 1)
+    text = tokenizer.decode(validation.document(0, 0, L))
     assert text.startswith("User: q") and "Assistant: a" in text
-    assert np.array_equal(heldout.learnt(0, 0, L), train.learnt(0, 0, L))
+    assert np.array_equal(validation.loss_mask(0, 0, L), train.loss_mask(0, 0, L))
     one = prepare_source(source_of(tmp_path, records[:1]), tokenizer, tmp_path / "one", rules=RULES)
     assert TokenCorpus(one, "train").num_documents == 1 and not TokenCorpus(one, "heldout").num_documents
 
@@ -110,11 +110,14 @@ def test_conversations_are_held_out_whole(tmp_path, tokenizer):
 def test_too_many_bad_records_stop_and_name_the_worst_reason_first(tmp_path, tokenizer):
     records = [*map(record, range(6)), "{", record(1, "q" * 99), record(2, "q" * 99), {"messages": []}]
     source = source_of(tmp_path, records)
-    with pytest.raises(ValueError, match=r"max_bad_share=0.3: 4 of 10 records of source jsonl") as error:
+    with pytest.raises(
+        ValueError, match=r"max_bad_fraction=0.3: 4 of 10 records of source jsonl are unusable"
+    ) as error:
         prepare_source(source, tokenizer, tmp_path / "out", rules=RULES, max_bad_share=0.3)
-    said = str(error.value)
-    assert "longer than data.seq_len=64 (2, first: line 8: " in said and "broken JSON (1, first: line 7)" in said
-    assert said.index("longer") < said.index("broken") and str(tmp_path / "a.jsonl") in said
+    text = str(error.value)
+    assert "longer than data.seq_len=64 (2, first: line 8: " in text
+    assert "invalid JSON (1, first: line 7)" in text
+    assert text.index("longer") < text.index("invalid") and str(tmp_path / "a.jsonl") in text
     manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES, max_bad_share=0.4)
     assert sum(manifest.count(split, "documents") for split in ("train", "heldout")) == 6
 
@@ -125,9 +128,9 @@ def test_max_documents_counts_good_ones(tmp_path, tokenizer):
     assert sum(manifest.count(split, "documents") for split in ("train", "heldout")) == 4
 
 
-def test_texts_stand_beside_conversations_and_may_be_long(tmp_path, tokenizer):
-    source = source_of(tmp_path, [{"text": "x" * 3 * L}, {"text": "y"}], heldout_fraction=0.0)
+def test_texts_may_be_mixed_with_conversations_and_may_be_long(tmp_path, tokenizer):
+    source = source_of(tmp_path, [{"text": "x" * 3 * L}, {"text": "y"}], validation_fraction=0.0)
     corpus = TokenCorpus(prepare_source(source, tokenizer, tmp_path / "out", rules=RULES), "train")
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
-    learnt = sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
-    assert learnt == int(corpus.lengths.sum()) - 2, "all but the first token of each"
+    targets = sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
+    assert targets == int(corpus.lengths.sum()) - 2, "all but the first token of each"

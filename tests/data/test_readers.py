@@ -85,14 +85,14 @@ def test_jsonl_counts_each_kind_of_bad_line(tmp_path, packing):
     texts, found = read_all(JsonlConfig(paths=[str(tmp_path)]))
     assert texts == ["one", "last"]
     assert reasons(found, path) == {
-        "broken JSON": 1,
+        "invalid JSON": 1,
         "no field 'text'": 1,
-        "field 'text' is not text": 1,
+        "field 'text' is not a string": 1,
         "empty document": 1,
         "not an object": 1,
         "not UTF-8": 1,
     }
-    assert found[str(path)]["broken JSON"]["first"] == "line 2"
+    assert found[str(path)]["invalid JSON"]["first"] == "line 2"
 
 
 def test_a_truncated_archive_keeps_what_came_before(tmp_path):
@@ -110,7 +110,7 @@ def test_parquet_reads_its_column_and_names_a_wrong_one(tmp_path):
     parquet.write_table(pa.table({"text": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "x.parquet")
     texts, found = read_all(ParquetConfig(paths=[str(tmp_path)]))
     assert texts == ["a", "b"]
-    assert reasons(found, tmp_path / "x.parquet") == {"field 'text' is not text": 1}
+    assert reasons(found, tmp_path / "x.parquet") == {"field 'text' is not a string": 1}
     with pytest.raises(ValueError, match="has the columns text, n"):
         read_all(ParquetConfig(paths=[str(tmp_path)], text_field="body"))
 

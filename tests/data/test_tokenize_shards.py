@@ -1,4 +1,4 @@
-"""Shards: resumable, checked, and the same however they were made."""
+"""Shards are resumable, verified and reproducible."""
 
 import json
 
@@ -12,8 +12,8 @@ from data.tokenizers.kinds import Bytes, Characters
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
-    """Twenty files that make ten units of work."""
-    monkeypatch.setattr("data.sources.readers.UNIT_BYTES", 60)
+    """Twenty files that form ten shards."""
+    monkeypatch.setattr("data.sources.readers.SHARD_BYTES", 60)
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(20):
@@ -30,14 +30,14 @@ def documents(manifest: Manifest, split: str) -> list[str]:
     return [Bytes().decode(corpus.document(i, 0, 10**9)) for i in range(corpus.num_documents)]
 
 
-def test_train_and_heldout_are_disjoint_and_complete(texts, tmp_path):
+def test_train_and_validation_are_disjoint_and_complete(texts, tmp_path):
     manifest = prepare_source(texts, Bytes(), tmp_path / "out")
-    train, heldout = documents(manifest, "train"), documents(manifest, "heldout")
-    assert sorted(train + heldout) == sorted(f"document number {i} " * 2 for i in range(20))
-    assert train and heldout
+    train, validation = documents(manifest, "train"), documents(manifest, "heldout")
+    assert sorted(train + validation) == sorted(f"document number {i} " * 2 for i in range(20))
+    assert train and validation
 
 
-def test_a_document_keeps_its_side_wherever_it_stands(texts, tmp_path):
+def test_a_document_stays_in_its_split_regardless_of_position(texts, tmp_path):
     before = documents(prepare_source(texts, Bytes(), tmp_path / "out"), "heldout")
     first = sorted(p for p in (tmp_path / "texts").iterdir())[0]
     first.rename(first.with_name("zz.txt"))
@@ -46,8 +46,8 @@ def test_a_document_keeps_its_side_wherever_it_stands(texts, tmp_path):
     assert set(before) <= set(after) <= {*before, "something else"}
 
 
-def test_a_killed_preparation_goes_on_and_ends_the_same(texts, tmp_path):
-    whole = prepare_source(texts, Bytes(), tmp_path / "whole")
+def test_a_killed_preparation_resumes_with_the_same_result(texts, tmp_path):
+    full = prepare_source(texts, Bytes(), tmp_path / "full")
 
     class Killed(Exception):
         pass
@@ -62,13 +62,13 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(texts, tmp_path):
     finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut").glob("shard_*.json")}
     assert len(finished) == 4
     again = prepare_source(texts, Bytes(), tmp_path / "cut")
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    assert again.fingerprint == whole.fingerprint
+    assert contents(tmp_path / "cut") == contents(tmp_path / "full")
+    assert again.fingerprint == full.fingerprint
     for name, when in finished.items():
-        assert (tmp_path / "cut" / name).stat().st_mtime_ns == when, "a finished shard was made again"
+        assert (tmp_path / "cut" / name).stat().st_mtime_ns == when, "a finished shard was rebuilt"
 
 
-def test_only_the_shard_of_a_changed_file_is_made_anew(texts, tmp_path):
+def test_only_the_shard_of_a_changed_file_is_rebuilt(texts, tmp_path):
     before = prepare_source(texts, Bytes(), tmp_path / "out")
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("shard_*.json")}
     (tmp_path / "texts" / "07.txt").write_text("another document, of another length")
@@ -78,7 +78,7 @@ def test_only_the_shard_of_a_changed_file_is_made_anew(texts, tmp_path):
     assert after.fingerprint != before.fingerprint
 
 
-def test_other_settings_or_another_tokenizer_stand_in_another_folder(texts, tmp_path):
+def test_other_settings_or_another_tokenizer_use_another_folder(texts, tmp_path):
     folders = {
         shard_folder(tmp_path, "x", texts, Bytes()),
         shard_folder(tmp_path, "x", texts, Characters("abc")),
@@ -89,25 +89,25 @@ def test_other_settings_or_another_tokenizer_stand_in_another_folder(texts, tmp_
     assert shard_folder(tmp_path, "x", same, Bytes()) in folders, "a weight does not change the tokens"
 
 
-def test_one_long_document_holds_out_its_end(tmp_path):
+def test_validation_is_the_end_of_a_single_long_document(tmp_path):
     text = "".join(chr(97 + i % 26) for i in range(1001))
     (tmp_path / "a.txt").write_text(text)
     source = TextConfig(paths=[str(tmp_path / "a.txt")], validation_fraction=0.1)
     tokenizer = Characters("abcdefghijklmnopqrstuvwxyz")
     manifest = prepare_source(source, tokenizer, tmp_path / "out")
-    train, heldout = TokenCorpus(manifest, "train"), TokenCorpus(manifest, "heldout")
+    train, validation = TokenCorpus(manifest, "train"), TokenCorpus(manifest, "heldout")
     n = int(1001 * 0.9)
     assert tokenizer.decode(train.document(0, 0, 2000)) == text[:n]
-    assert tokenizer.decode(heldout.document(0, 0, 2000)) == text[n:]
+    assert tokenizer.decode(validation.document(0, 0, 2000)) == text[n:]
 
 
-def test_max_documents_is_kept_over_shards(texts, tmp_path):
+def test_max_documents_is_respected_across_shards(texts, tmp_path):
     texts.max_documents = 5
     manifest = prepare_source(texts, Bytes(), tmp_path / "out")
     assert sum(manifest.count(split, "documents") for split in ("train", "heldout")) == 5
 
 
-def test_a_source_of_bad_records_alone_says_why(tmp_path):
+def test_a_source_of_only_bad_records_fails_with_the_reasons(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\0")
     with pytest.raises(ValueError, match=r"no text to train on; .*a.txt: binary"):
         prepare_source(TextConfig(paths=[str(tmp_path / "a.txt")]), Bytes(), tmp_path / "out")
@@ -123,7 +123,7 @@ def test_the_manifest_counts_bytes_tokens_and_bad_records(texts, tmp_path):
     assert list(manifest.bad.values()) == [{"binary": {"count": 1, "first": ""}}]
 
 
-def test_tokens_are_small_where_the_vocabulary_is(tmp_path):
+def test_small_vocabularies_use_16_bit_tokens(tmp_path):
     manifest = prepare_source(SyntheticConfig(num_documents=3), Bytes(), tmp_path / "out")
     tokens = np.load(tmp_path / "out" / "shard_00000.train.tokens.npy")
     assert tokens.dtype == np.uint16 and tokens.size == manifest.count("train", "tokens")
@@ -133,15 +133,15 @@ def test_units_are_stable():
     assert SyntheticConfig(num_documents=3).units() == [SourceShard((), 0, 3)]
 
 
-def test_documents_begin_and_end_as_the_policy_says(texts, tmp_path):
+def test_documents_start_and_end_as_the_policy_says(texts, tmp_path):
     class WithBos(Bytes):
         bos_id = 1
 
     tokenizer = WithBos().with_policy(add_bos=True)
     folders = [shard_folder(tmp_path, "a", texts, t) for t in (tokenizer, WithBos())]
     assert folders[0] != folders[1]
-    for folder, made, begin in zip(folders, (tokenizer, WithBos()), ([1], []), strict=True):
+    for folder, made, prefix in zip(folders, (tokenizer, WithBos()), ([1], []), strict=True):
         corpus = TokenCorpus(prepare_source(texts, made, folder), "train")
         for i in range(corpus.num_documents):
             ids = corpus.document(i, 0, 10**9).tolist()
-            assert ids[: len(begin)] == begin and ids[len(begin)] == ord("d") and ids[-1] == 256
+            assert ids[: len(prefix)] == prefix and ids[len(prefix)] == ord("d") and ids[-1] == 256

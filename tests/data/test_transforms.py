@@ -1,4 +1,4 @@
-"""What is hidden, in which shares, and that nothing of a document is lost by it."""
+"""Transforms mask the right fractions and lose no token of a document."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def build(config: TransformConfig, seq_len: int = L):
 
 
 class Documents:
-    """Random bytes, each document with its end."""
+    """Documents of random bytes, each ending with EOS."""
 
     fingerprint = "documents"
 
@@ -57,7 +57,7 @@ class Documents:
     def document(self, index, start, stop):
         return self.texts[index][start:stop]
 
-    def learnt(self, index, start, stop):
+    def loss_mask(self, index, start, stop):
         return None
 
 
@@ -69,7 +69,7 @@ def rows_of(config: TransformConfig, packing: Packing = Packing.concat, corpus=C
 
 
 def documents_of(row: TokenBatch) -> list[TokenBatch]:
-    """Each document of a row by itself."""
+    """Splits a row into its documents."""
     return [TokenBatch(*(f[row.segment_ids == s] for f in row)) for s in range(1, row.segment_ids.max() + 1)]
 
 
@@ -78,7 +78,7 @@ def documents_of(row: TokenBatch) -> list[TokenBatch]:
 
 @every
 @pytest.mark.parametrize("packing", list(Packing))
-def test_pieces_fit_their_rows_and_every_token_comes_once(config, packing):
+def test_pieces_fit_their_rows_and_every_token_appears_once(config, packing):
     rows = rows_of(config, packing)
     pieces = [p for row in range(len(rows)) for p in rows.plan.pieces(row)]
     seen = sorted((p.document, t) for p in pieces for t in range(p.start, p.stop))
@@ -94,7 +94,7 @@ def test_pieces_fit_their_rows_and_every_token_comes_once(config, packing):
 
 
 @pytest.mark.parametrize("config", [SpanCorruptionConfig(), Ul2Config()], ids=lambda config: config.kind)
-def test_the_plan_knows_the_length_of_what_a_piece_becomes(config):
+def test_the_plan_uses_the_transformed_length(config):
     rows = rows_of(config)
     wasted = 0
     for number in range(len(rows)):
@@ -109,20 +109,20 @@ def test_draws_change_with_the_epoch_and_not_with_the_batch(config):
     mixture = Mixture({"a": CORPUS}, DataConfig(batch_size=B, seq_len=L, transform=config), 0, transform=build(config))
     count = len(mixture.rows["a"])
     small = TokenLoader(mixture, batch_size=2, slots=[0, 1], place=lambda b: b, prefetch=0)
-    apart = [small.next_batch() for _ in range(4)]
-    whole = stack([mixture[i] for i in range(B)])
+    batches = [small.next_batch() for _ in range(4)]
+    full = stack([mixture[i] for i in range(B)])
     for field in TokenBatch._fields:
-        assert np.array_equal(np.concatenate([getattr(b, field) for b in apart]), getattr(whole, field))
+        assert np.array_equal(np.concatenate([getattr(b, field) for b in batches]), getattr(full, field))
     again = {mixture.locate(i)[1]: i for i in range(count, 2 * count)}
     differ = [
         any(not np.array_equal(a, b) for a, b in zip(mixture[i], mixture[again[mixture.locate(i)[1]]], strict=True))
         for i in range(count)
     ]
-    assert np.mean(differ) > 0.5, "infilling lets half be, and a single span is always the end"
+    assert np.mean(differ) > 0.5, "infilling leaves half unchanged, and a single span is always the end"
 
 
 @every
-def test_held_out_rows_are_always_the_same(config):
+def test_validation_rows_are_always_the_same(config):
     take = lambda: list(
         heldout_batches(rows_of(config), batch_size=B, slots=range(B), max_batches=2, place=lambda b: b)
     )
@@ -131,14 +131,14 @@ def test_held_out_rows_are_always_the_same(config):
 
 
 @every
-def test_the_fingerprint_tells_the_transform(config):
+def test_the_fingerprint_depends_on_the_transform(config):
     plain = Mixture({"a": CORPUS}, DataConfig(seq_len=L), 0)
     changed = Mixture({"a": CORPUS}, DataConfig(seq_len=L, transform=config), 0, transform=build(config))
     assert plain.fingerprint != changed.fingerprint
 
 
 def test_draws_are_pinned():
-    # A run that goes on after an upgrade must hide what it would have hidden.
+    # A run resumed after an upgrade must mask the same tokens.
     assert fold_seed(7) == int(hashed(7, 1)[0]) and fold_seed(7, 9) == int(hashed(fold_seed(7) ^ 9, 1)[0])
     draws = CounterRng(1, 2, 3)
     assert [draws.below(1000) for _ in range(3)] == [506, 407, 767]
@@ -159,7 +159,7 @@ def test_growing_pieces_never_overflow(lengths, seq_len, packing):
 
 
 def parts_of(tokens: np.ndarray, special: dict[str, int]) -> tuple[np.ndarray, str]:
-    """(the document again, its form) of what infilling made of it; the end belongs to it."""
+    """Returns the original document and the order (plain, psm, spm) of an infilled piece."""
     pre, suf, mid = (special[f"<|fim_{name}|>"] for name in ("prefix", "suffix", "middle"))
     if pre not in tokens:
         return tokens, "plain"
@@ -181,7 +181,7 @@ def test_infilling_keeps_the_document():
         shown = transform(text, size, CounterRng(key), 0)
         again, form = parts_of(shown.tokens, special)
         assert np.array_equal(again, text if form == "plain" else text[:-1])
-        assert np.array_equal(shown.targets[:-1], shown.tokens[1:]), "all of it is learnt"
+        assert np.array_equal(shown.targets[:-1], shown.tokens[1:]), "every token is in the loss"
         assert shown.mask.tolist() == [1] * (len(shown.tokens) - 1) + [0]
         assert len(shown.tokens) == size + 3 * (form != "plain") <= transform.growth[0][size]
         forms.append(form)
@@ -189,7 +189,7 @@ def test_infilling_keeps_the_document():
     assert shares == pytest.approx({"plain": 0.5, "psm": 0.25, "spm": 0.25}, abs=0.06)
 
 
-def test_a_piece_that_was_cut_ends_where_its_middle_meets_its_suffix():
+def test_a_cut_piece_ends_where_its_middle_meets_its_suffix():
     config = FimConfig(rate=1.0, spm_rate=0.0)
     text = np.arange(20)
     shown = build(config)(text, 19, CounterRng(0), 0)  # token 19 follows it in the document
@@ -200,14 +200,14 @@ def test_a_piece_that_was_cut_ends_where_its_middle_meets_its_suffix():
 # Prefixes
 
 
-def test_a_prefix_is_not_learnt_and_its_border_is_an_even_draw():
+def test_a_prefix_is_not_in_the_loss_and_its_end_is_uniform():
     transform, size = build(PrefixLmConfig()), 11
     text = np.arange(size)
     borders = []
     for key in range(4000):
         shown = transform(text, size, CounterRng(key), 0)
         assert np.array_equal(shown.tokens, text)
-        first = int(np.argmax(shown.mask)) + 1  # the first token that is learnt
+        first = int(np.argmax(shown.mask)) + 1  # first token in the loss
         assert shown.mask.tolist() == [0] * (first - 1) + [1] * (size - first) + [0]
         borders.append(first)
     counts = np.bincount(borders, minlength=size)[1:]
@@ -225,7 +225,7 @@ def t5_numbers(length: int, density: float, mean: float) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("density,mean", [(0.15, 3.0), (0.15, 8.0), (0.5, 3.0), (0.5, 64.0), (0.3, 2.0)])
-def test_as_much_is_hidden_in_as_many_spans_as_in_t5(density, mean):
+def test_masked_tokens_and_spans_match_t5(density, mean):
     for length in (2, 3, 7, 10, 30, 100, 512, 1023):
         denoiser = Denoiser(mean, density)
         noise, spans = t5_numbers(length, density, mean)
@@ -236,17 +236,17 @@ def test_as_much_is_hidden_in_as_many_spans_as_in_t5(density, mean):
             assert mask.sum() == noise and (edges == 1).sum() == spans and not mask[0] and mask[-1]
 
 
-def test_spans_are_even_partitions():
+def test_spans_are_uniform_partitions():
     found = [tuple(np.flatnonzero(span_mask(10, Denoiser(2, 0.4), CounterRng(key)))) for key in range(9000)]
     ways = {way: found.count(way) for way in set(found)}
-    assert len(ways) == math.comb(5, 1) * math.comb(3, 1)  # 6 kept and 4 hidden tokens, each in two parts
+    assert len(ways) == math.comb(5, 1) * math.comb(3, 1)  # 6 visible and 4 masked tokens, each in two parts
     assert min(ways.values()) > 500 and max(ways.values()) < 700
 
 
 def rebuilt(document: TokenBatch, sentinels: list[int]) -> tuple[np.ndarray, int]:
-    """(the text again, where its targets begin): what is learnt is put in the place of its sentinels."""
-    learnt = int(np.argmax(document.loss_mask)) + 1
-    source, written = document.tokens[:learnt].tolist(), document.tokens[learnt:].tolist()
+    """Returns the original text, with spans restored, and the index of the first target."""
+    first = int(np.argmax(document.loss_mask)) + 1
+    source, written = document.tokens[:first].tolist(), document.tokens[first:].tolist()
     assert written[-1] == END
     spans: dict[int, list[int]] = {}
     for token in written[:-1]:
@@ -256,11 +256,11 @@ def rebuilt(document: TokenBatch, sentinels: list[int]) -> tuple[np.ndarray, int
         else:
             spans[last].append(token)
     assert list(spans) == sentinels[: len(spans)] == [t for t in source if t in sentinels]
-    return np.array([t for token in source for t in spans.get(token, [token])]), learnt
+    return np.array([t for token in source for t in spans.get(token, [token])]), first
 
 
 @pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[3], CONFIGS[4]], ids=["short", "long", "ul2"])
-def test_corrupted_text_and_its_targets_make_the_document(config):
+def test_corrupted_text_and_its_targets_restore_the_document(config):
     names = tokenizer(config).special_tokens
     sentinels = [i for text, i in names.items() if text.startswith("<extra_id_")]
     modes = {i: text[1] for text, i in names.items() if len(text) == 3}
@@ -271,14 +271,14 @@ def test_corrupted_text_and_its_targets_make_the_document(config):
             if stop - start < 2:
                 assert document.loss_mask.sum() == 0 and np.array_equal(document.tokens, text)
                 continue
-            again, learnt = rebuilt(document, sentinels)
+            again, first = rebuilt(document, sentinels)
             if config.kind == "ul2":
                 denoiser = UL2[rows.growth.choice(index, start)]
                 assert modes[int(again[0])] == denoiser.mode
                 seen.add(denoiser)
                 again = again[1:]
             assert np.array_equal(again, text)
-            assert document.loss_mask.tolist() == [0] * (learnt - 1) + [1] * (len(document.tokens) - learnt) + [0]
+            assert document.loss_mask.tolist() == [0] * (first - 1) + [1] * (len(document.tokens) - first) + [0]
             assert np.array_equal(document.targets[:-1], document.tokens[1:])
     assert config.kind != "ul2" or seen == set(UL2)
 
@@ -291,7 +291,7 @@ def test_sequential_denoising_hides_the_end():
 # Masks in place
 
 
-def test_masked_language_modelling_hides_its_shares_and_no_special_token():
+def test_masked_language_modeling_masks_its_fractions_and_no_special_token():
     config = MlmConfig()
     transform, mask = build(config), tokenizer(config).special_tokens["<|mask|>"]
     text = np.append(np.random.default_rng(0).integers(0, 256, 199), END)
@@ -303,13 +303,13 @@ def test_masked_language_modelling_hides_its_shares_and_no_special_token():
         assert hidden.sum() == round((text != END).sum() * 0.15) and np.array_equal(shown.targets, text)
         assert np.array_equal(shown.tokens[~hidden], text[~hidden]) and (text[hidden] != END).all()
         now = shown.tokens[hidden]
-        assert ((now < 256) | (now == mask)).all(), "no other special token stands for a token"
+        assert ((now < 256) | (now == mask)).all(), "no other special token replaces a token"
         counts["mask"] += int((now == mask).sum())
         counts["same"] += int((now == text[hidden]).sum())
         counts["other"] += int(((now != mask) & (now != text[hidden])).sum())
     total = sum(counts.values())
     shares = {name: count / total for name, count in counts.items()}
-    by_chance = 0.1 / 256  # another token that is the same
+    by_chance = 0.1 / 256  # a random token equal to the original
     assert shares == pytest.approx({"mask": 0.8, "other": 0.1 - by_chance, "same": 0.1 + by_chance}, abs=0.01)
 
 
@@ -332,7 +332,7 @@ def test_the_weights_of_diffusion_integrate_every_ratio():
 
 
 @pytest.mark.parametrize("kind", ["bytes", "characters", "sentencepiece"])
-def test_tokenizers_get_the_tokens_that_they_lack_and_keep_them(kind):
+def test_missing_special_tokens_are_added_and_saved(kind):
     text, more = "the cat sat on the mat. " * 40, ["<|mask|>", "<|fim_prefix|>"]
     made = {
         "bytes": Bytes(),
@@ -349,7 +349,7 @@ def test_tokenizers_get_the_tokens_that_they_lack_and_keep_them(kind):
     assert again.encode_special("<|mask|>a").ids == grown.encode_special("<|mask|>a").ids
 
 
-def test_a_trained_tokenizer_has_them_inside_its_size_and_known_ones_are_found():
+def test_a_trained_tokenizer_counts_them_in_its_size_and_known_spellings_are_found():
     text = ["the cat sat on the mat and the dog lay on the rug"] * 20
     config = SentencePieceConfig(vocab_size=320, special_tokens=["[MASK]"])
     made = build_tokenizer(config, lambda: iter(text), lambda known: MlmConfig().missing_special_tokens(known, L))
@@ -359,24 +359,38 @@ def test_a_trained_tokenizer_has_them_inside_its_size_and_known_ones_are_found()
     assert fim.vocab_size == made.vocab_size
 
 
-@pytest.mark.parametrize("config", [config for config in CONFIGS if config.names(L)], ids=lambda config: config.kind)
+@pytest.mark.parametrize(
+    "config", [config for config in CONFIGS if config.special_tokens(L)], ids=lambda config: config.kind
+)
 def test_a_tokenizer_without_the_tokens_is_refused(config):
     with pytest.raises(ValueError, match=f"data.transform.kind={config.kind}: needs the special tokens"):
         make_rows(CORPUS, DataConfig(seq_len=L), 0, "a", config.build(Bytes(), L))
 
 
 @pytest.mark.parametrize(
-    "config,said",
+    "config,message",
     [
+<<<<<<< HEAD
         (FimConfig(rate=1.5), "data.transform.rate=1.5: must be from 0 to 1"),
+=======
+        (FimConfig(rate=1.5), "data.transform.rate=1.5: must be between 0 and 1"),
+>>>>>>> p-data
         (SpanCorruptionConfig(density=1.0), "density=1.0: must be above 0 and below 1"),
         (SpanCorruptionConfig(mean_span=0.5), "mean_span=0.5: must be at least 1"),
-        (MlmConfig(mask_share=0.9, random_share=0.2), "random_share=0.2: with mask_share=0.9 more than all"),
+        (
+            MlmConfig(mask_share=0.9, random_share=0.2),
+            r"random_share=0.2: must not exceed 1 - mask_share \(data.transform.mask_share=0.9\)",
+        ),
     ],
 )
+<<<<<<< HEAD
 def test_values_that_cannot_be_are_refused(config, said):
     with pytest.raises(ValueError, match=said):
         check_ranges(config, "data.transform")
+=======
+def test_invalid_values_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+>>>>>>> p-data
         config.build(Bytes(["<|mask|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]), L)
 
 

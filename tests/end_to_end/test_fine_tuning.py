@@ -42,7 +42,7 @@ def test_a_run_learns_the_answers_and_says_what_it_left_out(unbroken):
     assert "conversations" in out and "are learnt" in out and "3 bad records left out" in out
     bad = json.loads((folder / "runs" / "a" / "summary.json").read_text())["bad_records"]["jsonl"]["chats.jsonl"]
     places = {reason: entry["first"] for reason, entry in bad.items()}
-    assert places == {"broken JSON": "line 61", "no messages": "line 62", "no assistant's turn": "line 63"}
+    assert places == {"invalid JSON": "line 61", "no messages": "line 62", "no assistant turn": "line 63"}
     assert any("eval/jsonl/loss" in row for row in metrics(folder, "a"))
     [sample] = [json.loads(line) for line in (folder / "runs" / "a" / "samples.jsonl").read_text().splitlines()]
     assert sample["prompt"] == "5?" and "User" not in sample["text"]
@@ -88,8 +88,8 @@ def test_it_begins_from_a_pretrained_run_and_is_evaluated_on_other_conversations
 
 
 MISTAKES = {
-    "too many bad records": ([], BAD * 4, "data.max_bad_fraction=0.1: 12 of 72 records of source jsonl cannot be used"),
-    "no template": (["tokenizer.chat_template=null"], [], "this tokenizer has no chat template; give it one"),
+    "too many bad records": ([], BAD * 4, "data.max_bad_fraction=0.1: 12 of 72 records of source jsonl are unusable"),
+    "no template": (["tokenizer.chat_template=null"], [], "this tokenizer has no chat template; set one"),
     "cutting conversations": (["data.packing=concat"], [], "data.packing=concat: would cut conversations"),
     "a share above one": (["data.max_bad_fraction=2"], [], "data.max_bad_fraction=2.0: is a share"),
     "a format that is none": (["data.sources.jsonl.chat_format=alpaca"], [], "must be one of auto, messages, sharegpt"),

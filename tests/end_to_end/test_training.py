@@ -155,7 +155,7 @@ def test_it_writes_and_evaluates(unbroken):
     _, err = meshwright(folder, *scored, "task.prefix=nothing", expect=2)
     assert "task.prefix='nothing': is no special token" in err
     _, err = meshwright(folder, "evaluate", "run=a", "task.eval_tasks=[pest.jsonl]", expect=2)
-    assert "task.eval_tasks=pest.jsonl: there is no such file" in err
+    assert "task.eval_tasks=pest.jsonl: file not found" in err
     out, _ = meshwright(folder, "runs", "format=json")
     assert [row["run"] for row in json.loads(out)] == ["a"]
 

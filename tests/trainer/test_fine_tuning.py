@@ -73,7 +73,7 @@ def test_the_loss_of_an_answer_of_one_token_is_its_log_probability():
         fingerprint = ""
         lengths = np.array([4])
         document = staticmethod(lambda index, start, stop: ids[start:stop])
-        learnt = staticmethod(lambda index, start, stop: learnt[start:stop])
+        loss_mask = staticmethod(lambda index, start, stop: learnt[start:stop])
 
     batch = stack([build_row(Corpus(), [Piece(0, 0, 4)], 6)])
     found = loss(PARAMS, batch)

@@ -31,12 +31,16 @@ def sync_reference(
     def init(params: Params) -> ReferenceSyncState:
         return ReferenceSyncState(inner.init(params), jax.tree.map(jnp.array, params))
 
-    def update(grads: Params, state: Any, params: Params | None = None, *, step: jax.Array, taken=True, **more: Any):
+    def update(
+        grads: Params, state: Any, params: Params | None = None, *, step: jax.Array, update_applied=True, **more: Any
+    ):
         assert params is not None
-        updates, inner_state = inner.update(grads, state.inner, params, step=step, taken=taken, **more)
+        updates, inner_state = inner.update(
+            grads, state.inner, params, step=step, update_applied=update_applied, **more
+        )
         moves = (step + 1) % every == 0
         follow = lambda ref, new: jnp.where(moves, (1 - share) * ref + share * new, ref).astype(ref.dtype)
-        policy = optax.tree.where(taken, optax.apply_updates(params, updates), params)  # see `scale_by_adam`
+        policy = optax.tree.where(update_applied, optax.apply_updates(params, updates), params)  # see `scale_by_adam`
         return updates, ReferenceSyncState(inner_state, jax.tree.map(follow, state.reference, policy))
 
     return optax.GradientTransformationExtraArgs(init, update)

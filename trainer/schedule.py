@@ -1,8 +1,8 @@
-"""The learning rate as a function of the step: warm-up, then one of five shapes.
+"""Learning rate schedules: linear warmup, then one of five shapes.
 
-Update s (the first is 0) uses `schedule(s)`. The warm-up rises as (s + 1) / (warmup_steps + 1), so that no
-update is wasted on a rate of zero, and update `warmup_steps` has the peak. All shapes end at `num_steps`, the
-warm-up included.
+Update s (starting at 0) uses `schedule(s)`. The warmup factor is (s + 1) / (warmup_steps + 1), so the first update does
+not have a zero learning rate, and update `warmup_steps` has the peak. All shapes end at `num_steps`, which includes the
+warmup.
 """
 
 import enum
@@ -18,13 +18,13 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 
 @dataclass
 class ScheduleConfig:
-    """Base of all schedules: `fraction` is what a subclass gives."""
+    """Base of all schedules. Subclasses implement `fraction`."""
 
     kind: str = ""
-    warmup_steps: int = 100  # updates of linear warm-up; 0: none
+    warmup_steps: int = 100  # optimizer steps of linear warmup; 0: none
 
     def build(self, peak: float, num_steps: int) -> Schedule:
-        """`schedule(step) -> learning rate`. Raises: ValueError where the parts do not fit in `num_steps`."""
+        """Returns `schedule(step) -> learning rate`. Raises: ValueError if the parts do not fit into `num_steps`."""
         self.check(num_steps)
 
         def schedule(step: jax.Array | int) -> jax.Array:
@@ -42,11 +42,11 @@ class ScheduleConfig:
             )
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
-        """Share of the peak at `step >= warmup_steps`, f32."""
+        """Returns the fraction of the peak at `step >= warmup_steps`, f32."""
         raise TypeError(f"schedule.kind={self.kind}: choose one with schedule=NAME")
 
     def progress(self, step: jax.Array, num_steps: int) -> jax.Array:
-        """0 at the end of the warm-up, 1 at `num_steps` and after."""
+        """Returns the linear progress: 0 at the end of the warmup, 1 from `num_steps` on."""
         return jnp.clip((step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1), 0.0, 1.0)
 
 
@@ -58,7 +58,7 @@ def _check_fraction(key: str, value: float) -> None:
 
 @dataclass
 class ConstantConfig(ScheduleConfig):
-    """The peak, all along: for schedule-free optimizers and for trying things."""
+    """Constant at the peak after warmup, for schedule-free optimizers and experiments."""
 
     kind: str = "constant"
 
@@ -68,10 +68,10 @@ class ConstantConfig(ScheduleConfig):
 
 @dataclass
 class CosineConfig(ScheduleConfig):
-    """Half a cosine wave down to `final_fraction` (Loshchilov and Hutter 2017, without restarts)."""
+    """Cosine decay to `min_lr_ratio` of the peak (Loshchilov and Hutter 2017, without restarts)."""
 
     kind: str = "cosine"
-    min_lr_ratio: float = 0.1  # of the peak, at num_steps
+    min_lr_ratio: float = 0.1  # final learning rate at num_steps, as a fraction of the peak
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)
@@ -84,10 +84,10 @@ class CosineConfig(ScheduleConfig):
 
 @dataclass
 class LinearConfig(ScheduleConfig):
-    """A straight line down to `final_fraction`."""
+    """Linear decay to `min_lr_ratio` of the peak."""
 
     kind: str = "linear"
-    min_lr_ratio: float = 0.0  # of the peak, at num_steps
+    min_lr_ratio: float = 0.0  # final learning rate at num_steps, as a fraction of the peak
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)
@@ -98,6 +98,8 @@ class LinearConfig(ScheduleConfig):
 
 
 class Decay(enum.Enum):
+    """Shape of the decay phase of `WsdConfig`."""
+
     linear = "linear"
     cosine = "cosine"
     one_minus_sqrt = "one_minus_sqrt"  # 1 - sqrt(progress) (Haegele et al. 2024)
@@ -105,13 +107,13 @@ class Decay(enum.Enum):
 
 @dataclass
 class WsdConfig(ScheduleConfig):
-    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM): a run can be prolonged from before its decay."""
+    """Warmup-stable-decay (Hu et al. 2024, MiniCPM); a run can be extended from a checkpoint before its decay."""
 
     kind: str = "wsd"
-    decay_fraction: float = 0.2  # of num_steps, at the end
-    decay_steps: int | None = None  # the same in updates; wins over decay_fraction
+    decay_fraction: float = 0.2  # length of the final decay, as a fraction of num_steps
+    decay_steps: int | None = None  # length of the final decay in optimizer steps; overrides decay_fraction
     decay: Decay = Decay.linear  # shape of the decay
-    min_lr_ratio: float = 0.0  # of the peak, at num_steps
+    min_lr_ratio: float = 0.0  # final learning rate at num_steps, as a fraction of the peak
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)
@@ -143,9 +145,7 @@ class WsdConfig(ScheduleConfig):
 
 @dataclass
 class InverseSqrtConfig(ScheduleConfig):
-    """Falls as 1 / sqrt(step) after the warm-up (Vaswani et al. 2017); it knows no end, so a run can be
-    prolonged.
-    """
+    """Decay as 1 / sqrt(step) after warmup (Vaswani et al. 2017), independent of num_steps: runs can be extended."""
 
     kind: str = "inverse_sqrt"
 

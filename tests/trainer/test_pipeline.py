@@ -65,7 +65,7 @@ def test_default_is_up_to_four_microbatches_per_stage(rows, pipeline, microbatch
             3,
             32,
             PipelineConfig(),
-            r"mesh.stage=2: 3 layers cannot be split evenly over 2 pipeline stages .* valid mesh.stage .* 8 devices: 1;",
+            r"mesh.stage=2: 3 layers cannot be split evenly over 2 pipeline stages .* valid mesh.stage .*8 devices: 1;",
         ),
         (6, 32, PipelineConfig(num_repeats=2), r"6 layers cannot be split .* model.pipeline.num_repeats=2;"),
         (

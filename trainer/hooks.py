@@ -243,7 +243,7 @@ class StopOnSignal(AbstractContextManager["StopOnSignal"]):
         self._reason: str | None = None
         self._multi_process = jax.process_count() > 1
         self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # required by Python
+        if threading.current_thread() is threading.main_thread():  # signal handlers require it
             # Overriding the service's SIGTERM handler would disable the agreement between processes.
             for number in (signal.SIGINT,) if self._multi_process else (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)

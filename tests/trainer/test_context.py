@@ -75,8 +75,8 @@ def test_no_device_holds_hidden_states_of_full_rows():
 
 
 def test_balanced_rows_give_equal_work_to_all_devices():
-    pieces, long = 4, 64
-    order, blocks = balanced_token_order(long, pieces), 2 * pieces  # one block per chunk
+    devices, long = 4, 64
+    order, blocks = balanced_token_order(long, devices), 2 * devices  # one block per chunk
     positions = lambda at: jnp.asarray(at, jnp.int32).reshape(blocks, 1, -1)
 
     def work(at):
@@ -87,10 +87,10 @@ def test_balanced_rows_give_equal_work_to_all_devices():
                 Keys(None, None, positions(at), jnp.ones_like(positions(at)), None),
                 jnp.asarray(long),
             )
-        ).reshape(pieces, 2, pieces, 2)
+        ).reshape(devices, 2, devices, 2)
         return [
-            [found[device, :, (device - turn) % pieces].sum() for device in range(pieces)] for turn in range(pieces)
+            [found[device, :, (device - turn) % devices].sum() for device in range(devices)] for turn in range(devices)
         ]
 
-    assert work(order) == [[3] * pieces] + [[2] * pieces] * (pieces - 1)
+    assert work(order) == [[3] * devices] + [[2] * devices] * (devices - 1)
     assert max(np.sum(work(np.arange(long)), axis=0)) > 1.5 * max(np.sum(work(order), axis=0))

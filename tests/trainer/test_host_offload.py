@@ -89,7 +89,7 @@ def test_offloaded_activations_are_on_the_host_with_bit_identical_gradients(rema
         ("save_attn_out", "qkv_proj", "layer_input, a"),
     ],
 )
-def test_what_is_not_kept_cannot_lie_elsewhere(remat, offload, valid):
+def test_unsaved_activations_cannot_be_offloaded(remat, offload, valid):
     with pytest.raises(
         ValueError, match=rf"model\.activation_offload.*model\.remat={remat} .*{offload}.*valid: {valid}"
     ):

@@ -243,7 +243,7 @@ def child(arguments: Sequence[str]) -> None:
     inside = [entry.split(":") for entry in os.environ.get("CHAOS", "").split(",") if entry]
     poisoned = [int(step) for kind, step, _ in inside if kind == "not a number"]
     flipped = {int(step): int(victim) for kind, step, victim in inside if kind == "flip a parameter"}
-    made, guard = trainer.step._accumulate, trainer.integrity.IntegrityWatch.guard
+    made, guard = trainer.step._accumulate, trainer.reliability.sdc_check.IntegrityWatch.guard
 
     def poisoned_gradients(loss_sum, params, frozen, batch, rng, num_microbatches):  # type: ignore[no-untyped-def]
         import jax.numpy as jnp
@@ -282,7 +282,7 @@ def child(arguments: Sequence[str]) -> None:
 
     trainer.step._accumulate = poisoned_gradients
     launch.assemble.make_train_step = with_step(trainer.step.make_train_step)
-    trainer.integrity.IntegrityWatch.guard = guarding
+    trainer.reliability.sdc_check.IntegrityWatch.guard = guarding
     sys.exit(run(list(arguments)))
 
 

@@ -284,7 +284,7 @@ def validate(config: RunConfig) -> None:
     name = config.run
     if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>| '):
         raise ValueError(f"run={name!r}: is the name of a folder: letters, digits, '.', '_' and '-' only")
-    for key, value in (("runs", config.output_dir), ("data.cache_dir", config.data.cache_dir or "")):
+    for key, value in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir or "")):
         check_url(value, key)
     unknown = set(config.reset) - {"optimizer", "data", "step"}
     if unknown:
@@ -317,9 +317,8 @@ def validate(config: RunConfig) -> None:
         )
     config.launcher.validate()
     task = config.task
-    if isinstance(task, TrainConfig):
-        if task.profile_steps and len(task.profile_steps) != 2:
-            raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
+    if isinstance(task, TrainConfig) and task.profile_steps and len(task.profile_steps) != 2:
+        raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
     if isinstance(task, SweepConfig):
         task.sweep.validate()
     if isinstance(task, ServeConfig) and isinstance(config.launcher, LocalConfig) and config.launcher.num_processes > 1:

@@ -27,54 +27,31 @@ _LAST = 2**48  # upper bound on the rows of a run
 
 @dataclass
 class DataConfig:
-<<<<<<< HEAD
-    batch_size: int = field(default=8, metadata={"min": 1})  # sequences of the global batch
-    seq_len: int = field(default=256, metadata={"min": 1})  # tokens of a sequence
-    packing: Packing = Packing.concat  # How documents fill rows
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    # Sampling weight of each source, in their order
+    batch_size: int = field(default=8, metadata={"min": 1})  # global batch size, in sequences
+    seq_len: int = field(default=256, metadata={"min": 1})  # sequence length, in tokens
+    packing: Packing = Packing.concat  # concat: documents back to back; best_fit: uncut documents, a little padding
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # data sources of the mixture, by name
+    # sampling weight of each source, in the order of sources
     mixture_weights: list[float] = field(
         default_factory=list, metadata={"above": 0, "hint": "leave the source out of source=[...] instead"}
     )
-    format: DataFormat = DataFormat.text  # What a record of a source is
-    transform: TransformConfig = field(default_factory=TransformConfig)  # of documents, as they go into rows
-    loss_mask: LossMask = LossMask.assistant  # of conversations
-    on_overflow: OnOverflow = OnOverflow.truncate_turns  # conversations of more than seq_len tokens
-    classes: list[str] = field(default_factory=list)  # of labelled records, in the order of their numbers
-    # Of records that no example can be made of; with more, the run does not begin
-    max_bad_fraction: float = field(default=0.1, metadata={"min": 0, "max": 1})
-    shuffle: bool = True  # rows, anew in each epoch
-    # refuse to train longer than so many passes over the data; null: as often as needed
-    max_epochs: float | None = None
-    prefetch: int = field(default=2, metadata={"min": 0})  # batches made ahead
-    max_eval_batches: int = field(default=16, metadata={"min": 0})  # of held-out text from each source, at most; 0: all
-    cache_dir: str | None = None  # the folder of token shards, or its URL; null: prepared/ in the folder of all runs
-
-    def encoding(self, needs: DataNeeds = NO_NEEDS) -> EncodingConfig | None:
-        """How records become examples for an objective with these needs; None where they are documents."""
-=======
-    batch_size: int = 8  # global batch size, in sequences
-    seq_len: int = 256  # sequence length, in tokens
-    packing: Packing = Packing.concat  # concat: documents back to back; best_fit: uncut documents, a little padding
-    sources: dict[str, SourceConfig] = field(default_factory=dict)  # data sources of the mixture, by name
     format: DataFormat = DataFormat.text  # record type of all sources
     transform: TransformConfig = field(default_factory=TransformConfig)  # corruption or masking applied to documents
     loss_mask: LossMask = LossMask.assistant  # tokens of a conversation that contribute to the loss
     on_overflow: OnOverflow = OnOverflow.truncate_turns  # handling of conversations longer than seq_len tokens
     classes: list[str] = field(default_factory=list)  # class names for classification, in label order
-    margins: bool = False  # of pairs; the objective sets it, and the next two keys
-    pairs_per_row: int = 1  # at most
-    negatives: int = 0  # of matches
-    max_bad_fraction: float = 0.1  # maximum fraction of unusable records; the run fails above it
+    # maximum fraction of unusable records; the run fails above it
+    max_bad_fraction: float = field(default=0.1, metadata={"min": 0, "max": 1})
     shuffle: bool = True  # shuffle rows in every epoch
     max_epochs: float | None = None  # maximum passes over the data; the run fails above it; null: unlimited
-    prefetch: int = 2  # batches prepared in advance; 0 disables prefetching
-    max_eval_batches: int = 16  # maximum validation batches per source; 0: all
+    # batches prepared in advance; 0 disables prefetching
+    prefetch: int = field(default=2, metadata={"min": 0})
+    # maximum validation batches per source; 0: all
+    max_eval_batches: int = field(default=16, metadata={"min": 0})
     cache_dir: str | None = None  # folder or URL of the token shards; null: prepared/ in output_dir
 
-    def encoding(self) -> EncodingConfig | None:
-        """Returns the encoding of records as examples; None for plain documents."""
->>>>>>> p-data
+    def encoding(self, needs: DataNeeds = NO_NEEDS) -> EncodingConfig | None:
+        """Returns the encoding of records as examples for an objective with these needs; None for plain documents."""
         if self.format is DataFormat.text:
             return None
         made = (tuple(self.classes), needs.margins, needs.num_negatives)
@@ -189,11 +166,7 @@ def make_rows(
     transform: Transform | None = None,
     needs: DataNeeds = NO_NEEDS,
 ) -> PackedRows | PairRows:
-<<<<<<< HEAD
-    """The rows of the source `name`, for an objective with these needs."""
-=======
-    """Builds the rows of the source `name`."""
->>>>>>> p-data
+    """Builds the rows of the source `name`, for an objective with these needs."""
     if config.format is DataFormat.unpaired_preference:
         return UnpairedRows(corpus, seq_len=config.seq_len)
     rules = config.encoding(needs)
@@ -240,15 +213,9 @@ class Mixture:
             part = (part.shuffle() if config.shuffle else part).repeat(None)
             parts.append(part.map(_Tagged(index)))
         self._index = grain.MapDataset.mix(parts, [self.weights[n] for n in self.names]) if len(parts) > 1 else parts[0]
-<<<<<<< HEAD
-        further = {} if transform is None else {"transform": asdict(config.transform)}
-        if needs.pairs_per_row > 1:
-            further["pairs_per_row"] = needs.pairs_per_row
-=======
         extra = {} if transform is None else {"transform": asdict(config.transform)}
-        if config.pairs_per_row > 1:
-            extra["pairs_per_row"] = config.pairs_per_row
->>>>>>> p-data
+        if needs.pairs_per_row > 1:
+            extra["pairs_per_row"] = needs.pairs_per_row
         self.fingerprint = _sha(
             {
                 "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},

@@ -43,18 +43,13 @@ class TransformConfig:
 
     kind: str = "none"
 
-<<<<<<< HEAD
     @property
     def in_place(self) -> bool:
-        """Whether targets are the tokens hidden in their own places; else they are next tokens."""
+        """Whether targets are the hidden tokens at their own positions, instead of next tokens."""
         return False
 
-    def names(self, seq_len: int) -> list[Names]:
-        """Special tokens without which it cannot be."""
-=======
     def special_tokens(self, seq_len: int) -> list[Names]:
         """Returns the special tokens that the transform requires."""
->>>>>>> p-data
         return []
 
     def missing_special_tokens(self, special: Mapping[str, int] | Sequence[str], seq_len: int) -> list[str]:
@@ -79,15 +74,6 @@ class TransformConfig:
         return [special[next(name for name in names if name in special)] for names in self.special_tokens(seq_len)]
 
 
-<<<<<<< HEAD
-=======
-def _check_shares(**shares: float) -> None:
-    for key, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"data.transform.{key}={value}: must be between 0 and 1")
-
-
->>>>>>> p-data
 # Infilling
 
 
@@ -322,21 +308,16 @@ class MlmConfig(TransformConfig):
     """Masked language modeling (Devlin et al. 2019, section 3.1)."""
 
     kind: str = "mlm"
-<<<<<<< HEAD
-    # Of tokens that are to be told, at least one of each piece; special tokens never
+    # fraction of tokens to predict, at least one per piece; special tokens are never selected
     rate: float = field(default=0.15, metadata={"min": 0, "max": 1})
-    mask_share: float = field(default=0.8, metadata={"min": 0, "max": 1})  # of those that are masked
-    # Of those that another token stands for; the rest stay as they are
+    # fraction of selected tokens replaced by the mask token
+    mask_share: float = field(default=0.8, metadata={"min": 0, "max": 1})
+    # fraction of selected tokens replaced by a random token; the rest are unchanged
     random_share: float = field(default=0.1, metadata={"min": 0, "max": 1})
 
     @property
     def in_place(self) -> bool:
         return True
-=======
-    rate: float = 0.15  # fraction of tokens to predict, at least one per piece; special tokens are never selected
-    mask_share: float = 0.8  # fraction of selected tokens replaced by the mask token
-    random_share: float = 0.1  # fraction of selected tokens replaced by a random token; the rest are unchanged
->>>>>>> p-data
 
     def special_tokens(self, seq_len: int) -> list[Names]:
         return [MASK]
@@ -383,15 +364,11 @@ class DiffusionConfig(TransformConfig):
 
     kind: str = "diffusion"
 
-<<<<<<< HEAD
     @property
     def in_place(self) -> bool:
         return True
 
-    def names(self, seq_len: int) -> list[Names]:
-=======
     def special_tokens(self, seq_len: int) -> list[Names]:
->>>>>>> p-data
         return [MASK]
 
     def build(self, tokenizer: Tokenizer, seq_len: int) -> "Diffusion":

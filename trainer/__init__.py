@@ -1,1 +1,1 @@
-"""The gradient core: knows no file format, no model family, no cluster."""
+"""Training core, independent of file formats, model families and clusters."""

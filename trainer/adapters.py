@@ -1,6 +1,6 @@
-"""Training adapters instead of parameters: the base is a frozen model, and what trains is put on it where it is used.
+"""Adapter (LoRA) training: the base model is frozen and the adapters are the trainable parameters.
 
-Neither the step nor an objective knows of it: an objective that is `AdapterObjective` gives them the model's own tree.
+Train step and objectives are unaffected: `AdapterObjective` applies the adapters and passes the model's own tree on.
 """
 
 from collections.abc import Callable
@@ -24,31 +24,30 @@ from models.adapters.lora import (
 from trainer.mesh import with_shardings
 from trainer.objective import Params, WrappedObjective
 
-BASE = "base"  # its name among the frozen models
-Shard = Callable[..., Any]  # (axes, shapes) to shardings; strict=False: what cannot be cut stays whole
+BASE = "base"  # key of the base model among the frozen models
+Shard = Callable[..., Any]  # (axes, shapes) -> shardings; strict=False replicates indivisible parameters
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """How the adapters of a run stand on their base."""
+    """Shapes, shardings and conversions of the adapters of a run and their base model."""
 
     config: AdapterConfig
-    model_axes: Params  # of the model's own parameters
-    full_params: (
-        Params  # these as `jax.ShapeDtypeStruct`s with shardings: the base as it is read, and what a merge gives
-    )
+    model_axes: Params  # logical axes of the model's own parameters
+    # `jax.ShapeDtypeStruct`s with shardings: of the base as loaded, and of merged parameters.
+    full_params: Params
     shard: Shard
 
     @cached_property
     def stored(self) -> Params:
-        """Shapes and shardings of the base as it is kept."""
+        """Shapes and shardings of the base in its (quantized) storage format."""
         shapes = jax.eval_shape(self._store, self.full_params)
-        # Of the scales of blocks there may be fewer than devices, where the weight itself can be cut.
+        # Not strict: a shardable weight may have fewer block scales than devices.
         return with_shardings(shapes, self.shard(quantized_axes_of(self.model_axes, shapes), shapes, strict=False))
 
     @cached_property
     def axes(self) -> Params:
-        """The names of the dims of the adapters. Raises: ValueError for targets that cannot be."""
+        """Logical axes of the adapters. Raises: ValueError for invalid target modules."""
         return adapter_axes(self.config, self.model_axes)
 
     @cached_property
@@ -58,31 +57,31 @@ class AdapterLayout:
         return with_shardings(shapes, self.shard(self.axes, shapes))
 
     def init(self, key: jax.Array, base: Params) -> Params:
-        """Adapters that change nothing yet."""
+        """Returns initial adapters; their contribution is zero."""
         return init_adapters(self.config, self.model_axes, key, base)
 
     def _store(self, params: Params) -> Params:
         return quantized_base(self.config, self.model_axes, params)
 
     def quantize_base(self, params: Params) -> Params:
-        """The base as it is kept."""
+        """Returns the base in its storage format, quantized if `adapter.quantize_base` says so."""
         if self.config.quantize_base is QuantizeBase.none:
             return params
         return jax.jit(self._store, out_shardings=_shardings(self.stored))(params)
 
     def apply_adapters(self, base: Params, adapters: Params, rng: jax.Array | None = None) -> Params:
-        """The model's own tree, for its `apply`; with `rng`, for one pass of training."""
+        """Returns the model's own tree for its `apply`; `rng` enables adapter dropout for a training pass."""
         return bind_adapters(self.config, self.model_axes, base, adapters, rng)
 
     def merge(self, base: Params, adapters: Params) -> Params:
-        """Plain parameters, in the dtype of the model's: what is evaluated, written with and exported."""
+        """Returns merged parameters in the model's dtype, for evaluation, generation and export."""
         return self._merge(base, adapters)
 
     @cached_property
     def _merge(self) -> Callable[[Params, Params], Params]:
         dtype = jax.tree.leaves(self.full_params)[0].dtype
-        join = partial(merge, self.config, self.model_axes, dtype=jnp.dtype(dtype))
-        return jax.jit(join, out_shardings=_shardings(self.full_params))
+        merge_all = partial(merge, self.config, self.model_axes, dtype=jnp.dtype(dtype))
+        return jax.jit(merge_all, out_shardings=_shardings(self.full_params))
 
     @property
     def num_trainable(self) -> int:
@@ -95,9 +94,9 @@ def _shardings(abstract: Params) -> Any:
 
 @dataclass(frozen=True)
 class AdapterObjective(WrappedObjective):
-    """An `Objective` over adapters, from one over the model's own parameters."""
+    """Wraps an `Objective` over model parameters as an `Objective` over adapters."""
 
-    apply_adapters: Callable[..., Params]  # `AdapterLayout.join`
+    apply_adapters: Callable[..., Params]  # `AdapterLayout.apply_adapters`
 
     def wrap(self, apply, params, frozen, batch, rng) -> tuple[Any, Params]:
         return apply, self.apply_adapters(frozen[BASE], params, None if rng is None else jax.random.fold_in(rng, 1))

@@ -1,4 +1,4 @@
-"""Evaluation: sums over batches, exactly, without making the device wait for Python."""
+"""Evaluation loop: exact f64 sums over batches, without stalling the device."""
 
 import math
 from collections import deque
@@ -12,16 +12,16 @@ from trainer.metrics import bits_per_byte, perplexity
 from trainer.objective import Batch, Mean, Objective, Params
 from trainer.step import EvalStep
 
-Sums = dict[str, tuple[float, float]]  # metric: total and weight, f64 on the host
-_IN_FLIGHT = 2  # batches that the device may be behind: it is never idle, and holds few of them
+Sums = dict[str, tuple[float, float]]  # metric -> (total, weight), f64 on the host
+_IN_FLIGHT = 2  # batches queued on the device: enough to keep it busy with little memory
 
 
 def sum_batches(eval_step: EvalStep, params: Params, frozen: Mapping[str, Any], batches: Iterable[Batch]) -> Sums:
-    """Adds up the metrics of all batches in f64."""
+    """Sums the metrics of all batches in f64."""
     sums: Sums = {}
     pending: deque[dict[str, Mean]] = deque()
 
-    def settle() -> None:
+    def add_oldest() -> None:
         for name, (total, weight) in jax.device_get(pending.popleft()).items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + float(total), before[1] + float(weight))
@@ -29,14 +29,14 @@ def sum_batches(eval_step: EvalStep, params: Params, frozen: Mapping[str, Any], 
     for batch in batches:
         pending.append(eval_step(params, frozen, batch))
         if len(pending) > _IN_FLIGHT:
-            settle()
+            add_oldest()
     while pending:
-        settle()
+        add_oldest()
     return sums
 
 
 def summarise(sums: Sums) -> dict[str, float]:
-    """Means by name. `loss` is the plain cross entropy where the objective tells it, in nats a token."""
+    """Returns means by name. `loss` is the plain cross entropy in nats per token if the objective reports `nll`."""
     means = {name: total / weight if weight > 0 else math.nan for name, (total, weight) in sums.items()}
     result = {name: value for name, value in means.items() if name not in ("nll", "bytes")}
     if "nll" in means:
@@ -44,34 +44,34 @@ def summarise(sums: Sums) -> dict[str, float]:
         result["perplexity"] = perplexity(means["nll"])
         if "bytes" in sums:
             result["bits_per_byte"] = bits_per_byte(sums["nll"][0], sums["bytes"][0])
-    if (of := "nll" if "nll" in sums else "loss") in sums:
-        result["tokens"] = sums[of][1]
+    if (name := "nll" if "nll" in sums else "loss") in sums:
+        result["tokens"] = sums[name][1]
     return result
 
 
 def evaluate(
     eval_step: EvalStep, params: Params, frozen: Mapping[str, Any], batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """`loss`, `perplexity`, `bits_per_byte` (where bytes are counted), `accuracy` and `tokens`.
+    """Returns `loss`, `perplexity`, `bits_per_byte` (if bytes are counted), `accuracy` and `tokens`.
 
-    Raises: ValueError where there is no batch.
+    Raises: ValueError if there is no batch.
     """
     sums = sum_batches(eval_step, params, frozen, batches)
     if not sums:
-        raise ValueError("evaluation: there is no batch of held-out text; give data with more documents")
+        raise ValueError("evaluation: the validation split has no batch; use data with more documents")
     return summarise(sums)
 
 
 def collect_outputs(
     eval_outputs: Callable[..., Any], params: Params, frozen: Mapping[str, Any], batches: Iterable[Batch]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions [N, ...] and labels [N] of all batches, where there is a label (`Objective.eval_outputs`)."""
+    """Returns predictions [N, ...] and labels [N] of all labeled texts in all batches (`Objective.eval_outputs`)."""
     found = [jax.device_get(eval_outputs(params, frozen, batch)) for batch in batches]
     return tuple(np.concatenate(each) for each in zip(*((p[c >= 0], c[c >= 0]) for p, c in found), strict=True))
 
 
 def report_outputs(objective: Objective, outputs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """`eval/NAME/precision` and its like for each source, and `eval/precision` over all of their outputs."""
+    """Returns `eval/NAME/precision` etc. per source, and `eval/precision` etc. over the outputs of all sources."""
     together = tuple(np.concatenate(each) for each in zip(*outputs.values(), strict=True))
     named = {f"eval/{name}": of_source for name, of_source in outputs.items()} | {"eval": together}
     report = objective.eval_report
@@ -84,16 +84,18 @@ def evaluate_sources(
     frozen: Mapping[str, Any],
     sources: Mapping[str, Iterable[Batch]],
 ) -> dict[str, float]:
-    """`eval/NAME/loss` and its like for each source, and `eval/loss` and its like over all of their tokens.
+    """Returns `eval/NAME/loss` etc. per source, and `eval/loss` etc. over the tokens of all sources.
 
-    Raises: ValueError naming a source that has no batch.
+    Raises: ValueError naming a source without a batch.
     """
     result: dict[str, float] = {}
     together: Sums = {}
     for name, batches in sources.items():
         sums = sum_batches(eval_step, params, frozen, batches)
         if not sums:
-            raise ValueError(f"evaluation: source {name!r} has no batch of held-out text; give it more documents")
+            raise ValueError(
+                f"evaluation: the validation split of source {name!r} has no batch; use a source with more documents"
+            )
         result |= {f"eval/{name}/{metric}": value for metric, value in summarise(sums).items()}
         for metric, (total, weight) in sums.items():
             before = together.get(metric, (0.0, 0.0))

@@ -1,11 +1,11 @@
-"""What happens between steps: evaluate, save, sample, profile, stop.
+"""Hooks that run between steps: evaluate, save, sample, profile, stop.
 
-A hook is called with `(step, state, source)` after `step` updates, before the next batch is taken. The order
-in which a run lists its hooks is its meaning: evaluate, sample, save, then the ones that stop, which save
-first themselves, so that whatever ends a run leaves a checkpoint of its last step.
+A hook is called with `(step, state, source)` after `step` updates, before the next batch is fetched. Hooks run in the
+order listed: evaluate, sample, save, then those that stop the run. The latter save first, so a stopped run always
+leaves a checkpoint of its last step.
 
-`get_state(step)` and `set_state(saved)` are what a hook remembers across a restart; `save_every` puts it into
-the checkpoint. A hook that has done its work at a step does not do it again when a run resumes at that step.
+`get_state(step)` and `set_state(saved)` persist a hook across restarts; `SaveEvery` writes the state to the checkpoint.
+A hook that has already run at a step does not run again when training resumes at that step.
 """
 
 import math
@@ -27,15 +27,15 @@ from trainer.objective import BatchSource, Params
 from trainer.reliability.goodput import GoodputRecorder
 from trainer.state import TrainState
 
-PREEMPTED = "preempted"  # by the machine's owner, or a second process of the run: requeue it
-INTERRUPTED = "interrupted"  # by Ctrl-C in a run of one process
+PREEMPTED = "preempted"  # SIGTERM, or a signal to any process of a multi-process run: requeue the run
+INTERRUPTED = "interrupted"  # Ctrl-C in a single-process run
 STOPPED_EARLY = "stopped early"
 
 Save = Callable[[int, TrainState, BatchSource], None]
 
 
 class Stateful(Protocol):
-    """What a hook, or anything else beside the state, remembers across a restart. JSON-able."""
+    """An object with JSON-serializable state that is saved in checkpoints alongside the train state."""
 
     def get_state(self, step: int) -> dict[str, Any]: ...
 
@@ -43,12 +43,12 @@ class Stateful(Protocol):
 
 
 def due(step: int, *, every: int, num_steps: int) -> bool:
-    """At each multiple of `every` but 0, and at the end. `every=0`: at the end only."""
+    """Returns whether `step` is a positive multiple of `every` or the last step. `every=0`: only the last step."""
     return step == num_steps or (every > 0 and step > 0 and step % every == 0)
 
 
 class EvaluateEvery:
-    """Evaluates at due steps and tells `on_metrics`; `latest` and `best` are what others may ask for."""
+    """Evaluates at due steps, calls `on_metrics`, and tracks the latest and the best loss."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class EvaluateEvery:
         on_metrics: Callable[[int, dict[str, float]], None],
         ledger: GoodputRecorder,
     ):
-        """`evaluate(state)` returns metrics with `eval/loss` among them."""
+        """`evaluate(state)` returns metrics that include `eval/loss`."""
         self._every, self._num_steps = every, num_steps
         self._evaluate, self._on_metrics, self._ledger = evaluate, on_metrics, ledger
-        self.step = -1  # of the latest evaluation
+        self.step = -1  # step of the latest evaluation
         self.loss = math.nan
         self.best_step, self.best_loss = -1, math.inf
 
@@ -80,11 +80,11 @@ class EvaluateEvery:
         self._on_metrics(step, metrics)
 
     def loss_at(self, step: int) -> float | None:
-        """The loss of `step`, where it was evaluated."""
+        """Returns the loss at `step`; None if it was not evaluated there or is not finite."""
         return self.loss if step == self.step and math.isfinite(self.loss) else None
 
     def get_state(self, step: int) -> dict[str, Any]:
-        # JSON knows no infinity and no nan.
+        # JSON has no infinity or NaN.
         return {
             "step": self.step,
             "loss": self.loss if math.isfinite(self.loss) else None,
@@ -99,7 +99,7 @@ class EvaluateEvery:
 
 
 class SaveEvery:
-    """Saves at due steps, at the end, and when the evaluation just made is the best yet."""
+    """Saves at due steps, at the end, and when the current evaluation has the lowest loss yet."""
 
     def __init__(
         self,
@@ -113,9 +113,9 @@ class SaveEvery:
         evaluation: EvaluateEvery | None = None,
         on_saved: Callable[[int, float], None] | None = None,
     ):
-        """`config`: what is written beside the arrays. `remembers`: whose state goes with it, by name.
+        """`config`: resolved config, saved with the arrays. `remembers`: stateful objects to save, by name.
 
-        `on_saved(step, seconds)` is told how long training stood still.
+        `on_saved(step, seconds)` receives the time that training was blocked.
         """
         self._checkpointer, self._num_steps, self._ledger = checkpointer, num_steps, ledger
         self._config, self._tokenizer = config, tokenizer
@@ -128,7 +128,7 @@ class SaveEvery:
         return due(step, every=self._checkpointer.config.save_interval_steps, num_steps=self._num_steps)
 
     def may_save(self, step: int) -> bool:
-        """Whether this step is saved, if it is not by a signal."""
+        """Returns whether a checkpoint may be saved at this step, apart from signals."""
         return self.due(step) or (self._evaluation is not None and self._evaluation.due(step))
 
     def __call__(self, step: int, state: TrainState, source: BatchSource) -> None:
@@ -138,11 +138,11 @@ class SaveEvery:
             self.save(step, state, source)
 
     def save(self, step: int, state: TrainState, source: BatchSource) -> None:
-        """Saves now, unless this step is saved already."""
+        """Saves immediately, unless this step is saved already."""
         if step == self._saved:
             return
         loss = self._evaluation.loss_at(step) if self._evaluation is not None else None
-        begin = time.perf_counter()
+        start = time.perf_counter()
         with self._ledger.phase("checkpoint"):
             self._checkpointer.save(
                 step,
@@ -155,18 +155,18 @@ class SaveEvery:
             )
         self._saved = step
         if self._on_saved is not None:
-            self._on_saved(step, time.perf_counter() - begin)
+            self._on_saved(step, time.perf_counter() - start)
 
 
 def restore_hook_states(saved: Mapping[str, Any], remembers: Mapping[str, Stateful]) -> None:
-    """Gives `extra` of a checkpoint back to those who wrote it; one that is new keeps its fresh state."""
+    """Restores hooks from `extra` of a checkpoint; hooks missing there keep their initial state."""
     for name, part in remembers.items():
         if name in saved:
             part.set_state(saved[name])
 
 
 class SampleEvery:
-    """Calls `sample(step, params)` at due steps, once for each step."""
+    """Calls `sample(step, params)` once at each due step."""
 
     def __init__(
         self,
@@ -196,30 +196,30 @@ class SampleEvery:
 
 
 class EarlyStopping:
-    """Ends the run after `patience` evaluations in a row without a loss better by `min_delta`; 0: never."""
+    """Stops after `patience` consecutive evaluations that do not improve the loss by `min_delta`; 0 disables it."""
 
     def __init__(self, evaluation: EvaluateEvery, *, patience: int, min_delta: float = 0.0, save: Save):
         self._evaluation, self._patience, self._min_delta, self._save = evaluation, patience, min_delta, save
         self._best, self._bad, self._seen = math.inf, 0, evaluation.step
 
-    def look(self) -> None:
-        """Takes the latest evaluation into account, once."""
+    def _update(self) -> None:
+        """Accounts for the latest evaluation, once."""
         if self._evaluation.step == self._seen:
             return
         self._seen = self._evaluation.step
         if self._evaluation.loss < self._best - self._min_delta:
             self._best, self._bad = self._evaluation.loss, 0
-        else:  # nan is not better either
+        else:  # NaN is no improvement either
             self._bad += 1
 
     def __call__(self, step: int, state: TrainState, source: BatchSource) -> None:
-        self.look()
+        self._update()
         if 0 < self._patience <= self._bad:
             self._save(step, state, source)
             raise StopTraining(STOPPED_EARLY)
 
     def get_state(self, step: int) -> dict[str, Any]:
-        self.look()  # a checkpoint knows the evaluation of its own step, though this hook comes later
+        self._update()  # the checkpoint must include the evaluation of its own step, though this hook runs later
         return {
             "best": self._best if math.isfinite(self._best) else None,
             "bad": self._bad,
@@ -232,36 +232,36 @@ class EarlyStopping:
 
 
 class StopOnSignal(AbstractContextManager["StopOnSignal"]):
-    """Turns SIGTERM and Ctrl-C into a checkpoint and a clean end; a second one ends the process at once.
+    """Saves a checkpoint and stops on SIGTERM or Ctrl-C; a second signal ends the process immediately.
 
-    Among several processes, JAX's own service owns SIGTERM and makes all of them agree on the step; Ctrl-C is
-    passed on to it. The handlers of before are put back on leaving the context.
+    With several processes, JAX's preemption service handles SIGTERM and makes all of them agree on the step; Ctrl-C is
+    forwarded to it as SIGTERM. Restores the previous handlers on exit.
     """
 
     def __init__(self, save: Save):
         self._save = save
         self._reason: str | None = None
-        self._several = jax.process_count() > 1
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            # A handler of ours over the service's SIGTERM would switch the agreement off.
-            for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+        self._multi_process = jax.process_count() > 1
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # signal handlers require it
+            # Overriding the service's SIGTERM handler would disable the agreement between processes.
+            for number in (signal.SIGINT,) if self._multi_process else (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._put_back()
-        if self._several:
+        self._restore_handlers()
+        if self._multi_process:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self._reason = INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous = {}
 
     def __call__(self, step: int, state: TrainState, source: BatchSource) -> None:
-        if self._several:
+        if self._multi_process:
             from jax.experimental import multihost_utils
 
             if multihost_utils.reached_preemption_sync_point(step):
@@ -273,11 +273,11 @@ class StopOnSignal(AbstractContextManager["StopOnSignal"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._put_back()
+        self._restore_handlers()
 
 
 def profile(first: int, last: int, folder: Path) -> Hook:
-    """A trace of the updates `first` to `last` (counted from 1), for xprof or Perfetto, under `folder`."""
+    """Returns a hook that traces updates `first` to `last` (counted from 1) into `folder`, for XProf or Perfetto."""
     if not 1 <= first <= last:
         raise ValueError(f"task.profile_steps=[{first}, {last}]: give [first, last] with 1 <= first <= last")
     running = False
@@ -285,7 +285,7 @@ def profile(first: int, last: int, folder: Path) -> Hook:
     def hook(step: int, state: TrainState, source: BatchSource) -> None:
         nonlocal running
         if running and step >= last:
-            jax.block_until_ready(state)  # the last step is still under way
+            jax.block_until_ready(state)  # the last step may still be running
             jax.profiler.stop_trace()
             running = False
         elif not running and first - 1 <= step < last:

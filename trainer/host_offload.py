@@ -1,5 +1,6 @@
-"""What lies in the memory of the host between its uses (ZeRO-Offload, Ren et al. 2021 [2101.06840], without its CPU
-update: the devices still compute it).
+"""Offloads arrays to pinned host memory between uses.
+
+As ZeRO-Offload (Ren et al. 2021 [2101.06840]), but the devices, not the CPU, compute the update.
 """
 
 from typing import Any
@@ -11,15 +12,15 @@ HOST = "pinned_host"
 
 
 def in_host_memory(shapes: Any, shardings: Any) -> Any:
-    """The same shardings, of arrays in the host's memory; numbers stay where they are."""
+    """Returns the same shardings with host memory kind; scalars stay on the device."""
 
-    def moved(leaf: Any, sharding: NamedSharding) -> NamedSharding:
+    def to_host(leaf: Any, sharding: NamedSharding) -> NamedSharding:
         return sharding.with_memory_kind(HOST) if leaf.ndim else sharding
 
-    return jax.tree.map(moved, shapes, shardings)
+    return jax.tree.map(to_host, shapes, shardings)
 
 
 def on_device(tree: Any) -> Any:
-    """What of `tree` lies in the host's memory comes to the devices; in a compiled program or outside."""
-    is_away = lambda x: jax.typeof(x).memory_space == jax.memory.Space.Host
-    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if is_away(x) else x, tree)
+    """Moves the leaves in host memory to the devices. Works inside and outside of jit."""
+    on_host = lambda x: jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if on_host(x) else x, tree)

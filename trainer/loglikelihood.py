@@ -1,4 +1,4 @@
-"""How likely a model finds given texts: the log-probability of continuations, and accuracy over problems.
+"""Log-likelihood of continuations, and accuracy over multiple-choice problems.
 
 Shape letters: B batch, L length.
 """
@@ -16,11 +16,11 @@ from models.transformer import Apply
 from trainer.objective import Params
 from trainer.objectives.cross_entropy import token_logprobs
 
-TOKENS = 2048  # of one forward pass, about: enough for matrix products, little enough for memory
+TOKENS = 2048  # approximate tokens per forward pass: large enough for efficient matmuls, small enough for memory
 
 
 class Text(NamedTuple):
-    """Tokens, of which those from `start` on are scored, each given all before it. `start` is at least 1."""
+    """Token ids; tokens from index `start` (at least 1) are scored, each given all preceding tokens."""
 
     ids: Sequence[int]
     start: int
@@ -28,31 +28,31 @@ class Text(NamedTuple):
 
 class Score(NamedTuple):
     logprob: float  # natural, summed
-    greedy: bool  # each token is the likeliest
+    greedy: bool  # every scored token is the argmax
     tokens: int
 
 
 def make_score(apply: Apply, *, constrain: ShardingConstraint = no_constraint, chunk: int = 128, prefix: bool = False):
-    """A jitted `score(params, tokens_BL, lengths_B, starts_B)`: summed log-probabilities [B], greedy [B].
+    """Returns a jitted `score(params, tokens_BL, lengths_B, starts_B)`: summed log-probabilities [B], greedy [B].
 
-    `prefix`: what comes before `starts_B` sees all of itself.
+    `prefix`: attention among the tokens before `starts_B` is bidirectional (prefix LM).
     """
 
     @jax.jit
     def score(params, tokens_BL, lengths_B, starts_B):
         B, L = tokens_BL.shape
         positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
-        inside_BL = positions_BL < lengths_B[:, None]
-        given = {"positions_BL": positions_BL, "segment_ids_BL": inside_BL.astype(jnp.int32)}
+        real_BL = positions_BL < lengths_B[:, None]
+        inputs = {"positions_BL": positions_BL, "segment_ids_BL": real_BL.astype(jnp.int32)}
         if prefix:
-            given["prefix_BL"] = positions_BL < starts_B[:, None]
-        output = apply(params, tokens_BL, **given)
+            inputs["prefix_BL"] = positions_BL < starts_B[:, None]
+        output = apply(params, tokens_BL, **inputs)
         targets_BL = jnp.roll(tokens_BL, -1, axis=1)
         found = token_logprobs(output, targets_BL, chunk=chunk)
-        asked_BL = (positions_BL + 1 >= starts_B[:, None]) & (positions_BL + 1 < lengths_B[:, None])
-        logprob_B = jnp.sum(jnp.where(asked_BL, found.logprob, 0), axis=1)
-        greedy_B = jnp.all(found.correct | ~asked_BL, axis=1)
-        # Every process reads them, so they lie on all devices.
+        scored_BL = (positions_BL + 1 >= starts_B[:, None]) & (positions_BL + 1 < lengths_B[:, None])
+        logprob_B = jnp.sum(jnp.where(scored_BL, found.logprob, 0), axis=1)
+        greedy_B = jnp.all(found.correct | ~scored_BL, axis=1)
+        # Replicated, because every process reads them.
         return constrain(logprob_B, (None,)), constrain(greedy_B, (None,))
 
     return score
@@ -61,9 +61,9 @@ def make_score(apply: Apply, *, constrain: ShardingConstraint = no_constraint, c
 def score_texts(
     score, params: Params, texts: Sequence[Text], *, rows_multiple: int = 1, progress: Callable[[int], None] = print
 ) -> list[Score]:
-    """Scores in the order of `texts`. Texts of like length go together; every process makes the same calls.
+    """Returns scores in the order of `texts`. Batches texts of similar length; every process must call it.
 
-    `progress` gets the number of texts done. Raises: ValueError where a text has nothing to score.
+    `progress` receives the number of texts done. Raises: ValueError if a text has no token to score.
     """
     found: list[Score | None] = [None] * len(texts)
     done = 0
@@ -83,11 +83,13 @@ def score_texts(
 
 
 def _batches(texts: Sequence[Text], rows_multiple: int) -> Iterator[tuple[int, list[int]]]:
-    """(padded length, numbers of texts): lengths are multiples of 16, so that there are few shapes to compile."""
+    """Yields (padded length, indices of texts). Lengths are multiples of 16 to limit recompilation."""
     by_length: dict[int, list[int]] = {}
     for number, (ids, start) in enumerate(texts):
         if not 1 <= start < len(ids):
-            raise ValueError(f"text {number}: of its {len(ids)} tokens those from {start} on are to be scored")
+            raise ValueError(
+                f"text {number}: start={start} must be from 1 to {len(ids) - 1}, as the text has {len(ids)} tokens"
+            )
         by_length.setdefault(-(-len(ids) // 16) * 16, []).append(number)
     for length, numbers in sorted(by_length.items()):
         rows = max(TOKENS // length // rows_multiple, 1) * rows_multiple
@@ -96,17 +98,18 @@ def _batches(texts: Sequence[Text], rows_multiple: int) -> Iterator[tuple[int, l
 
 
 def accuracy(scores: Sequence[Sequence[Score]], golds: Sequence[int], characters: Sequence[Sequence[int]]):
-    """Of problems with one score an option: `acc`, `acc_norm`, `perplexity` as they apply, `stderr` and `n`.
+    """Returns `acc`, `acc_norm` or `perplexity`, `stderr` and `n` over problems. `scores`: one per option.
 
-    `acc`: the option of the largest log-probability is the right one; with a single option: it is the likeliest,
-    token for token. `acc_norm`: with log-probabilities divided by the characters of the option. `perplexity`: of
-    single options, exp(-mean log-probability) over problems, as LAMBADA's is given. `stderr`: of `acc`.
+    `acc`: the option with the highest log-probability is correct; for single-option problems: it matches greedy
+    decoding token for token. `acc_norm`: the same with log-probabilities divided by the characters of the option.
+    `perplexity`: for single-option problems, exp(-mean log-probability) over problems, as reported for LAMBADA.
+    `stderr`: standard error of `acc`.
     """
     if all(len(options) == 1 for options in scores):
         right = np.array([options[0].greedy for options in scores], np.float64)
         more = {"perplexity": math.exp(-float(np.mean([options[0].logprob for options in scores])))}
     else:
-        best = lambda values: int(np.argmax(values))  # the first of equals
+        best = lambda values: int(np.argmax(values))  # the first in case of ties
         right = np.array([best([s.logprob for s in o]) == g for o, g in zip(scores, golds, strict=True)], np.float64)
         norm = [
             best([s.logprob / c for s, c in zip(o, chars, strict=True)]) == g

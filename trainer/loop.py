@@ -1,16 +1,16 @@
-"""The loop of every phase.
+"""Training loop of every phase.
 
-Order of operations in a turn, which nothing else may change:
+Order of operations in one iteration:
 
-1. hooks see the state after `step` updates and the source before it moves, so what they save fits together;
-2. the batch is taken;
-3. the step is dispatched; the device works on it from here on;
-4. the metrics of the *previous* step are read, which the device has finished or is about to: Python never
-   makes the device wait, and waits itself only for a device that is slower than it;
-5. they are reported.
+1. hooks run with the state after `step` updates and the data source before it advances, so a save is consistent;
+2. the next batch is fetched;
+3. the step is dispatched asynchronously;
+4. the metrics of the *previous* step are fetched, which the device has finished or is about to finish: the device
+   never waits for Python;
+5. these metrics are reported.
 
-There is one turn more than there are steps, so that the last evaluation and save stand in the same place as
-all others. Before hooks that may save, 4 and 5 come first: who goes on from there never hears of that update again.
+There is one more iteration than there are steps, so the final evaluation and save run as hooks, too. Before hooks that
+may save, 4 and 5 come first: a run resumed from that checkpoint does not report the update again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ Hook = Callable[[int, TrainState, BatchSource], None]
 Report = Callable[[int, dict[str, float], dict[str, float]], None]
 
 DONE = "done"
-LONG_HOOKS = 0.005  # seconds of hooks beyond which a step is not timed
+LONG_HOOKS = 0.005  # seconds in hooks above which the step time is not reported
 
 
 class StopTraining(Exception):
@@ -39,7 +39,7 @@ class StopTraining(Exception):
 
 
 class _Pending:
-    """Metrics of the step in flight: fetched in one call, one turn later, with where the time went."""
+    """Metrics and timing of the step in flight, fetched in one call, one iteration later."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -56,9 +56,9 @@ class _Pending:
         values = jax.device_get(self.metrics)
         now = perf_counter()
         self.timing |= {"device_wait": now - start, "hooks": self.in_hooks}
-        if self.in_hooks < LONG_HOOKS:  # else the device worked while they did, and nobody can tell for how long
+        if self.in_hooks < LONG_HOOKS:  # otherwise the device overlapped with the hooks by an unknown time
             step = now - self.since - self.in_hooks
-            # The last step was not followed by getting the next batch: its own stands in for that.
+            # No batch is fetched after the last step: use the time of its own fetch and dispatch instead.
             own = self.timing["data_wait"] + self.timing["dispatch"]
             self.timing["step"] = max(step, own) if last else step
         self.since, self.in_hooks, self.metrics = now, 0.0, None
@@ -80,19 +80,19 @@ def fit(
     report: Report,
     may_save: Callable[[int], bool] = lambda step: False,
 ) -> tuple[TrainState, str]:
-    """Trains until `num_steps` updates have been done in all, or a hook raises `StopTraining`.
+    """Trains until `num_steps` updates are done in total, or a hook raises `StopTraining`.
 
-    `report(step, metrics, timing)` is called once for each update, one turn late; `step` counts updates, that
-    one included. Seconds in `timing`: `data_wait` and `dispatch` of that update, `device_wait` for its
-    metrics, `step` since the metrics before it, without the `hooks` in between, unless those took long.
-    `may_save(step)`: whether one of the hooks may keep this state for a later start.
-    Returns: the state, and the reason for the end: "done" or the hook's.
+    `report(step, metrics, timing)` is called once per update, one iteration late; `step` includes that update.
+    `timing`, in seconds: `data_wait` and `dispatch` of that update, `device_wait` for its metrics, `hooks`, and `step`
+    since the previous metrics, without hooks (omitted after long hooks).
+    `may_save(step)`: whether a hook may save a checkpoint at this step.
+    Returns: the final state, and the reason for stopping: "done" or that of the hook.
     """
     pending = _Pending(report)
     reason = DONE
     for step in range(int(state.step), num_steps + 1):
         if step == num_steps or may_save(step):
-            pending.flush(last=True)  # nothing is dispatched after it that its metrics could wait for
+            pending.flush(last=True)  # no further step is dispatched that could overlap with the fetch
         start = perf_counter()
         try:
             for hook in hooks:

@@ -1,10 +1,9 @@
-"""Numbers derived from a step: what is logged, under which names, and by which conventions.
+"""Names and derived values of logged training metrics.
 
-`perf/tokens_per_second` counts the positions of the global batch, padding included, for the machine computes
-them all. `perf/mfu` is model FLOP/s over peak FLOP/s: the FLOPs that the architecture needs for a forward and
-a backward pass (`models/flops.py` states how they are counted; recomputation under remat is not counted), over
-the dense bf16 peak of all devices. For a CPU, which publishes no such figure, the peak is that of a large
-matrix product, measured at start-up in the dtype of the run.
+`perf/tokens_per_second` counts all positions of the global batch, padding included. `perf/mfu` is model FLOPs
+utilization: the FLOP/s of forward and backward pass (counted in `models/flops.py`, without recomputation under remat)
+over the dense bf16 peak of all devices. CPUs have no published peak: a large matmul in the dtype of the run is timed at
+start-up instead.
 """
 
 import math
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 
 LN2 = math.log(2.0)
 
-# Dense bf16 peak in TFLOP/s of what JAX calls one device, by a part of `device_kind`: vendors' data sheets.
+# Dense bf16 peak in TFLOP/s per JAX device, by a substring of `device_kind`. Source: vendors' data sheets.
 PEAK_TFLOPS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -36,7 +35,7 @@ PEAK_TFLOPS = {
     "RTX A6000": 154.8,
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
-    "V100": 125.0,  # fp16: it has no bf16
+    "V100": 125.0,  # fp16; no bf16 support
     "TPU7x": 1153.5,  # half a chip
     "TPU v6 lite": 918.0,
     "TPU v6e": 918.0,
@@ -52,46 +51,46 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that all devices of the run could compute."""
+    """Peak FLOP/s of all devices of the run."""
 
-    flops_per_second: float  # 0: unknown, and then no MFU is reported
-    description: str  # one line for people
+    flops_per_second: float  # 0: unknown; MFU is not reported
+    description: str  # one line for the log
 
 
 def published_peak(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one device; None where it is not in the table. The longest matching name wins."""
+    """Returns the dense bf16 FLOP/s of one device; None if unknown. The longest matching name wins."""
     names = [name for name in PEAK_TFLOPS if name.lower() in device_kind.lower()]
     return PEAK_TFLOPS[max(names, key=len)] * 1e12 if names else None
 
 
 def measure_matmul(dtype: str = "float32", size: int = 1024, seconds: float = 0.1) -> float:
-    """FLOP/s of a `size`^3 matrix product with f32 accumulation on one local device: the best of many."""
+    """Measures FLOP/s of a `size`^3 matmul with f32 accumulation on one local device, best of many runs."""
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
     product(a, a).block_until_ready()
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         product(a, a).block_until_ready()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
 
 
 def peak(dtype: str = "bfloat16") -> Peak:
-    """The peak of all devices of the run; `dtype`, of its matrix products, matters on a CPU only."""
+    """Returns the peak of all devices of the run. `dtype`: of its matmuls, used on CPUs only."""
     device = jax.devices()[0]
     known = published_peak(device.device_kind)
     if known is not None:
-        text = f"MFU: against {known / 1e12:,.1f} TFLOP/s dense bf16 for each {device.device_kind}"
+        text = f"MFU: relative to {known / 1e12:,.1f} TFLOP/s dense bf16 per {device.device_kind}"
         return Peak(known * jax.device_count(), text)
     if device.platform == "cpu":
         measured = measure_matmul(dtype)  # fake devices and local processes share the cores: one peak for all
-        return Peak(measured, f"MFU: against {measured / 1e9:,.0f} GFLOP/s, a {dtype} matrix product measured here")
-    return Peak(0.0, f"MFU: not reported, the peak of {device.device_kind} is not known")
+        return Peak(measured, f"MFU: relative to {measured / 1e9:,.0f} GFLOP/s, a {dtype} matmul timed on this machine")
+    return Peak(0.0, f"MFU: not reported, peak FLOP/s of {device.device_kind} unknown")
 
 
 def bits_per_byte(nll: float, bytes_per_token: float) -> float:
-    """`nll` in nats a token. nan where no byte was seen."""
+    """Converts `nll` in nats per token to bits per byte; NaN if no bytes were counted."""
     return nll / LN2 / bytes_per_token if bytes_per_token > 0 else math.nan
 
 
@@ -100,7 +99,7 @@ def perplexity(nll: float) -> float:
 
 
 def memory() -> dict[str, float]:
-    """The peak on the fullest local device; where devices do not tell, what this process occupies."""
+    """Returns the peak memory of the fullest local device, or the resident set of this process if unavailable."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
@@ -113,7 +112,7 @@ def memory() -> dict[str, float]:
     return {"perf/process_memory_bytes": float(pages * 4096)}
 
 
-# The loop's words for where a step's seconds went, and the names under which they are logged.
+# Timing keys of the loop and the names under which they are logged.
 _TIMES = {
     "step": "step_time",
     "dispatch": "dispatch_time",
@@ -123,20 +122,20 @@ _TIMES = {
 
 
 class TrainMetrics:
-    """Names and completes the metrics of a training step.
+    """Names the metrics of a training step and adds derived ones.
 
-    Tokens are a function of the step, so that a run that goes on after a kill counts none of them twice.
+    Token counts are a function of the step, so a run resumed after a kill counts no token twice.
     """
 
     def __init__(self, *, tokens_per_step: int, flops_per_token: float, peak: Peak):
-        """`tokens_per_step`: positions of the global batch. `flops_per_token`: forward and backward."""
+        """`tokens_per_step`: positions of the global batch. `flops_per_token`: forward and backward pass."""
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak = peak
         self._start_step, self._start_tokens = 0, 0
 
     def tokens(self, step: int) -> int:
-        """Positions trained on up to `step`."""
+        """Returns the number of positions trained on up to `step`."""
         return self._start_tokens + (step - self._start_step) * self.tokens_per_step
 
     def get_state(self, step: int) -> dict[str, Any]:
@@ -146,9 +145,9 @@ class TrainMetrics:
         self._start_step, self._start_tokens = int(saved["step"]), int(saved["tokens"])
 
     def __call__(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> dict[str, float]:
-        """`metrics`: means of the step, as the step returns them. `timing`: seconds, by what they went into.
+        """Returns all metrics to log. `metrics`: means returned by the train step. `timing`: seconds by category.
 
-        `timing["step"]` is the time from one step to the next, by which throughput is counted.
+        Throughput is computed from `timing["step"]`, the time from one step to the next.
         """
         named = {f"train/{name}": float(value) for name, value in metrics.items() if name not in ("tokens", "bytes")}
         if "tokens" in metrics:

@@ -41,10 +41,14 @@ def with_moving_models(
     def init(params: Params) -> Any:
         return state_type(inner.init(params), *(jax.tree.map(jnp.array, params) for _ in syncs))
 
-    def update(grads: Params, state: Any, params: Params | None = None, *, step: jax.Array, taken=True, **more: Any):
+    def update(
+        grads: Params, state: Any, params: Params | None = None, *, step: jax.Array, update_applied=True, **more: Any
+    ):
         assert params is not None
-        updates, inner_state = inner.update(grads, state.inner, params, step=step, taken=taken, **more)
-        policy = optax.tree.where(taken, optax.apply_updates(params, updates), params)  # see `scale_by_adam`
+        updates, inner_state = inner.update(
+            grads, state.inner, params, step=step, update_applied=update_applied, **more
+        )
+        policy = optax.tree.where(update_applied, optax.apply_updates(params, updates), params)  # see `scale_by_adam`
 
         def followed(role: str, sync: Sync) -> Params:
             moves = (step + 1) % sync.every == 0

@@ -1,8 +1,8 @@
-"""The learning rate as a function of the step: warm-up, then one of five shapes.
+"""Learning rate schedules: linear warmup, then one of five shapes.
 
-Update s (the first is 0) uses `schedule(s)`. The warm-up rises as (s + 1) / (warmup_steps + 1), so that no
-update is wasted on a rate of zero, and update `warmup_steps` has the peak. All shapes end at `num_steps`, the
-warm-up included. A warm-up and a decay that are longer than the run are shortened to fit: see `ScheduleConfig.fitted`.
+Update s (starting at 0) uses `schedule(s)`. The warmup factor is (s + 1) / (warmup_steps + 1), so the first update does
+not have a zero learning rate, and update `warmup_steps` has the peak. All shapes end at `num_steps`, which includes the
+warmup. A warmup and a decay that are longer than the run are shortened to fit: see `ScheduleConfig.fitted`.
 """
 
 import enum
@@ -18,14 +18,14 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 
 @dataclass
 class ScheduleConfig:
-    """Base of all schedules: `fraction` is what a subclass gives."""
+    """Base of all schedules. Subclasses implement `fraction`."""
 
     kind: str = ""
-    # Optimizer steps of linear warm-up; 0: none
+    # optimizer steps of linear warmup; 0: none
     warmup_steps: int = field(default=100, metadata={"min": 0})
 
     def build(self, peak: float, num_steps: int) -> Schedule:
-        """`schedule(step) -> learning rate`, of the fitted schedule."""
+        """Returns `schedule(step) -> learning rate`, fitted to `num_steps`."""
         fitted = self.fitted(num_steps)
 
         def schedule(step: jax.Array | int) -> jax.Array:
@@ -64,17 +64,17 @@ class ScheduleConfig:
         return replace(self, warmup_steps=warmup_steps)
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
-        """Share of the peak at `step >= warmup_steps`, f32."""
+        """Returns the fraction of the peak at `step >= warmup_steps`, f32."""
         raise TypeError(f"schedule.kind={self.kind}: choose one with schedule=NAME")
 
     def progress(self, step: jax.Array, num_steps: int) -> jax.Array:
-        """0 at the end of the warm-up, 1 at `num_steps` and after."""
+        """Returns the linear progress: 0 at the end of the warmup, 1 from `num_steps` on."""
         return jnp.clip((step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1), 0.0, 1.0)
 
 
 @dataclass
 class ConstantConfig(ScheduleConfig):
-    """The peak, all along: for schedule-free optimizers and for trying things."""
+    """Constant at the peak after warmup, for schedule-free optimizers and experiments."""
 
     kind: str = "constant"
 
@@ -84,10 +84,11 @@ class ConstantConfig(ScheduleConfig):
 
 @dataclass
 class CosineConfig(ScheduleConfig):
-    """Half a cosine wave down to `final_fraction` (Loshchilov and Hutter 2017, without restarts)."""
+    """Cosine decay to `min_lr_ratio` of the peak (Loshchilov and Hutter 2017, without restarts)."""
 
     kind: str = "cosine"
-    min_lr_ratio: float = field(default=0.1, metadata={"min": 0, "max": 1})  # of the peak, at num_steps
+    # final learning rate at num_steps, as a fraction of the peak
+    min_lr_ratio: float = field(default=0.1, metadata={"min": 0, "max": 1})
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
         wave = 0.5 * (1 + jnp.cos(jnp.pi * self.progress(step, num_steps)))
@@ -96,16 +97,19 @@ class CosineConfig(ScheduleConfig):
 
 @dataclass
 class LinearConfig(ScheduleConfig):
-    """A straight line down to `final_fraction`."""
+    """Linear decay to `min_lr_ratio` of the peak."""
 
     kind: str = "linear"
-    min_lr_ratio: float = field(default=0.0, metadata={"min": 0, "max": 1})  # of the peak, at num_steps
+    # final learning rate at num_steps, as a fraction of the peak
+    min_lr_ratio: float = field(default=0.0, metadata={"min": 0, "max": 1})
 
     def fraction(self, step: jax.Array, num_steps: int) -> jax.Array:
         return 1 - (1 - self.min_lr_ratio) * self.progress(step, num_steps)
 
 
 class Decay(enum.Enum):
+    """Shape of the decay phase of `WsdConfig`."""
+
     linear = "linear"
     cosine = "cosine"
     one_minus_sqrt = "one_minus_sqrt"  # 1 - sqrt(progress) (Haegele et al. 2024)
@@ -113,14 +117,16 @@ class Decay(enum.Enum):
 
 @dataclass
 class WsdConfig(ScheduleConfig):
-    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM): a run can be prolonged from before its decay."""
+    """Warmup-stable-decay (Hu et al. 2024, MiniCPM); a run can be extended from a checkpoint before its decay."""
 
     kind: str = "wsd"
-    decay_fraction: float = field(default=0.2, metadata={"min": 0, "max": 1})  # of num_steps, at the end
-    # Optimizer steps of the decay; null: decay_fraction
+    # length of the final decay, as a fraction of num_steps
+    decay_fraction: float = field(default=0.2, metadata={"min": 0, "max": 1})
+    # length of the final decay in optimizer steps; overrides decay_fraction
     decay_steps: int | None = field(default=None, metadata={"min": 0})
     decay: Decay = Decay.linear  # shape of the decay
-    min_lr_ratio: float = field(default=0.0, metadata={"min": 0, "max": 1})  # of the peak, at num_steps
+    # final learning rate at num_steps, as a fraction of the peak
+    min_lr_ratio: float = field(default=0.0, metadata={"min": 0, "max": 1})
 
     def num_decay(self, num_steps: int) -> int:
         return round(self.decay_fraction * num_steps) if self.decay_steps is None else self.decay_steps
@@ -141,9 +147,7 @@ class WsdConfig(ScheduleConfig):
 
 @dataclass
 class InverseSqrtConfig(ScheduleConfig):
-    """Falls as 1 / sqrt(step) after the warm-up (Vaswani et al. 2017); it knows no end, so a run can be
-    prolonged.
-    """
+    """Decay as 1 / sqrt(step) after warmup (Vaswani et al. 2017), independent of num_steps: runs can be extended."""
 
     kind: str = "inverse_sqrt"
 

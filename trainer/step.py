@@ -1,4 +1,4 @@
-"""One optimizer update as a pure function. Nothing here knows a phase, a model family or a mesh."""
+"""Train and eval steps as pure functions, independent of phase, model family and mesh."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +16,7 @@ from trainer.schedule import Schedule
 from trainer.state import TrainState
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]  # its limits given
+TrainStep = Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]  # with limits already bound
 EvalStep = Callable[[Params, Mapping[str, Any], Batch], dict[str, Mean]]
 
 
@@ -28,13 +28,13 @@ def make_train_step(
     num_microbatches: int = 1,
     schedule: Schedule | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`train_step(state, frozen, batch, limits) -> (state, metrics)`, to be jitted once with `state` donated.
+    """Returns `train_step(state, frozen, batch, limits) -> (state, metrics)`; jit it once, with `state` donated.
 
-    `limits` [2] f32, of loss and gradient norm: an update above them, or with one that is not finite, is dropped, and
-    one of weights that are not finite.
-    Metrics are f32 scalars: the objective's own as means, and `loss`, `tokens` (the loss's total weight),
-    `grad_norm` (before clipping), `param_norm` (before the update), `dropped` (1 where the update was) and, with a
-    schedule, `learning_rate`.
+    `limits` [2] f32: maximum loss and gradient norm. An update above them is dropped, and so is one with a non-finite
+    loss, gradient norm or parameter norm.
+    Metrics are f32 scalars: the means of the objective, `loss`, `tokens` (total weight of the loss), `grad_norm`
+    (before clipping), `param_norm` (before the update), `dropped` (1 if the update was dropped, otherwise 0) and, with
+    a schedule, `learning_rate`.
     """
     update = optax.with_extra_args_support(optimizer).update
 
@@ -49,29 +49,31 @@ def make_train_step(
         frozen = {**frozen, **reference_from_state(state.opt_state)}
         grads, means = _accumulate(loss_sum, state.params, frozen, batch, rng, num_microbatches)
         weight = means["loss"].weight
-        # One division by the weight of the whole batch: exact in tokens, however they fell on microbatches.
-        share = 1 / jnp.maximum(weight, 1e-9)  # a product is made where it is read, a quotient of arrays written down
-        grad_norm = share * optax.global_norm(grads)  # of the sums: of their means, these would be written down
-        grads = jax.tree.map(lambda g: g * share, grads)
+        # Normalize once by the total weight of the batch: exact for any split of tokens into microbatches. XLA fuses a
+        # product into its consumer, but would materialize a quotient of arrays.
+        scale = 1 / jnp.maximum(weight, 1e-9)
+        grad_norm = scale * optax.global_norm(grads)  # norm of the sums: that of the means would materialize them
+        grads = jax.tree.map(lambda g: g * scale, grads)
         param_norm = optax.global_norm(state.params)
-        watched = jnp.stack([means["loss"].value(), grad_norm])
-        sound = jnp.isfinite(watched) & (watched <= (jnp.inf if limits is None else limits))
-        # Of the weights' norm too, so that all that reads the old weights comes before the new: else XLA copies them.
-        dropped = (weight > 0) & ~(sound.all() & jnp.isfinite(param_norm))
-        # Where nothing is to be learnt either, moments must not decay and weights must not drift.
-        taken = (weight > 0) & ~dropped
+        monitored = jnp.stack([means["loss"].value(), grad_norm])
+        within_limits = jnp.isfinite(monitored) & (monitored <= (jnp.inf if limits is None else limits))
+        # Depends on the parameter norm too, so all reads of the old weights precede the update; otherwise XLA copies
+        # them.
+        should_skip = (weight > 0) & ~(within_limits.all() & jnp.isfinite(param_norm))
+        # Without any target token, moments must not decay and weights must not drift either.
+        update_applied = (weight > 0) & ~should_skip
         old_opt_state = on_device(state.opt_state)
-        extra = {"step": state.step, "grad_norm": grad_norm, "taken": taken}
-        # Left to the compiler when: held back until the gradients are there, all of it came at once.
+        extra = {"step": state.step, "grad_norm": grad_norm, "update_applied": update_applied}
+        # No barrier delays the transfer of offloaded state: waiting for the gradients would load all of it at once.
         updates, opt_state = update(grads, old_opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        params, opt_state = optax.tree.where(taken, (params, opt_state), (state.params, old_opt_state))
+        params, opt_state = optax.tree.where(update_applied, (params, opt_state), (state.params, old_opt_state))
         metrics = {name: mean.value() for name, mean in means.items()}
         metrics |= {
             "tokens": weight,
-            "grad_norm": watched[1],
+            "grad_norm": monitored[1],
             "param_norm": param_norm,
-            "dropped": dropped.astype(jnp.float32),
+            "dropped": should_skip.astype(jnp.float32),
         }
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
@@ -88,7 +90,7 @@ def _accumulate(
     rng: jax.Array,
     num_microbatches: int,
 ) -> tuple[Params, dict[str, Mean]]:
-    """Gradients of the summed loss, and the summed means, both in f32."""
+    """Returns the gradients of the summed loss and the summed means, both in f32."""
 
     def gradients(index: jax.Array | int, part: Batch) -> tuple[Params, dict[str, Mean]]:
         grads, means = jax.grad(loss_sum, has_aux=True)(params, frozen, part, jax.random.fold_in(rng, index))
@@ -108,10 +110,9 @@ def _accumulate(
 
 
 def split_rows(x: jax.Array, num_microbatches: int) -> jax.Array:
-    """[B, ...] to [M, B / M, ...]: microbatch m takes the rows m, M + m, 2M + m, ...
+    """Reshapes [B, ...] to [M, B / M, ...]; microbatch m has the rows m, M + m, 2M + m, ...
 
-    A device's rows are consecutive, so every microbatch still lies on all devices, and nothing moves between
-    them.
+    Rows of one device are consecutive, so every microbatch is still spread over all devices, without communication.
     """
     rows = x.shape[0]
     if rows % num_microbatches:
@@ -127,7 +128,7 @@ def split_rows(x: jax.Array, num_microbatches: int) -> jax.Array:
 
 
 def make_eval_step(objective: Objective, apply: Apply) -> EvalStep:
-    """`eval_step(params, frozen, batch)`: means of one batch, `loss` among them; no dropout."""
+    """Returns `eval_step(params, frozen, batch)`, which returns the means of one batch, with `loss`; no dropout."""
 
     def eval_step(params: Params, frozen: Mapping[str, Any], batch: Batch) -> dict[str, Mean]:
         loss, metrics = objective.loss(apply, params, frozen, batch, None)

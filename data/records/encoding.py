@@ -27,22 +27,12 @@ from data.tokenizers.tokenizer import Tokenizer
 class DataFormat(enum.Enum):
     """Record type of all sources; the named modules list the accepted fields."""
 
-<<<<<<< HEAD
-    text = "text"  # one text each: every token is learnt
-    chat = "chat"  # `data.records.chat_formats` lists their formats: what data.loss_mask names is learnt
-    unpaired_preference = "unpaired_preference"  # `data.records.unpaired_preference` lists theirs: an answer to a prompt, and whether it is good
-    # `data.records.preference` lists theirs: two answers to a prompt, of which the first is preferred
-    preference = "preference"
-    classification = "classification"  # `data.records.labels`: a text or a conversation, and its class
-    retrieval = "retrieval"  # `data.records.labels`: texts that belong together
-=======
     text = "text"  # plain documents; every token contributes to the loss
     chat = "chat"  # conversations (data.records.chat_formats); data.loss_mask selects the tokens of the loss
     unpaired_preference = "unpaired_preference"  # a completion labeled good or bad (data.records.unpaired_preference)
     preference = "preference"  # a chosen and a rejected answer to one prompt (data.records.preference)
     classification = "classification"  # a text or conversation and its class (data.records.labels)
     retrieval = "retrieval"  # an anchor, a positive and optional negatives (data.records.labels)
->>>>>>> p-data
 
 
 NOUNS = {  # plural noun for the records of a format, in log lines
@@ -66,16 +56,9 @@ class LossMask(enum.Enum):
 class OnOverflow(enum.Enum):
     """Handling of conversations longer than `data.seq_len`."""
 
-<<<<<<< HEAD
-    # it ends with the last learnt turn that fits whole; without such a turn it is left out
-    truncate_turns = "truncate_turns"
-    truncate = "truncate"  # its end is cut off, an answer's with it: what is left has no end of turn
-    drop = "drop"  # it is left out
-=======
     truncate_turns = "truncate_turns"  # truncate after the last complete turn; drop the conversation if none fits
     truncate = "truncate"  # truncate at seq_len tokens, even within an answer, which then has no end of turn
     drop = "drop"  # drop the conversation
->>>>>>> p-data
 
 
 @dataclass(frozen=True)

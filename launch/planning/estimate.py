@@ -179,7 +179,7 @@ def _walked(
     bandwidth = hardware.memory_bandwidth * MEMORY
     copies = gathered_copies(config, sizes)
     rules = Rules(
-        kept=lambda value: value.bytes * shares.get((value.shape, value.dtype), 1.0),
+        sharded_bytes=lambda value: value.bytes * shares.get((value.shape, value.dtype), 1.0),
         seconds=lambda flops, moved: max(flops / speed, moved / bandwidth),
         copies_donated=hardware.platform == "cpu",
         rows_of_groups=1 / copies,
@@ -284,7 +284,7 @@ def bandwidth(target: Target, sizes: Mapping[str, int], axis: str) -> float:
     inner = math.prod(sizes[a] for a in AXES[AXES.index(axis) + 1 :])
     hardware = target.hardware
     inside = min(hardware.node, target.num_devices // target.num_slices)
-    return (hardware.inside if inner * sizes[axis] <= inside else hardware.outside) * NETWORK
+    return (hardware.intra_node if inner * sizes[axis] <= inside else hardware.inter_node) * NETWORK
 
 
 def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[str, int]) -> list[Traffic]:

@@ -1,8 +1,8 @@
-"""Accelerators as a plan sees them: how fast they compute, remember and speak to each other, and what they cost.
+"""Accelerator specifications for planning: compute, memory, interconnect, power and price per JAX device.
 
-Figures are those of the vendors' data sheets, dense bf16, for what JAX calls one device. Prices are list prices on
-demand of large clouds, rounded, and only a beginning: `task.price_per_device_hour=DOLLARS` sets one's own. Between a device and the
-memory of its host: PCI Express of its generation, one way; makers of TPUs say nothing of it, and 16 GB/s are taken.
+Figures come from vendors' data sheets (dense bf16). Prices are rounded on-demand list prices of large clouds; override
+them with `task.price_per_device_hour=DOLLARS`. The host link is PCI Express of the device's generation, one direction;
+it is unpublished for TPUs, where 16 GB/s is assumed.
 """
 
 import math
@@ -19,20 +19,20 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device and what lies between several of them."""
+    """One kind of device and its interconnect."""
 
     name: str
-    kind: str  # a part of what JAX calls it; the longest that fits wins
-    memory: float  # bytes that programs may use
-    memory_bandwidth: float  # bytes a second
-    inside: float  # bytes a second of one device, sent to those of its node or slice, all links together
-    outside: float  # bytes a second of one device, sent beyond them
-    node: int  # devices that lie within the fast links: of a host, or of the largest slice
-    watts: float  # of a device with its share of the host, under load
-    price: float  # dollars an hour of one device
+    kind: str  # substring of JAX's `device_kind`; the longest match wins
+    memory: float  # bytes available to programs
+    memory_bandwidth: float  # bytes/s
+    intra_node: float  # send bandwidth per device within its node or slice, all links, in bytes/s
+    inter_node: float  # send bandwidth per device beyond its node or slice, in bytes/s
+    node: int  # devices connected by the fast links: of a host, or of the largest slice
+    watts: float  # power per device under load, including its share of the host
+    price: float  # dollars per device-hour
     platform: str  # cuda, tpu, cpu
-    host: float = 16 * GB  # bytes a second between a device and the memory of its host
-    devices_per_chip: int = 1  # of a name that counts chips
+    host: float = 16 * GB  # bandwidth between device and host memory, in bytes/s
+    devices_per_chip: int = 1  # JAX devices per chip, for names that count chips
 
     @property
     def flops(self) -> float:
@@ -40,7 +40,7 @@ class Hardware:
         return published_peak(self.kind) or CPU_FLOPS
 
 
-CPU_FLOPS = 2e11  # of a few cores, where nothing was measured
+CPU_FLOPS = 2e11  # assumed FLOP/s of a few cores
 
 HARDWARE = {
     h.name: h
@@ -59,13 +59,13 @@ HARDWARE = {
     )
 }
 ALIASES = {"v5litepod": "v5e", "v6": "v6e", "v5lite": "v5e", "v7x": "tpu7x"}
-# Names that count TensorCores, of which a chip has two.
+# Kinds whose public names count TensorCores, two per chip.
 CORES = {"v4", "v5p"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """So many devices of a kind."""
+    """A number of devices of one kind."""
 
     hardware: Hardware
     num_devices: int
@@ -77,16 +77,16 @@ class Target:
 
 
 def parse_target(text: str, devices: int | None = None) -> Target:
-    """`v5p-512`, `h100x64`, `v6e-256`, `4*v5e-256` (slices), `cpu`.
+    """Parses `v5p-512`, `h100x64`, `v6e-256`, `4*v5e-256` (slices) or `cpu`.
 
-    A TPU's number is that of its public name: of cores (`v4`, `v5p`), of chips otherwise. `cpu` takes `devices`.
-    Raises: ValueError where the hardware is not known.
+    The number of a TPU is that of its public name: cores for `v4` and `v5p`, chips otherwise. `cpu` uses `devices`.
+    Raises: ValueError for unknown hardware or an invalid number of devices.
     """
     match = re.fullmatch(r"(?:(\d+)\*)?([a-z]+[a-z0-9]*?)(?:[-x:](\d+))?", text.strip().lower())
     name = ALIASES.get(match.group(2), match.group(2)) if match else ""
     if match is None or name not in HARDWARE:
         raise ValueError(
-            f"target={text}: no such hardware; give KIND-COUNT as v5p-512, v6e-256, h100x64, or cpu; kinds: "
+            f"target={text}: no such hardware; use KIND-COUNT, such as v5p-512, v6e-256 or h100x64, or cpu; kinds: "
             f"{', '.join(HARDWARE)}"
         )
     hardware = HARDWARE[name]
@@ -94,29 +94,30 @@ def parse_target(text: str, devices: int | None = None) -> Target:
     if name in CORES and match.group(3):
         if count % 2:
             raise ValueError(
-                f"target={text}: the number of {name} counts TensorCores, two a chip; give {name}-{count + 1}"
+                f"target={text}: the number of {name} counts TensorCores, two per chip, and must be even; use "
+                f"{name}-{count + 1}"
             )
         count //= 2
     count *= hardware.devices_per_chip
     if count < 1:
-        raise ValueError(f"target={text}: at least one device")
+        raise ValueError(f"target={text}: must have at least one device")
     if hardware.platform == "tpu" and count > hardware.node:
         raise ValueError(
-            f"target={text}: a slice of {name} has at most {hardware.node} devices; give several, as 2*{name}-..."
+            f"target={text}: a slice of {name} has at most {hardware.node} devices; use several slices: 2*{name}-..."
         )
     return Target(hardware, count * slices, slices)
 
 
 def of_kind(device_kind: str) -> Hardware:
-    """What JAX calls so. Raises: ValueError where nothing is known of it."""
+    """Returns the hardware for JAX's `device_kind`. Raises: ValueError if it is unknown."""
     known = [h for h in HARDWARE.values() if h.kind.lower() in device_kind.lower()]
     if not known:
-        raise ValueError(f"mesh=auto: nothing is known of {device_kind}; give mesh.fsdp and its like yourself")
+        raise ValueError(f"mesh=auto: unknown device kind {device_kind!r}; set mesh.fsdp and the other axes explicitly")
     return max(known, key=lambda h: len(h.kind))
 
 
 def present() -> Target:
-    """The devices of this job. Raises: ValueError where nothing is known of their kind."""
+    """Returns the devices of this job as a target. Raises: ValueError if their kind is unknown."""
     device = jax.devices()[0]
     hardware = of_kind(device.device_kind)
     limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -127,8 +128,9 @@ def present() -> Target:
 
 
 def topology_shape(hardware: Hardware, count: int) -> tuple[int, ...]:
-    """How the chips of one slice are wired: as near to a square or a cube as there is, each side a power of two or a
-    multiple of 4. Raises: ValueError where there is no such slice.
+    """Returns the chip topology of one slice, as close to a square or cube as possible.
+
+    Each side is 1, 2 or a multiple of 4. Raises: ValueError if no such slice exists.
     """
     chips = count // hardware.devices_per_chip
     dims = 3 if hardware.name in ("v4", "v5p", "tpu7x") else 2
@@ -136,7 +138,7 @@ def topology_shape(hardware: Hardware, count: int) -> tuple[int, ...]:
     shapes = [shape for shape in combinations_with_replacement(sides, dims) if math.prod(shape) == chips]
     if not shapes:
         raise ValueError(
-            f"target: {count} devices of {hardware.name} make no slice; give a product of 2s, or a multiple of 64"
+            f"target: no slice of {hardware.name} has {count} devices; use a power of 2 or a multiple of 64"
         )
     best = min(shapes, key=lambda shape: max(shape) / min(shape))
     return tuple(sorted(best, key=lambda side: (side == 1, side)))  # 2x2x1, but 4x4x8

@@ -1,11 +1,10 @@
-"""What a program takes and does, read off its jaxpr in a moment: memory, floating-point operations, bytes moved.
+"""Estimates peak memory, FLOPs and memory traffic of a program from its jaxpr, without compiling it.
 
-The program is walked once in its own order. A value is held from the step that makes it to the last that reads it, but
-for those that no compiler holds: elementwise steps, casts, broadcasts and transpositions become part of the step that
-reads them (fusion), unless that is a product, a loop or the end, which read buffers. A loop holds what it carries and
-what it stacks; of its inside one turn is walked.
+The program is walked once in order. A value is live from the step that produces it to its last reader. Elementwise
+steps, casts, broadcasts and transposes are fused into their consumer and need no buffer, unless the consumer is a
+matmul, a loop or the program output. A loop holds its carries and stacked outputs; its body is walked once.
 
-An estimate: `docs/plan.md` shows it beside what XLA allocates.
+`docs/plan.md` compares the estimates with XLA's allocations.
 """
 
 import math
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# They read buffers, and make one.
+# Primitives that read buffers and produce one.
 BUFFERED = frozenset(
     {
         "dot_general", "ragged_dot_general", "ragged_dot", "scan", "while", "cond", "sort", "top_k", "scatter",
@@ -25,62 +24,63 @@ BUFFERED = frozenset(
         "copy", "qr", "svd", "cholesky", "triangular_solve", "random_bits", "threefry2x32",
     }
 )  # fmt: skip
-REDUCING = ("reduce", "arg")  # they make a buffer, and take in the elementwise steps before them
-# They change no number, or only the order in which a product reads them.
+REDUCING = ("reduce", "arg")  # prefixes of reductions: produce a buffer and fuse preceding elementwise steps
+# Primitives that change no value, only shape or layout.
 VIEWS = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "stop_gradient", "optimization_barrier"})
 LOOPS = ("scan", "while", "cond")
 COSTLY = frozenset(
     {"exp", "exp2", "log", "log1p", "tanh", "logistic", "erf", "sin", "cos", "pow", "rsqrt", "sqrt", "gather"}
-)  # not done twice for two readers
+)  # not recomputed for several readers
 
 
 @dataclass(frozen=True)
 class Value:
-    """Something that a program names."""
+    """Shape, dtype and memory space of a program variable."""
 
     shape: tuple[int, ...]
     dtype: Any
-    away: bool = False  # in the memory of the host
+    on_host: bool = False  # in host memory
 
     @property
     def bytes(self) -> float:
-        """On the device."""
-        return 0.0 if self.away else self.whole
+        """Device memory in bytes; 0 for a value in host memory."""
+        return 0.0 if self.on_host else self.size_bytes
 
     @property
-    def whole(self) -> float:
+    def size_bytes(self) -> float:
+        """Size in bytes, regardless of the memory space."""
         extended = jax.dtypes.issubdtype(self.dtype, jax.dtypes.extended)
         return math.prod(self.shape) * (8 if extended else np.dtype(self.dtype).itemsize)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the walk must know of mesh and platform."""
+    """Properties of mesh and platform that the estimate depends on."""
 
-    kept: Callable[[Value], float] = lambda value: value.bytes  # bytes of a value as it is kept on one device
-    seconds: Callable[[float, float], float] = lambda flops, moved: 0.0  # that a step of so much takes
-    rows_of_groups: float = 1.0  # of the rows of a grouped product, the share that falls on any group
-    copies_donated: bool = False  # results take the place of arguments only in the end
+    sharded_bytes: Callable[[Value], float] = lambda value: value.bytes  # bytes of a value on one device
+    seconds: Callable[[float, float], float] = lambda flops, moved: 0.0  # duration of a step from FLOPs and bytes
+    rows_of_groups: float = 1.0  # fraction of the rows of a grouped matmul that are assigned to any group
+    copies_donated: bool = False  # donated buffers are reused only at the end of the program
 
 
 @dataclass(frozen=True)
 class LiveBuffer:
-    """A buffer at the moment when most is held."""
+    """A buffer that is live at peak memory."""
 
     value: Value
     bytes: float
-    stacked: bool  # by a loop: kept of each of its turns
+    stacked: bool  # stacked output of a loop, one entry per iteration
 
 
 @dataclass
 class Cost:
-    """What running a program costs."""
+    """Resource use of a program."""
 
-    peak: float = 0.0  # bytes that are held at most, arguments and what takes their place left out
-    held: list[LiveBuffer] = field(default_factory=list)  # then
-    flops: float = 0.0  # of products: two for each multiplication
-    moved: float = 0.0  # bytes that are read and written
-    sent_away: float = 0.0  # bytes that go to the memory of the host
+    peak: float = 0.0  # peak bytes, without arguments and results in donated buffers
+    held: list[LiveBuffer] = field(default_factory=list)  # buffers live at the peak
+    flops: float = 0.0  # of matmuls: two per multiply-add
+    moved: float = 0.0  # bytes read and written
+    sent_away: float = 0.0  # bytes transferred to host memory
     seconds: float = 0.0
 
     def add(self, other: "Cost", times: float = 1) -> None:
@@ -92,6 +92,8 @@ class Cost:
 
 @dataclass
 class Step:
+    """One primitive; `reads` and `makes` are indices into `Program.values`."""
+
     name: str
     params: dict[str, Any]
     reads: list[int]
@@ -108,7 +110,7 @@ class Step:
 
 @dataclass
 class Program:
-    """A jaxpr with the calls inside it written out."""
+    """A jaxpr with all inner calls inlined."""
 
     values: list[Value]
     steps: list[Step]
@@ -117,10 +119,10 @@ class Program:
 
 
 def jaxpr_cost(jaxpr: ClosedJaxpr, donated: Sequence[bool], rules: Rules = Rules()) -> Cost:
-    """Of a whole program. `donated`: whether each argument's buffer is given away, for results like it."""
+    """Returns the cost of a program. `donated`: per argument, whether a matching result may reuse its buffer."""
     program = _inline_calls(jaxpr.jaxpr)
     arguments = program.inputs[len(jaxpr.jaxpr.constvars) :]
-    free = [program.values[i] for i, gone in zip(arguments, donated, strict=True) if gone]
+    free = [program.values[i] for i, is_donated in zip(arguments, donated, strict=True) if is_donated]
     in_place = set()
     for i in program.outputs:
         if program.values[i] in free:
@@ -133,8 +135,9 @@ def _inline_calls(jaxpr: Jaxpr) -> Program:
     program = Program([], [], [], [])
 
     def new(aval: Any) -> int:
-        away = getattr(aval, "memory_space", None) == jax.memory.Space.Host
-        program.values.append(Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", np.dtype("int32")), away))
+        on_host = getattr(aval, "memory_space", None) == jax.memory.Space.Host
+        shape, dtype = tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", np.dtype("int32"))
+        program.values.append(Value(shape, dtype, on_host))
         return len(program.values) - 1
 
     def write(jaxpr: Jaxpr, env: dict[Any, int]) -> list[int]:
@@ -142,10 +145,10 @@ def _inline_calls(jaxpr: Jaxpr) -> Program:
         read = lambda atom: new(atom.aval) if isinstance(atom, Literal) else env[atom]
         for eqn in jaxpr.eqns:
             reads = [env[atom] for atom in eqn.invars if not isinstance(atom, Literal)]
-            inner = None if eqn.primitive.name in BUFFERED else _called(eqn)
+            inner = None if eqn.primitive.name in BUFFERED else _callee(eqn)
             if inner is not None:
-                given = dict(zip(inner.invars, map(read, eqn.invars), strict=True))
-                env |= zip(eqn.outvars, write(inner, given), strict=True)
+                arguments = dict(zip(inner.invars, map(read, eqn.invars), strict=True))
+                env |= zip(eqn.outvars, write(inner, arguments), strict=True)
                 continue
             makes = [new(var.aval) for var in eqn.outvars]
             env |= zip(eqn.outvars, makes, strict=True)
@@ -157,8 +160,8 @@ def _inline_calls(jaxpr: Jaxpr) -> Program:
     return program
 
 
-def _called(eqn: Any) -> Jaxpr | None:
-    """What a step stands for that calls another program: a jitted function, a checkpoint, a derivative of one's own."""
+def _callee(eqn: Any) -> Jaxpr | None:
+    """Returns the inner jaxpr of a call (jit, checkpoint, custom derivative); None for other primitives."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(key)
         if inner is not None:
@@ -167,10 +170,10 @@ def _called(eqn: Any) -> Jaxpr | None:
 
 
 class _Flow:
-    """Which values of a program are buffers, and what a value that is none is made of."""
+    """Decides which values of a program need a buffer, and from which buffers a fused value is computed."""
 
     def __init__(self, program: Program, sliced: Set[int], written: Set[int]):
-        """`sliced`: inputs that are cut out of a stack. `written`: outputs that go straight into their place."""
+        """`sliced`: inputs that are slices of a stacked array. `written`: outputs written directly to their buffer."""
         self.maker = {i: step for step in program.steps for i in step.makes}
         readers: dict[int, list[Step]] = {}
         for step in program.steps:
@@ -182,7 +185,7 @@ class _Flow:
         self._roots: dict[int, frozenset[int]] = {}
         costly: dict[int, bool] = {}
         for i in sliced:
-            if self._is_read_whole(i):
+            if self._has_buffered_reader(i):
                 self.buffers.add(i)
         for step in program.steps:
             for i in step.makes:
@@ -197,7 +200,7 @@ class _Flow:
             found += [s for j in step.makes for s in self._final_readers(j)] if step.name in VIEWS else [step]
         return found
 
-    def _is_read_whole(self, i: int) -> bool:
+    def _has_buffered_reader(self, i: int) -> bool:
         return any(step.name in BUFFERED for step in self._final_readers(i))
 
     def _ends(self, i: int) -> bool:
@@ -205,10 +208,10 @@ class _Flow:
         return i in self.ends or any(self._ends(j) for j in views)
 
     def _is_needed(self, i: int, costly: bool) -> bool:
-        return self._ends(i) or self._is_read_whole(i) or (costly and len(self._final_readers(i)) > 1)
+        return self._ends(i) or self._has_buffered_reader(i) or (costly and len(self._final_readers(i)) > 1)
 
     def roots(self, i: int) -> frozenset[int]:
-        """The buffers that a value is made of."""
+        """Returns the buffers from which a value is computed."""
         if i not in self._roots:
             step = self.maker.get(i)
             if i in self.buffers:
@@ -228,58 +231,58 @@ def _walk(
     written: Set[int] = frozenset(),
     in_place: Set[int] = frozenset(),
 ) -> Cost:
-    """`in_place`: outputs that take the place of inputs."""
+    """Returns the cost of a program or loop body. `in_place`: outputs that reuse the buffers of inputs."""
     flow, total = _Flow(program, sliced, written), Cost()
     values, inputs = program.values, set(program.inputs)
-    owned = inputs - sliced  # somebody else's
-    of = lambda i: frozenset().union(*(flow.roots(j) for j in i)) if i else frozenset()
-    last: dict[int, int] = {}
+    owned = inputs - sliced  # owned by the caller, not counted here
+    roots = lambda ids: frozenset().union(*(flow.roots(i) for i in ids)) if ids else frozenset()
+    last: dict[int, int] = {}  # step of the last read of each buffer
     for t, step in enumerate(program.steps):
         if any(i in flow.buffers for i in step.makes):
-            last |= dict.fromkeys(of(step.reads), t)
+            last |= dict.fromkeys(roots(step.reads), t)
         last |= {i: t for i in step.makes if i in flow.buffers}
-    last |= dict.fromkeys(of([i for i in program.outputs if i not in written]), len(program.steps))
+    last |= dict.fromkeys(roots([i for i in program.outputs if i not in written]), len(program.steps))
     held = {i: LiveBuffer(values[i], values[i].bytes, False) for i in sliced & flow.buffers}
 
     for t, step in enumerate(program.steps):
         if step.name == "device_put":
-            total.sent_away += sum(values[i].whole for i in step.makes if values[i].away)
+            total.sent_away += sum(values[i].size_bytes for i in step.makes if values[i].on_host)
         made = [i for i in step.makes if i in flow.buffers]
         if not made:
             continue
-        inside = _inside(step, program, rules)
-        sources = of(step.reads)
+        inner = _inner_cost(step, program, rules)
+        sources = roots(step.reads)
         dying = [i for i in sources if last[i] == t and i in held] if not _is_product(step) else []
         stacked = step.makes[step.params["num_carry"] :] if step.name == "scan" else []
-        as_outside = step.name not in BUFFERED or _is_outer(step)
-        whole = 0.0
+        is_sharded = step.name not in BUFFERED or _is_outer(step)
+        unsharded = 0.0
         for i in made:
-            size = rules.kept(values[i])
-            if i not in stacked and not as_outside:
-                whole += max(values[i].bytes - size, 0.0)  # until it is cut, as gradients are
+            size = rules.sharded_bytes(values[i])
+            if i not in stacked and not is_sharded:
+                unsharded += max(values[i].bytes - size, 0.0)  # until it is sharded, as for gradients
             replaced = next((j for j in dying if held[j].bytes == size > 0), None)
-            if replaced is not None:  # elementwise results take the place of what dies with them
+            if replaced is not None:  # elementwise results reuse a buffer read for the last time
                 dying.remove(replaced)
                 del held[replaced]
             if i not in in_place:
                 held[i] = LiveBuffer(values[i], size, i in stacked)
-        now = [*held.values(), *inside.held]
-        if whole:
-            now.append(LiveBuffer(values[made[0]], whole, False))
-        if (size := sum(h.bytes for h in now)) > total.peak:
-            total.peak, total.held = size, now
-        total.add(inside, _trip_count(step, rules))
+        live = [*held.values(), *inner.held]
+        if unsharded:
+            live.append(LiveBuffer(values[made[0]], unsharded, False))
+        if (size := sum(buffer.bytes for buffer in live)) > total.peak:
+            total.peak, total.held = size, live
+        total.add(inner, _trip_count(step, rules))
         if step.name not in LOOPS:
             part = _touched(step)
             touched = [*sources, *made] if part is None else 2 * part
-            moved = sum(rules.kept(values[i]) for i in touched)
-            total.add(Cost(moved=moved, seconds=rules.seconds(inside.flops, moved)))
-        held = {i: h for i, h in held.items() if last.get(i, -1) > t and i not in owned}
+            moved = sum(rules.sharded_bytes(values[i]) for i in touched)
+            total.add(Cost(moved=moved, seconds=rules.seconds(inner.flops, moved)))
+        held = {i: buffer for i, buffer in held.items() if last.get(i, -1) > t and i not in owned}
     return total
 
 
 def _touched(step: Step) -> list[int] | None:
-    """Of a large array that is cut out of or written into: what says how much of it is read and written."""
+    """Returns the values whose size is the traffic of a slice, gather or scatter; None if all data is accessed."""
     if step.name in ("gather", "dynamic_slice"):
         return step.makes
     if step.name.startswith("scatter"):
@@ -288,16 +291,16 @@ def _touched(step: Step) -> list[int] | None:
 
 
 def _is_outer(step: Step) -> bool:
-    """A loop around loops: over microbatches. What it carries is kept as it lies outside."""
-    return step.name == "scan" and any(e.primitive.name == "scan" for e in _every(step.params["jaxpr"].jaxpr))
+    """Returns whether a step is a loop over loops, i.e. over microbatches. Its carries are sharded as outside."""
+    return step.name == "scan" and any(e.primitive.name == "scan" for e in _all_eqns(step.params["jaxpr"].jaxpr))
 
 
-def _every(jaxpr: Jaxpr) -> Iterator[Any]:
+def _all_eqns(jaxpr: Jaxpr) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         yield eqn
-        inner = _called(eqn)
+        inner = _callee(eqn)
         if inner is not None:
-            yield from _every(inner)
+            yield from _all_eqns(inner)
 
 
 def _is_product(step: Step) -> bool:
@@ -306,19 +309,21 @@ def _is_product(step: Step) -> bool:
 
 
 def _trip_count(step: Step, rules: Rules) -> float:
-    """Of a loop; 1 of what is none. Those that end by themselves are of models/grouped_matmul.py: each of their turns looks
-    some of all rows up, until each row had its turn."""
+    """Returns the number of iterations of a loop; 1 for other steps.
+
+    `while` loops come from models/grouped_matmul.py: each iteration gathers some of the rows, until all are done.
+    """
     if step.name == "scan":
         return step.params["length"]
     if step.name != "while":
         return 1
-    lookups = [e for e in _every(step.params["body_jaxpr"].jaxpr) if e.primitive.name == "gather"]
+    gathers = [e for e in _all_eqns(step.params["body_jaxpr"].jaxpr) if e.primitive.name == "gather"]
     rows = lambda var: math.prod(var.aval.shape[:-1])
-    return max(1, *(rules.rows_of_groups * rows(e.invars[0]) / rows(e.outvars[0]) for e in lookups))
+    return max(1, *(rules.rows_of_groups * rows(e.invars[0]) / rows(e.outvars[0]) for e in gathers))
 
 
-def _inside(step: Step, program: Program, rules: Rules) -> Cost:
-    """What one turn of a loop takes, beside what the loop holds; the worst branch; the flops of a product."""
+def _inner_cost(step: Step, program: Program, rules: Rules) -> Cost:
+    """Returns the cost of one loop iteration (without the loop's buffers), the worst branch, or a matmul's FLOPs."""
     if step.name == "scan":
         inner = _inline_calls(step.params["jaxpr"].jaxpr)
         consts, carries = step.params["num_consts"], step.params["num_carry"]
@@ -339,6 +344,6 @@ def _inside(step: Step, program: Program, rules: Rules) -> Cost:
     if step.name.startswith("ragged_dot"):
         a = program.values[step.reads[0]].shape
         out = program.values[step.makes[0]].shape
-        # Rows meet one group each: [S, K] x [E, K, N] > [S, N], or [S, K] x [S, N] > [E, K, N].
+        # Each row is multiplied with one group: [S, K] x [E, K, N] -> [S, N], or [S, K] x [S, N] -> [E, K, N].
         return Cost(flops=2.0 * a[0] * a[1] * out[-1] * rules.rows_of_groups)
     return Cost()

@@ -370,11 +370,7 @@ def test_a_tokenizer_without_the_tokens_is_refused(config):
 @pytest.mark.parametrize(
     "config,message",
     [
-<<<<<<< HEAD
         (FimConfig(rate=1.5), "data.transform.rate=1.5: must be from 0 to 1"),
-=======
-        (FimConfig(rate=1.5), "data.transform.rate=1.5: must be between 0 and 1"),
->>>>>>> p-data
         (SpanCorruptionConfig(density=1.0), "density=1.0: must be above 0 and below 1"),
         (SpanCorruptionConfig(mean_span=0.5), "mean_span=0.5: must be at least 1"),
         (
@@ -383,14 +379,9 @@ def test_a_tokenizer_without_the_tokens_is_refused(config):
         ),
     ],
 )
-<<<<<<< HEAD
-def test_values_that_cannot_be_are_refused(config, said):
-    with pytest.raises(ValueError, match=said):
-        check_ranges(config, "data.transform")
-=======
 def test_invalid_values_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
->>>>>>> p-data
+        check_ranges(config, "data.transform")
         config.build(Bytes(["<|mask|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]), L)
 
 

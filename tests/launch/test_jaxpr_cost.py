@@ -1,4 +1,4 @@
-"""What a program takes, read off its jaxpr: against sums by hand, and against XLA."""
+"""Cost estimates from a jaxpr, against sums by hand and against XLA."""
 
 from functools import partial
 
@@ -12,22 +12,22 @@ from models.grouped_matmul import grouped
 F32 = 4
 
 
-def of(function, *shapes, donated=(), **rules):
+def cost(function, *shapes, donated=(), **rules):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    gone = [i in donated for i in range(len(shapes))]
-    return jaxpr_cost(jax.make_jaxpr(function)(*arguments), gone, Rules(**rules))
+    is_donated = [i in donated for i in range(len(shapes))]
+    return jaxpr_cost(jax.make_jaxpr(function)(*arguments), is_donated, Rules(**rules))
 
 
-def test_products_are_counted_with_every_turn_of_a_loop():
-    def turns(x, weights):
+def test_matmuls_are_counted_for_every_loop_iteration():
+    def iterate(x, weights):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
 
-    found = of(turns, (8, 16), (5, 16, 16))
+    found = cost(iterate, (8, 16), (5, 16, 16))
     assert found.flops == 5 * 2 * 8 * 16 * 16
 
 
-def test_products_of_experts_are_counted_as_where_all_have_the_same():
-    """Their loop ends by itself."""
+def test_grouped_matmuls_are_counted_as_if_evenly_routed():
+    """Their loop is a `while` loop without a static trip count."""
 
     def experts(x, kernel):
         sizes = jnp.full(32, 64)
@@ -35,12 +35,12 @@ def test_products_of_experts_are_counted_as_where_all_have_the_same():
         return back(y)
 
     for share in (1, 0.5):
-        assert of(experts, (2048, 64), (32, 64, 48), rows_of_groups=share).flops == share * 3 * 2 * 2048 * 64 * 48
+        assert cost(experts, (2048, 64), (32, 64, 48), rows_of_groups=share).flops == share * 3 * 2 * 2048 * 64 * 48
 
 
-def test_elementwise_steps_are_not_held():
-    found = of(lambda x, w: jnp.tanh(x * 2 + 1) @ w, (64, 32), (32, 16))
-    assert found.peak == F32 * (64 * 32 + 64 * 16)  # what the product reads, and what it makes
+def test_elementwise_steps_are_fused():
+    found = cost(lambda x, w: jnp.tanh(x * 2 + 1) @ w, (64, 32), (32, 16))
+    assert found.peak == F32 * (64 * 32 + 64 * 16)  # operand and result of the matmul
 
 
 def test_the_longest_chain_of_buffers_is_the_peak():
@@ -48,37 +48,37 @@ def test_the_longest_chain_of_buffers_is_the_peak():
         h = x @ a  # 64 x 128
         return (h @ b) @ a  # 64 x 32, then 64 x 128
 
-    assert of(chain, (64, 32), (32, 128), (128, 32)).peak == F32 * (64 * 128 + 64 * 32)
+    assert cost(chain, (64, 32), (32, 128), (128, 32)).peak == F32 * (64 * 128 + 64 * 32)
 
 
-def test_a_loop_holds_what_it_stacks():
-    found = of(partial(jax.lax.scan, lambda x, _: (x @ x, x @ x), length=7), (32, 32))
+def test_loop_holds_its_stacked_outputs():
+    found = cost(partial(jax.lax.scan, lambda x, _: (x @ x, x @ x), length=7), (32, 32))
     assert found.peak >= F32 * 8 * 32 * 32
     assert sum(held.bytes for held in found.held if held.stacked) == F32 * 7 * 32 * 32
 
 
-def test_what_is_given_away_is_filled_and_else_made_anew():
+def test_donated_buffers_are_reused():
     step = lambda x, g: x - 0.1 * g
-    assert of(step, (128, 128), (128, 128), donated=(0,)).peak == 0
-    assert of(step, (128, 128), (128, 128)).peak == F32 * 128 * 128
-    assert of(step, (128, 128), (128, 128), donated=(0,), copies_donated=True).peak == F32 * 128 * 128
+    assert cost(step, (128, 128), (128, 128), donated=(0,)).peak == 0
+    assert cost(step, (128, 128), (128, 128)).peak == F32 * 128 * 128
+    assert cost(step, (128, 128), (128, 128), donated=(0,), copies_donated=True).peak == F32 * 128 * 128
 
 
 def test_calls_inside_a_program_are_part_of_it():
     inner = jax.jit(lambda x: jnp.exp(x) @ x)
     wrapped = jax.checkpoint(inner)
     sizes = ((32, 32),)
-    assert of(wrapped, *sizes).peak == of(inner, *sizes).peak == of(lambda x: jnp.exp(x) @ x, *sizes).peak
+    assert cost(wrapped, *sizes).peak == cost(inner, *sizes).peak == cost(lambda x: jnp.exp(x) @ x, *sizes).peak
 
 
-def test_time_is_that_of_the_slower_of_products_and_memory():
-    both = of(lambda x: x @ x, (256, 256), seconds=lambda flops, moved: max(flops / 1e9, moved / 1e6))
+def test_time_is_that_of_the_slower_of_compute_and_memory():
+    both = cost(lambda x: x @ x, (256, 256), seconds=lambda flops, moved: max(flops / 1e9, moved / 1e6))
     assert both.seconds == pytest.approx(2 * F32 * 256 * 256 / 1e6)
-    assert both.moved == 2 * F32 * 256 * 256  # its operand and its result
+    assert both.moved == 2 * F32 * 256 * 256  # operand and result
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_kept_activations_are_those_of_xla(depth):
+def test_saved_activations_match_xla(depth):
     def loss(params, x):
         def layer(x, w):
             return jnp.tanh(x @ w), None
@@ -86,7 +86,7 @@ def test_kept_activations_are_those_of_xla(depth):
         return jnp.sum(jax.lax.scan(layer, x, params)[0] ** 2)
 
     shapes = (depth, 256, 256), (512, 256)
-    found = of(jax.grad(loss), *shapes)
+    found = cost(jax.grad(loss), *shapes)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     memory = jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis()
     real = memory.temp_size_in_bytes + memory.output_size_in_bytes

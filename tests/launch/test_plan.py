@@ -52,7 +52,7 @@ def test_targets_are_named_as_their_makers_do(text, kind, count, slices):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("x9-4", "no such hardware"), ("v5p-3", "two a chip"), ("v6e-512", "at most 256"), ("h100-0", "at least one")],
+    [("x9-4", "no such hardware"), ("v5p-3", "two per chip"), ("v6e-512", "at most 256"), ("h100-0", "at least one")],
 )
 def test_targets_that_cannot_be_are_refused(text, said):
     with pytest.raises(ValueError, match=said):

@@ -1,4 +1,4 @@
-"""One forward and backward pass of small models, of which everything is told, on any mesh."""
+"""Losses, metrics and gradients of one step of small models on any mesh."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -62,23 +62,21 @@ MODELS = {
 }
 OBJECTIVES = {
     "next token": NextTokenConfig(loss_chunk_size=8, z_loss=1e-3),
-    "further tokens": MultiTokenConfig(loss_chunk_size=8),
+    "multi-token prediction": MultiTokenConfig(loss_chunk_size=8),
     "pairs": PreferenceConfig(loss_chunk_size=8),
     "reward": RewardConfig(),
 }
 
 
 def batch(sides: int | None = None) -> TokenBatch:
-    """Rows of two documents and padding, with masks of their own; of the last row nothing is learnt. Pairs: texts of
-    one document.
-    """
+    """Rows with two documents, padding and random masks; the last row has no targets. Pairs: one document per row."""
     rng = np.random.default_rng(0)
     rows = ROWS * (sides or 1)
     tokens = rng.integers(0, V, (rows, L + 1)).astype(np.int32)
     lengths, at = rng.integers(14, L + 1, (rows, 1)), np.arange(L)[None]
-    border = 0 if sides else 11
-    segments = np.where(at < border, 1, np.where(at < lengths, 2 - (not border), 0)).astype(np.int32)
-    positions = np.where(at < border, at, at - border).astype(np.int32) * np.ones((rows, 1), np.int32)
+    first_length = 0 if sides else 11
+    segments = np.where(at < first_length, 1, np.where(at < lengths, 2 - (not first_length), 0)).astype(np.int32)
+    positions = np.where(at < first_length, at, at - first_length).astype(np.int32) * np.ones((rows, 1), np.int32)
     mask = ((segments > 0) & (rng.random((rows, L)) < 0.7)).astype(np.float32)
     if not sides:
         mask[-1] = 0
@@ -90,16 +88,18 @@ def losses_and_gradients(
     model: str,
     objective: str,
     mesh_config: MeshConfig | None,
-    across=ContextParallel.ring,
-    block=None,
+    context_parallel=ContextParallel.ring,
+    block_size=None,
     balanced=False,
     residual=("context",),
     num_layers=2,
     pipeline=WHOLE,
 ):
-    """(metrics with `loss`, gradients)."""
+    """Returns (metrics with `loss`, gradients)."""
     config = replace(MODELS[model], num_layers=num_layers, pipeline=pipeline)
-    config = replace(config, attention=replace(config.attention, context_parallel=across, block_size=block))
+    config = replace(
+        config, attention=replace(config.attention, context_parallel=context_parallel, block_size=block_size)
+    )
     if objective == "reward":
         config = replace(config, outputs=1)
     mesh = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1])
@@ -109,7 +109,7 @@ def losses_and_gradients(
     init = jax.jit(partial(init_params, config))
     place = lambda seed: jax.device_put(init(jax.random.key(seed)), shardings)
     params, frozen = place(0), {REFERENCE: place(1)}
-    if config.outputs:  # it begins with zeros, and would give the layers no gradient
+    if config.outputs:  # initialized to zeros, which would give the layers no gradient
         params = {**params, "score": params["score"] + 1.0}
     built, apply = OBJECTIVES[objective].build(None), make_apply(config, make_constrain(mesh, rules))
 
@@ -129,7 +129,7 @@ def alone(model: str, objective: str, num_layers: int = 2):
 
 
 def assert_same(found, want):
-    """Losses within 1e-5, gradients within 1e-4 of the largest of each parameter."""
+    """Checks losses to 1e-5, and gradients to 1e-4 of the largest gradient of each parameter."""
     (metrics, grads), (want_metrics, want_grads) = found, want
     for name in want_metrics:
         np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)

@@ -1,4 +1,4 @@
-"""A checkpoint of several processes is committed by all or by none, and nobody waits for one that has failed."""
+"""Commit barrier: all processes commit a checkpoint or none does, and none waits for a failed process."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from trainer.checkpoint.barrier import COMMITTED, MARKS, WRITTEN, CommitBarrier
 
 
 class Store(dict):
-    """The key-value store of the coordination service, and its barriers, for threads that stand for processes."""
+    """Key-value store and barriers of the coordination service, for threads that simulate processes."""
 
     def __init__(self, count):
         self.meetings, self.count, self.lock = {}, count, threading.Lock()
@@ -32,13 +32,13 @@ class Store(dict):
 
 @pytest.fixture
 def saves(monkeypatch):
-    """Runs `save(barrier, process)` in as many threads, as Orbax calls a barrier; returns what each found."""
+    """Saves in one thread per process, calling the barriers as Orbax does; returns the results of each."""
 
     def run(fails, rounds=1):
         store = Store(len(fails))
         made = []
         for _ in fails:
-            monkeypatch.setattr(commit, "_number", iter([7]))  # all are the same manager
+            monkeypatch.setattr(commit, "_number", iter([7]))  # the same manager on all processes
             made.append(CommitBarrier(store.wait, store))
 
         def one(barrier, fails):
@@ -65,12 +65,12 @@ def saves(monkeypatch):
     return run
 
 
-def test_without_a_failure_all_commit(saves):
+def test_all_processes_commit_without_a_failure(saves):
     assert saves([None, None, None], rounds=2) == [[(True, True)] * 2] * 3
 
 
 @pytest.mark.parametrize("stage", ["writing", "committing"])
 @pytest.mark.parametrize("who", [0, 2])
-def test_one_that_fails_fails_all_and_the_next_save_is_whole_again(saves, stage, who):
+def test_one_failure_fails_all_processes_and_the_next_save_succeeds(saves, stage, who):
     fails = [stage if process == who else None for process in range(3)]
     assert saves(fails, rounds=2) == [[(False, False), (True, True)]] * 3

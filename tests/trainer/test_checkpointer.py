@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, onto any mesh, whole or not at all, and never a damaged one without a word."""
+"""Checkpoints: bit-exact, atomic, restorable onto any mesh, and verified against damage."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ class ToyState:
 
 
 def toy_optimizer() -> optax.GradientTransformation:
-    """Every odd node that optax has: empty states, masks, partitions, nested tuples."""
+    """Returns a chain with every unusual optax node: empty states, masks, partitions, nested tuples."""
     mask = {"embed": False, "layers": {"w": True, "norm": False}}
     labels = {"embed": "a", "layers": {"w": "b", "norm": "a"}}
     return optax.chain(
@@ -95,7 +95,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_random_key_and_optimizer(tmp_path):
+def test_state_is_restored_bit_for_bit_with_rng_key_and_optimizer_state(tmp_path):
     state = toy_state()
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 3, state, patience=4)
@@ -107,7 +107,7 @@ def test_a_state_comes_back_bit_for_bit_with_its_random_key_and_optimizer(tmp_pa
     assert state_hash(back) != state_hash(toy_state(seed=1))
 
 
-def test_what_stands_beside_the_arrays_is_read_without_them(tmp_path):
+def test_json_items_are_read_without_the_arrays(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 3, toy_state(), patience=4)
     with Checkpointer(tmp_path, read_only=True) as reader:
@@ -163,19 +163,19 @@ def test_another_model_or_optimizer_is_refused_by_name(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 3, state)
         wide = abstract(ToyState(state.step, {**state.params, "embed": jnp.ones((16, 9))}, state.opt_state, state.rng))
-        with pytest.raises(ValueError, match=r"params\.embed is \[16, 8\] there and \[16, 9\] here"):
+        with pytest.raises(ValueError, match=r"params\.embed has shape \[16, 8\], this run expects \[16, 9\]"):
             checkpointer.restore(3, wide)
         other = abstract(ToyState(state.step, state.params, optax.sgd(0.1, 0.9).init(state.params), state.rng))
-        with pytest.raises(ValueError, match=r"opt_state\.0\.trace\.embed is missing there"):
+        with pytest.raises(ValueError, match=r"opt_state\.0\.trace\.embed is missing in the checkpoint"):
             checkpointer.restore(3, other)
-        with pytest.raises(ValueError, match=r"step=4: no such checkpoint.*there are: 3"):
+        with pytest.raises(ValueError, match=r"step=4: no such checkpoint.*available: 3"):
             checkpointer.restore(4, abstract(state))
 
 
-def test_the_last_the_multiples_and_the_best_stay(tmp_path):
+def test_retention_keeps_latest_periodic_and_best(tmp_path):
     config = CheckpointConfig(max_to_keep=2, keep_period=4, keep_best=True, async_save=False)
     losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 5: float("nan"), 6: 2.0, 7: None, 8: 3.0, 9: 2.5}
-    for steps in (range(1, 5), range(5, 10)):  # the losses are known after a restart, too
+    for steps in (range(1, 5), range(5, 10)):  # losses are restored after a restart
         with Checkpointer(tmp_path, config) as checkpointer:
             for step in steps:
                 save(checkpointer, step, toy_state(step), losses[step])
@@ -187,63 +187,68 @@ def test_every_committed_step_carries_digests_of_all_its_files(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 3, toy_state())
     digests = json.loads((tmp_path / "3" / "digests.json").read_text())["files"]
-    there = {p.relative_to(tmp_path / "3").as_posix() for p in (tmp_path / "3").rglob("*") if p.is_file()}
-    assert there - set(digests) == {"digests.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
-    assert set(digests) <= there
+    on_disk = {p.relative_to(tmp_path / "3").as_posix() for p in (tmp_path / "3").rglob("*") if p.is_file()}
+    assert on_disk - set(digests) == {"digests.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
+    assert set(digests) <= on_disk
 
 
-def test_a_flipped_bit_anywhere_is_found_and_the_run_falls_back(tmp_path):
+def test_flipped_bits_are_detected_and_the_run_falls_back(tmp_path):
     state = toy_state()
     with Checkpointer(tmp_path, CheckpointConfig(max_to_keep=9)) as checkpointer:
         for step in (1, 2, 3):
             save(checkpointer, step, state)
     flip_a_bit(data_files(tmp_path / "3")[0])
     (tmp_path / "2" / "source" / "metadata").write_text('{"index": 17}')
-    said: list[str] = []
-    with Checkpointer(tmp_path, say=said.append) as checkpointer:
+    messages: list[str] = []
+    with Checkpointer(tmp_path, say=messages.append) as checkpointer:
         with pytest.raises(ValueError, match=r"step=3: this checkpoint is damaged: state/.*d/"):
             checkpointer.restore(3, abstract(state))
         step, back = checkpointer.restore(None, abstract(state))
         assert step == 1 and state_hash(back) == state_hash(state)
-        assert len(said) == 2 and "step 3" in said[0] and "state/" in said[0] and "source/metadata" in said[1]
+        assert (
+            len(messages) == 2
+            and "step 3" in messages[0]
+            and "state/" in messages[0]
+            and "source/metadata" in messages[1]
+        )
         assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.damaged", "3.damaged"]
-        save(checkpointer, 2, state)  # the run comes by the same steps again
+        save(checkpointer, 2, state)  # the run repeats these steps
         assert checkpointer.restore(None, abstract(state)).step == 2
 
 
-@pytest.mark.parametrize("harm", ["truncate", "delete", "digests"])
-def test_a_truncated_a_missing_and_an_unreadable_file_are_found(tmp_path, harm):
+@pytest.mark.parametrize("damage", ["truncate", "delete", "digests"])
+def test_truncated_missing_and_unreadable_files_are_detected(tmp_path, damage):
     state = toy_state()
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 1, state)
         save(checkpointer, 2, state)
     victim = data_files(tmp_path / "2")[0]
-    if harm == "truncate":
+    if damage == "truncate":
         victim.write_bytes(victim.read_bytes()[:-1])
-    elif harm == "delete":
+    elif damage == "delete":
         victim.unlink()
     else:
         (tmp_path / "2" / "digests.json").write_text('{"files": ')
-    said: list[str] = []
-    with Checkpointer(tmp_path, read_only=True, say=said.append) as reader:
+    messages: list[str] = []
+    with Checkpointer(tmp_path, read_only=True, say=messages.append) as reader:
         assert reader.latest() == 2
         assert reader.latest_valid_step() == 1
-        assert len(said) == 1 and "falling back to step 1" in said[0]
-    assert (tmp_path / "2").exists()  # a reader moves nothing
+        assert len(messages) == 1 and "falling back to step 1" in messages[0]
+    assert (tmp_path / "2").exists()  # read_only moves nothing
 
 
-def test_a_checkpoint_without_digests_is_used_with_a_note(tmp_path):
+def test_checkpoint_without_digests_is_used_with_a_warning(tmp_path):
     state = toy_state()
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 1, state)
     (tmp_path / "1" / "digests.json").unlink()
-    said: list[str] = []
-    with Checkpointer(tmp_path, say=said.append) as checkpointer:
+    messages: list[str] = []
+    with Checkpointer(tmp_path, say=messages.append) as checkpointer:
         assert checkpointer.restore(None, abstract(state)).step == 1
-    assert len(said) == 1 and "no digests" in said[0]
+    assert len(messages) == 1 and "has no digests.json" in messages[0]
 
 
-def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_none(tmp_path):
+def test_only_damaged_checkpoints_raise_and_an_empty_folder_returns_none(tmp_path):
     with Checkpointer(tmp_path / "new") as checkpointer:
         assert checkpointer.latest_valid_step() is None and checkpointer.steps() == []
         with pytest.raises(ValueError, match="holds no checkpoint"):
@@ -253,24 +258,24 @@ def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_none(tmp_path):
     flip_a_bit(data_files(tmp_path / "new" / "1")[0])
     with (
         Checkpointer(tmp_path / "new") as checkpointer,
-        pytest.raises(ValueError, match="none of its checkpoints"),
+        pytest.raises(ValueError, match="all checkpoints are damaged: steps 1;"),
     ):
         checkpointer.latest_valid_step()
 
 
-KILLED_IN_MID_SAVE = """
+KILLED_DURING_SAVE = """
 import sys
 import jax.numpy as jnp
-from tests.trainer.test_checkpoint import save, toy_state
+from tests.trainer.test_checkpointer import save, toy_state
 from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer, SaveFailed
 import trainer.checkpoint.checkpointer as module
 
-checkpointer = Checkpointer(sys.argv[1], CheckpointConfig(keep=9))
+checkpointer = Checkpointer(sys.argv[1], CheckpointConfig(max_to_keep=9))
 save(checkpointer, 1, toy_state(1))
 checkpointer.wait()
 
 def stall(folder):
-    print("in mid-save", flush=True)
+    print("in the middle of a save", flush=True)
     import time
     time.sleep(60)
 
@@ -280,18 +285,18 @@ checkpointer.wait()
 """
 
 
-def test_a_kill_in_mid_save_leaves_the_one_before_whole(tmp_path):
+def test_kill_during_a_save_leaves_the_previous_checkpoint_intact(tmp_path):
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-c", KILLED_IN_MID_SAVE, str(tmp_path)]
+    command = [sys.executable, "-c", KILLED_DURING_SAVE, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=root) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().strip() == "in mid-save"
+        assert process.stdout.readline().strip() == "in the middle of a save"
         process.send_signal(signal.SIGKILL)
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name]
     with Checkpointer(tmp_path, read_only=True) as reader:
         assert reader.steps() == [1]
-        assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name]  # may belong to a run that still writes
+        assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name]  # may belong to a run that is still writing
     with Checkpointer(tmp_path, CheckpointConfig(max_to_keep=9)) as checkpointer:
         state = toy_state(1)
         assert state_hash(checkpointer.restore(None, abstract(state)).state) == state_hash(state)
@@ -300,16 +305,16 @@ def test_a_kill_in_mid_save_leaves_the_one_before_whole(tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]  # the first save cleans up
 
 
-def test_saving_a_step_twice_and_keeping_none_are_refused(tmp_path):
+def test_saving_a_step_twice_and_max_to_keep_0_are_refused(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         save(checkpointer, 1, toy_state())
         with pytest.raises(ValueError, match=r"step 1 .* is saved already"):
             save(checkpointer, 1, toy_state())
-    with pytest.raises(ValueError, match=r"checkpoint\.keep=0: must be at least 1"):
+    with pytest.raises(ValueError, match=r"checkpoint\.max_to_keep=0: must be at least 1"):
         check_ranges(CheckpointConfig(max_to_keep=0), "checkpoint")
 
 
-def test_steps_that_will_be_done_anew_are_set_aside(tmp_path):
+def test_checkpoints_of_repeated_steps_are_renamed(tmp_path):
     with Checkpointer(tmp_path, CheckpointConfig(max_to_keep=9)) as checkpointer:
         for step in (1, 2, 3):
             save(checkpointer, step, toy_state(step))
@@ -321,7 +326,7 @@ def test_steps_that_will_be_done_anew_are_set_aside(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "2.superseded", "3.superseded"]
 
 
-def test_the_hash_of_a_state_depends_on_values_names_dtypes_and_shapes_alone():
+def test_state_hash_depends_only_on_values_names_dtypes_and_shapes():
     base = {"a": jnp.arange(4.0), "b": jnp.ones((2, 2))}
     same = {"b": jnp.ones((2, 2)), "a": np.arange(4, dtype=np.float32)}
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -338,8 +343,8 @@ def test_the_hash_of_a_state_depends_on_values_names_dtypes_and_shapes_alone():
     assert len({state_hash(tree) for tree in [base, *others]}) == 7
 
 
-def test_the_config_is_one_that_hydra_accepts():
-    assert OmegaConf.structured(CheckpointConfig).keep == 3
+def test_config_is_structured():
+    assert OmegaConf.structured(CheckpointConfig).max_to_keep == 3
 
 
 @pytest.mark.parametrize("config", [AdamWConfig(ema_decay=0.9), AdafactorConfig(), MuonConfig(), SoapConfig()])
@@ -365,29 +370,31 @@ def test_every_kind_of_optimizer_state_is_restored_onto_another_mesh(tmp_path, c
     assert [leaf.sharding for leaf in jax.tree.leaves(back)] == [leaf.sharding for leaf in jax.tree.leaves(target)]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_save_that_fails_is_told_and_takes_nothing_that_was_there(tmp_path, monkeypatch, asynchronous):
-    said: list[str] = []
+@pytest.mark.parametrize("async_save", [True, False])
+def test_failed_save_is_logged_and_leaves_earlier_checkpoints_intact(tmp_path, monkeypatch, async_save):
+    messages: list[str] = []
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def fail(folder: Path) -> None:
         raise full
 
     with Checkpointer(
-        tmp_path, CheckpointConfig(max_to_keep=2, async_save=asynchronous), say=said.append
+        tmp_path, CheckpointConfig(max_to_keep=2, async_save=async_save), say=messages.append
     ) as checkpointer:
         save(checkpointer, 1, toy_state(1))
         checkpointer.wait()
         with monkeypatch.context() as patched:
             patched.setattr("trainer.checkpoint.checkpointer.write_digests", fail)  # just before the commit
             save(checkpointer, 2, toy_state(2))
-            if asynchronous:
-                save(checkpointer, 3, toy_state(3))  # is told of the one before
-                with pytest.raises(SaveFailed, match=r"step 3 could not be written: .* that of step 1"):
+            if async_save:
+                save(checkpointer, 3, toy_state(3))  # logs the failure of step 2
+                with pytest.raises(
+                    SaveFailed, match=r"step 3 could not be written: .* the latest checkpoint is step 1"
+                ):
                     checkpointer.wait()
-        assert len(said) == 1 and "checkpoint of step 2 could not be written: no space left on" in said[0]
+        assert len(messages) == 1 and "checkpoint of step 2 could not be written: no space left on" in messages[0]
         assert checkpointer.steps() == [1] and checkpointer.latest_valid_step() == 1
         save(checkpointer, 4, toy_state(4))
         checkpointer.wait()
         assert checkpointer.steps() == [1, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4"]  # nothing half written is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4"]  # no incomplete checkpoint is left

@@ -1,4 +1,4 @@
-"""Rows in pieces: the same losses and gradients on every mesh."""
+"""Context parallelism: the same losses and gradients on every mesh."""
 
 from dataclasses import replace
 
@@ -19,42 +19,45 @@ CONTEXT = {n: MeshConfig(8 // n, context=n) for n in (2, 4, 8)}
 
 
 @pytest.mark.parametrize(
-    ("model", "objective", "mesh", "how"),
+    ("model", "objective", "mesh", "options"),
     [
         ("dense", "next token", CONTEXT[2], {"balanced": True}),
         ("dense", "next token", CONTEXT[8], {}),
-        ("dense", "next token", CONTEXT[4], {"across": ContextParallel.all_gather, "balanced": True}),
-        ("dense", "next token", CONTEXT[4], {"block": 3, "balanced": True}),
+        ("dense", "next token", CONTEXT[4], {"context_parallel": ContextParallel.all_gather, "balanced": True}),
+        ("dense", "next token", CONTEXT[4], {"block_size": 3, "balanced": True}),
         ("dense", "next token", MeshConfig(1, fsdp=2, context=2, tensor=2), {}),
         (
             "dense",
             "next token",
             MeshConfig(1, fsdp=2, context=2, tensor=2),
-            {"across": ContextParallel.all_gather, "block": 5},
+            {"context_parallel": ContextParallel.all_gather, "block_size": 5},
         ),
-        ("dense", "next token", None, {"block": 5}),  # whole rows are cut in blocks as well
+        ("dense", "next token", None, {"block_size": 5}),  # unsharded rows, blockwise attention
         ("learned positions", "next token", MeshConfig(1, fsdp=2, context=4), {"balanced": True}),
         ("experts", "next token", CONTEXT[4], {"balanced": True}),
-        ("experts", "next token", MeshConfig(1, expert=2, context=2, tensor=2), {"across": ContextParallel.all_gather}),
+        (
+            "experts",
+            "next token",
+            MeshConfig(1, expert=2, context=2, tensor=2),
+            {"context_parallel": ContextParallel.all_gather},
+        ),
         ("capacity", "next token", MeshConfig(1, expert=2, context=4), {}),
-        ("latent", "further tokens", MeshConfig(2, context=2, tensor=2), {}),
+        ("latent", "multi-token prediction", MeshConfig(2, context=2, tensor=2), {}),
         ("dense", "next token", MeshConfig(2, fsdp=2, tensor=2), {"residual": ("context", "tensor")}),
         ("dense", "next token", MeshConfig(2, context=2, tensor=2), {"residual": ("context", "tensor")}),
         ("experts", "next token", MeshConfig(1, fsdp=2, expert=2, tensor=2), {"residual": ("tensor",)}),
-        ("latent", "further tokens", MeshConfig(2, context=2, tensor=2), {"residual": ("context", "tensor")}),
+        ("latent", "multi-token prediction", MeshConfig(2, context=2, tensor=2), {"residual": ("context", "tensor")}),
         ("dense", "pairs", MeshConfig(1, fsdp=2, context=4), {}),
         ("dense", "reward", MeshConfig(2, context=4), {}),
     ],
 )
-def test_losses_and_gradients_are_those_of_one_device(model, objective, mesh, how):
-    assert_same(losses_and_gradients(model, objective, mesh, **how), alone(model, objective))
+def test_losses_and_gradients_match_one_device(model, objective, mesh, options):
+    assert_same(losses_and_gradients(model, objective, mesh, **options), alone(model, objective))
 
 
-def test_no_device_holds_the_hidden_states_of_whole_rows():
-    """Of the compiled step: attention gathers keys or sends them on, and nothing of the width of the model is gathered
-    along the row.
-    """
-    D, long = 48, 64  # of no other dim's size
+def test_no_device_holds_hidden_states_of_full_rows():
+    """In the compiled step, keys are gathered or permuted, but no array of model width is gathered along the row."""
+    D, long = 48, 64  # sizes that no other dim has
     config = replace(DENSE, embed_dim=D, remat=Remat.none, attention=AttentionConfig(2, 1, 8))
     mesh, rules = make_mesh(MeshConfig(1, context=8)), ShardingRules()
     apply = make_apply(config, make_constrain(mesh, rules))
@@ -67,27 +70,27 @@ def test_no_device_holds_the_hidden_states_of_whole_rows():
     lines = [line for line in text.splitlines() if " all-gather(" in line or " all-to-all(" in line]
     assert not [line for line in lines if f"{long},{D}]" in line], lines
     assert " collective-permute(" in text or "collective-permute-start(" in text
-    for of_whole_rows in (f"f32[2,{long},{D}]", f"f32[2,{long},{V}]"):
-        assert of_whole_rows not in text
+    for full_rows in (f"f32[2,{long},{D}]", f"f32[2,{long},{V}]"):
+        assert full_rows not in text
 
 
-def test_devices_with_balanced_rows_have_as_much_to_do():
-    pieces, long = 4, 64
-    order, blocks = balanced_token_order(long, pieces), 2 * pieces  # a block is a stretch
+def test_balanced_rows_give_equal_work_to_all_devices():
+    devices, long = 4, 64
+    order, blocks = balanced_token_order(long, devices), 2 * devices  # one block per chunk
     positions = lambda at: jnp.asarray(at, jnp.int32).reshape(blocks, 1, -1)
 
     def work(at):
-        """Pairs of blocks that are looked at, of each device, in each turn of the ring."""
+        """Returns the number of visible block pairs per ring step and device."""
         found = np.asarray(
             block_is_visible(
                 Queries(None, positions(at), jnp.ones_like(positions(at))),
                 Keys(None, None, positions(at), jnp.ones_like(positions(at)), None),
                 jnp.asarray(long),
             )
-        ).reshape(pieces, 2, pieces, 2)
+        ).reshape(devices, 2, devices, 2)
         return [
-            [found[device, :, (device - turn) % pieces].sum() for device in range(pieces)] for turn in range(pieces)
+            [found[device, :, (device - turn) % devices].sum() for device in range(devices)] for turn in range(devices)
         ]
 
-    assert work(order) == [[3] * pieces] + [[2] * pieces] * (pieces - 1)
+    assert work(order) == [[3] * devices] + [[2] * devices] * (devices - 1)
     assert max(np.sum(work(np.arange(long)), axis=0)) > 1.5 * max(np.sum(work(order), axis=0))

@@ -1,4 +1,4 @@
-"""Evaluation adds up sums, so that batches of any size and number give the same means."""
+"""Evaluation sums in f64, so means are independent of the split into batches."""
 
 import itertools
 import math
@@ -38,18 +38,18 @@ def cut(data: dict[str, np.ndarray], *at: int) -> list[dict[str, np.ndarray]]:
     return [{k: v[a:b] for k, v in data.items()} for a, b in itertools.pairwise(edges)]
 
 
-def test_the_means_do_not_depend_on_how_tokens_fall_on_batches():
+def test_means_do_not_depend_on_the_split_into_batches():
     data = tokens(60)
-    whole = evaluate(eval_step, jnp.float32(2), {}, [data])
+    full = evaluate(eval_step, jnp.float32(2), {}, [data])
     parts = evaluate(eval_step, jnp.float32(2), {}, cut(data, 3, 4, 20, 45, 59))
-    assert whole == pytest.approx(parts, rel=1e-6)
+    assert full == pytest.approx(parts, rel=1e-6)
     mask, nll = data["mask"].astype(bool), data["nll"].astype(float)
     expected = nll[mask].mean()
-    assert whole["loss"] == pytest.approx(expected, rel=1e-6)  # plain cross entropy, not what is minimised
-    assert whole["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
-    assert whole["accuracy"] == pytest.approx((nll < 1)[mask].mean(), rel=1e-6)
-    assert whole["bits_per_byte"] == pytest.approx(nll[mask].sum() / math.log(2) / data["bytes"][mask].sum(), rel=1e-6)
-    assert whole["tokens"] == mask.sum()
+    assert full["loss"] == pytest.approx(expected, rel=1e-6)  # plain cross entropy, not the training objective
+    assert full["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    assert full["accuracy"] == pytest.approx((nll < 1)[mask].mean(), rel=1e-6)
+    assert full["bits_per_byte"] == pytest.approx(nll[mask].sum() / math.log(2) / data["bytes"][mask].sum(), rel=1e-6)
+    assert full["tokens"] == mask.sum()
 
 
 def test_small_sums_are_not_lost_in_large_ones():
@@ -59,7 +59,7 @@ def test_small_sums_are_not_lost_in_large_ones():
     assert evaluate(step, None, {}, batches)["loss"] == (2**24 + 200) / 201
 
 
-def test_each_source_is_told_and_all_are_weighted_by_their_tokens():
+def test_metrics_per_source_and_token_weighted_over_all():
     a, b = tokens(40, 1), tokens(10, 2)
     result = evaluate_sources(eval_step, jnp.float32(1), {}, {"books": cut(a, 7), "code": [b]})
     both = evaluate(eval_step, jnp.float32(1), {}, [a, b])
@@ -71,13 +71,13 @@ def test_each_source_is_told_and_all_are_weighted_by_their_tokens():
     assert abs(result["eval/loss"] - simple) > 1e-4
 
 
-def test_a_source_without_a_batch_is_named():
+def test_source_without_a_batch_is_named():
     with pytest.raises(ValueError, match="source 'code' has no batch"):
         evaluate_sources(eval_step, jnp.float32(1), {}, {"books": [tokens(4)], "code": []})
 
 
-def test_batches_are_taken_while_earlier_ones_are_computed_and_few_are_held():
-    """The device is never waited for right after a batch was given to it, and never far behind."""
+def test_batches_are_fetched_ahead_and_few_are_in_flight():
+    """The loop never waits for the batch just dispatched, and at most a few batches are in flight."""
     fetched: list[int] = []
 
     class Late:

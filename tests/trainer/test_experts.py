@@ -1,4 +1,4 @@
-"""Experts in training: the same step on every mesh, exact accumulation, balance by bias."""
+"""MoE training: the same step on every mesh, exact gradient accumulation, bias load balancing."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -45,7 +45,7 @@ CONFIG = ModelConfig(
 KINDS = {
     "dropless": {},
     "capacity": {"dispatch": Dispatch.capacity, "capacity_factor": 1.0},
-    "bias": {"score": RouterScore.sigmoid, "balance": LoadBalancing.bias},
+    "bias": {"router_score": RouterScore.sigmoid, "load_balancing": LoadBalancing.bias},
 }
 MESHES = {
     "data": MeshConfig(8),
@@ -64,7 +64,7 @@ def model(kind):
 
 
 def batch(seed):
-    """Rows of two documents and padding, with masks of their own; of the last row nothing is learnt."""
+    """Rows with two documents and padding, with random masks; the last row has no targets."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, V, (ROWS, L + 1)).astype(np.int32)
     lengths = rng.integers(6, L + 1, (ROWS, 1))
@@ -77,13 +77,13 @@ def batch(seed):
 
 
 def train(config, mesh_config, optimizer_config, steps=3, num_microbatches=1):
-    """Parameters and metrics after some steps."""
+    """Trains for some steps; returns the parameters and the metrics of each step."""
     devices = jax.devices()[:1] if mesh_config is None else None
     mesh, rules = make_mesh(mesh_config or MeshConfig(), devices), ShardingRules()
     axes = param_axes(config)
     optimizer = optimizer_config.build(SCHEDULE, axes)
     shardings = param_shardings(axes, abstract_params(config), mesh, rules)
-    # Made whole and cut then: an initialisation on eight devices takes as long to compile as the step.
+    # Initialized unsharded, then sharded: a sharded initialization takes as long to compile as the step.
     params = jax.device_put(jax.jit(partial(init_params, config))(jax.random.key(0)), shardings)
     state = make_state(lambda key: params, optimizer, jax.random.key(0))
     apply = make_apply(config, make_constrain(mesh, rules))
@@ -108,7 +108,7 @@ def alone(kind):
         ("bias", "fsdp x expert"),
     ],
 )
-def test_losses_and_gradients_are_those_of_one_device(kind, mesh):
+def test_losses_and_gradients_match_one_device(kind, mesh):
     params, history = train(model(kind), MESHES[mesh], SgdConfig(momentum=0.0, max_grad_norm=None))
     want_params, want = alone(kind)
     for ours, theirs in zip(history, want, strict=True):
@@ -129,7 +129,7 @@ def test_accumulation_is_exact(kind):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
 
 
-def test_metrics_of_the_router_are_told_and_the_loss_holds_its_terms():
+def test_router_metrics_are_reported_and_the_loss_includes_router_losses():
     _, history = alone("dropless")
     for metrics in history:
         added = 0.1 * metrics["router/balance_loss"] + 1e-2 * metrics["router/z_loss"]
@@ -138,7 +138,7 @@ def test_metrics_of_the_router_are_told_and_the_loss_holds_its_terms():
     assert "router/dropped" in alone("capacity")[1][0]
 
 
-def test_a_balancing_bias_moves_by_its_rate_and_nothing_else_touches_it():
+def test_router_bias_moves_only_by_its_update_rate():
     optimizer = AdamWConfig(weight_decay=0.5, max_grad_norm=1e-3, router_bias_update_rate=0.01, learning_rate=1e-2)
     config = model("bias")
     params, _ = train(config, None, optimizer, steps=2)
@@ -148,19 +148,19 @@ def test_a_balancing_bias_moves_by_its_rate_and_nothing_else_touches_it():
     assert param_groups(param_axes(config))["layers"]["mlp"]["balance_bias"] is ParamGroup.balance
 
 
-def test_the_load_becomes_even_where_a_bias_balances_it():
-    still = train(
+def test_router_bias_evens_the_load():
+    frozen = train(
         model("bias"), None, SgdConfig(learning_rate=1e-9, max_grad_norm=None, router_bias_update_rate=0.0), steps=40
     )[1]
-    moving = train(
+    balanced = train(
         model("bias"), None, SgdConfig(learning_rate=1e-9, max_grad_norm=None, router_bias_update_rate=0.02), steps=40
     )[1]
     load = lambda history: np.mean([metrics["router/max_load"] for metrics in history[-10:]])
-    assert load(moving) < load(still)
+    assert load(balanced) < load(frozen)
 
 
-def test_experts_that_do_not_divide_are_refused():
+def test_indivisible_experts_are_refused():
     mesh = make_mesh(MeshConfig(1, expert=8))
     config = replace(CONFIG, moe=replace(CONFIG.moe, num_experts=6))
-    with pytest.raises(ValueError, match=r"mesh\.expert=8: cannot cut dim 1 \(experts\) .* of size 6"):
+    with pytest.raises(ValueError, match=r"mesh\.expert=8: cannot shard dim 1 \(experts\) .* of size 6"):
         param_shardings(param_axes(config), abstract_params(config), mesh, ShardingRules())

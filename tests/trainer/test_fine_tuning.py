@@ -1,4 +1,4 @@
-"""What conversations teach: the answers, alone and packed alike, and nothing across them."""
+"""Supervised fine-tuning: loss on answers only, identical alone and packed, without leakage across conversations."""
 
 import json
 
@@ -40,7 +40,7 @@ ANSWERS = ("one", "four words of it", "three")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Three conversations of unequal length, in the order of ANSWERS."""
+    """Returns a corpus of three conversations of different lengths, in the order of ANSWERS."""
     folder = tmp_path_factory.mktemp("corpus")
     rows = [
         {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": answer}]}
@@ -65,15 +65,15 @@ def loss(params, batch: TokenBatch) -> Mean:
     return NextTokenConfig().build(None).loss(APPLY, params, {}, batch, None)[0]
 
 
-def test_the_loss_of_an_answer_of_one_token_is_its_log_probability():
-    """The mask moves with the targets exactly once."""
-    ids, learnt = np.array([5, 6, 7, 8]), np.array([False, False, True, False])
+def test_loss_of_a_one_token_answer_is_its_log_probability():
+    """The mask is shifted with the targets exactly once."""
+    ids, mask = np.array([5, 6, 7, 8]), np.array([False, False, True, False])
 
     class Corpus:
         fingerprint = ""
         lengths = np.array([4])
         document = staticmethod(lambda index, start, stop: ids[start:stop])
-        loss_mask = staticmethod(lambda index, start, stop: learnt[start:stop])
+        loss_mask = staticmethod(lambda index, start, stop: mask[start:stop])
 
     batch = stack([build_row(Corpus(), [Piece(0, 0, 4)], 6)])
     found = loss(PARAMS, batch)
@@ -83,22 +83,22 @@ def test_the_loss_of_an_answer_of_one_token_is_its_log_probability():
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_packed_conversations_get_the_log_probabilities_that_they_get_alone(corpus, order):
+def test_packing_does_not_change_log_probabilities(corpus, order):
     packed, at = stack([row(corpus, order)]), 0
     found = logprobs(packed)[0]
     for document in order:
         alone = stack([row(corpus, [document], L)])
         size = int(corpus.lengths[document])
-        learnt = alone.loss_mask[0] > 0
-        assert learnt.any() and np.array_equal(packed.loss_mask[0, at : at + size], alone.loss_mask[0, :size])
-        np.testing.assert_allclose(found[at : at + size][learnt[:size]], logprobs(alone)[0][learnt], atol=1e-5)
+        in_loss = alone.loss_mask[0] > 0
+        assert in_loss.any() and np.array_equal(packed.loss_mask[0, at : at + size], alone.loss_mask[0, :size])
+        np.testing.assert_allclose(found[at : at + size][in_loss[:size]], logprobs(alone)[0][in_loss], atol=1e-5)
         at += size
     assert not packed.loss_mask[0, at:].any()
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("more", [0, 17])
-def test_padding_and_company_change_no_log_probability(corpus, side, more):
+def test_padding_and_batching_do_not_change_log_probabilities(corpus, side, more):
     longest = int(corpus.lengths[:3].max()) + more
 
     def padded(document: int) -> TokenBatch:
@@ -114,10 +114,10 @@ def test_padding_and_company_change_no_log_probability(corpus, side, more):
         np.testing.assert_allclose(found[place][together.loss_mask[place] > 0], want, atol=1e-5)
 
 
-def test_an_answer_teaches_nothing_about_another_conversation(corpus):
+def test_gradients_do_not_leak_into_other_conversations(corpus):
     batch = stack([row(corpus, [0, 1, 2])])
     second = np.where(batch.segment_ids == 2, batch.loss_mask, 0)
-    # A table with an entry for every place instead of every token: its gradient says which places matter.
+    # One embedding per position instead of per token: its gradient shows which positions matter.
     size = batch.tokens.shape[1]
     params = PARAMS | {"embedding": jnp.zeros((264, 32)).at[:size].set(PARAMS["embedding"][batch.tokens[0]])}
     placed = batch._replace(tokens=np.arange(size, dtype=np.int32)[None], loss_mask=second)
@@ -130,7 +130,7 @@ def test_an_answer_teaches_nothing_about_another_conversation(corpus):
     assert (gradient[segments != 2] == 0).all() and (gradient[segments == 2] > 0).any()
 
 
-def test_rows_are_packed_by_whole_conversations(corpus):
+def test_packing_does_not_split_conversations(corpus):
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
     sizes = [p.stop - p.start for i in range(len(rows)) for p in rows.plan.pieces(i)]
     assert sorted(sizes) == sorted(corpus.lengths.tolist())

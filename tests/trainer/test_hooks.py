@@ -1,4 +1,4 @@
-"""Hooks run when they are due, once, save before they stop, and remember across a restart."""
+"""Hooks run once when due, save before they stop the run, and persist across restarts."""
 
 import json
 import os
@@ -31,7 +31,7 @@ STATE: Any = SimpleNamespace(params=1.0)
 
 
 class Saved:
-    """A stand-in for a Checkpointer that notes what it is given."""
+    """A fake Checkpointer that records its calls."""
 
     def __init__(self, config: CheckpointConfig, latest: int | None = None):
         self.config, self.calls, self._latest = config, {}, latest
@@ -61,12 +61,12 @@ def saver(checkpointer: Saved, **options: Any) -> SaveEvery:
     return SaveEvery(checkpointer, **options)  # type: ignore[arg-type]
 
 
-def test_hooks_are_due_at_multiples_and_at_the_end_and_not_at_the_beginning():
+def test_due_at_multiples_and_at_the_end_but_not_at_step_0():
     assert [s for s in range(11) if due(s, every=4, num_steps=10)] == [4, 8, 10]
     assert [s for s in range(11) if due(s, every=0, num_steps=10)] == [10]
 
 
-def test_an_evaluation_is_made_once_for_each_step_also_after_a_resume_there():
+def test_each_step_is_evaluated_once_even_after_a_resume():
     hook, done = evaluation({4: 2.0, 8: 3.0}, every=4, num_steps=8)
     for step in range(9):
         hook(step, step, SOURCE)  # type: ignore[arg-type]
@@ -76,33 +76,35 @@ def test_an_evaluation_is_made_once_for_each_step_also_after_a_resume_there():
     again(8, 8, SOURCE)  # type: ignore[arg-type]
     assert done == [] and again.best_loss == 2.0
     fresh, done = evaluation({}, every=4)
-    fresh.set_state(json.loads(json.dumps(evaluation({})[0].get_state(0))))  # of a run never evaluated
+    fresh.set_state(json.loads(json.dumps(evaluation({})[0].get_state(0))))  # no evaluation yet
     assert fresh.loss_at(0) is None and fresh.best_loss == float("inf")
 
 
-def test_a_run_is_saved_when_due_at_the_end_and_when_it_is_the_best_yet():
+def test_saves_when_due_at_the_end_and_at_the_best_loss():
     found, _ = evaluation({2: 5.0, 4: 3.0, 6: 4.0, 8: 2.0, 10: 9.0}, every=2, num_steps=10)
     checkpointer = Saved(CheckpointConfig(save_interval_steps=5, keep_best=True))
-    told: list[int] = []
-    hook = saver(checkpointer, evaluation=found, remembers={"evaluation": found}, on_saved=lambda s, t: told.append(s))
+    saved_steps: list[int] = []
+    hook = saver(
+        checkpointer, evaluation=found, remembers={"evaluation": found}, on_saved=lambda s, t: saved_steps.append(s)
+    )
     for step in range(11):
         found(step, step, SOURCE)  # type: ignore[arg-type]
         hook(step, STATE, SOURCE)
         hook(step, STATE, SOURCE)
-    assert sorted(checkpointer.calls) == told == [2, 4, 5, 8, 10]
+    assert sorted(checkpointer.calls) == saved_steps == [2, 4, 5, 8, 10]
     assert checkpointer.calls[4]["metrics"] == {"loss": 3.0} and checkpointer.calls[5]["metrics"] is None
     assert checkpointer.calls[10]["source"] == {"index": 5}
     assert checkpointer.calls[10]["extra"]["evaluation"]["best_step"] == 8
 
 
-def test_the_step_that_a_run_resumes_at_is_not_saved_again():
+def test_resumed_step_is_not_saved_again():
     checkpointer = Saved(CheckpointConfig(save_interval_steps=5), latest=5)
     hook = saver(checkpointer)
     hook(5, STATE, SOURCE)
     assert checkpointer.calls == {}
 
 
-def test_patience_ends_a_run_with_a_checkpoint_and_is_remembered():
+def test_early_stopping_saves_a_checkpoint_and_persists_across_restarts():
     losses = {1: 3.0, 2: 2.0, 3: 1.999, 4: float("nan"), 5: 1.998, 6: 0.0}
 
     def run(steps: range, memory: dict[str, Any] | None) -> tuple[dict[str, Any], int | None, list[int]]:
@@ -124,13 +126,13 @@ def test_patience_ends_a_run_with_a_checkpoint_and_is_remembered():
 
     _, stopped, saved = run(range(1, 7), None)
     assert stopped == 5 and saved == [5]
-    for cut in range(1, 5):  # the same with a restart after each step, which comes by that step again
+    for cut in range(1, 5):  # the same with a restart at each step
         memory, stopped, _ = run(range(1, cut + 1), None)
         assert stopped is None
         assert run(range(cut, 7), memory)[1] == 5
 
 
-def test_no_patience_means_for_ever():
+def test_patience_0_never_stops():
     found, _ = evaluation(dict.fromkeys(range(1, 50), 1.0))
     saved: list[int] = []
     stop = EarlyStopping(found, patience=0, save=lambda step, *_: saved.append(step))
@@ -140,7 +142,7 @@ def test_no_patience_means_for_ever():
     assert found.step == 49 and not saved
 
 
-def test_samples_are_drawn_once_for_each_due_step():
+def test_samples_are_generated_once_per_due_step():
     drawn: list[tuple[int, Any]] = []
     options: dict[str, Any] = dict(
         num_steps=5, params_of=lambda s: s.params, sample=lambda *a: drawn.append(a), ledger=GoodputRecorder()
@@ -156,27 +158,27 @@ def test_samples_are_drawn_once_for_each_due_step():
 
 
 @pytest.mark.parametrize("number, reason", [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)])
-def test_a_signal_ends_the_run_before_the_next_step_with_a_checkpoint(number, reason):
+def test_signal_stops_the_run_before_the_next_step_with_a_checkpoint(number, reason):
     before = signal.getsignal(number)
     saved: list[int] = []
     with StopOnSignal(lambda step, state, source: saved.append(step)) as hook:
         hook(1, STATE, SOURCE)
         os.kill(os.getpid(), number)
-        assert signal.getsignal(number) == before  # a second signal acts at once
+        assert signal.getsignal(number) == before  # a second signal acts immediately
         with pytest.raises(StopTraining) as stopped:
             hook(2, STATE, SOURCE)
     assert stopped.value.reason == reason and saved == [2]
     assert signal.getsignal(number) == before
 
 
-def test_the_handlers_of_before_are_put_back_when_no_signal_came():
+def test_previous_handlers_are_restored_without_a_signal():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopOnSignal(lambda *_: None):
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_trace_is_made_of_the_steps_that_were_asked_for(tmp_path, monkeypatch):
+def test_profile_traces_the_requested_steps(tmp_path, monkeypatch):
     calls: list[tuple[str, int]] = []
     now = 0
     monkeypatch.setattr("jax.profiler.start_trace", lambda folder: calls.append((Path(folder).name, now)))

@@ -1,4 +1,4 @@
-"""What waits in the memory of the host: the same numbers, and it lies there."""
+"""Host offload: arrays are in host memory, with unchanged results."""
 
 from dataclasses import replace
 
@@ -23,13 +23,13 @@ SCHEDULE = ConstantConfig(warmup_steps=0).build(1e-2, 100)
 
 
 def train(config: OptimizerConfig, *, offload: bool) -> tuple[TrainState, object]:
-    """The state after two steps, and what evaluation reads of it."""
+    """Trains for two steps; returns the state and its evaluation parameters."""
     mesh, rules = make_mesh(MeshConfig(2, fsdp=4)), ShardingRules()
     optimizer = config.build(SCHEDULE, toy.AXES)
     shapes = jax.eval_shape(toy.init_params, jax.random.key(0))
-    lying = {"param_shardings": param_shardings(toy.AXES, shapes, mesh, rules), "offload": offload}
-    state = init_sharded_state(toy.init_params, optimizer, jax.random.key(1), **lying)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(toy.init_params, optimizer, **lying))
+    layout_options = {"param_shardings": param_shardings(toy.AXES, shapes, mesh, rules), "offload": offload}
+    state = init_sharded_state(toy.init_params, optimizer, jax.random.key(1), **layout_options)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(toy.init_params, optimizer, **layout_options))
     step = make_train_step(OBJECTIVE, toy.without_noise, optimizer, num_microbatches=2)
     step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
     for _ in range(2):
@@ -38,21 +38,31 @@ def train(config: OptimizerConfig, *, offload: bool) -> tuple[TrainState, object
 
 
 @pytest.mark.parametrize("config", [AdamWConfig(), AdamWConfig(ema_decay=0.9), ScheduleFreeConfig()])
-def test_the_optimizers_state_waits_on_the_host_and_changes_nothing(config):
-    (kept, read), (away, read_away) = train(config, offload=False), train(config, offload=True)
-    for leaf in jax.tree.leaves(away.opt_state):
+def test_offloaded_optimizer_state_is_on_the_host_with_unchanged_results(config):
+    (on_device, averages), (offloaded, offloaded_averages) = train(config, offload=False), train(config, offload=True)
+    for leaf in jax.tree.leaves(offloaded.opt_state):
         assert leaf.sharding.memory_kind == (HOST if leaf.ndim else "device")
-    for tree, other in ((kept.params, away.params), (kept.opt_state, away.opt_state), (read, read_away)):
-        # Not bit for bit: a program with other buffers rounds elsewhere.
+    for tree, other in (
+        (on_device.params, offloaded.params),
+        (on_device.opt_state, offloaded.opt_state),
+        (averages, offloaded_averages),
+    ):
+        # Not bit for bit: programs with different buffers round differently.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), tree, other)
-    assert all(leaf.sharding.memory_kind == "device" for leaf in jax.tree.leaves((away.params, read_away)))
+    assert all(
+        leaf.sharding.memory_kind == "device" for leaf in jax.tree.leaves((offloaded.params, offloaded_averages))
+    )
 
 
 @pytest.mark.parametrize(
     ("remat", "offload"),
-    [(Remat.full, ["border"]), (Remat.save_qkv, ["border", "qkv", "attention"]), (Remat.save_attn_out, ["attention"])],
+    [
+        (Remat.full, ["layer_input"]),
+        (Remat.save_qkv, ["layer_input", "qkv_proj", "attn_out"]),
+        (Remat.save_attn_out, ["attn_out"]),
+    ],
 )
-def test_kept_activations_wait_on_the_host_and_change_no_bit(remat, offload):
+def test_offloaded_activations_are_on_the_host_with_bit_identical_gradients(remat, offload):
     config = replace(DENSE, remat=remat)
 
     def gradients(config):
@@ -61,11 +71,11 @@ def test_kept_activations_wait_on_the_host_and_change_no_bit(remat, offload):
         traced = jax.jit(jax.grad(total)).trace(abstract_params(config))
         return traced.lower().compile()(init_params(config, jax.random.key(0))), str(traced.jaxpr)
 
-    kept, _ = gradients(config)
-    away, program = gradients(replace(config, offload=[ActivationOffload[name] for name in offload]))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), kept, away)
+    on_device, _ = gradients(config)
+    offloaded, program = gradients(replace(config, activation_offload=[ActivationOffload[name] for name in offload]))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), on_device, offloaded)
     layers, rows = config.num_layers, "8,32"
-    width = {"border": "16", "qkv": "4,8", "attention": "4,8"}
+    width = {"layer_input": "16", "qkv_proj": "4,8", "attn_out": "4,8"}
     for name in offload:
         assert f"f32<host>[{layers},{rows},{width[name]}]" in program
 
@@ -73,12 +83,14 @@ def test_kept_activations_wait_on_the_host_and_change_no_bit(remat, offload):
 @pytest.mark.parametrize(
     ("remat", "offload", "valid"),
     [
-        ("none", "border", "nothing"),
-        ("dots", "qkv", "nothing"),
-        ("full", "qkv", "border;"),
-        ("attention", "qkv", "border, a"),
+        ("none", "layer_input", "nothing"),
+        ("save_dots", "qkv_proj", "nothing"),
+        ("full", "qkv_proj", "layer_input;"),
+        ("save_attn_out", "qkv_proj", "layer_input, a"),
     ],
 )
-def test_what_is_not_kept_cannot_lie_elsewhere(remat, offload, valid):
-    with pytest.raises(ValueError, match=f"model.remat={remat} keeps no {offload} .* valid: {valid}"):
-        replace(DENSE, remat=Remat[remat], offload=[ActivationOffload[offload]]).validate()
+def test_unsaved_activations_cannot_be_offloaded(remat, offload, valid):
+    with pytest.raises(
+        ValueError, match=rf"model\.activation_offload.*model\.remat={remat} .*{offload}.*valid: {valid}"
+    ):
+        replace(DENSE, remat=Remat[remat], activation_offload=[ActivationOffload[offload]]).validate()

@@ -1,4 +1,4 @@
-"""Scores of given texts: those of the whole forward pass, whatever they are batched with."""
+"""Log-likelihoods of texts match the full forward pass, independent of batching."""
 
 import math
 
@@ -14,7 +14,7 @@ from trainer.loglikelihood import Score, Text, accuracy, make_score, score_texts
 PARAMS = init_params(BASE, jax.random.key(0))
 
 
-def test_a_score_is_the_sum_of_the_logprobs_of_the_scored_tokens():
+def test_score_is_the_sum_of_the_logprobs_of_the_scored_tokens():
     rng = np.random.default_rng(0)
     texts = [Text(rng.integers(0, V, n).tolist(), int(rng.integers(1, n))) for n in (2, 5, 31, 32, 33, 60, 7)]
     apply = make_apply(BASE)
@@ -36,12 +36,12 @@ def test_a_score_is_the_sum_of_the_logprobs_of_the_scored_tokens():
         assert score.greedy == all(p[i - 1].argmax() == text.ids[i] for i in range(text.start, n))
 
 
-def test_a_text_with_nothing_to_score_is_refused():
-    with pytest.raises(ValueError, match="of its 3 tokens those from 3 on"):
+def test_text_without_tokens_to_score_is_refused():
+    with pytest.raises(ValueError, match="start=3 must be from 1 to 2, as the text has 3 tokens"):
         score_texts(make_score(make_apply(BASE)), PARAMS, [Text([1, 2, 3], 3)])
 
 
-def test_accuracy_counts_the_likeliest_option_and_the_likeliest_for_its_length():
+def test_accuracy_by_logprob_and_by_length_normalized_logprob():
     scores = [[Score(-3.0, False, 1), Score(-4.0, False, 2)], [Score(-2.0, False, 1), Score(-1.0, True, 1)]]
     found = accuracy(scores, [1, 1], [[2, 8], [1, 1]])
     assert found["acc"] == 0.5 and found["acc_norm"] == 1.0 and found["n"] == 2

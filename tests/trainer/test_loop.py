@@ -1,3 +1,5 @@
+"""Training loop: order of operations, metrics, timing and early stop."""
+
 import time
 from typing import Any
 
@@ -10,7 +12,7 @@ from trainer.state import TrainState
 
 
 class Source:
-    """Counts what was taken; its batches are that count."""
+    """A data source that counts batches; each batch is its count."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -35,7 +37,7 @@ def add_step(state: TrainState, frozen: Any, batch: int) -> tuple[TrainState, di
     return state, {"loss": jnp.asarray(float(batch))}
 
 
-def test_each_turn_runs_hooks_then_batch_then_step_then_reports_the_turn_before() -> None:
+def test_iteration_runs_hooks_batch_step_then_reports_the_previous_step() -> None:
     events: list[str] = []
     source = Source()
 
@@ -56,32 +58,32 @@ def test_each_turn_runs_hooks_then_batch_then_step_then_reports_the_turn_before(
         "hook 1 1 1",
         "step 2",
         "report 1 1.0",
-        "report 2 2.0",  # before the last hooks: no step is in flight that it would hold up
+        "report 2 2.0",  # before the last hooks, because no step is in flight
         "hook 2 2 2",
     ]
     assert (int(state.step), reason, source.taken) == (2, "done", 2)
 
 
-def test_who_is_lost_after_a_save_has_told_all_that_led_to_it() -> None:
+def test_all_steps_before_a_save_are_reported_before_it() -> None:
     reports: list[int] = []
-    told_at_save: list[list[int]] = []
+    reported_at_save: list[list[int]] = []
 
     def hook(step: int, state: TrainState, source: Any) -> None:
         if step == 2:
-            told_at_save.append([*reports])
+            reported_at_save.append([*reports])
 
     def step(state: TrainState, frozen: Any, batch: int) -> tuple[TrainState, dict]:
         if batch == 3:
-            raise ConnectionError("a peer is gone")  # while this step waits for it
+            raise ConnectionError("a peer is gone")  # during this step
         return add_step(state, frozen, batch)
 
     report = lambda step, metrics, timing: reports.append(step)
     with pytest.raises(ConnectionError):
         fit(new_state(), {}, Source(), step, num_steps=5, hooks=[hook], report=report, may_save=lambda step: step == 2)
-    assert told_at_save == [[1, 2]] and reports == [1, 2]
+    assert reported_at_save == [[1, 2]] and reports == [1, 2]
 
 
-def test_a_restored_state_goes_on_from_its_step() -> None:
+def test_restored_state_continues_from_its_step() -> None:
     reports: list[int] = []
     fit(
         new_state(5),
@@ -95,7 +97,7 @@ def test_a_restored_state_goes_on_from_its_step() -> None:
     assert reports == [6, 7]
 
 
-def test_a_finished_run_runs_its_hooks_once_more_and_takes_nothing() -> None:
+def test_finished_run_runs_its_hooks_once_more_and_fetches_no_batch() -> None:
     seen: list[int] = []
     source = Source()
     hook = lambda step, state, source: seen.append(step)
@@ -103,7 +105,7 @@ def test_a_finished_run_runs_its_hooks_once_more_and_takes_nothing() -> None:
     assert (seen, source.taken) == ([3], 0)
 
 
-def test_a_hook_can_end_the_run_and_no_metrics_are_lost() -> None:
+def test_hook_stops_the_run_without_losing_metrics() -> None:
     reports: list[int] = []
 
     def stop(step: int, state: TrainState, source: Any) -> None:
@@ -115,7 +117,7 @@ def test_a_hook_can_end_the_run_and_no_metrics_are_lost() -> None:
     assert (int(state.step), reason, reports) == (2, "preempted", [1, 2])
 
 
-def test_other_errors_pass_through() -> None:
+def test_other_errors_propagate() -> None:
     def fail(step: int, state: TrainState, source: Any) -> None:
         raise RuntimeError("broken hook")
 
@@ -123,8 +125,8 @@ def test_other_errors_pass_through() -> None:
         fit(new_state(), {}, Source(), add_step, num_steps=1, hooks=[fail], report=lambda *_: None)
 
 
-def test_time_is_told_apart() -> None:
-    """Steps beside long hooks are not timed: the device worked on while they ran."""
+def test_timing_is_split_into_categories() -> None:
+    """Steps with long hooks have no step time, because the device overlaps with the hooks."""
     timings: list[dict[str, float]] = []
 
     class SlowSource(Source):
@@ -152,7 +154,7 @@ def test_time_is_told_apart() -> None:
     assert timings[2]["step"] >= timings[2]["data_wait"]
 
 
-def test_metrics_come_back_in_one_fetch_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_fetched_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     fetches: list[Any] = []
     real = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda tree: fetches.append(tree) or real(tree))

@@ -1,3 +1,5 @@
+"""Mesh shapes, sharding rules, batch placement and their errors."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +39,8 @@ def test_one_axis_takes_the_remaining_devices() -> None:
     assert mesh.axis_types == (AxisType.Auto,) * 6
 
 
-class OfSlice:
-    """A device of one of several slices."""
+class SliceDevice:
+    """A fake device of one of several slices."""
 
     device_kind, platform = "fake", "cpu"
 
@@ -55,12 +57,12 @@ class OfSlice:
         (MeshConfig(data=2, fsdp=2, stage=2), 2, {"stage"}),
     ],
 )
-def test_slices_are_told_apart_along_the_first_axes(config, slices, between):
-    devices = [OfSlice(i, i % slices) for i in range(8)]  # however they are listed
+def test_slices_are_separated_along_the_first_axes(config, slices, between):
+    devices = [SliceDevice(i, i % slices) for i in range(8)]  # interleaved
     mesh = make_mesh(config, devices)
-    of_slice = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    slice_index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     for dim, axis in enumerate(AXES):
-        assert (np.diff(of_slice, axis=dim) != 0).any() == (axis in between), axis
+        assert (np.diff(slice_index, axis=dim) != 0).any() == (axis in between), axis
 
 
 @pytest.mark.parametrize(
@@ -76,12 +78,12 @@ def test_slices_are_told_apart_along_the_first_axes(config, slices, between):
         (MeshConfig(0, 1, 1), r"mesh\.data=0: must be at least 1"),
     ],
 )
-def test_sizes_that_do_not_make_the_devices_are_refused(config: MeshConfig, message: str) -> None:
+def test_sizes_that_do_not_match_the_devices_are_refused(config: MeshConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_mesh(config)
 
 
-def test_every_suggested_mesh_can_be_made() -> None:
+def test_every_suggested_mesh_is_valid() -> None:
     with pytest.raises(ValueError) as error:
         make_mesh(MeshConfig(3, 2, 1))
     for choice in str(error.value).split("nearest valid: ")[1].split("; ")[:3]:
@@ -89,34 +91,34 @@ def test_every_suggested_mesh_can_be_made() -> None:
         assert make_mesh(MeshConfig(**{axis: int(size) for axis, size in sizes.items()})).size == 8
 
 
-def test_parameters_are_cut_by_the_rules() -> None:
+def test_parameters_are_sharded_by_the_rules() -> None:
     found = specs(MeshConfig(2, 2, 2))
     assert found["embedding"] == PartitionSpec(("tensor",), ("fsdp",))
     assert found["layers"]["up"] == PartitionSpec(None, ("fsdp",), ("tensor",))
     assert found["layers"]["scale"] == PartitionSpec(None, ("fsdp",))
 
 
-def test_a_mesh_axis_cuts_a_tensor_once() -> None:
+def test_mesh_axis_shards_a_tensor_once() -> None:
     rules = ShardingRules(mlp=["fsdp"])
     assert specs(MeshConfig(1, 8, 1), rules)["layers"]["up"] == PartitionSpec(None, ("fsdp",))
 
 
-def test_an_indivisible_matrix_is_refused_with_valid_sizes() -> None:
+def test_indivisible_matrix_is_refused_with_valid_sizes() -> None:
     axes, shapes = {"kv": ("embed", "kv_heads")}, {"kv": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
     mesh = make_mesh(MeshConfig(1, 2, 4))
-    message = r"mesh\.tensor=4: cannot cut dim 1 \(kv_heads\) of parameter kv, of size 6.*nearest valid.*: 1, 2"
+    message = r"mesh\.tensor=4: cannot shard dim 1 \(kv_heads\) of parameter kv, of size 6.*nearest valid.*: 1, 2"
     with pytest.raises(ValueError, match=message):
         param_shardings(axes, shapes, mesh, RULES)
 
 
-def test_an_indivisible_vector_stays_whole() -> None:
+def test_indivisible_vector_is_replicated() -> None:
     axes, shapes = {"scale": ("layers", "embed")}, {"scale": jax.ShapeDtypeStruct((2, 9), jnp.float32)}
     assert param_shardings(axes, shapes, make_mesh(MeshConfig(1, 8, 1)), RULES)["scale"].spec == PartitionSpec()
 
 
 def test_unknown_axes_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"sharding\.embed=\['fdsp'\]: 'fdsp' is no mesh axis; valid: stage, data, fsdp"
+        ValueError, match=r"sharding\.embed=\['fdsp'\]: 'fdsp' is not a mesh axis; valid: stage, data, fsdp"
     ):
         specs(MeshConfig(), ShardingRules(embed=["fdsp"]))
     with pytest.raises(ValueError, match="w: no rule for logical axis 'colour'"):
@@ -125,7 +127,7 @@ def test_unknown_axes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("size", "microbatches"), [(6, 1), (8, 2), (1, 1)])
-def test_a_batch_that_does_not_spread_is_refused(size: int, microbatches: int) -> None:
+def test_indivisible_batch_is_refused(size: int, microbatches: int) -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
     check_batch(8, 2, mesh, RULES)
     if size == 8:
@@ -136,7 +138,7 @@ def test_a_batch_that_does_not_spread_is_refused(size: int, microbatches: int) -
         check_batch(int(valid), microbatches, mesh, RULES)
 
 
-def test_activations_are_constrained_and_odd_sizes_stay_whole() -> None:
+def test_activations_are_constrained_and_indivisible_dims_stay_unsharded() -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
     constrain = make_constrain(mesh, RULES)
     function = jax.jit(lambda x: constrain(x, ("batch", "length", "mlp")))
@@ -146,13 +148,13 @@ def test_activations_are_constrained_and_odd_sizes_stay_whole() -> None:
     assert width.sharding.spec == PartitionSpec(("data", "fsdp"))
 
 
-def test_on_one_device_constraints_vanish() -> None:
+def test_constraints_are_no_ops_on_one_device() -> None:
     x = jnp.zeros((2, 2))
     assert make_constrain(make_mesh(MeshConfig(), jax.devices()[:1]), RULES)(x, ("batch", "embed")) is x
 
 
 @pytest.mark.parametrize("config", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2), MeshConfig(1, 1, 8)])
-def test_a_placed_batch_has_each_row_in_its_place(config: MeshConfig) -> None:
+def test_placed_batch_preserves_row_order(config: MeshConfig) -> None:
     sharding = batch_sharding(make_mesh(config), RULES)
     batch = toy.batch(8)
     rows = process_rows(sharding, 8)
@@ -163,24 +165,24 @@ def test_a_placed_batch_has_each_row_in_its_place(config: MeshConfig) -> None:
         assert theirs.sharding == sharding
 
 
-def test_a_process_feeds_the_rows_of_its_devices_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The second of four imaginary processes of two devices each, on a mesh whose tensor axis spans two processes.
+def test_process_loads_only_the_rows_of_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second of four simulated processes of two devices each, on a mesh whose tensor axis spans two processes.
     mesh = make_mesh(MeshConfig(2, 1, 4))
     sharding = batch_sharding(mesh, RULES)
-    whole = sharding.devices_indices_map((4,))
-    ours = {device: whole[device] for device in mesh.devices.flat[2:4]}
+    indices = sharding.devices_indices_map((4,))
+    ours = {device: indices[device] for device in mesh.devices.flat[2:4]}
     monkeypatch.setattr(type(sharding), "addressable_devices_indices_map", lambda self, shape: ours)
     np.testing.assert_array_equal(process_rows(sharding, 4), [0, 1])
 
 
-def test_rows_are_placed_by_block_where_there_are_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_placed_by_block_with_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     sharding = batch_sharding(make_mesh(MeshConfig(2, 2, 2)), RULES)
     placed = place_batch(toy.batch(8), sharding, 8)
     np.testing.assert_array_equal(placed.tokens, toy.batch(8).tokens)
 
 
-IN_PIECES = MeshConfig(2, context=4)
+CONTEXT = MeshConfig(2, context=4)
 
 
 def pairs_with_columns(rows: int) -> ColumnBatch:
@@ -191,9 +193,9 @@ def pairs_with_columns(rows: int) -> ColumnBatch:
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("make", [toy.batch, pairs_with_columns])
-def test_tokens_of_a_row_are_dealt_out_and_columns_are_not(monkeypatch: pytest.MonkeyPatch, make, processes) -> None:
+def test_tokens_are_sharded_along_the_row_and_columns_are_not(monkeypatch: pytest.MonkeyPatch, make, processes) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
+    sharding = batch_sharding(make_mesh(CONTEXT), RULES)
     batch = make(8)
     placed = place_batch(batch, sharding, 8)
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
@@ -204,11 +206,11 @@ def test_tokens_of_a_row_are_dealt_out_and_columns_are_not(monkeypatch: pytest.M
         assert placed.columns["reference"].sharding.spec == PartitionSpec(("data",))
 
 
-def test_balanced_rows_give_each_device_an_early_and_a_late_stretch() -> None:
+def test_balanced_rows_give_each_device_an_early_and_a_late_chunk() -> None:
     np.testing.assert_array_equal(balanced_token_order(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
-    np.testing.assert_array_equal(balanced_token_order(12, 4), np.arange(12))  # three tokens a piece have no halves
+    np.testing.assert_array_equal(balanced_token_order(12, 4), np.arange(12))  # 3 tokens per device cannot be halved
     np.testing.assert_array_equal(balanced_token_order(8, 1), np.arange(8))
-    sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
+    sharding = batch_sharding(make_mesh(CONTEXT), RULES)
     batch = pairs_with_columns(8)
     placed = place_batch(batch, sharding, 8, balanced=True)
     for ours, theirs in zip(placed[:5], batch[:5], strict=True):
@@ -216,42 +218,42 @@ def test_balanced_rows_give_each_device_an_early_and_a_late_stretch() -> None:
     np.testing.assert_array_equal(placed.columns["reference"], batch.columns["reference"])
 
 
-def test_batches_of_a_length_that_does_not_cut_are_placed_whole() -> None:
-    sharding = batch_sharding(make_mesh(IN_PIECES), RULES)
+def test_batches_of_indivisible_length_are_not_sharded_along_the_row() -> None:
+    sharding = batch_sharding(make_mesh(CONTEXT), RULES)
     batch = TokenBatch(*(field[:, :6] for field in toy.batch(8)))
     assert place_batch(batch, sharding, 8).tokens.sharding.spec == PartitionSpec(("data",))
 
 
-def test_a_process_that_holds_pieces_of_rows_feeds_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The second of four imaginary processes of two devices each: the second halves of the first rows.
-    mesh = make_mesh(IN_PIECES)
+def test_process_with_shards_of_rows_loads_full_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second of four simulated processes of two devices each: the second halves of the first rows.
+    mesh = make_mesh(CONTEXT)
     sharding = batch_sharding(mesh, RULES)
-    whole = jax.NamedSharding(mesh, PartitionSpec(("data",))).devices_indices_map((4,))
-    ours = {device: whole[device] for device in mesh.devices.flat[2:4]}
+    indices = jax.NamedSharding(mesh, PartitionSpec(("data",))).devices_indices_map((4,))
+    ours = {device: indices[device] for device in mesh.devices.flat[2:4]}
     monkeypatch.setattr(type(sharding), "addressable_devices_indices_map", lambda self, shape: ours)
     np.testing.assert_array_equal(process_rows(sharding, 4), [0, 1])
 
 
-def test_rows_that_do_not_cut_are_refused_with_lengths_and_meshes_that_do() -> None:
-    mesh = make_mesh(IN_PIECES)
+def test_indivisible_seq_len_is_refused_with_valid_lengths_and_meshes() -> None:
+    mesh = make_mesh(CONTEXT)
     check_seq_len(64, mesh, RULES)
     check_seq_len(63, make_mesh(MeshConfig()), RULES)
     message = (
-        r"data\.seq_len=66: mesh\.context=4 cuts each row in 4 equal pieces, and does not divide it; "
+        r"data\.seq_len=66: not divisible by mesh\.context=4, which shards each row into 4 equal parts; "
         r"nearest valid: 64, 68; or mesh\.context=1 or 2"
     )
     with pytest.raises(ValueError, match=message):
         check_seq_len(66, mesh, RULES)
 
 
-def test_an_axis_that_cuts_layers_may_not_cut_rows() -> None:
+def test_mesh_axis_that_shards_layers_cannot_shard_rows() -> None:
     rules = ShardingRules(length=["tensor"])
     check_seq_len(64, make_mesh(MeshConfig()), rules)
-    with pytest.raises(ValueError, match=r"sharding\.length=\['tensor'\]: mesh axis 'tensor' cuts heads already"):
+    with pytest.raises(ValueError, match=r"sharding\.length=\['tensor'\]: mesh axis 'tensor' already shards 'heads'"):
         check_seq_len(64, make_mesh(MeshConfig(4, tensor=2)), rules)
 
 
-def test_a_table_of_positions_stays_whole() -> None:
+def test_position_table_is_not_sharded_along_positions() -> None:
     shapes, axes = {"table": jax.ShapeDtypeStruct((9, 8), jnp.float32)}, {"table": ("positions", "embed")}
     found = param_shardings(axes, shapes, make_mesh(MeshConfig(1, fsdp=2, context=4)), RULES)
     assert found["table"].spec == PartitionSpec(None, ("fsdp",))

@@ -1,4 +1,4 @@
-"""Width transfer (muP): initialisation, rates, and the coordinate check that sees both at work."""
+"""muP: initialization, learning rates, and the coordinate check."""
 
 from dataclasses import replace
 from functools import partial
@@ -55,7 +55,7 @@ GEMMA = replace(TIED, scale_embeddings=True, norm_unit_offset=True, norm_placeme
 EXPERTS = replace(SMALL, moe=MoEConfig(num_experts=4, intermediate_dim=64, shared_intermediate_dim=64))
 
 
-# Compiled in half the time, and slower.
+# Halves compile time, at the cost of slower execution.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -67,7 +67,7 @@ def batch_of(seed: int) -> TokenBatch:
 
 
 def parts(model: ModelConfig, optimizer: OptimizerConfig, rate: float, apply=None):
-    """(apply, step, state) of a run that begins."""
+    """Returns (apply, step, state) of a new run."""
     schedule = ConstantConfig(warmup_steps=0).build(rate, STEPS)
     chain = optimizer.build(schedule, param_axes(model), model if model.mup_base_width else None)
     apply = apply or make_apply(model)
@@ -95,7 +95,7 @@ def losses(step, state) -> list[float]:
 # The coordinate check -------------------------------------------------------
 
 
-def test_what_a_step_moves_depends_on_the_width_by_the_standard_and_not_by_mup():
+def test_activation_changes_depend_on_the_width_without_mup_only():
     widths = (64, 128, 256, 512)
     mup = slopes(SMALL, AdamWConfig(), 1e-2, 64, widths)
     standard = slopes(SMALL, AdamWConfig(), 1e-2, None, (64, 256))
@@ -117,7 +117,7 @@ def test_other_models_and_optimizers_pass_the_coordinate_check(model, optimizer,
 
 
 @pytest.mark.parametrize("cls", [AdamWConfig, LionConfig, SgdConfig, MuonConfig, ScheduleFreeConfig])
-def test_at_its_base_width_a_run_is_the_standard_one_bit_for_bit(cls):
+def test_updates_at_base_width_match_the_standard_parametrization_bit_for_bit(cls):
     axes, schedule = param_axes(GEMMA), ConstantConfig(warmup_steps=0).build(1e-2, STEPS)
     params = init_params(GEMMA, jax.random.key(0))
     grads = jax.tree.map(jnp.cos, params)
@@ -134,9 +134,9 @@ def test_at_its_base_width_a_run_is_the_standard_one_bit_for_bit(cls):
 
 
 @pytest.mark.parametrize("model", [SMALL, GEMMA, EXPERTS])
-def test_at_its_base_width_a_model_begins_as_the_standard_one_bit_for_bit(model):
-    begun = [init_params(replace(model, mup_base_width=width), jax.random.key(0)) for width in (None, model.embed_dim)]
-    assert_same(*begun)
+def test_initialization_at_base_width_matches_the_standard_parametrization_bit_for_bit(model):
+    models = [init_params(replace(model, mup_base_width=width), jax.random.key(0)) for width in (None, model.embed_dim)]
+    assert_same(*models)
 
 
 def assert_same(a, b) -> None:
@@ -149,9 +149,9 @@ def assert_same(a, b) -> None:
     [(GEMMA, AdamWConfig(eps=1e-20, max_grad_norm=None)), (TIED, SgdConfig(max_grad_norm=None))],
     ids=["scaled tied tables, adamw", "tied, sgd"],
 )
-def test_what_the_last_norm_holds_is_the_multiplier_of_table_8(model, optimizer):
-    """An oracle with multipliers in its forward pass: norms begin at 1, the table is drawn with init_std, logits are
-    divided by m, what the table speaks of has the table's rates.
+def test_final_norm_scale_equals_the_output_multiplier_of_table_8(model, optimizer):
+    """Reference with multipliers in the forward pass: norms are initialized to 1, embeddings with init_std, logits are
+    divided by m, and learning rates are those of the table.
     """
     m, wide = 2.0, replace(at_width(model, 128), num_layers=1, mup_base_width=64)
     lift = 1.0 if wide.norm_unit_offset else 0.0
@@ -165,22 +165,22 @@ def test_what_the_last_norm_holds_is_the_multiplier_of_table_8(model, optimizer)
 
     _, step, state = parts(wide, optimizer, 1e-2)
     ours = losses(step, state)
-    begun = jax.tree.map(lambda x: x, state.params)
-    begun["final_norm"] = {"scale": jnp.full_like(begun["final_norm"]["scale"], 1 - lift)}
-    begun["embedding"] = begun["embedding"] / scaled
+    params = jax.tree.map(lambda x: x, state.params)
+    params["final_norm"] = {"scale": jnp.full_like(params["final_norm"]["scale"], 1 - lift)}
+    params["embedding"] = params["embedding"] / scaled
     sgd = isinstance(optimizer, SgdConfig)
-    factors = rate_factors(wide, param_axes(wide), optimizer.width_rule())
+    factors = rate_factors(wide, param_axes(wide), optimizer.mup_rule())
     factors["final_norm"]["scale"] = factors["embedding"] = m if sgd else 1.0
     chain = optax.with_extra_args_support(
-        optimizer.descend(ConstantConfig(warmup_steps=0).build(1e-2, STEPS), param_axes(wide), factors)
+        optimizer.chain_updates(ConstantConfig(warmup_steps=0).build(1e-2, STEPS), param_axes(wide), factors)
     )
     theirs = quick(make_train_step(NextTokenConfig().build(None), apply, chain))
-    found = losses(theirs, replace(state, params=begun, opt_state=chain.init(begun)))
+    found = losses(theirs, replace(state, params=params, opt_state=chain.init(params)))
     assert ours[0] != ours[-1]
     np.testing.assert_allclose(ours, found, rtol=2e-5)
 
 
-def test_weights_begin_as_the_table_says():
+def test_initialization_follows_the_table():
     m, std = 4.0, SMALL.init_std
     model = replace(at_width(EXPERTS, 256), mup_base_width=64)
     params = jax.jit(partial(init_params, model))(jax.random.key(0))
@@ -195,7 +195,7 @@ def test_weights_begin_as_the_table_says():
     }
     for name, (kernel, wanted) in expected.items():
         assert float(kernel.std()) == pytest.approx(wanted, rel=0.08), name
-    assert float(params["final_norm"]["scale"][0]) == 1  # the head is not the table here
+    assert float(params["final_norm"]["scale"][0]) == 1  # untied head
     for model, first in ((TIED, 1 / m), (GEMMA, m**-0.5 - 1)):
         params = init_params(replace(at_width(model, 256), mup_base_width=64), jax.random.key(0))
         assert float(params["final_norm"]["scale"][0]) == pytest.approx(first)
@@ -220,7 +220,7 @@ def test_rates_follow_the_table(optimizer, table):
     experts = replace(EXPERTS.moe, bias=True, router_bias=True)
     attention = replace(SMALL.attention, qk_norm=FAMILIES["gemma"].attention.qk_norm)
     model = replace(at_width(replace(SMALL, moe=experts, attention=attention), 256), mup_base_width=64)
-    factors = rate_factors(model, param_axes(model), optimizer.width_rule())
+    factors = rate_factors(model, param_axes(model), optimizer.mup_rule())
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): factor
         for path, factor in jax.tree_util.tree_leaves_with_path(factors)
@@ -228,7 +228,7 @@ def test_rates_follow_the_table(optimizer, table):
     assert {name: found[name] for name in table} == pytest.approx(table)
 
 
-def test_weights_decay_as_fast_at_every_width():
+def test_weight_decay_is_independent_of_the_width():
     model = replace(at_width(SMALL, 256), mup_base_width=64)
     params = init_params(model, jax.random.key(0))
     optimizer = AdamWConfig(weight_decay=0.5).build(
@@ -246,7 +246,7 @@ def test_weights_decay_as_fast_at_every_width():
 def test_optimizers_without_a_rule_are_refused(optimizer):
     schedule = ConstantConfig(warmup_steps=0).build(1e-2, 10)
     optimizer.build(schedule, param_axes(SMALL))
-    with pytest.raises(ValueError, match=r"model\.base_width"):
+    with pytest.raises(ValueError, match=r"model\.mup_base_width"):
         optimizer.build(schedule, param_axes(SMALL), replace(SMALL, mup_base_width=32))
 
 
@@ -254,14 +254,14 @@ def test_optimizers_without_a_rule_are_refused(optimizer):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_grows_in_all_its_widths_and_stays_exportable(name):
+def test_model_scales_in_all_widths_and_stays_exportable(name):
     model = FAMILIES[name]
     wide = replace(at_width(model, 2 * model.embed_dim), mup_base_width=model.embed_dim)
     wide.validate()
     assert wide.attention.num_heads == 2 * model.attention.num_heads
     assert wide.attention.head_dim == model.attention.head_dim
     shapes = zip(*(jax.tree.leaves(abstract_params(each)) for each in (model, wide)), strict=True)
-    if not model.attention.mla.kv_lora_rank:  # of a rank and its rotated part only the rank grows
+    if not model.attention.mla.kv_lora_rank:  # with MLA, the rank grows but not its rotary part
         assert all(b.size in (a.size, 2 * a.size, 4 * a.size) for a, b in shapes)
     assert at_width(model, model.embed_dim) == model
     try:
@@ -271,7 +271,7 @@ def test_a_model_grows_in_all_its_widths_and_stays_exportable(name):
     assert family_for(replace(model, mup_base_width=8)) is family
 
 
-def test_widths_that_have_no_whole_heads_are_refused():
+def test_widths_with_fractional_heads_are_refused():
     with pytest.raises(ValueError, match="multiples of 16"):
         width_keys(SMALL, 72)
     latent = replace(SMALL.attention, mla=MLAConfig(kv_lora_rank=24, q_lora_rank=32))

@@ -1,4 +1,4 @@
-"""Every optimizer through the same table, then what each has of its own."""
+"""All optimizers in shared tests, then tests of each."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from trainer.optimizers.param_groups import ParamGroup, matrix_dims, param_group
 from trainer.schedule import ConstantConfig
 from trainer.state import TrainState, abstract_state, init_sharded_state
 
-ALL: dict[type[OptimizerConfig], float] = {  # and a rate at which each gets somewhere in 40 updates
+ALL: dict[type[OptimizerConfig], float] = {  # optimizer -> learning rate that makes progress in 40 updates
     AdamWConfig: 0.05,
     LionConfig: 0.05,
     SgdConfig: 0.02,
@@ -84,11 +84,11 @@ def plain(cls: type[OptimizerConfig], **values) -> OptimizerConfig:
         values.setdefault("min_dim_to_factor", 2)
     if cls is SoapConfig:
         values.setdefault("precondition_frequency", 2)
-    return cls(**{"weight_decay": 0.0, "clip_norm": None, **values})
+    return cls(**{"weight_decay": 0.0, "max_grad_norm": None, **values})
 
 
 def run(optimizer, params, grads: list, jit: bool = True, state=None):
-    """Parameters and optimizer state after an update with each of `grads`."""
+    """Applies one update per gradient; returns the parameters and the optimizer state."""
 
     def step(i, params, state, grad):
         updates, state = optimizer.update(grad, state, params, step=i)
@@ -108,11 +108,11 @@ def assert_close(a, b, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
-# The table ------------------------------------------------------------------
+# Shared tests ------------------------------------------------------------------
 
 
 @EACH
-def test_each_optimizer_goes_down_a_bowl(cls: type[OptimizerConfig]) -> None:
+def test_optimizer_minimizes_a_quadratic(cls: type[OptimizerConfig]) -> None:
     optimizer = build(plain(cls), learning_rate=ALL[cls])
     target = init_params(jax.random.key(9))
     loss = lambda params: sum(
@@ -130,14 +130,14 @@ def test_each_optimizer_goes_down_a_bowl(cls: type[OptimizerConfig]) -> None:
 
 
 @EACH
-def test_each_optimizer_does_the_same_jitted_and_eagerly(cls: type[OptimizerConfig]) -> None:
-    optimizer = build(plain(cls, weight_decay=0.1, clip_norm=1.0))
+def test_jit_and_eager_updates_match(cls: type[OptimizerConfig]) -> None:
+    optimizer = build(plain(cls, weight_decay=0.1, max_grad_norm=1.0))
     grads = GRADS[:2] if cls is SoapConfig else GRADS[:1]
     assert_close(run(optimizer, PARAMS, grads)[0], run(optimizer, PARAMS, grads, jit=False)[0], 1e-4)
 
 
 @EACH
-def test_stacked_layers_go_as_if_each_were_alone(cls: type[OptimizerConfig]) -> None:
+def test_stacked_layers_are_updated_independently(cls: type[OptimizerConfig]) -> None:
     config = plain(cls, weight_decay=0.1)
     stacked, _ = run(build(config), PARAMS, GRADS)
     layer = lambda tree, i: jax.tree.map(lambda x: x[i], tree["layers"])
@@ -149,7 +149,7 @@ def test_stacked_layers_go_as_if_each_were_alone(cls: type[OptimizerConfig]) -> 
 
 
 @EACH
-def test_state_lies_like_its_parameters(cls: type[OptimizerConfig]) -> None:
+def test_state_is_sharded_like_its_parameters(cls: type[OptimizerConfig]) -> None:
     mesh = make_mesh(MeshConfig(2, 2, 2))
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     shardings = param_shardings(AXES, shapes, mesh, ShardingRules())
@@ -160,7 +160,7 @@ def test_state_lies_like_its_parameters(cls: type[OptimizerConfig]) -> None:
         if leaf.shape in by_shape:
             assert leaf.sharding.spec == by_shape[leaf.shape]
             seen += 1
-        elif leaf.size > 8:  # factors and preconditioners keep what is left of it
+        elif leaf.size > 8:  # factors and preconditioners keep the sharding of the remaining dims
             assert leaf.sharding.spec != PartitionSpec(), leaf.shape
     assert seen >= len(by_shape)
 
@@ -170,7 +170,7 @@ def _averaged(cls: type[OptimizerConfig]) -> dict:
 
 
 @pytest.mark.parametrize("cls", [AdamWConfig, AdafactorConfig, MuonConfig, SoapConfig])
-def test_a_sharded_update_equals_that_of_one_device(cls: type[OptimizerConfig]) -> None:
+def test_sharded_update_matches_one_device(cls: type[OptimizerConfig]) -> None:
     optimizer = build(plain(cls))
     mesh = make_mesh(MeshConfig(2, 2, 2))
     shapes = jax.eval_shape(init_params, jax.random.key(0))
@@ -190,10 +190,10 @@ def test_configs_are_structured_and_keep_their_kind(cls: type[OptimizerConfig]) 
     assert config.kind
 
 
-# What all share -------------------------------------------------------------
+# Shared transformations -------------------------------------------------------------
 
 
-def test_roles_come_from_axes_and_names() -> None:
+def test_param_groups_follow_axes_and_names() -> None:
     assert param_groups(AXES) == {
         "embedding": ParamGroup.embedding,
         "head": ParamGroup.head,
@@ -206,13 +206,13 @@ def test_roles_come_from_axes_and_names() -> None:
     assert param_groups({"position_embedding": ("positions", "embed")}) == {"position_embedding": ParamGroup.embedding}
 
 
-def test_heads_and_their_width_are_one_side_of_a_matrix() -> None:
+def test_heads_and_head_dim_are_one_side_of_a_matrix() -> None:
     assert matrix_dims(AXES["layers"]["query"]["kernel"]).matrix_shape((3, 8, 2, 4)) == (3, 8, 8)
     assert matrix_dims(AXES["layers"]["out"]).matrix_shape((3, 2, 4, 8)) == (3, 8, 8)
     assert matrix_dims(("embed", "mlp")).matrix_shape((8, 32)) == (1, 8, 32)
 
 
-def test_weight_decay_spares_biases_and_norms() -> None:
+def test_weight_decay_excludes_biases_and_norms() -> None:
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     after, _ = run(build(AdamWConfig(weight_decay=0.5), learning_rate=0.1), PARAMS, [zero])
     decayed = jax.tree.map(
@@ -221,22 +221,22 @@ def test_weight_decay_spares_biases_and_norms() -> None:
     assert_close(after, decayed)
 
 
-def test_roles_have_rates_of_their_own() -> None:
+def test_param_groups_have_learning_rate_multipliers() -> None:
     rates = {"embedding": 0.5, "vector": 0.0}
-    once, _ = run(build(plain(SgdConfig, role_learning_rates=rates), learning_rate=0.1), PARAMS, GRADS[:1])
+    once, _ = run(build(plain(SgdConfig, lr_multipliers=rates), learning_rate=0.1), PARAMS, GRADS[:1])
     factors = {ParamGroup.embedding: 0.5, ParamGroup.vector: 0.0}
     expected = jax.tree.map(lambda r, p, g: p - 0.1 * factors.get(r, 1) * g, param_groups(AXES), PARAMS, GRADS[0])
     assert_close(once, expected)
 
 
 def test_clipping_scales_all_gradients_together() -> None:
-    once, _ = run(build(plain(SgdConfig, clip_norm=1e-2), learning_rate=1.0), PARAMS, GRADS[:1])
+    once, _ = run(build(plain(SgdConfig, max_grad_norm=1e-2), learning_rate=1.0), PARAMS, GRADS[:1])
     moved = jax.tree.map(lambda a, b: a - b, PARAMS, once)
     np.testing.assert_allclose(optax.global_norm(moved), 1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("limit", [1e-2, 1e3])
-def test_clipping_is_that_of_optax(limit: float) -> None:
+def test_clipping_matches_optax(limit: float) -> None:
     ours, theirs = (make(limit) for make in (clip_by_global_norm, optax.clip_by_global_norm))
     found, wanted = (each.update(GRADS[0], each.init(PARAMS))[0] for each in (ours, theirs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
@@ -265,15 +265,15 @@ def test_without_an_average_the_parameters_are_evaluated() -> None:
     [
         (
             AdamWConfig(lr_multipliers={"heads": 1.0}),
-            r"role_learning_rates\.heads=1\.0: .*valid: embedding, head",
+            r"lr_multipliers\.heads=1\.0: .*valid: embedding, head",
         ),
-        (AdamWConfig(max_grad_norm=0.0), r"optimizer\.clip_norm=0\.0: .*null"),
+        (AdamWConfig(max_grad_norm=0.0), r"optimizer\.max_grad_norm=0\.0: .*null"),
         (AdamWConfig(ema_decay=1.0), r"optimizer\.ema_decay=1\.0: "),
         (ScheduleFreeConfig(ema_decay=0.9), r"optimizer\.ema_decay=0\.9: .*ema_decay=null"),
         (SoapConfig(precondition_frequency=0), r"optimizer\.precondition_frequency=0: .*nearest valid: 1"),
     ],
 )
-def test_wrong_values_are_refused_by_name(config: OptimizerConfig, message: str) -> None:
+def test_invalid_values_are_refused_by_name(config: OptimizerConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_ranges(config, "optimizer")
         build(config)
@@ -282,9 +282,9 @@ def test_wrong_values_are_refused_by_name(config: OptimizerConfig, message: str)
 # Against other implementations ----------------------------------------------
 
 
-@pytest.mark.parametrize("taken", [True, False])
-def test_adam_is_that_of_optax(taken: bool) -> None:
-    """To the bit. Where an update is not taken its state is that of optax all the same: the step drops it."""
+@pytest.mark.parametrize("update_applied", [True, False])
+def test_adam_matches_optax(update_applied: bool) -> None:
+    """Bit for bit. The state of a dropped update also matches that of optax, because the step discards it."""
     ours, theirs = scale_by_adam(b1=0.8, b2=0.9, eps=1e-3), optax.scale_by_adam(b1=0.8, b2=0.9, eps=1e-3)
     params = init_params(jax.random.key(0))
     state = ours.init(params)
@@ -292,14 +292,14 @@ def test_adam_is_that_of_optax(taken: bool) -> None:
     for seed in range(3):
         grads = jax.tree.map(lambda p, seed=seed: jnp.cos(p * (seed + 1)), params)
         expected, expected_state = theirs.update(grads, state)
-        updates, state = ours.update(grads, state, taken=jnp.asarray(taken))
+        updates, state = ours.update(grads, state, update_applied=jnp.asarray(update_applied))
         jax.tree.map(np.testing.assert_array_equal, state, expected_state)
-        if taken:
+        if update_applied:
             jax.tree.map(np.testing.assert_array_equal, updates, expected)
         assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
 
 
-def test_schedule_free_is_that_of_optax() -> None:
+def test_schedule_free_matches_optax() -> None:
     config = ScheduleFreeConfig(weight_decay=0.0, max_grad_norm=None, learning_rate=0.1)
     theirs = optax.contrib.schedule_free_adamw(0.1, b1=config.b1, b2=config.b2, eps=config.eps)
     params, state = PARAMS, theirs.init(PARAMS)
@@ -314,7 +314,7 @@ def test_schedule_free_is_that_of_optax() -> None:
 
 
 @pytest.mark.parametrize("min_dim", [2, 128])
-def test_adafactor_of_one_matrix_is_that_of_optax(min_dim: int) -> None:
+def test_adafactor_of_one_matrix_matches_optax(min_dim: int) -> None:
     params, grads = PARAMS["embedding"], [g["embedding"] for g in GRADS]
     theirs = optax.adafactor(0.1, min_dim_size_to_factor=min_dim)
     state, expected = theirs.init(params), params
@@ -326,7 +326,7 @@ def test_adafactor_of_one_matrix_is_that_of_optax(min_dim: int) -> None:
     assert_close(found["w"], expected)
 
 
-def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adam() -> None:
+def test_muon_orthogonalizes_matrices_and_uses_adam_for_the_rest() -> None:
     after, _ = run(build(plain(MuonConfig, consistent_rms=None), learning_rate=1.0), PARAMS, GRADS[:1])
     adam, _ = run(build(plain(AdamWConfig), learning_rate=1.0), PARAMS, GRADS[:1])
     assert_close(after["embedding"], adam["embedding"])
@@ -337,14 +337,14 @@ def test_muon_makes_matrices_orthogonal_and_leaves_the_rest_to_adam() -> None:
     assert singular.max() < 1.3
 
 
-def test_muon_updates_have_the_size_of_adams() -> None:
+def test_muon_update_rms_matches_adam() -> None:
     after, _ = run(build(plain(MuonConfig), learning_rate=1.0), PARAMS, GRADS[:1])
     moved = np.asarray(PARAMS["layers"]["query"]["kernel"] - after["layers"]["query"]["kernel"])
     assert 0.1 < np.sqrt((moved**2).mean()) < 0.3
 
 
 def soap_reference(grads: list[np.ndarray], config: SoapConfig) -> np.ndarray:
-    """The sum of directions for one matrix, in float64, with a loop over everything (algorithm 3 of the paper)."""
+    """Returns the sum of directions for one matrix, in float64, by algorithm 3 of the paper."""
     rows, cols = grads[0].shape
     sides = [size <= config.max_precond_dim for size in (rows, cols)]
     gram = [(1 - config.b2) * grads[0] @ grads[0].T, (1 - config.b2) * grads[0].T @ grads[0]]
@@ -368,9 +368,9 @@ def soap_reference(grads: list[np.ndarray], config: SoapConfig) -> np.ndarray:
     return total
 
 
-# The shorter side alone of 4 x 6: one gradient leaves the longer one's basis open.
+# For 4 x 6, precondition only the shorter side: one gradient does not determine the basis of the longer one.
 @pytest.mark.parametrize(("frequency", "max_dim", "rows"), [(1, 100, 6), (3, 100, 6), (2, 6, 8), (2, 4, 4), (2, 3, 4)])
-def test_soap_is_the_algorithm_of_the_paper(frequency: int, max_dim: int, rows: int) -> None:
+def test_soap_matches_the_algorithm_of_the_paper(frequency: int, max_dim: int, rows: int) -> None:
     config = plain(SoapConfig, precondition_frequency=frequency, max_precond_dim=max_dim)
     rng = np.random.default_rng(0)
     grads = [rng.normal(size=(2, rows, 2, 3)) for _ in range(8)]  # two layers

@@ -1,4 +1,4 @@
-"""Layers on stages: the same losses and gradients as on one device, and who works when."""
+"""Pipeline parallelism: the same losses and gradients as on one device, and the schedule."""
 
 from dataclasses import replace
 
@@ -24,17 +24,17 @@ MESH = abstract_mesh(MeshConfig(4, stage=2), 8)
         ("dense", "next token", MeshConfig(1, context=4, stage=2), PipelineConfig(2, num_repeats=2)),
         ("experts", "next token", MeshConfig(1, fsdp=2, expert=2, stage=2), PipelineConfig(num_repeats=2)),
         ("capacity", "next token", MeshConfig(1, expert=4, stage=2), PipelineConfig()),
-        ("latent", "further tokens", MeshConfig(2, tensor=2, stage=2), PipelineConfig(num_repeats=2)),
+        ("latent", "multi-token prediction", MeshConfig(2, tensor=2, stage=2), PipelineConfig(num_repeats=2)),
         ("dense", "pairs", MeshConfig(2, stage=4), PipelineConfig()),
     ],
 )
-def test_losses_and_gradients_are_those_of_one_device(model, objective, mesh, pipeline):
+def test_losses_and_gradients_match_one_device(model, objective, mesh, pipeline):
     found = losses_and_gradients(model, objective, mesh, num_layers=4, pipeline=pipeline)
     assert_same(found, alone(model, objective, num_layers=4))
 
 
 @pytest.mark.parametrize("schedule", [Schedule(1, 1, 1), Schedule(2, 1, 4), Schedule(4, 1, 4), Schedule(4, 3, 8)])
-def test_each_microbatch_goes_through_all_stages_in_each_round_without_waiting(schedule):
+def test_each_microbatch_passes_all_stages_in_each_round_without_waiting(schedule):
     seen: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for turn in range(schedule.turns):
         for stage in range(schedule.stages):
@@ -53,32 +53,37 @@ def test_each_microbatch_goes_through_all_stages_in_each_round_without_waiting(s
     ("rows", "pipeline", "microbatches"),
     [(32, PipelineConfig(), 8), (16, PipelineConfig(), 4), (96, PipelineConfig(), 8), (32, PipelineConfig(2), 2)],
 )
-def test_rows_go_in_up_to_four_microbatches_for_each_stage(rows, pipeline, microbatches):
+def test_default_is_up_to_four_microbatches_per_stage(rows, pipeline, microbatches):
     model = with_pipeline(replace(DENSE, num_layers=4, pipeline=pipeline), rows, MESH, ShardingRules())
     assert model.pipeline.num_microbatches == microbatches
 
 
 @pytest.mark.parametrize(
-    ("layers", "rows", "pipeline", "said"),
+    ("layers", "rows", "pipeline", "message"),
     [
-        (3, 32, PipelineConfig(), r"mesh.stage=2: does not deal out 3 layers .* valid mesh.stage with 8 devices: 1;"),
-        (6, 32, PipelineConfig(num_repeats=2), r"does not deal out 6 layers in model.pipeline.num_repeats=2"),
+        (
+            3,
+            32,
+            PipelineConfig(),
+            r"mesh.stage=2: 3 layers cannot be split evenly over 2 pipeline stages .* valid mesh.stage .*8 devices: 1;",
+        ),
+        (6, 32, PipelineConfig(num_repeats=2), r"6 layers cannot be split .* model.pipeline.num_repeats=2;"),
         (
             4,
             32,
             PipelineConfig(3),
             r"model.pipeline.num_microbatches=3: must be a multiple of mesh.stage=2 .* valid: 2, 4, 8",
         ),
-        (4, 8, PipelineConfig(4), r"divides the 2 rows of one of 4 copies; valid: 2"),
-        (4, 32, PipelineConfig(num_repeats=0), r"rounds=0 must be at least 1"),
+        (4, 8, PipelineConfig(4), r"divides the 2 rows of each of 4 data-parallel replicas; valid: 2"),
+        (4, 32, PipelineConfig(num_repeats=0), r"num_repeats=0 must be at least 1"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_what_does(layers, rows, pipeline, said):
-    with pytest.raises(ValueError, match=said):
+def test_indivisible_sizes_are_refused_with_valid_ones(layers, rows, pipeline, message):
+    with pytest.raises(ValueError, match=message):
         with_pipeline(replace(DENSE, num_layers=layers, pipeline=pipeline), rows, MESH, ShardingRules())
 
 
-def test_layers_of_a_stage_lie_on_its_devices_only():
+def test_layers_of_a_stage_are_only_on_its_devices():
     config = replace(DENSE, num_layers=4)
     shapes = abstract_params(config)
     shardings = param_shardings(param_axes(config), shapes, MESH, ShardingRules())

@@ -1,4 +1,4 @@
-"""The loop, the hooks, the checkpoints and the trackers together: a run cut anywhere is the unbroken run."""
+"""Loop, hooks, checkpoints and trackers together: an interrupted run equals an uninterrupted one."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ OPTIMIZER = optax.adam(0.05)
 
 
 class Counting:
-    """Batch i is a function of i."""
+    """A data source whose batch i is a function of i."""
 
     def __init__(self) -> None:
         self.index = 0
@@ -59,9 +59,9 @@ def fresh() -> TrainState:
 
 
 def run(folder: Path, *, cut_at: int | None = None) -> tuple[str, str]:
-    """Begins or goes on with the run in `folder`. Returns why it ended and the hash of its state."""
+    """Starts or resumes the run in `folder`. Returns the reason for its end and the hash of its state."""
     with Checkpointer(folder / "checkpoints", CheckpointConfig(save_interval_steps=2, max_to_keep=2)) as checkpointer:
-        whole, source, start = fresh(), Counting(), 0
+        initial, source, start = fresh(), Counting(), 0
         ledger = GoodputRecorder(folder / "goodput.json")
         name = TrainMetrics(tokens_per_step=12, flops_per_token=1.0, peak=Peak(0.0, ""))
         losses = lambda state: {"eval/loss": float(jnp.sum(state.params["w"] ** 2))}
@@ -82,7 +82,7 @@ def run(folder: Path, *, cut_at: int | None = None) -> tuple[str, str]:
         patience = EarlyStopping(found, patience=50, save=save.save)
         remembers["patience"] = patience
         if latest is not None:
-            whole = checkpointer.restore(latest, whole).state
+            initial = checkpointer.restore(latest, initial).state
             source.set_state(checkpointer.read_json(latest, "source"))
             restore_hook_states(checkpointer.read_json(latest, "extra"), remembers)
 
@@ -96,7 +96,7 @@ def run(folder: Path, *, cut_at: int | None = None) -> tuple[str, str]:
 
         with StopOnSignal(save.save) as signals, ledger.phase("step"):
             hooks = [found, save, patience, signals, cut]
-            state, reason = fit(whole, {}, source, STEP, num_steps=NUM_STEPS, hooks=hooks, report=report)
+            state, reason = fit(initial, {}, source, STEP, num_steps=NUM_STEPS, hooks=hooks, report=report)
         tracker.finish()
         return reason, state_hash(state)
 
@@ -106,8 +106,8 @@ def values(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     reason, found = run(folder)
     assert reason == "done" and len(values(folder, "train/loss")) == NUM_STEPS
     assert [step for step, _ in values(folder, "eval/loss")] == [3, 6, 9]
@@ -115,16 +115,16 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("cuts", [[1], [3], [4, 6], [2, 5, 7, 8], [NUM_STEPS]])
-def test_a_run_cut_at_any_step_is_the_unbroken_run(tmp_path, unbroken, cuts):
+def test_interrupted_run_equals_the_uninterrupted_run(tmp_path, uninterrupted, cuts):
     for step in cuts:
         assert run(tmp_path, cut_at=step)[0] == "cut"
     reason, found = run(tmp_path)
-    assert (reason, found) == ("done", unbroken[1])
-    for name in ("train/loss", "eval/loss", "train/tokens"):  # each row once, and the same
-        assert values(tmp_path, name) == values(unbroken[0], name)
+    assert (reason, found) == ("done", uninterrupted[1])
+    for name in ("train/loss", "eval/loss", "train/tokens"):  # each row exactly once, with the same value
+        assert values(tmp_path, name) == values(uninterrupted[0], name)
 
 
-def test_a_finished_run_that_is_started_again_changes_nothing(tmp_path):
+def test_restarting_a_finished_run_changes_nothing(tmp_path):
     first = run(tmp_path)
     rows = (tmp_path / "metrics.jsonl").read_text()
     assert run(tmp_path) == first

@@ -1,3 +1,5 @@
+"""Learning rate schedules: warmup, shapes and their errors."""
+
 import math
 
 import numpy as np
@@ -42,7 +44,7 @@ def test_without_warmup_the_first_update_has_the_peak(cls: type[ScheduleConfig])
         (InverseSqrtConfig(warmup_steps=25), {25: 1.0, 100: 0.5, 400: 0.25}),
     ],
 )
-def test_each_shape_has_its_values_at_its_corners(config: ScheduleConfig, values: dict[int, float]) -> None:
+def test_schedule_values(config: ScheduleConfig, values: dict[int, float]) -> None:
     schedule = config.build(2.0, 100)
     for step, share in values.items():
         assert math.isclose(float(schedule(step)), 2.0 * share, abs_tol=1e-6), step

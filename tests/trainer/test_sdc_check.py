@@ -1,4 +1,4 @@
-"""A device that computes wrong, or holds other values than it should, is found and named."""
+"""SDC checks detect and name a device that computes wrong results or holds a different replica."""
 
 from dataclasses import replace
 from itertools import count
@@ -29,36 +29,36 @@ def made(train_step=None, **axes):
 
 
 def with_a_flipped_bit(array, device):
-    """The copy, or piece, of one device is other than it was by the lowest bit of one element."""
-    pieces = []
+    """Flips the lowest bit of one element in the shard of one device."""
+    shards = []
     for shard in array.addressable_shards:
-        piece = np.array(shard.data)
+        data = np.array(shard.data)
         if shard.device.id == device:
-            bits = piece.reshape(-1).view(np.uint32)
+            bits = data.reshape(-1).view(np.uint32)
             bits[bits.size // 2] ^= 1
-        pieces.append(jax.device_put(piece, shard.device))
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, pieces)
+        shards.append(jax.device_put(data, shard.device))
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 @pytest.mark.parametrize(
-    ("axes", "alike"), [({"data": 8}, 8), ({"data": 2, "fsdp": 4}, 2), ({"data": 4, "tensor": 2}, 4)]
+    ("axes", "replicas"), [({"data": 8}, 8), ({"data": 2, "fsdp": 4}, 2), ({"data": 4, "tensor": 2}, 4)]
 )
-def test_one_bit_of_one_copy_is_found_and_named(axes, alike):
+def test_one_flipped_bit_in_a_replica_is_detected_and_named(axes, replicas):
     state, watch = made(**{"data": 1, "fsdp": 1, "tensor": 1} | axes)
     assert watch.differing_replicas(state) == ""
-    spoiled = replace(state, params=state.params | {"head": with_a_flipped_bit(state.params["head"], device=5)})
-    told = watch.differing_replicas(spoiled)
-    assert "device 5 of process 0 holds another copy of params.head than others" in told
-    assert told.count("device") == (1 if alike > 2 else 2)  # of two nobody can say which is right
+    corrupted = replace(state, params=state.params | {"head": with_a_flipped_bit(state.params["head"], device=5)})
+    problem = watch.differing_replicas(corrupted)
+    assert "the replica of params.head on device 5 of process 0 differs from the others" in problem
+    assert problem.count(" on device ") == (1 if replicas > 2 else 2)  # two replicas have no majority
 
 
-def test_what_no_other_device_holds_cannot_be_compared():
+def test_unreplicated_shards_cannot_be_compared():
     state, watch = made(data=1, fsdp=8, tensor=1)
-    spoiled = replace(state, params=state.params | {"head": with_a_flipped_bit(state.params["head"], device=5)})
-    assert watch.differing_replicas(spoiled) == ""
+    corrupted = replace(state, params=state.params | {"head": with_a_flipped_bit(state.params["head"], device=5)})
+    assert watch.differing_replicas(corrupted) == ""
 
 
-def test_a_sound_run_is_left_as_it_is():
+def test_guard_does_not_change_a_correct_run():
     state, watch = made(data=4, fsdp=2, tensor=1)
     plain = jax.jit(step_with())
     expected = plain(state, {}, toy.batch(8), NO_LIMITS)[0]
@@ -68,34 +68,34 @@ def test_a_sound_run_is_left_as_it_is():
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_step_that_does_not_repeat_ends_the_run_before_it_is_taken():
+def test_non_repeatable_step_raises_before_it_runs():
     ticks = count()
 
     def unsteady(state, frozen, batch, limits):
         tick = io_callback(lambda: np.float32(next(ticks)), jax.ShapeDtypeStruct((), jnp.float32))
         return replace(state, params=state.params | {"head": state.params["head"] + tick}), {}
 
-    taken = []
+    steps = []
     state, watch = made(unsteady, data=8, fsdp=1, tensor=1)
-    guarded = watch.guard(lambda state, *_: taken.append(1) or (state, {}), first_step=4)
+    guarded = watch.guard(lambda state, *_: steps.append(1) or (state, {}), first_step=4)
     guarded(state, {}, toy.batch(8), NO_LIMITS)  # step 5 is not due
     with pytest.raises(
-        SilentDataCorruption, match=r"gave other bits for params\.head when the same step was repeated"
+        SilentDataCorruption, match=r"gave different bits for params\.head when the same step was repeated"
     ) as error:
         guarded(state, {}, toy.batch(8), NO_LIMITS)
-    assert (error.value.step, error.value.sound, len(taken)) == (6, 4, 1)
+    assert (error.value.step, error.value.sound, len(steps)) == (6, 4, 1)
 
 
-def test_the_device_that_does_not_repeat_is_named():
+def test_non_repeatable_device_is_named():
     state, watch = made(data=8, fsdp=1, tensor=1)
     runs = [np.zeros((8, len(watch._names)), np.uint32) for _ in range(2)]
     runs[1][3, :2] = 7
     watch._of_step = lambda *_: runs.pop()
-    told = watch.differing_repeats(state)
-    assert told.startswith("device 3 of process 0 gave other bits for") and "device 2" not in told
+    problem = watch.differing_repeats(state)
+    assert problem.startswith("device 3 of process 0 gave different bits for") and "device 2" not in problem
 
 
-def test_every_kind_of_number_is_digested():
+def test_digest_of_every_dtype():
     from trainer.reliability.sdc_check import _digest
 
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.int32, jnp.uint8, jnp.bool_, jnp.float8_e4m3fn):
@@ -108,5 +108,5 @@ def test_every_kind_of_number_is_digested():
 @pytest.mark.parametrize(
     ("values", "odd"), [([1, 1, 1], []), ([1, 2, 1], [1]), ([1, 2], [0, 1]), ([1, 2, 3], [0, 1, 2])]
 )
-def test_the_majority_is_right(values, odd):
+def test_minority_indices(values, odd):
     assert minority_indices(np.array(values)) == odd

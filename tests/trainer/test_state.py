@@ -1,3 +1,5 @@
+"""Train state: initialization and sharding."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def test_initial_state_has_the_same_bits_on_every_mesh(config: MeshConfig) -> No
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_moments_lie_like_their_parameters() -> None:
+def test_moments_are_sharded_like_their_parameters() -> None:
     state = init_on(MeshConfig(2, 2, 2))
     assert state.params["layers"]["up"].sharding.spec == PartitionSpec(None, ("fsdp",), ("tensor",))
     for moments in (state.opt_state[0].mu, state.opt_state[0].nu):
@@ -42,7 +44,7 @@ def test_moments_lie_like_their_parameters() -> None:
     assert state.step.sharding.is_fully_replicated
 
 
-def test_abstract_state_is_the_shape_of_the_real_one() -> None:
+def test_abstract_state_matches_the_real_state() -> None:
     shardings = shardings_on(MeshConfig(2, 2, 2))
     abstract = abstract_state(toy.init_params, OPTIMIZER, param_shardings=shardings)
     real = init_on(MeshConfig(2, 2, 2))
@@ -52,7 +54,7 @@ def test_abstract_state_is_the_shape_of_the_real_one() -> None:
         assert shape.sharding.is_equivalent_to(array.sharding, array.ndim)
 
 
-def test_reduced_dims_stay_whole_and_the_others_are_cut() -> None:
+def test_reduced_dims_are_unsharded_and_the_others_sharded() -> None:
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     params = {"w": shape(2, 8, 4, 4), "a": {"w": shape(8, 8)}}
     mesh = make_mesh(MeshConfig(2, 2, 2))

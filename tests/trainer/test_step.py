@@ -1,3 +1,5 @@
+"""Train and eval steps: accumulation, metrics, sharding, donation."""
+
 import re
 from dataclasses import replace
 
@@ -46,7 +48,7 @@ def test_microbatching_does_not_change_the_update(num_microbatches: int) -> None
     assert_close(once_metrics, split_metrics)
 
 
-def test_the_update_is_that_of_the_mean_over_all_learnt_tokens() -> None:
+def test_update_is_that_of_the_mean_over_all_target_tokens() -> None:
     batch, state = toy.batch(8), new_state()
     sgd = optax.sgd(1.0)
 
@@ -59,7 +61,7 @@ def test_the_update_is_that_of_the_mean_over_all_learnt_tokens() -> None:
     assert_close(expected, found.params)
 
 
-def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
+def test_batch_without_targets_changes_only_the_step() -> None:
     state, _ = step_with()(new_state(), {}, toy.batch(4))
     empty = toy.batch(4)._replace(loss_mask=np.zeros((4, toy.L), np.float32))
     after, metrics = step_with(2)(state, {}, empty)
@@ -74,7 +76,7 @@ def test_a_batch_with_nothing_to_learn_changes_nothing_but_the_step() -> None:
         np.testing.assert_array_equal(old, new)
 
 
-def test_metrics_say_what_was_done() -> None:
+def test_metrics() -> None:
     batch, state = toy.batch(8), new_state()
     _, metrics = step_with()(state, {}, batch)
     assert float(metrics["tokens"]) == batch.loss_mask.sum()
@@ -85,7 +87,7 @@ def test_metrics_say_what_was_done() -> None:
     assert float(metrics["grad_norm"]) > 0
 
 
-def test_gradient_norm_is_told_before_clipping() -> None:
+def test_gradient_norm_is_reported_before_clipping() -> None:
     clipped = AdamWConfig(max_grad_norm=1e-6).build(SCHEDULE, toy.AXES)
     state = make_state(toy.init_params, clipped, jax.random.key(1))
     _, metrics = step_with(optimizer=clipped)(state, {}, toy.batch(8))
@@ -103,7 +105,7 @@ def test_learning_rate_follows_the_step_of_the_state() -> None:
     assert_close(after.params, state.params, 0)
 
 
-def test_randomness_is_that_of_key_and_step() -> None:
+def test_randomness_depends_on_key_and_step() -> None:
     state = new_state()
     step = step_with(apply=toy.apply)
     same, again = step(state, {}, toy.batch(4))[1], step(state, {}, toy.batch(4))[1]
@@ -112,7 +114,7 @@ def test_randomness_is_that_of_key_and_step() -> None:
 
 
 @pytest.mark.parametrize("config", [MeshConfig(8, 1, 1), MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)])
-def test_a_sharded_step_equals_the_step_of_one_device(config: MeshConfig) -> None:
+def test_sharded_step_matches_one_device(config: MeshConfig) -> None:
     mesh, rules = make_mesh(config), ShardingRules()
     shapes = jax.eval_shape(toy.init_params, jax.random.key(0))
     shardings = param_shardings(toy.AXES, shapes, mesh, rules)
@@ -128,8 +130,8 @@ def test_a_sharded_step_equals_the_step_of_one_device(config: MeshConfig) -> Non
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_new_state_takes_the_place_of_the_old(size: int) -> None:
-    """No array of the state is copied, so that it is in memory once: XLA copies what is read late."""
+def test_state_is_updated_in_place(size: int) -> None:
+    """XLA copies no array of the donated state, so only one copy is in memory."""
     mesh, rules = make_mesh(MeshConfig(size, size, size), jax.devices()[: size**3]), ShardingRules()
     shardings = param_shardings(toy.AXES, jax.eval_shape(toy.init_params, jax.random.key(0)), mesh, rules)
     state = init_sharded_state(toy.init_params, OPTIMIZER, jax.random.key(1), param_shardings=shardings)
@@ -141,7 +143,7 @@ def test_the_new_state_takes_the_place_of_the_old(size: int) -> None:
     assert re.findall(r"= \w+\[\d.* copy\(%(state_\w+)", program) == []
 
 
-def test_each_microbatch_lies_on_all_devices() -> None:
+def test_each_microbatch_is_spread_over_all_devices() -> None:
     mesh = make_mesh(MeshConfig(8, 1, 1))
     sharding = batch_sharding(mesh, ShardingRules())
     x = jax.device_put(jnp.arange(32.0).reshape(16, 2), sharding)
@@ -152,8 +154,8 @@ def test_each_microbatch_lies_on_all_devices() -> None:
     np.testing.assert_array_equal(parts[1], x[1::2])
 
 
-def test_microbatches_that_do_not_divide_are_refused() -> None:
-    message = r"task\.num_microbatches=3: .*nearest valid data\.batch_size: 6, 9"
+def test_indivisible_accumulation_steps_are_refused() -> None:
+    message = r"task\.gradient_accumulation_steps=3: .*nearest valid data\.batch_size: 6, 9"
     with pytest.raises(ValueError, match=message):
         step_with(3)(new_state(), {}, toy.batch(8))
 
@@ -168,11 +170,11 @@ def test_bf16_compute_keeps_f32_masters() -> None:
     assert all(value.dtype == jnp.float32 for value in metrics.values())
 
 
-def test_evaluation_adds_up_over_batches() -> None:
+def test_evaluation_sums_over_batches() -> None:
     evaluate = jax.jit(make_eval_step(OBJECTIVE, toy.apply))
     params = new_state().params
-    whole = evaluate(params, {}, toy.batch(8))
+    full = evaluate(params, {}, toy.batch(8))
     halves = [evaluate(params, {}, TokenBatch(*(x[half] for x in toy.batch(8)))) for half in (slice(4), slice(4, 8))]
-    assert set(whole) == {"loss", "nll", "accuracy", "bytes"}
+    assert set(full) == {"loss", "nll", "accuracy", "bytes"}
     summed = jax.tree.map(lambda *x: sum(x), *halves)
-    assert_close(whole, summed, 1e-5)
+    assert_close(full, summed, 1e-5)

@@ -1,4 +1,4 @@
-"""A run that stands still is noticed, once, with what it waits for and where every thread is."""
+"""Watchdog: hangs are reported once, with their cause and the stacks of all threads."""
 
 import sys
 
@@ -17,64 +17,65 @@ class Time:
 @pytest.fixture
 def made(tmp_path):
     def make(on_hang=WatchdogAction.warn, phase="step"):
-        said, left, time = [], [], Time()
+        messages, exits, time = [], [], Time()
         watchdog = Watchdog(
-            60, on_hang=on_hang, doing=lambda: phase, say=said.append, stacks=tmp_path / "stacks" / "0.txt",
-            clock=time, leave=left.append,
+            60, on_hang=on_hang, doing=lambda: phase, say=messages.append, stacks=tmp_path / "stacks" / "0.txt",
+            clock=time, leave=exits.append,
         )  # fmt: skip
-        return watchdog, said, left, time
+        return watchdog, messages, exits, time
 
     return make
 
 
-def test_a_hang_is_told_once_with_stacks_and_so_is_its_end(made, tmp_path):
-    watchdog, said, left, time = made()
+def test_hang_and_its_end_are_reported_once_with_stacks(made, tmp_path):
+    watchdog, messages, exits, time = made()
     watchdog.beat(3)
     time.now = 59
-    watchdog.look()
-    assert not said
+    watchdog.check()
+    assert not messages
 
     def next_batch():
         time.now = 61
-        watchdog.look()
-        watchdog.look()
+        watchdog.check()
+        watchdog.check()
 
     next_batch()
-    assert len(said) == 1 and not left
+    assert len(messages) == 1 and not exits
     assert (
-        said[0].startswith("no progress for 61 s after step 3: the run waits for data") and "on_hang=abort" in said[0]
+        messages[0].startswith("no progress for 61 s after step 3: waiting for data: ")
+        and "task.watchdog_action=abort" in messages[0]
     )
     assert "next_batch" in (tmp_path / "stacks" / "0.txt").read_text()
     time.now = 75
     watchdog.beat(4)
-    assert said[1] == "step 4: goes on after 75 s"
+    assert messages[1] == "step 4: progress resumed after 75 s"
 
 
-def test_abort_leaves_with_75(made):
-    watchdog, said, left, time = made(WatchdogAction.abort)
+def test_abort_exits_with_75(made):
+    watchdog, messages, exits, time = made(WatchdogAction.abort)
     time.now = 60
-    watchdog.look()
-    assert left == [75] and "leaving with 75" in said[0]
+    watchdog.check()
+    assert exits == [75] and "exiting with code 75" in messages[0]
 
 
-def test_the_thread_looks_by_itself(tmp_path):
-    said = []
+def test_thread_checks_periodically(tmp_path):
+    messages = []
     watchdog = Watchdog(
-        0.05, on_hang=WatchdogAction.warn, doing=lambda: "step", say=said.append, stacks=tmp_path / "stacks.txt"
+        0.05, on_hang=WatchdogAction.warn, doing=lambda: "step", say=messages.append, stacks=tmp_path / "stacks.txt"
     )
     with watchdog:
         for _ in range(1000):
-            if said:
+            if messages:
                 break
             watchdog._end.wait(0.02)
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize(
     ("where", "word"), [("next_batch", "data"), ("flush", "collective"), ("save", "storage"), ("wait", "storage")]
 )
-def test_what_it_waits_for_is_read_off_the_stack(where, word):
+def test_cause_is_derived_from_the_stack(where, word):
     space = {"sys": sys}
     exec(f"def inner():\n return sys._getframe()\ndef {where}():\n return inner()", space)
     assert word in meaning("step", space[where]())
-    assert meaning("evaluate", space[where]()) == "is in its phase 'evaluate'"
+    assert meaning("evaluate", space[where]()) == "in phase 'evaluate'"

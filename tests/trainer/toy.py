@@ -1,4 +1,4 @@
-"""A model of a few lines with the border of a real one, and batches for it.
+"""A minimal model with the interface of a real one, and batches for it.
 
 Shape letters: B batch, L length, D model, F mlp, V vocab.
 """
@@ -38,7 +38,7 @@ def init_params(key: jax.Array, num_layers: int = 2) -> dict:
 
 def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) -> ModelOutput:
     x_BLD = params["embedding"][tokens_BL]
-    if rng is not None:  # so that a step depends on its key, as dropout does
+    if rng is not None:  # makes a step depend on its key, as dropout does
         x_BLD = x_BLD * (1 + 1e-3 * jax.random.normal(rng, (D,))[None, None])
 
     def layer(x_BLD, weights):
@@ -54,10 +54,10 @@ def without_noise(params, tokens_BL, *, positions_BL, segment_ids_BL, rng=None) 
 
 
 def batch(rows: int, seed: int = 0) -> TokenBatch:
-    """Random tokens; each row learns another number of them."""
+    """Random tokens with a random number of target tokens per row."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, V, (rows, L + 1)).astype(np.int32)
-    learnt = rng.integers(0, L + 1, (rows, 1))
-    mask = (np.arange(L)[None] < learnt).astype(np.float32)
+    num_targets = rng.integers(0, L + 1, (rows, 1))
+    mask = (np.arange(L)[None] < num_targets).astype(np.float32)
     ones = np.ones((rows, L), np.int32)
     return TokenBatch(tokens[:, :-1], tokens[:, 1:], mask, ones, np.cumsum(ones, 1, dtype=np.int32) - 1)

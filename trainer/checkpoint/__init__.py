@@ -1,1 +1,1 @@
-"""Saves and restores runs: local and remote checkpoints, checksums, the commit barrier."""
+"""Checkpointing: local and remote checkpoints, checksums, multi-process commit barrier."""

@@ -1,15 +1,14 @@
-"""Checkpoints of a run: written in the background, whole or not at all, checked before they are used.
+"""Asynchronous, atomic checkpoints with SHA-256 verification on restore.
 
     checkpoints/STEP/state       params, opt_state, step and rng: Orbax, sharded, restored onto any mesh
                     /source      JSON: the position of the next batch
                     /config      JSON: the resolved config and where it ran
                     /tokenizer   JSON: {file name: base64}
-                    /extra       JSON: what hooks remember, such as the patience of early stopping
+                    /extra       JSON: state of hooks, such as the patience of early stopping
                     /digests.json  SHA-256 of every file above
 
-Orbax restores a flipped bit in a data file without a word, so the digests are made of the finished files,
-inside the temporary folder, just before the one rename that commits it: a committed step is never without
-them.
+Orbax silently restores a data file with a flipped bit. The digests are therefore computed from the finished files in
+the temporary folder, just before the rename that commits it, so every committed step has them.
 """
 
 import base64
@@ -36,7 +35,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from trainer.checkpoint.barrier import CommitBarrier, tell_failures_once
+from trainer.checkpoint.barrier import CommitBarrier, suppress_duplicate_errors
 from trainer.checkpoint.checksums import DIGESTS, key_data, leaf_paths, verify_digests, write_digests
 from trainer.checkpoint.structure import Tree, check_structure, prng_free_spec, shaped_like, wrap_keys
 
@@ -45,42 +44,42 @@ State = TypeVar("State")  # a dataclass pytree: TrainState
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    """When a run is saved and what stays."""
+    """Checkpoint interval and retention."""
 
-    save_interval_steps: int = dataclasses.field(
-        default=1000, metadata={"min": 0}
-    )  # steps between checkpoints; 0: at the end only
-    max_to_keep: int = dataclasses.field(default=3, metadata={"min": 1})  # the last so many stay
-    # Each multiple of so many steps stays for ever; null: none
+    # optimizer steps between checkpoints; 0 saves only at the end
+    save_interval_steps: int = dataclasses.field(default=1000, metadata={"min": 0})
+    max_to_keep: int = dataclasses.field(default=3, metadata={"min": 1})  # most recent checkpoints to keep
+    # also keep every checkpoint whose step is a multiple of this; null: none
     keep_period: int | None = dataclasses.field(default=None, metadata={"min": 1})
-    keep_best: bool = True  # save when the evaluation loss is the best yet, and keep that one
-    async_save: bool = True  # write in the background while training goes on
+    keep_best: bool = True  # save at each new lowest eval loss, and keep the best checkpoint
+    async_save: bool = True  # write checkpoints in the background during training
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint was not written; those before it are as they were."""
+    """Raised when a checkpoint could not be written; earlier checkpoints are unaffected."""
 
 
 class Restored(NamedTuple, Generic[State]):
-    """What a checkpoint gave back."""
+    """A restored state and its step."""
 
     step: int
     state: State
 
 
-def silence_orbax(text: str) -> None:
-    """For callers that have nobody to tell."""
+def discard_message(text: str) -> None:
+    """Default `say`: drops the message."""
 
 
 def loss_of(metrics: Mapping[str, float] | None) -> float:
+    """Returns the saved evaluation loss; infinity if it is missing or NaN."""
     loss = math.inf if not metrics else float(metrics.get("loss", math.inf))
     return math.inf if math.isnan(loss) else loss
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every process makes one and calls the same methods in the same order.
+    """Saves and restores the checkpoints of one run. Every process must call the same methods in the same order.
 
-    A `read_only` one neither writes nor cleans up, so that a run that is still going on can be evaluated.
+    With `read_only`, it neither writes nor cleans up, so a run that is still training can be evaluated.
     """
 
     def __init__(
@@ -89,9 +88,9 @@ class Checkpointer:
         config: CheckpointConfig | None = None,
         *,
         read_only: bool = False,
-        say: Callable[[str], None] = silence_orbax,
+        say: Callable[[str], None] = discard_message,
     ):
-        """Opens `folder`, which need not exist. `say` is told in one line what was found wrong."""
+        """Opens `folder`, which need not exist. `say` receives one-line warnings."""
         self.config = config or CheckpointConfig()
         self.folder = Path(os.path.abspath(folder))
         self.say = say
@@ -99,14 +98,14 @@ class Checkpointer:
         self._saving: int | None = None
         self._read_only = read_only
         self._opened: ocp.CheckpointManager | None = None
-        self._barrier: CommitBarrier | None = None  # where there are several processes
+        self._barrier: CommitBarrier | None = None  # with several processes only
         self._async = ocp.AsyncOptions()
         self._processes = ocp.options.MultiprocessingOptions()
-        self._handlers: dict[str, Any] | None = None  # None: by the arguments of a save
+        self._handlers: dict[str, Any] | None = None  # None: Orbax infers them from the save arguments
 
     @property
     def location(self) -> str:
-        """For people: where the checkpoints lie."""
+        """Folder or URL of the checkpoints, for messages."""
         return str(self.folder)
 
     def _retention(self) -> AnyPreservationPolicy:
@@ -114,27 +113,27 @@ class Checkpointer:
         if self.config.keep_period is not None:
             policies.append(EveryNSteps(self.config.keep_period))
         if self.config.keep_best:
-            # BestN keeps the end of its sorted list, so that the lowest loss needs the reverse order.
+            # BestN keeps the end of its sorted list: reversed, that is the lowest loss.
             policies.append(BestN(get_metric_fn=loss_of, reverse=True, n=1, keep_checkpoints_without_metrics=False))
         return AnyPreservationPolicy(policies)
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager, opened by the first that writes: it starts threads and cleans up what a kill left."""
-        assert not self._read_only, "a read-only Checkpointer neither saves nor moves anything"
+        """Orbax's manager, opened on first write: it starts threads and removes leftovers of a killed save."""
+        assert not self._read_only, "a read-only Checkpointer cannot save or move checkpoints"
         if self._opened is None:
             self._opened = self._open_manager()
         return self._opened
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        tell_failures_once()
+        suppress_duplicate_errors()
         self._barrier = CommitBarrier() if jax.process_count() > 1 else None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention(),
-            best_fn=loss_of,  # else Orbax does not write the metrics that the policy reads after a restart
+            best_fn=loss_of,  # without it Orbax does not write the metrics that the policy reads after a restart
             best_mode="min",
             cleanup_tmp_directories=True,
-            # A copy of a step in a later run must not look older or newer by its metadata alone.
+            # Root metadata has timestamps; copies of a step in another run must not differ by them.
             save_root_metadata=False,
             async_options=dataclasses.replace(
                 self._async, post_finalization_callback=self._before_commit, barrier_sync_fn=self._barrier
@@ -152,15 +151,15 @@ class Checkpointer:
         self.close()
 
     def close(self) -> None:
-        """Waits for what is being written; must be called before the process ends."""
+        """Waits for the save in progress. Must be called before the process exits."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None
 
     def wait(self) -> None:
-        """Returns when the last `save` is committed.
+        """Waits until the last `save` is committed.
 
-        Raises: SaveFailed where it was not, in all processes alike.
+        Raises: SaveFailed on all processes if any process failed.
         """
         if self._opened is None or self._saving is None:
             return
@@ -170,13 +169,13 @@ class Checkpointer:
         except Exception as raised:
             error = raised
         if self._barrier is not None and self._barrier.agree(error is not None):
-            error = error or RuntimeError("another process could not write its part")
+            error = error or RuntimeError("another process could not write its shards")
         if error is not None:
             raise self._failed(error) from error
         self._saving = None
 
     def _failed(self, error: Exception) -> SaveFailed:
-        """Lets go of the manager: the next one removes what was half written."""
+        """Closes the manager; the next one removes the incomplete checkpoint."""
         step, self._saving = self._saving, None
         assert step is not None
         opened, self._opened = self._opened, None
@@ -185,20 +184,20 @@ class Checkpointer:
                 opened.close()
         self._verified.discard(step)
         newest = self._last_known()
-        stands = "there is none before it" if newest is None else f"the newest is that of step {newest}"
-        return SaveFailed(f"checkpoint of step {step} could not be written: {self._why(error)}; {stands}")
+        latest = "no earlier checkpoint exists" if newest is None else f"the latest checkpoint is step {newest}"
+        return SaveFailed(f"checkpoint of step {step} could not be written: {self._reason(error)}; {latest}")
 
     def _last_known(self) -> int | None:
         return self.latest()
 
-    def _why(self, error: Exception) -> str:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "No space left" in said or "RESOURCE_EXHAUSTED" in said:
+    def _reason(self, error: Exception) -> str:
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "No space left" in message or "RESOURCE_EXHAUSTED" in message:
             return f"no space left on {self.folder} ({shutil.disk_usage(self.folder).free / 1e6:,.1f} MB free)"
-        return said[:300]
+        return message[:300]
 
     def _wait_and_log(self) -> None:
-        """A save that fails does not end a run: it is told, and tried again at the next due step."""
+        """Logs a failed save instead of raising: the run continues and saves again at the next due step."""
         try:
             self.wait()
         except SaveFailed as failed:
@@ -217,15 +216,15 @@ class Checkpointer:
         extra: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Copies `state` to the host and writes it in the background; `state` may be donated right after.
+        """Copies `state` to the host and writes it in the background; `state` may be donated afterwards.
 
-        Waits for the save before it. `metrics["loss"]` is the evaluation loss at this step, where there is
-        one. A save that fails is told; the last one fails in `wait`.
-        Raises: ValueError where `step` is there already; SaveFailed where one of several processes cannot begin.
+        Waits for the previous save. `metrics["loss"]`: evaluation loss at this step, if any. A failed save is logged;
+        only `wait` raises it.
+        Raises: ValueError if `step` exists already; SaveFailed if one of several processes cannot start the save.
         """
         self._wait_and_log()
         if step in self._manager.all_steps():
-            raise ValueError(f"step {step} of {self.location} is saved already; delete it or begin another run")
+            raise ValueError(f"step {step} of {self.location} is saved already; delete it or start a new run")
         self._saving = step
         files = {name: base64.b64encode(content).decode() for name, content in tokenizer.items()}
         items = ocp.args.Composite(
@@ -235,14 +234,15 @@ class Checkpointer:
             tokenizer=ocp.args.JsonSave(files),
             extra=ocp.args.JsonSave(dict(extra or {})),
         )
-        told = {"loss": loss_of(metrics)} if math.isfinite(loss_of(metrics)) else {}
+        saved_metrics = {"loss": loss_of(metrics)} if math.isfinite(loss_of(metrics)) else {}
 
         try:
-            self._manager.save(step, args=items, metrics=told, force=True)  # when to save is the caller's decision
+            # `force`: the caller decides when to save.
+            self._manager.save(step, args=items, metrics=saved_metrics, force=True)
         except Exception as error:
             failed = self._failed(error)
             if jax.process_count() > 1:
-                raise failed from error  # the others are in the middle of it
+                raise failed from error  # the other processes are in the middle of the save
             self.say(str(failed))
             return
         self._verified.add(step)
@@ -250,35 +250,36 @@ class Checkpointer:
             self._wait_and_log()
 
     def _before_commit(self) -> None:
-        """Called by Orbax, in its thread on process 0, when all have written and before the rename."""
+        """Writes the digests. Orbax calls it in its thread on process 0, after all writes and before the rename."""
         write_digests(self._unfinished())
 
     def _unfinished(self) -> Path:
-        """The folder of what is being saved."""
+        """Returns the temporary folder of the save in progress."""
         assert self._saving is not None
         temporary = sorted(self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         return temporary[-1] if temporary else self.folder / str(self._saving)
 
     def folder_of(self, step: int) -> Path:
-        """Where the files of a checkpoint can be read."""
+        """Returns a local folder with the files of a checkpoint."""
         return self.folder / str(step)
 
-    def _quarantine(self, step: int, why: str) -> None:
+    def _quarantine(self, step: int, reason: str) -> None:
+        """Renames a checkpoint to `STEP.REASON`, with a number appended if that name exists."""
         folder = self.folder / str(step)
-        target, count = folder.with_name(f"{step}.{why}"), 1
+        target, count = folder.with_name(f"{step}.{reason}"), 1
         while target.exists():
             count += 1
-            target = folder.with_name(f"{step}.{why}-{count}")
+            target = folder.with_name(f"{step}.{reason}-{count}")
         folder.rename(target)
 
     def superseded(self) -> list[str]:
-        """Names of checkpoints that were moved away because their steps were to be done anew."""
+        """Returns the names of checkpoints renamed by `discard_after`."""
         return sorted(path.name for path in self.folder.glob("*.superseded*"))
 
     def discard_after(self, step: int) -> list[int]:
-        """Moves checkpoints of later steps away, as `STEP.superseded`: those steps will be done anew.
+        """Renames checkpoints of later steps to `STEP.superseded`, because those steps will be repeated.
 
-        Returns: the steps that were moved.
+        Returns: the renamed steps.
         """
         self.wait()
         newer = [s for s in self.steps() if s > step]
@@ -288,7 +289,7 @@ class Checkpointer:
                 self._quarantine(later, "superseded")
             return len(newer)
 
-        if by_process_0(move):
+        if from_process_0(move):
             self._manager.reload()
         self._verified -= set(newer)
         return newer
@@ -296,17 +297,17 @@ class Checkpointer:
     # Reading
 
     def steps(self) -> list[int]:
-        """The steps that are committed, in ascending order."""
+        """Returns the committed steps in ascending order."""
         if not self.folder.is_dir():
             return []
         return sorted(ocp.utils.checkpoint_steps(self.folder))
 
     def latest(self) -> int | None:
-        """The newest committed step, unchecked; see `latest_valid_step`."""
+        """Returns the newest committed step without verifying it; see `latest_valid_step`."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step of the lowest evaluation loss among those that are there and have one."""
+        """Returns the step with the lowest evaluation loss; None if no checkpoint has one."""
         losses = {step: loss_of(self._metrics_of(step)) for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         return min(known, key=lambda step: (known[step], step)) if known else None
@@ -315,22 +316,25 @@ class Checkpointer:
         return _read_json(self.folder / str(step) / "metrics" / "metrics")
 
     def before(self, step: int) -> int | None:
-        """The newest committed step before this one, unchecked, as process 0 finds it."""
+        """Returns the newest committed step before this one as seen by process 0, without verifying it."""
         self.wait()
-        found = by_process_0(lambda: max((s for s in self.steps() if s < step), default=-1))
+        found = from_process_0(lambda: max((s for s in self.steps() if s < step), default=-1))
         return None if found < 0 else found
 
     def latest_valid_step(self) -> int | None:
-        """The newest step whose files are all as they were written; None where nothing was ever saved.
+        """Returns the newest step that passes verification; None if nothing was ever saved.
 
-        Newer ones that are damaged are set aside as `STEP.damaged`, so that the run can save that step again.
-        Raises: ValueError where there are checkpoints and none is whole.
+        Damaged newer checkpoints are quarantined as `STEP.damaged`, so the run can save that step again.
+        Raises: ValueError if there are checkpoints and none is valid.
         """
         self.wait()
         steps = self.steps()
-        chosen = by_process_0(lambda: self._choose(steps))
+        chosen = from_process_0(lambda: self._choose(steps))
         if chosen < 0 and steps:
-            raise ValueError(f"{self.location}: none of its checkpoints is whole: {', '.join(map(str, steps))}")
+            raise ValueError(
+                f"{self.location}: all checkpoints are damaged: steps {', '.join(map(str, steps))}; restore one from a "
+                "backup or start a new run"
+            )
         if self._opened is not None and chosen != max(steps, default=-1):
             self._opened.reload()
         if chosen >= 0:
@@ -343,7 +347,7 @@ class Checkpointer:
             if damage is None:
                 return step
             older = [s for s in steps if s < step]
-            instead = f"falling back to step {older[-1]}" if older else "there is no older one"
+            instead = f"falling back to step {older[-1]}" if older else "there is no older checkpoint"
             self.say(f"checkpoint of step {step} is damaged: {damage}; {instead}")
             if not self._read_only and older:
                 self._quarantine(step, "damaged")
@@ -354,55 +358,55 @@ class Checkpointer:
             return None
         folder = self.folder_of(step)
         if not (folder / DIGESTS).exists():
-            self.say(f"checkpoint of step {step} carries no digests, so nothing can be checked; using it as it is")
+            self.say(f"checkpoint of step {step} has no {DIGESTS}, so it cannot be verified; using it unverified")
             return None
         return verify_digests(folder)
 
     def check(self, step: int) -> None:
-        """Raises: ValueError where `step` is not there or a file of it is not as it was written."""
+        """Verifies a checkpoint. Raises: ValueError if `step` does not exist or is damaged."""
         self.wait()
         steps = self.steps()
         if step not in steps:
             known = ", ".join(map(str, steps)) or "none"
-            raise ValueError(f"step={step}: no such checkpoint in {self.location}; there are: {known}")
+            raise ValueError(f"step={step}: no such checkpoint in {self.location}; available: {known}")
         found: list[str] = []
 
-        def look() -> int:
+        def verify() -> int:
             found.append(self._damage(step) or "")
             return len(found[0])
 
-        if by_process_0(look):
-            detail = found[0] if found else "process 0 names the file"
-            raise ValueError(f"step={step}: this checkpoint is damaged: {detail}; others: {', '.join(map(str, steps))}")
+        if from_process_0(verify):
+            detail = found[0] if found else "see the error of process 0"
+            raise ValueError(
+                f"step={step}: this checkpoint is damaged: {detail}; all steps: {', '.join(map(str, steps))}"
+            )
         self._verified.add(step)
 
     def restore(self, step: int | None, abstract_state: State) -> Restored[State]:
-        """The whole state, onto the shardings of `abstract_state` (a tree of `jax.ShapeDtypeStruct`).
+        """Restores the full state onto the shardings of `abstract_state` (a tree of `jax.ShapeDtypeStruct`).
 
-        The mesh and the number of processes may differ from those that saved it. Without a step, the newest
-        whole one.
-        Raises: ValueError where there is none, where an explicit one is damaged, or where it holds another
-        structure.
+        The mesh and the number of processes may differ from those that saved it. `step=None`: the newest valid step.
+        Raises: ValueError if there is no checkpoint, an explicit `step` is damaged, or the tree structure differs.
         """
         chosen = self._checked(step)
         wanted = _as_dict(abstract_state)
-        got = self._read(chosen, wanted, whole=True)
-        return Restored(chosen, dataclasses.replace(abstract_state, **got))  # type: ignore[type-var]
+        restored = self._read(chosen, wanted, strict=True)
+        return Restored(chosen, dataclasses.replace(abstract_state, **restored))  # type: ignore[type-var]
 
     def restore_params(
         self, step: int | None, abstract_params: Tree, *, within: tuple[str | int, ...] = ("params",)
     ) -> Tree:
-        """Only the parameters, cast to the dtypes of `abstract_params`; nothing else is read.
+        """Restores only the parameters, cast to the dtypes of `abstract_params`. Reads nothing else.
 
-        `within` is the path to another tree of the same shape, such as an average inside the optimizer state.
+        `within`: path to another tree of the same structure, such as the EMA inside the optimizer state.
         """
         wanted = abstract_params
         for name in reversed(within):
             wanted = {str(name): wanted}
-        got = self._read(self._checked(step), wanted, whole=False)
+        restored = self._read(self._checked(step), wanted, strict=False)
         for name in within:
-            got = got[int(name) if isinstance(got, list | tuple) else str(name)]
-        return got
+            restored = restored[int(name) if isinstance(restored, list | tuple) else str(name)]
+        return restored
 
     def _checked(self, step: int | None) -> int:
         if step is not None:
@@ -413,31 +417,31 @@ class Checkpointer:
             raise ValueError(f"{self.location}: holds no checkpoint")
         return newest
 
-    def _read(self, step: int, wanted: Tree, *, whole: bool) -> Tree:
-        """The part `memory_from_error` of the state of `step`; `whole`: nothing else may be there, nor other dtypes."""
+    def _read(self, step: int, wanted: Tree, *, strict: bool) -> Tree:
+        """Reads the subtree `wanted` of the state of `step`; `strict`: the structure and dtypes must match exactly."""
         raw = jax.tree.map(prng_free_spec, wanted)
         folder = epath.Path(self.folder_of(step) / "state")
-        # Orbax keeps this in a place that all handlers share: the last one made decides for those that write.
+        # The options are global to all Orbax handlers: those of the last handler created apply to writers, too.
         reader = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._processes)
         stored = reader.metadata(folder).tree
-        if not whole:  # optax states are tuples, which Orbax stores, and restores in part, as lists
+        if not strict:  # optax states are tuples; Orbax stores them, and partially restores them, as lists
             raw = shaped_like(stored, raw)
-        check_structure(f"step {step} of {self.location}", leaf_paths(stored), leaf_paths(raw), whole=whole)
+        check_structure(f"step {step} of {self.location}", leaf_paths(stored), leaf_paths(raw), strict=strict)
         restore_args = ocp.checkpoint_utils.construct_restore_args(raw)
-        args = ocp.args.PyTreeRestore(item=raw, restore_args=restore_args, partial_restore=not whole)
-        got = reader.restore(folder, args=args)
-        return jax.tree.map(wrap_keys, wanted, got) if whole else got
+        args = ocp.args.PyTreeRestore(item=raw, restore_args=restore_args, partial_restore=not strict)
+        restored = reader.restore(folder, args=args)
+        return jax.tree.map(wrap_keys, wanted, restored) if strict else restored
 
     def read_json(self, step: int, item: str) -> dict[str, Any]:
-        """`source`, `config`, `tokenizer` or `extra` of a step, without touching an array."""
+        """Returns `source`, `config`, `tokenizer` or `extra` of a step, without reading any array."""
         self.check(step)
         content = _read_json(self.folder_of(step) / item / "metadata")
         if content is None:
-            raise ValueError(f"step {step} of {self.location}: holds no {item}")
+            raise ValueError(f"step {step} of {self.location}: contains no {item}")
         return content
 
     def read_tokenizer(self, step: int) -> dict[str, bytes]:
-        """The tokenizer's files by name."""
+        """Returns the tokenizer's files by name."""
         return {name: base64.b64decode(text) for name, text in self.read_json(step, "tokenizer").items()}
 
 
@@ -449,8 +453,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def by_process_0(ask: Callable[[], int]) -> int:
-    """What process 0 answers, on every process: the others may see other files, or none."""
+def from_process_0(ask: Callable[[], int]) -> int:
+    """Returns the result of `ask()` on process 0 to every process: the others may see different files, or none."""
     if jax.process_count() == 1:
         return ask()
     failed = -(2**31)
@@ -458,11 +462,11 @@ def by_process_0(ask: Callable[[], int]) -> int:
     if jax.process_index() == 0:
         try:
             answer = ask()
-        except Exception as raised:  # the others wait for an answer, whatever it is
+        except Exception as raised:  # the other processes wait for an answer in any case
             answer, error = failed, raised
     answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
     if error is not None:
         raise error
     if answer == failed:
-        raise OSError("process 0 could not read the checkpoints; its own message says why")
+        raise OSError("process 0 could not read the checkpoints; see its error message for the reason")
     return answer

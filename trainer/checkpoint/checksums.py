@@ -1,4 +1,4 @@
-"""SHA-256 of what was written and of what is in memory: damage is found, equal states are seen as equal."""
+"""SHA-256 of checkpoint files (to detect damage) and of states in memory (to compare runs bit for bit)."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 DIGESTS = "digests.json"
-# Orbax writes these two at the commit itself, after the digests; it does not read them for a restore.
+# Orbax writes the last two at commit time, after the digests, and does not read them on restore.
 _UNCHECKED = {DIGESTS, DIGESTS + ".tmp", "_CHECKPOINT_METADATA", "commit_success.txt"}
-_CHUNK = 1 << 22  # bytes read at a time
+_CHUNK = 1 << 22  # bytes per read
 
 
 def _sha256(path: Path) -> str:
@@ -26,7 +26,7 @@ def _sha256(path: Path) -> str:
 
 
 def _hash_all(folder: Path, names: list[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the interpreter lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
 
 
@@ -42,14 +42,14 @@ def write_digests(folder: Path) -> None:
 
 
 def verify_digests(folder: Path) -> str | None:
-    """What differs from `digests.json`, naming the file; None where all is as it was written."""
+    """Returns the first difference from `digests.json`, naming the file; None if all files match."""
     try:
         files = json.loads((folder / DIGESTS).read_text())["files"]
         sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
         hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{DIGESTS} cannot be read"
-    for name, size in sizes.items():  # cheap looks first
+    for name, size in sizes.items():  # cheap checks first
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -57,31 +57,31 @@ def verify_digests(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     for name, now in _hash_all(folder, list(hashes)).items():
         if now != hashes[name]:
-            return f"{name} does not have the content that was written"
+            return f"{name} does not match its SHA-256"
     return None
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf, or the spec of one, is a typed random key."""
+    """Returns whether a leaf, or its spec, is a typed PRNG key."""
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def key_data(leaf: Any) -> Any:
-    """The bits of a typed random key; any other leaf as it is."""
+    """Returns the bits of a typed PRNG key, and any other leaf unchanged."""
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def leaf_paths(tree: Any) -> dict[str, Any]:
-    """Leaves by path (`params.layers.mlp.up`), alike for NamedTuples and what Orbax makes of them."""
+    """Returns leaves by path (`params.layers.mlp.up`), the same for a NamedTuple and its Orbax form."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 
 
 def state_hash(tree: Any) -> str:
-    """SHA-256 over all leaves, in the order of their paths: path, dtype, shape, little-endian bytes.
+    """Returns the SHA-256 over path, dtype, shape and little-endian bytes of all leaves, sorted by path.
 
-    The same for the same values on any mesh and any number of processes, all of which must call it. One leaf
-    at a time is gathered to the host.
+    Independent of the mesh and the number of processes; every process must call it. Gathers one leaf at a time to the
+    host.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(leaf_paths(tree).items()):
@@ -93,7 +93,7 @@ def state_hash(tree: Any) -> str:
 
 
 def on_host(leaf: Any) -> np.ndarray:
-    """The whole of an array on every process."""
+    """Returns the full (unsharded) array on every process."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         if leaf.is_fully_replicated:
             return np.asarray(leaf.addressable_data(0))

@@ -1,12 +1,12 @@
-"""Checkpoints in an object store, written through a folder of this machine: no host needs a disk that others see.
+"""Checkpoints in an object store, staged in a local folder per process. No shared file system is needed.
 
-    STORE/STEP/...            the same files as in a folder of checkpoints; copied to one, they are one
-              /digests.json   written last: a step without it is not there
+    STORE/STEP/...            the same files as in a local checkpoint folder; a copy of them is a valid checkpoint
+              /digests.json   written last; a step without it does not count as a checkpoint
 
-Every process writes its own slices to a folder of its own, and uploads them while training goes on. Process 0 writes
-`digests.json` when all have told theirs, and only then are older checkpoints deleted, their `digests.json` first: what
-a kill or a failing store leaves half done is never taken for a checkpoint. Reading downloads the files that
-`digests.json` names, and compares.
+Every process writes its shards to its own local folder and uploads them in the background. Process 0 writes
+`digests.json` after all processes have reported their digests. Only then are older checkpoints deleted, `digests.json`
+first, so the remains of a killed process or a failed upload are never mistaken for a checkpoint. A restore downloads
+the files listed in `digests.json` and verifies them.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ from trainer.checkpoint.checkpointer import (
     CheckpointConfig,
     Checkpointer,
     SaveFailed,
-    by_process_0,
+    discard_message,
+    from_process_0,
     loss_of,
-    silence_orbax,
 )
 from trainer.checkpoint.checksums import DIGESTS, verify_digests
 
-PART = "digests.process_"  # what one process has uploaded, until all have
-PATIENCE = 1800  # seconds that an upload may take, and that process 0 waits for the slowest
+PART = "digests.process_"  # digests of the files of one process, until process 0 has merged them
+PATIENCE = 1800  # timeout in seconds of an upload, and of process 0 waiting for the slowest process
 
 
 def _is_not_orbax_warning(record: logging.LogRecord) -> bool:
@@ -46,19 +46,19 @@ def _is_not_orbax_warning(record: logging.LogRecord) -> bool:
 
 
 def steps_to_keep(losses: Mapping[int, float], config: CheckpointConfig) -> set[int]:
-    """Which of the steps stay, by the rules of `CheckpointConfig`; `losses` are infinite where there is none."""
+    """Returns the steps to retain under `CheckpointConfig`. `losses`: eval loss by step, infinite if unknown."""
     steps = sorted(losses)
-    stay = set(steps[-config.max_to_keep :])
+    retained = set(steps[-config.max_to_keep :])
     if config.keep_period is not None:
-        stay |= {step for step in steps if step % config.keep_period == 0}
+        retained |= {step for step in steps if step % config.keep_period == 0}
     known = [step for step in steps if math.isfinite(losses[step])]
     if config.keep_best and known:
-        stay.add(min(known, key=lambda step: (losses[step], step)))
-    return stay
+        retained.add(min(known, key=lambda step: (losses[step], step)))
+    return retained
 
 
 class RemoteCheckpointer(Checkpointer):
-    """The checkpoints of one run in a store. As `Checkpointer`, and `folder` holds no more than what was last used."""
+    """A `Checkpointer` on an object store. The local `folder` caches only the checkpoint used last."""
 
     def __init__(
         self,
@@ -67,21 +67,21 @@ class RemoteCheckpointer(Checkpointer):
         config: CheckpointConfig | None = None,
         *,
         read_only: bool = False,
-        say: Say = silence_orbax,
+        say: Say = discard_message,
         before_commit: Callable[[], None] = lambda: None,
     ):
-        """`folder` is of this process alone. `before_commit` puts there what shall not be older than a checkpoint."""
+        """`folder`: private to this process. `before_commit`: uploads files that must be as new as the checkpoint."""
         super().__init__(folder, config, read_only=read_only, say=say)
         self.store = store
         self._before = before_commit
         self._attempt = 0
-        self._loss_told = math.inf  # of the evaluation at the step that is being saved
-        self._losses: dict[int, float] | None = None  # of what is committed; None: not asked yet
+        self._eval_loss = math.inf  # evaluation loss at the step being saved
+        self._losses: dict[int, float] | None = None  # of committed steps; None: not loaded yet
         if jax.process_count() > 1:
-            # No process sees the folders of others: each is the first in its own, and writes files that are its alone,
-            # as those of OCDBT are not, which one process joins.
+            # Processes do not see each other's folders: each is primary in its own and writes separate files. OCDBT is
+            # off, because it merges the files of all processes.
             self._processes = ocp.options.MultiprocessingOptions(primary_host=None)
-            # Folders first: that they are there is told to all processes by one word, which one's own may come after.
+            # Synchronous: Orbax signals once that folders exist, possibly before this process has created its own.
             self._async = ocp.AsyncOptions(timeout_secs=PATIENCE, create_directories_asynchronously=False)
 
     def _open_manager(self) -> ocp.CheckpointManager:
@@ -91,7 +91,7 @@ class RemoteCheckpointer(Checkpointer):
                 "state": ocp.PyTreeCheckpointHandler(
                     use_ocdbt=False,
                     multiprocessing_options=self._processes,
-                    # Handlers of its own: those that all share wait for a folder that the first process is to make.
+                    # Own handlers: the global ones wait for a folder that only process 0 would create.
                     type_handler_registry=ocp.type_handlers.create_type_handler_registry(
                         (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None)),
                         (np.ndarray, ocp.type_handlers.NumpyHandler()),
@@ -100,7 +100,7 @@ class RemoteCheckpointer(Checkpointer):
                     ),
                 )
             }
-            logging.getLogger("absl").addFilter(_is_not_orbax_warning)  # that it joins nothing
+            logging.getLogger("absl").addFilter(_is_not_orbax_warning)  # warns that OCDBT merging is off
         return super()._open_manager()
 
     @property
@@ -108,22 +108,22 @@ class RemoteCheckpointer(Checkpointer):
         return self.store.url
 
     def _retention(self) -> AnyPreservationPolicy:
-        return AnyPreservationPolicy([LatestN(1)])  # of the copy
+        return AnyPreservationPolicy([LatestN(1)])  # of the local cache
 
     # Writing
 
-    def save(self, step: int, state: Any, **what: Any) -> None:
-        self._wait_and_log()  # before anything of this attempt is set
-        self._attempt = by_process_0(lambda: secrets.randbits(30))
-        self._loss_told = loss_of(what.get("metrics"))
-        super().save(step, state, **what)
+    def save(self, step: int, state: Any, **items: Any) -> None:
+        self._wait_and_log()  # before this save changes any field
+        self._attempt = from_process_0(lambda: secrets.randbits(30))
+        self._eval_loss = loss_of(items.get("metrics"))
+        super().save(step, state, **items)
 
     def wait(self) -> None:
-        """Returns when the last `save` is committed in the store. Raises: SaveFailed where it was not."""
+        """Waits until the last `save` is committed in the store. Raises: SaveFailed if it failed."""
         step = self._saving
         super().wait()
         if step is not None and jax.process_count() > 1:
-            self._verified.discard(step)  # the copy holds this process's part of it
+            self._verified.discard(step)  # the local copy has only this process's shards
 
     def _failed(self, error: Exception) -> SaveFailed:
         step, failed = self._saving, super()._failed(error)
@@ -132,10 +132,10 @@ class RemoteCheckpointer(Checkpointer):
         return failed
 
     def _last_known(self) -> int | None:
-        return max(self._losses or {}, default=None)  # the store may be what fails
+        return max(self._losses or {}, default=None)  # asks no store: it may be the cause of the failure
 
     def _drop_from(self, step: int) -> None:
-        """Forgets copies of this step and later ones."""
+        """Deletes local copies of this step and later ones."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -150,62 +150,65 @@ class RemoteCheckpointer(Checkpointer):
         except Exception as error:
             if jax.process_index() > 0:
                 with contextlib.suppress(Exception):
-                    self._tell({"failed": str(error)})
+                    self._report({"failed": str(error)})
             raise
 
     def _upload(self) -> None:
         step, folder = self._saving, self._unfinished()
         mine = json.loads((folder / DIGESTS).read_text())
-        if jax.process_index() > 0:  # what is not of an array (state/NAME/...) is that of process 0
+        if jax.process_index() > 0:  # files other than arrays (state/NAME/...) are uploaded by process 0
             arrays = lambda name: name.startswith("state/") and name.count("/") > 1
             mine["files"] = {name: entry for name, entry in mine["files"].items() if arrays(name)}
         self.store.put({f"{step}/{name}": folder / name for name in mine["files"]})
         if jax.process_index() > 0:
-            self._tell(mine)
+            self._report(mine)
             return
         for other in range(1, jax.process_count()):
             mine["files"] = self._part(other) | mine["files"]
         self._commit(step, mine)
 
-    def _part_of(self, process: int) -> str:
+    def _part_name(self, process: int) -> str:
         return f"{self._saving}/{PART}{process}.{self._attempt}.json"
 
-    def _tell(self, part: dict[str, Any]) -> None:
-        self.store.write(self._part_of(jax.process_index()), json.dumps(part).encode())
+    def _report(self, part: dict[str, Any]) -> None:
+        """Uploads the digests, or the failure, of this process for process 0."""
+        self.store.write(self._part_name(jax.process_index()), json.dumps(part).encode())
 
     def _part(self, process: int) -> dict[str, Any]:
-        begin = time.monotonic()
-        while (content := self.store.read(self._part_of(process))) is None:
-            if self._barrier is not None and self._barrier.failed():  # it could not even tell
-                raise ObjectStoreError(f"process {process} could not write its part")
-            if time.monotonic() - begin > PATIENCE:
-                raise ObjectStoreError(f"process {process} has not uploaded its part in {PATIENCE:.0f} s")
+        """Waits for the digests of another process."""
+        start = time.monotonic()
+        while (content := self.store.read(self._part_name(process))) is None:
+            if self._barrier is not None and self._barrier.failed():  # it could not report its failure to the store
+                raise ObjectStoreError(f"process {process} could not write its shards")
+            if time.monotonic() - start > PATIENCE:
+                raise ObjectStoreError(f"process {process} has not uploaded its shards in {PATIENCE:.0f} s")
             time.sleep(0.5)
-        told = json.loads(content)
-        if "failed" in told:
-            raise ObjectStoreError(f"process {process}: {told['failed']}")
-        return told["files"]
+        part = json.loads(content)
+        if "failed" in part:
+            raise ObjectStoreError(f"process {process}: {part['failed']}")
+        return part["files"]
 
     def _commit(self, step: int, digests: dict[str, Any]) -> None:
-        """By process 0, when all files are uploaded."""
-        there = self.store.files(str(step))
+        """Commits a step after all uploads. Called on process 0."""
+        uploaded = self.store.files(str(step))
         for name, entry in digests["files"].items():
-            found = there.get(f"{step}/{name}")
+            found = uploaded.get(f"{step}/{name}")
             if found is None or found.size != entry["bytes"]:
-                size = "not" if found is None else f"with {found.size} bytes instead of {entry['bytes']}"
-                raise ObjectStoreError(f"{self.store.url}/{step}/{name} arrived {size}")
+                problem = "is missing" if found is None else f"has {found.size} bytes instead of {entry['bytes']}"
+                raise ObjectStoreError(f"{self.store.url}/{step}/{name} {problem} after the upload")
         self._before()
-        losses = self._known_losses() | {step: self._loss_told}
+        losses = self._known_losses() | {step: self._eval_loss}
         self.store.write(f"{step}/{DIGESTS}", json.dumps(digests, indent=1).encode())
         self._losses = losses
         try:
-            # what an attempt before left, and the parts
-            self.store.delete([name for name in there if name.partition("/")[2] not in {*digests["files"], DIGESTS}])
+            # Leftovers of an earlier attempt, and the digests of single processes.
+            listed = {*digests["files"], DIGESTS}
+            self.store.delete([name for name in uploaded if name.partition("/")[2] not in listed])
             for old in sorted(set(losses) - steps_to_keep(losses, self.config)):
                 self._delete(old)
                 del losses[old]
         except (ObjectStoreError, ValueError, OSError) as error:  # the next save tries again
-            self.say(f"checkpoint of step {step} is in the store, but older ones could not be removed: {error}")
+            self.say(f"checkpoint of step {step} is in the store, but older checkpoints could not be deleted: {error}")
 
     def _known_losses(self) -> dict[int, float]:
         if self._losses is None:
@@ -216,14 +219,13 @@ class RemoteCheckpointer(Checkpointer):
         self.store.delete([f"{step}/{DIGESTS}"])
         self.store.delete(list(self.store.files(str(step))))
 
-    def _quarantine(self, step: int, why: str) -> None:
+    def _quarantine(self, step: int, reason: str) -> None:
         count, names = 1, set(self.store.folders())
-        target = f"{step}.{why}"
+        target = f"{step}.{reason}"
         while target in names:
             count += 1
-            target = f"{step}.{why}-{count}"
-        there = self.store.files(str(step))
-        self.store.copy({name: f"{target}/{name.partition('/')[2]}" for name in there})
+            target = f"{step}.{reason}-{count}"
+        self.store.copy({name: f"{target}/{name.partition('/')[2]}" for name in self.store.files(str(step))})
         self._delete(step)
 
     def discard_after(self, step: int) -> list[int]:
@@ -240,7 +242,7 @@ class RemoteCheckpointer(Checkpointer):
 
     def latest_valid_step(self) -> int | None:
         newest = super().latest_valid_step()
-        if not self._read_only:  # what was set aside, or never arrived, is saved again
+        if not self._read_only:  # quarantined and incomplete steps will be saved again
             self._drop_from(0 if newest is None else newest + 1)
         return newest
 
@@ -261,7 +263,7 @@ class RemoteCheckpointer(Checkpointer):
         return None if step in self._verified else self._fetch(step)
 
     def _fetch(self, step: int) -> str | None:
-        """Downloads a checkpoint unless it is here. Returns: what differs from what was written; None: nothing."""
+        """Downloads a checkpoint unless cached. Returns: a description of the damage; None if it is valid."""
         folder = self.folder / str(step)
         if step in self._verified and folder.is_dir():
             return None
@@ -270,30 +272,30 @@ class RemoteCheckpointer(Checkpointer):
             sizes = {name: int(entry["bytes"]) for name, entry in json.loads(content or b"")["files"].items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{DIGESTS} cannot be read"
-        there = self.store.files(str(step))
-        for name, size in sizes.items():  # cheap looks first
-            found = there.get(f"{step}/{name}")
+        stored = self.store.files(str(step))
+        for name, size in sizes.items():  # cheap checks first
+            found = stored.get(f"{step}/{name}")
             if found is None:
                 return f"{name} is missing"
             if found.size != size:
                 return f"{name} has {found.size} bytes instead of {size}"
         if not folder.is_dir() or verify_digests(folder) is not None or self._differs(folder, content):
-            half = self.folder / f".{step}.{secrets.token_hex(8)}.tmp"
+            partial = self.folder / f".{step}.{secrets.token_hex(8)}.tmp"
             try:
-                for _ in range(2):  # it may have been damaged on the way
-                    self.store.inside(str(step)).get([*sizes, DIGESTS], half)
-                    if (damage := verify_digests(half)) is None:
+                for _ in range(2):  # once more in case of damage during the download
+                    self.store.inside(str(step)).get([*sizes, DIGESTS], partial)
+                    if (damage := verify_digests(partial)) is None:
                         break
                 else:
                     return damage
                 shutil.rmtree(folder, ignore_errors=True)
-                half.rename(folder)
+                partial.rename(folder)
             finally:
-                shutil.rmtree(half, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
         self._verified.add(step)
         return None
 
     @staticmethod
     def _differs(folder: Path, content: bytes | None) -> bool:
-        """Whether the copy is of another attempt; of several processes it holds a part, which is another, too."""
+        """Returns whether the local copy is of another attempt, or has only the shards of one of several processes."""
         return json.loads((folder / DIGESTS).read_text())["files"] != json.loads(content or b"{}").get("files")

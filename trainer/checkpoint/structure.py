@@ -1,4 +1,4 @@
-"""What a checkpoint stores of a state, and what is asked of it: the same leaves under the same names, keys as bits."""
+"""Tree structure and dtypes of saved state; typed PRNG keys are stored as raw bits."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ Tree = Any  # nested dicts, lists and tuples of arrays
 
 
 def prng_free_spec(spec: Any) -> jax.ShapeDtypeStruct:
-    """What is stored for a leaf: a typed random key is stored as its bits."""
+    """Returns the shape, dtype and sharding stored for a leaf; a typed PRNG key is stored as its bits."""
     sharding = getattr(spec, "sharding", None)
     if sharding is None:
         sharding = SingleDeviceSharding(jax.local_devices()[0])
@@ -21,15 +21,16 @@ def prng_free_spec(spec: Any) -> jax.ShapeDtypeStruct:
 
 
 def wrap_keys(spec: Any, array: jax.Array) -> jax.Array:
+    """Turns restored bits back into a typed PRNG key where `spec` is one; returns other arrays unchanged."""
     if not is_key(spec):
         return array
-    kinds: list[Any] = []  # the kind of key is told by tracers, but not by a ShapeDtypeStruct
+    kinds: list[Any] = []  # a tracer knows the key implementation, a ShapeDtypeStruct does not
     jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(spec.shape, spec.dtype))
     return jax.random.wrap_key_data(array, impl=kinds[0])
 
 
 def shaped_like(stored: Tree, wanted: Tree) -> Tree:
-    """`memory_from_error`, with lists (None where nothing is asked) wherever the checkpoint stores a list."""
+    """Returns `wanted` with lists where the checkpoint stores lists; entries that are not wanted are None."""
     if isinstance(stored, list | tuple) and isinstance(wanted, dict):
         return [shaped_like(part, wanted[str(i)]) if str(i) in wanted else None for i, part in enumerate(stored)]
     if isinstance(stored, dict) and isinstance(wanted, dict):
@@ -37,19 +38,23 @@ def shaped_like(stored: Tree, wanted: Tree) -> Tree:
     return wanted
 
 
-def check_structure(where: str, saved: dict[str, Any], wanted: dict[str, Any], *, whole: bool) -> None:
-    problems = [f"{name} is missing there" for name in wanted if name not in saved]
-    if whole:
-        problems += [f"{name} is there and unknown here" for name in saved if name not in wanted]
+def check_structure(where: str, saved: dict[str, Any], wanted: dict[str, Any], *, strict: bool) -> None:
+    """Compares leaves by path. `strict`: extra saved leaves and other dtypes are errors, too.
+
+    Raises: ValueError naming up to three leaves that differ.
+    """
+    problems = [f"{name} is missing in the checkpoint" for name in wanted if name not in saved]
+    if strict:
+        problems += [f"{name} exists only in the checkpoint" for name in saved if name not in wanted]
     for name in wanted.keys() & saved.keys():
-        there, here = saved[name], wanted[name]
-        if tuple(there.shape) != tuple(here.shape):
-            problems.append(f"{name} is {list(there.shape)} there and {list(here.shape)} here")
-        elif whole and there.dtype != here.dtype:
-            problems.append(f"{name} is {there.dtype} there and {here.dtype} here")
+        stored, expected = saved[name], wanted[name]
+        if tuple(stored.shape) != tuple(expected.shape):
+            problems.append(f"{name} has shape {list(stored.shape)}, this run expects {list(expected.shape)}")
+        elif strict and stored.dtype != expected.dtype:
+            problems.append(f"{name} has dtype {stored.dtype}, this run expects {expected.dtype}")
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
             f"{where} was saved by another model or optimizer: {'; '.join(sorted(problems)[:3])}{more}; "
-            "set the config back to that of the checkpoint, or begin another run"
+            "restore the config of the checkpoint, or start a new run"
         )

@@ -1,7 +1,7 @@
-"""Adafactor's second moments, for stacked layers and merged heads.
+"""Adafactor's factored second moments for stacked layers and merged heads.
 
-`optax.adafactor` takes the two largest dims of a parameter for its matrix, which with stacked layers may be
-the layers themselves, and clips the stack as one. Here rows and columns come from the logical axes.
+`optax.adafactor` factors over the two largest dims of a parameter, one of which may be `layers`, and clips a stack of
+layers as one matrix. Here, rows and columns follow from the logical axes.
 """
 
 from typing import Any, NamedTuple
@@ -14,16 +14,16 @@ from trainer.optimizers.param_groups import ParamGroup, matrix_dims, param_group
 
 
 class FactoredState(NamedTuple):
-    """Trees over the parameters; where one does not apply, it has `optax.MaskedNode()`."""
+    """Trees over the parameters, with `optax.MaskedNode()` where an entry does not apply."""
 
     count: jax.Array  # [] i32
     rows: Any  # [batch..., rows..., 1...]: squares averaged over the columns
     cols: Any  # [batch..., 1..., cols...]: squares averaged over the rows
-    full: Any  # the parameter's shape, where it is not factored
+    full: Any  # shape of the parameter, if it is not factored
 
 
 class _Plan(NamedTuple):
-    """How one parameter is treated: the dims of rows and columns, and of a whole layer."""
+    """Factorization of one parameter: the dims of rows and columns; together they are those of a layer."""
 
     factored: bool
     row_axes: tuple[int, ...]
@@ -48,7 +48,7 @@ def _scaled(grad: jax.Array, plan: _Plan, rows: Any, cols: Any, full: Any) -> ja
     if not plan.factored:
         return grad * jax.lax.rsqrt(full)
     row_factor = jax.lax.rsqrt(rows / jnp.mean(rows, plan.row_axes, keepdims=True))
-    # Both are spread out first: dims of size 1 stand in for all rows or all columns.
+    # Broadcast both first: their reduced dims have size 1.
     return grad * jnp.broadcast_to(row_factor, grad.shape) * jnp.broadcast_to(jax.lax.rsqrt(cols), grad.shape)
 
 
@@ -62,9 +62,9 @@ def scale_by_factored_rms(
     eps: float,
     min_param_rms: float = 1e-3,
 ) -> optax.GradientTransformation:
-    """Gradients over the root of their factored second moments, each layer clipped by itself.
+    """Divides gradients by the root of their factored second moments and clips each layer independently.
 
-    With `scale_by_param`, times the root mean square of the layer's weights, at least `min_param_rms`.
+    `scale_by_param`: also multiplies by the RMS of the weights of the layer, at least `min_param_rms`.
     """
     roles = param_groups(param_axes)
     none = optax.MaskedNode()
@@ -76,9 +76,9 @@ def scale_by_factored_rms(
         return jax.tree.map(leaf, params, roles, param_axes, *trees)
 
     def init(params: Any) -> FactoredState:
-        def zeros(plan: _Plan, p: jax.Array, keep: bool, axes: tuple[int, ...]) -> Any:
+        def zeros(plan: _Plan, p: jax.Array, used: bool, axes: tuple[int, ...]) -> Any:
             shape = [1 if i in axes else size for i, size in enumerate(p.shape)]
-            return jnp.zeros(shape, jnp.float32) if keep else none
+            return jnp.zeros(shape, jnp.float32) if used else none
 
         return FactoredState(
             jnp.zeros((), jnp.int32),
@@ -90,15 +90,15 @@ def scale_by_factored_rms(
     def update(updates: Any, state: FactoredState, params: Any = None) -> tuple[Any, FactoredState]:
         decay = 1 - (state.count + 1.0) ** -decay_power
 
-        def follow(old: Any, grad: jax.Array, axes: tuple[int, ...]) -> Any:
+        def ema(old: Any, grad: jax.Array, axes: tuple[int, ...]) -> Any:
             if isinstance(old, optax.MaskedNode):
                 return old
             square = jnp.square(grad.astype(jnp.float32)) + eps
             return decay * old + (1 - decay) * jnp.mean(square, axes, keepdims=True)
 
-        rows = over(lambda plan, g, old: follow(old, g, plan.col_axes), updates, state.rows)
-        cols = over(lambda plan, g, old: follow(old, g, plan.row_axes), updates, state.cols)
-        full = over(lambda plan, g, old: follow(old, g, ()), updates, state.full)
+        rows = over(lambda plan, g, old: ema(old, g, plan.col_axes), updates, state.rows)
+        cols = over(lambda plan, g, old: ema(old, g, plan.row_axes), updates, state.cols)
+        full = over(lambda plan, g, old: ema(old, g, ()), updates, state.full)
 
         def direction(plan: _Plan, grad: jax.Array, param: jax.Array, *moments: Any) -> jax.Array:
             scaled = _scaled(grad.astype(jnp.float32), plan, *moments)

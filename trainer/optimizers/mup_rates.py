@@ -1,4 +1,4 @@
-"""Learning rates across widths (muP): the factor of each parameter, by the table in `models/mup.py`."""
+"""muP learning rates: factor of each parameter for a given width, from the table in `models/mup.py`."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -13,33 +13,34 @@ Tree = Any  # a tree in the shape of the parameters'
 
 
 class Weight(NamedTuple):
-    """What a parameter is to the rules below."""
+    """A parameter as seen by the rules below."""
 
     kind: Kind
     role: ParamGroup
-    kept_by: float  # c: it is c times what the table speaks of
+    scale: float  # c: the stored parameter is c times the weight of the muP table
 
 
 class Rule(Protocol):
-    """The factor on the learning rate of a weight where the model is `m` times as wide as where it was tuned."""
+    """Returns the learning rate factor of a weight of a model `m` times as wide as the base model."""
 
     def __call__(self, weight: Weight, m: float) -> float: ...
 
 
 def like_adam(weight: Weight, m: float) -> float:
-    """Updates whose entries are as large whatever the gradient: AdamW, Lion, and their kin."""
-    return (1 / m if weight.kind in (Kind.hidden, Kind.output) else 1.0) * weight.kept_by
+    """Rule for optimizers whose update size is independent of the gradient scale: AdamW, Lion and similar."""
+    return (1 / m if weight.kind in (Kind.hidden, Kind.output) else 1.0) * weight.scale
 
 
 def like_sgd(weight: Weight, m: float) -> float:
-    """Updates in proportion to the gradient."""
+    """Rule for updates proportional to the gradient."""
     factors = {Kind.input: m, Kind.vector: m, Kind.output: 1 / m}
-    return factors.get(weight.kind, 1.0) * weight.kept_by**2
+    return factors.get(weight.kind, 1.0) * weight.scale**2
 
 
 def like_muon(weight: Weight, m: float, *, consistent: bool) -> float:
-    """Orthogonal updates of the layers' matrices, which `consistent_rms` makes larger by the root of their longer side;
-    all else goes by Adam.
+    """Rule for orthogonal updates of matrices of layers; all other parameters follow `like_adam`.
+
+    `consistent`: updates are scaled by the root of the longer side of the matrix (`consistent_rms`).
     """
     if weight.role is not ParamGroup.matrix:
         return like_adam(weight, m)
@@ -48,7 +49,7 @@ def like_muon(weight: Weight, m: float, *, consistent: bool) -> float:
 
 
 def rate_factors(model: ModelConfig, param_axes: Tree, rule: Rule) -> Tree:
-    """The tree of parameters with a float at each leaf."""
+    """Returns a tree of learning rate factors, one float per parameter."""
 
     def factor(path: Any, axes: tuple[str, ...]) -> float:
         name = path_name(path)

@@ -1,10 +1,10 @@
-"""The optimizers: a dataclass each, which gives the direction of an update; what they share is in `build`.
+"""Optimizer configs. Each defines the update direction; `OptimizerConfig.build` adds the shared transformations:
 
-    clip by global norm > direction > rate by width > weight decay > rate of the role > learning rate > average
+    clip by global norm > direction > muP factor > weight decay > group multiplier > learning rate > EMA
 
-The learning rate is read from the step given to `update(..., step=)`, never from a counter hidden in the
-optimizer's state, so `reset=[optimizer]` and `reset=[step]` do what they say. Roles (`trainer/optimizers/param_groups.py`) come
-from logical axes, so stacked layers are never taken for one matrix.
+The learning rate follows from the step passed to `update(..., step=)`, not from a counter in the optimizer state, so
+`reset=[optimizer]` and `reset=[step]` are independent. Parameter groups (`trainer/optimizers/param_groups.py`) follow
+from logical axes, so stacked layers are never treated as one matrix.
 """
 
 from dataclasses import dataclass, field
@@ -32,32 +32,29 @@ DECAYED = (ParamGroup.matrix, ParamGroup.embedding, ParamGroup.head)
 
 @dataclass
 class OptimizerConfig:
-    """Base of all optimizers. Weight decay is decoupled, times the learning rate, and spares biases and norm
-    scales.
-    """
+    """Base of all optimizers. Weight decay is decoupled, scaled by the learning rate; no decay of biases and norms."""
 
     kind: str = ""
-    learning_rate: float = 1e-3  # peak; the schedule scales it
-    weight_decay: float = 0.1  # of matrices, embeddings and the head
-    # Global norm above which gradients are scaled down; null: off
+    learning_rate: float = 1e-3  # peak learning rate, scaled by the schedule
+    weight_decay: float = 0.1  # decoupled weight decay of matrices, embeddings and the head
+    # clip gradients to this global norm; null: off
     max_grad_norm: float | None = field(default=1.0, metadata={"above": 0, "hint": "null turns clipping off"})
-    # Keep an average of the parameters, used in evaluation; null: off
+    # decay of a parameter EMA used for evaluation and export; null: off
     ema_decay: float | None = field(
         default=None, metadata={"above": 0, "below": 1, "hint": "as 0.999; null turns it off"}
     )
-    lr_multipliers: dict[str, float] = field(default_factory=dict)  # by role; each 1 if not given
-    # what the optimizer keeps lies in the host's memory, and comes to the devices for the update
-    offload_state: bool = False
-    # Of model.moe.load_balancing=bias: what a bias moves in a step; no schedule scales it
+    lr_multipliers: dict[str, float] = field(default_factory=dict)  # learning rate factor by parameter group; default 1
+    offload_state: bool = False  # store optimizer state in host memory and load it for each update
+    # step of router biases with model.moe.load_balancing=bias; no schedule
     router_bias_update_rate: float = field(default=1e-3, metadata={"min": 0})
 
     def build(
         self, schedule: Schedule, param_axes: Tree, width: ModelConfig | None = None
     ) -> optax.GradientTransformationExtraArgs:
-        """The transformation; its `update` needs `step=`. `param_axes`: the logical axes of each parameter. `width`:
-        the model, where rates follow from its width.
+        """Builds the gradient transformation; its `update` requires `step=`.
 
-        Raises: ValueError naming the key of a value that cannot be.
+        `param_axes`: logical axes of each parameter. `width`: the model, if learning rates follow muP.
+        Raises: ValueError naming the key of an invalid value.
         """
         self.check()
         factors = None if width is None else rate_factors(width, param_axes, self.mup_rule())
@@ -75,14 +72,16 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.lr_multipliers.{role}={factor}: no such role; valid: {', '.join(roles)}")
 
     def mup_rule(self) -> Rule:
-        """How rates follow from a model's width. Raises: ValueError where no rule is known."""
+        """Returns the muP learning rate rule of this optimizer. Raises: ValueError if none is known."""
         return like_adam
 
     def chain_updates(
         self, schedule: Schedule, param_axes: Tree, factors: Tree | None = None
     ) -> optax.GradientTransformationExtraArgs:
-        """From clipped gradients to what is added to the parameters. `factors`: on the rate of each, but not on its
-        decay, which then works at the same speed at every width (Wang & Aitchison 2024 [2405.13698]).
+        """Returns the transformation from clipped gradients to parameter updates.
+
+        `factors`: muP learning rate factors. They do not scale weight decay, whose speed is then independent of the
+        width (Wang & Aitchison 2024 [2405.13698]).
         """
         roles = param_groups(param_axes)
         descent = optax.chain(
@@ -100,14 +99,14 @@ class OptimizerConfig:
         )
 
     def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
-        """The update before weight decay and learning rate, pointing uphill."""
+        """Returns the update direction before weight decay and learning rate, with the sign of the gradient."""
         raise TypeError(f"optimizer.kind={self.kind}: choose one with optimizer=NAME")
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """As optax's, by one factor, `limit / norm` or 1: its quotient of each array is written to memory and read.
+    """As optax's, with one scalar factor `min(1, limit / norm)`: XLA materializes optax's quotient of each array.
 
-    `grad_norm`: of the gradients, where it is known already.
+    `grad_norm`: global norm of the gradients, if already computed.
     """
 
     def update(grads: Tree, state: Any, params: Params = None, *, grad_norm: jax.Array | None = None, **_: Any):
@@ -120,30 +119,30 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
 
 @dataclass
 class AdamWConfig(OptimizerConfig):
-    """Loshchilov and Hutter 2019."""
+    """AdamW (Loshchilov and Hutter 2019)."""
 
     kind: str = "adamw"
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares
-    eps: float = 1e-8  # added to the root of the latter
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
 
     def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
         return scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """optax's, to the bit. Where `taken` is false, and its result with it, updates are made from the old moments.
+    """Matches optax's bit for bit. If `update_applied` is false, the (discarded) updates use the old moments.
 
-    The step keeps the same choice, `location(taken, new, old)`: so that the old moments are read by it alone, and XLA
-    puts the new in their place. It copied all of them first (GPT-2 on CPUs: 4 % of a step, 0.5 GB).
+    The train step selects state the same way, `where(update_applied, new, old)`. Only that select then reads the old
+    moments, and XLA updates them in place instead of copying all of them (GPT-2 on CPUs: 4 % of a step, 0.5 GB).
     """
 
-    def update(grads: Tree, state: Any, params: Params = None, *, taken: jax.Array | bool = True, **_: Any):
+    def update(grads: Tree, state: Any, params: Params = None, *, update_applied: jax.Array | bool = True, **_: Any):
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
         count = optax.safe_increment(state.count)
-        mean = optax.tree.bias_correction(optax.tree.where(taken, mu, state.mu), b1, count)
-        square = optax.tree.bias_correction(optax.tree.where(taken, nu, state.nu), b2, count)
+        mean = optax.tree.bias_correction(optax.tree.where(update_applied, mu, state.mu), b1, count)
+        square = optax.tree.bias_correction(optax.tree.where(update_applied, nu, state.nu), b2, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
@@ -152,11 +151,11 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
 
 @dataclass
 class LionConfig(OptimizerConfig):
-    """Chen et al. 2023: the sign of a momentum. Wants a tenth of AdamW's rate and ten times its decay."""
+    """Lion (Chen et al. 2023). Use a tenth of AdamW's learning rate and ten times its weight decay."""
 
     kind: str = "lion"
-    learning_rate: float = 1e-4  # peak
-    weight_decay: float = 1.0  # of matrices, embeddings and the head
+    learning_rate: float = 1e-4  # peak learning rate, scaled by the schedule
+    weight_decay: float = 1.0  # decoupled weight decay of matrices, embeddings and the head
     b1: float = 0.9  # weight of the momentum in the update
     b2: float = 0.99  # decay of the momentum
 
@@ -166,13 +165,13 @@ class LionConfig(OptimizerConfig):
 
 @dataclass
 class SgdConfig(OptimizerConfig):
-    """Gradient descent with momentum."""
+    """Stochastic gradient descent with momentum."""
 
     kind: str = "sgd"
-    learning_rate: float = 0.1  # peak
-    weight_decay: float = 0.0  # of matrices, embeddings and the head
-    momentum: float = 0.9  # decay of the summed gradients; 0: none
-    nesterov: bool = False  # look one step ahead
+    learning_rate: float = 0.1  # peak learning rate, scaled by the schedule
+    weight_decay: float = 0.0  # decoupled weight decay of matrices, embeddings and the head
+    momentum: float = 0.9  # decay of the momentum; 0: no momentum
+    nesterov: bool = False  # use Nesterov momentum
 
     def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
         if self.momentum == 0:
@@ -185,17 +184,15 @@ class SgdConfig(OptimizerConfig):
 
 @dataclass
 class AdafactorConfig(OptimizerConfig):
-    """Shazeer and Stern 2018: second moments as row and column means; clipping and scale per layer, not per
-    stack.
-    """
+    """Adafactor (Shazeer and Stern 2018), with clipping and scaling per layer instead of per stack of layers."""
 
     kind: str = "adafactor"
-    learning_rate: float = 0.01  # peak; relative to the size of the weights if scale_by_param
-    weight_decay: float = 0.0  # of matrices, embeddings and the head
-    decay_rate: float = 0.8  # second moments forget as 1 - t ** -decay_power
-    clipping_threshold: float = 1.0  # root mean square above which a layer's update is scaled down
-    multiply_by_parameter_scale: bool = True  # times the root mean square of the layer's weights
-    min_dim_to_factor: int = 128  # smaller matrices keep all second moments
+    learning_rate: float = 0.01  # peak; relative to the RMS of the weights if multiply_by_parameter_scale
+    weight_decay: float = 0.0  # decoupled weight decay of matrices, embeddings and the head
+    decay_rate: float = 0.8  # second moments decay by 1 - t ** -decay_rate
+    clipping_threshold: float = 1.0  # maximum RMS of the update of a layer
+    multiply_by_parameter_scale: bool = True  # scale updates by the RMS of the weights of the layer
+    min_dim_to_factor: int = 128  # matrices with a smaller side are not factored
     eps: float = 1e-30  # added to squared gradients
 
     def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
@@ -211,23 +208,23 @@ class AdafactorConfig(OptimizerConfig):
     def mup_rule(self) -> Rule:
         if self.multiply_by_parameter_scale:
             raise ValueError(
-                "optimizer.multiply_by_parameter_scale=true: sizes updates by the weights, whose own size model.mup_base_width lets "
-                "follow from the width; set it to false, or model.mup_base_width=null"
+                "optimizer.multiply_by_parameter_scale=true: scales updates by the RMS of the weights, which depends "
+                "on the width under model.mup_base_width; set it to false, or model.mup_base_width=null"
             )
         return like_adam
 
 
 @dataclass
 class MuonConfig(OptimizerConfig):
-    """Jordan et al. 2024: momentum made orthogonal, for the matrices of layers; the rest goes by AdamW."""
+    """Muon (Jordan et al. 2024): orthogonalized momentum for matrices of layers; AdamW for all other parameters."""
 
     kind: str = "muon"
-    momentum: float = 0.95  # of the matrices
+    momentum: float = 0.95  # momentum decay of matrices
     ns_steps: int = 5  # Newton-Schulz iterations
-    consistent_rms: float | None = 0.2  # size of updates, as AdamW's (Liu et al. 2025); null: Jordan's
-    b1: float = 0.9  # of AdamW
-    b2: float = 0.95  # of AdamW
-    eps: float = 1e-8  # of both
+    consistent_rms: float | None = 0.2  # RMS of updates, matching AdamW (Liu et al. 2025); null: as Jordan et al.
+    b1: float = 0.9  # first moment decay of AdamW
+    b2: float = 0.95  # second moment decay of AdamW
+    eps: float = 1e-8  # epsilon of both Muon and AdamW
 
     def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
         dims = matrices_only(param_axes, _muon_dims)
@@ -245,18 +242,16 @@ class MuonConfig(OptimizerConfig):
 
 @dataclass
 class SoapConfig(OptimizerConfig):
-    """Vyas et al. 2024: Adam in the eigenbasis of Shampoo, for the matrices of layers; the rest goes by
-    AdamW.
-    """
+    """SOAP (Vyas et al. 2024): Adam in Shampoo's eigenbasis for matrices of layers; AdamW for all other parameters."""
 
     kind: str = "soap"
-    learning_rate: float = 3e-3  # peak
-    weight_decay: float = 0.01  # of matrices, embeddings and the head
-    b1: float = 0.95  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares, and of the preconditioners
-    eps: float = 1e-8  # added to the root of the former
-    precondition_frequency: int = field(default=10, metadata={"min": 1})  # updates between refreshed eigenbases
-    max_precond_dim: int = field(default=10_000, metadata={"min": 1})  # a side longer than this keeps its own basis
+    learning_rate: float = 3e-3  # peak learning rate, scaled by the schedule
+    weight_decay: float = 0.01  # decoupled weight decay of matrices, embeddings and the head
+    b1: float = 0.95  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment and the preconditioners
+    eps: float = 1e-8  # added to the root of the second moment
+    precondition_frequency: int = field(default=10, metadata={"min": 1})  # updates between eigenbasis refreshes
+    max_precond_dim: int = field(default=10_000, metadata={"min": 1})  # longer sides are not preconditioned
 
     def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
         soap = scale_by_soap(
@@ -271,23 +266,21 @@ class SoapConfig(OptimizerConfig):
 
     def mup_rule(self) -> Rule:
         raise ValueError(
-            "model.mup_base_width: for optimizer=soap no rule of widths is known here, as its updates are neither Adam's "
-            "nor orthogonal; take optimizer=adamw or muon, or model.mup_base_width=null"
+            "model.mup_base_width: no muP rule is implemented for optimizer=soap, whose updates are neither Adam's nor "
+            "orthogonal; use optimizer=adamw or muon, or model.mup_base_width=null"
         )
 
 
 @dataclass
 class ScheduleFreeConfig(OptimizerConfig):
-    """Defazio et al. 2024: AdamW whose averaging replaces the decay of the rate. Use it with
-    schedule=constant.
-    """
+    """Schedule-free AdamW (Defazio et al. 2024): averaging replaces learning rate decay. Use schedule=constant."""
 
     kind: str = "schedule_free"
-    learning_rate: float = 2.5e-3  # peak
-    # How far gradients are taken towards the average
+    learning_rate: float = 2.5e-3  # peak learning rate, scaled by the schedule
+    # interpolation weight of the average in the point of gradient evaluation
     b1: float = field(default=0.9, metadata={"above": 0, "below": 1})
-    b2: float = 0.95  # decay of the mean of squared gradients
-    eps: float = 1e-8  # added to its root
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
 
     def check(self) -> None:
         super().check()
@@ -302,7 +295,7 @@ class ScheduleFreeConfig(OptimizerConfig):
     ) -> optax.GradientTransformationExtraArgs:
         return schedule_free(super().chain_updates(schedule, param_axes, factors), schedule, b1=self.b1)
 
-    def direction(self, param_axes: Tree) -> optax.GradientTransformation:
+    def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
         return optax.scale_by_rms(decay=self.b2, eps=self.eps, eps_in_sqrt=False, bias_correction=True)
 
 
@@ -312,7 +305,7 @@ def _muon_dims(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbe
 
 
 def matrices_only(param_axes: Tree, value: Any) -> Tree:
-    """`value(axes)` at each matrix, and optax's mark for 'not mine' at all else."""
+    """Returns a tree with `value(axes)` at each matrix and `optax.MaskedNode()` at all other parameters."""
     return jax.tree.map(
         lambda role, axes: value(axes) if role is ParamGroup.matrix else optax.MaskedNode(),
         param_groups(param_axes),
@@ -323,13 +316,13 @@ def matrices_only(param_axes: Tree, value: Any) -> Tree:
 def matrices_by(
     matrices: optax.GradientTransformation, others: optax.GradientTransformation, param_axes: Tree
 ) -> optax.GradientTransformation:
-    """One transformation for the matrices of layers, another for all else."""
+    """Applies one transformation to the matrices of layers and another to all other parameters."""
     labels = jax.tree.map(lambda role: "matrix" if role is ParamGroup.matrix else "other", param_groups(param_axes))
     return optax.partition({"matrix": matrices, "other": others}, labels)
 
 
 def scale_by_shape(dims: Tree, consistent_rms: float | None) -> optax.GradientTransformation:
-    """Orthogonal [R, C] updates times sqrt(max(R, C)) * consistent_rms, or else times sqrt(max(1, C / R))."""
+    """Scales orthogonal [R, C] updates by sqrt(max(R, C)) * consistent_rms; if None, by sqrt(max(1, C / R))."""
 
     def scale(update: jax.Array, matrix: MatrixDims) -> jax.Array:
         _, rows, cols = matrix.matrix_shape(update.shape)
@@ -340,13 +333,13 @@ def scale_by_shape(dims: Tree, consistent_rms: float | None) -> optax.GradientTr
 
 
 def scale_each(factors: Tree) -> optax.GradientTransformation:
-    """Times the factor of each parameter (a tree of floats)."""
+    """Multiplies updates by a factor per parameter (a tree of floats)."""
     scale = lambda updates: jax.tree.map(lambda u, factor: u * jnp.asarray(factor, u.dtype), updates, factors)
     return optax.stateless(lambda updates, params: scale(updates))
 
 
 def scale_by_learning_rates(schedule: Schedule, factors: Tree) -> optax.GradientTransformationExtraArgs:
-    """Times minus the learning rate of `step`, times the factor of each parameter (a tree of floats)."""
+    """Multiplies updates by the negative learning rate at `step` and a factor per parameter (a tree of floats)."""
 
     def update(updates: Tree, state: Any, params: Params = None, *, step: jax.Array, **_: Any) -> tuple[Tree, Any]:
         rate = schedule(step)
@@ -358,13 +351,15 @@ def scale_by_learning_rates(schedule: Schedule, factors: Tree) -> optax.Gradient
 def router_bias_update(
     descent: optax.GradientTransformationExtraArgs, roles: Tree, rate: float
 ) -> optax.GradientTransformationExtraArgs:
-    """`descent` for all parameters but the balancing biases, which go down by `rate` where the load of their expert is
-    above the mean and up where it is below (DeepSeek-V3, section 2.1.2): the gradient's sign says which.
+    """Applies `descent` to all parameters except router biases, which move by `rate` against the expert load.
+
+    A bias decreases if the load of its expert is above the mean and increases if it is below (DeepSeek-V3, section
+    2.1.2); the sign of its gradient indicates which.
     """
 
     def update(updates: Tree, state: Any, params: Params = None, **extra: Any) -> tuple[Tree, Any]:
-        learnt = jax.tree.map(lambda role, g: jnp.zeros_like(g) if role is ParamGroup.balance else g, roles, updates)
-        new, state = descent.update(learnt, state, params, **extra)
+        others = jax.tree.map(lambda role, g: jnp.zeros_like(g) if role is ParamGroup.balance else g, roles, updates)
+        new, state = descent.update(others, state, params, **extra)
         step = lambda role, u, g: -rate * jnp.sign(g).astype(u.dtype) if role is ParamGroup.balance else u
         return jax.tree.map(step, roles, new, updates), state
 
@@ -377,10 +372,10 @@ class AverageState(NamedTuple):
 
 
 def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Keeps `average = d * average + (1 - d) * params` of the updated parameters; changes no update.
+    """Maintains the EMA `average = d * average + (1 - d) * params` of the updated parameters; updates are unchanged.
 
-    d = min(decay, (1 + count) / (10 + count)): an average of 0.9999 would else hold on to the initial weights
-    for ten thousand updates (the rule of TensorFlow's ExponentialMovingAverage).
+    d = min(decay, (1 + count) / (10 + count)), as in TensorFlow's ExponentialMovingAverage: with a constant 0.9999, the
+    initial weights would dominate for ten thousand updates.
     """
 
     def init(params: Params) -> AverageState:
@@ -388,10 +383,10 @@ def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
         return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
 
     def update(
-        updates: Tree, state: AverageState, params: Params = None, *, taken: jax.Array | bool = True, **_: Any
+        updates: Tree, state: AverageState, params: Params = None, *, update_applied: jax.Array | bool = True, **_: Any
     ) -> tuple[Tree, AverageState]:
         d = jnp.minimum(decay, (1.0 + state.count) / (10.0 + state.count))
-        new = optax.tree.where(taken, optax.apply_updates(params, updates), params)  # see `scale_by_adam`
+        new = optax.tree.where(update_applied, optax.apply_updates(params, updates), params)  # see `scale_by_adam`
         average = jax.tree.map(lambda a, p: a + (1 - d) * (p.astype(jnp.float32) - a), state.average, new)
         return updates, AverageState(state.count + 1, average)
 
@@ -400,19 +395,19 @@ def average_params(decay: float) -> optax.GradientTransformationExtraArgs:
 
 class ScheduleFreeState(NamedTuple):
     inner: Any
-    z: Params  # the point that plain descent would have reached
+    z: Params  # iterate of the base optimizer
     weight_sum: jax.Array  # [] f32
     max_rate: jax.Array  # [] f32
-    b1: jax.Array  # [] f32: kept, for the average is computed from it
+    b1: jax.Array  # [] f32: part of the state, because the average is computed from it
 
 
 def schedule_free(
     descent: optax.GradientTransformation, schedule: Schedule, *, b1: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Gradients are taken at y = (1 - b1) z + b1 x, where x is the average of z, weighed by squared rates.
+    """Evaluates gradients at y = (1 - b1) z + b1 x; x is the average of z, weighted by squared learning rates.
 
-    The parameters are y; x is (y - (1 - b1) z) / b1, so only one copy is kept beside them. `optax.contrib`
-    has the same, but counts its own steps.
+    The parameters are y, and x = (y - (1 - b1) z) / b1, so the state needs only one extra copy. `optax.contrib` has the
+    same method, but with its own step counter.
     """
     inner_update = optax.with_extra_args_support(descent).update
 
@@ -448,7 +443,7 @@ def _average_of(state: ScheduleFreeState, params: Params) -> Params:
 
 
 def eval_params(state: TrainState) -> Params:
-    """The parameters to evaluate, export and generate with: the average where the optimizer keeps one."""
+    """Returns the parameters for evaluation, export and generation: the average, if the optimizer has one."""
     kinds = (AverageState, ScheduleFreeState)
     for found in jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, kinds)):
         if isinstance(found, AverageState):

@@ -1,7 +1,7 @@
-"""What a parameter is to an optimizer, read off its logical axes.
+"""Parameter groups of optimizers, derived from logical axes.
 
-Shapes do not tell: with stacked layers a norm scale [layers, embed] looks like a matrix, and a matrix
-[layers, embed, heads, head_dim] like none.
+Shapes are ambiguous: with stacked layers, a norm scale [layers, embed] looks like a matrix, and a matrix
+[layers, embed, heads, head_dim] does not.
 """
 
 import enum
@@ -14,15 +14,17 @@ from trainer.mesh import BATCH_DIMS, LogicalAxes, path_name
 
 
 class ParamGroup(enum.Enum):
-    embedding = "embedding"  # tables: token and position embeddings
-    head = "head"  # the output matrix, where it is not the token table
-    matrix = "matrix"  # everything that multiplies activations inside the layers
+    """Group of parameters that optimizers treat alike."""
+
+    embedding = "embedding"  # token and position embedding tables
+    head = "head"  # output matrix, unless tied to the token embedding
+    matrix = "matrix"  # weight matrices inside the layers
     vector = "vector"  # biases and norm scales
-    balance = "balance"  # biases that keep the load of experts even: moved by the sign of their gradient
+    balance = "balance"  # router biases for expert load balancing, updated by the sign of their gradient
 
 
 def param_group_of(path: str, axes: LogicalAxes) -> ParamGroup:
-    """The role of the parameter at `path` ('layers/attention/query') with these logical axes."""
+    """Returns the group of the parameter at `path` ('layers/attention/query') with these logical axes."""
     names = [name for name in axes if name not in BATCH_DIMS]
     parts = path.split("/")
     if parts[-1] == "balance_bias":
@@ -37,20 +39,20 @@ def param_group_of(path: str, axes: LogicalAxes) -> ParamGroup:
 
 
 def param_groups(param_axes: Any) -> Any:
-    """The tree of parameters with a `ParamGroup` at each leaf."""
+    """Returns the tree of parameters with a `ParamGroup` at each leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, axes: param_group_of(path_name(path), axes), param_axes, is_leaf=lambda x: isinstance(x, tuple)
     )
 
 
 class MatrixDims(NamedTuple):
-    """How a parameter of any rank is a stack of matrices: dims [batch..., rows..., cols...]."""
+    """View of a parameter of any rank as a stack of matrices with dims [batch..., rows..., cols...]."""
 
     num_batch: int
     num_rows: int
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """[batch, rows, cols] with the dims of each merged."""
+        """Returns [batch, rows, cols], each the product of its dims."""
         split = self.num_batch + self.num_rows
         return (
             math.prod(shape[: self.num_batch]),
@@ -65,23 +67,23 @@ class MatrixDims(NamedTuple):
         return tuple(range(self.num_batch + self.num_rows, ndim))
 
     def row_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`shape` with the dims of the columns reduced to 1, so that sharding can follow dim by dim."""
+        """Returns `shape` with column dims reduced to 1, so sharding carries over dim by dim."""
         split = self.num_batch + self.num_rows
         return (*shape[:split], *[1] * (len(shape) - split))
 
     def col_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`shape` with the dims of the rows reduced to 1."""
+        """Returns `shape` with row dims reduced to 1."""
         split = self.num_batch + self.num_rows
         return (*shape[: self.num_batch], *[1] * self.num_rows, *shape[split:])
 
 
 def matrix_dims(axes: LogicalAxes) -> MatrixDims:
-    """('layers', 'embed', 'heads', 'head_dim') is a batch of embed x (heads * head_dim); a vector is all
-    rows.
+    """Returns the matrix view: ('layers', 'embed', 'heads', 'head_dim') is a batch of embed x (heads * head_dim).
+
+    A vector has row dims only.
     """
     num_batch = sum(name in BATCH_DIMS for name in axes)
     assert all(name in BATCH_DIMS for name in axes[:num_batch]), f"stacked dims must come first: {axes}"
-    # The first dim, together with the head_dim that belongs to it, is the rows: what a query reads, an output
-    # sums.
+    # Rows: the first dim, with its head_dim if it has one (input of a query matrix, heads of an output matrix).
     num_rows = 2 if axes[num_batch + 1 : num_batch + 2] == ("head_dim",) else 1
     return MatrixDims(num_batch, num_rows)

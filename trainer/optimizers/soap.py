@@ -1,9 +1,7 @@
-"""SOAP: Adam in the eigenbasis of Shampoo's preconditioners (Vyas et al. 2024, arXiv 2409.11321, algorithm
-3).
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioners (Vyas et al. 2024, arXiv 2409.11321, algorithm 3).
 
-Each matrix of a stack has bases of its own; dims that belong together (heads, head_dim) are merged into one
-side. State is stored in the parameter's dims with a side that does not take part reduced to 1, so that its
-sharding follows.
+Each matrix of a stack has its own bases; related dims (heads, head_dim) are merged into one side. State has the dims of
+the parameter, with the other side reduced to size 1, so sharding carries over.
 
 Shape letters: N stack, R rows, C columns.
 """
@@ -21,11 +19,11 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_ele
 
 
 class SoapState(NamedTuple):
-    """Trees over the matrices; a side longer than `max_dim` has `optax.MaskedNode()`."""
+    """Trees over the matrices, with `optax.MaskedNode()` for a side longer than `max_dim`."""
 
     count: jax.Array  # [] i32
-    mu: Any  # mean of gradients, in the parameter's own basis
-    nu: Any  # mean of squared gradients, in the eigenbasis
+    mu: Any  # first moment, in the original basis
+    nu: Any  # second moment, in the eigenbasis
     row_gram: Any  # [batch..., rows..., 1..., R]: mean of G G^T
     col_gram: Any  # [batch..., 1..., cols..., C]: mean of G^T G
     row_basis: Any  # like row_gram: its eigenvectors, as columns
@@ -33,7 +31,7 @@ class SoapState(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """One parameter's share of the state, as stacks of matrices."""
+    """State of one parameter, as stacks of matrices."""
 
     mu: jax.Array  # [N, R, C]
     nu: jax.Array  # [N, R, C]
@@ -56,12 +54,12 @@ def _out_of_basis(x: jax.Array, state: _Matrix) -> jax.Array:
 
 
 def _eigenbasis(gram: jax.Array | None) -> jax.Array | None:
-    # Largest first, as the sorting of later refreshes has it.
+    # Descending eigenvalues, as in later refreshes.
     return None if gram is None else jnp.linalg.eigh(gram)[1][..., ::-1]
 
 
 def _refresh(gram: jax.Array | None, basis: jax.Array | None, nu: jax.Array, axis: int) -> Any:
-    """One power iteration and QR, with `nu` permuted along with the eigenvectors that changed places."""
+    """Runs one power iteration and QR; permutes `nu` along with reordered eigenvectors."""
     if gram is None or basis is None:
         return basis, nu
     product = _einsum("nab,nbc->nac", gram, basis)
@@ -84,10 +82,10 @@ def _first(state: _Matrix) -> _Matrix:
 def _update_matrix(
     grad: jax.Array, state: _Matrix, count: jax.Array, *, b1: float, b2: float, eps: float, frequency: int
 ) -> tuple[jax.Array, _Matrix]:
-    """The direction [N, R, C] of update number `count` (the first is 0), and the state after it.
+    """Returns the direction [N, R, C] of update number `count` (starting at 0) and the new state.
 
-    The first update only finds the bases: in the basis of that very gradient all but a diagonal is rounding
-    noise, which Adam would blow up to steps of full size.
+    The first update only initializes the bases: in the eigenbasis of its own gradient, everything off the diagonal is
+    rounding noise, which Adam would amplify to full-size steps.
     """
     started = count > 0
     projected = _into_basis(grad, state)
@@ -97,18 +95,18 @@ def _update_matrix(
     scaled = (_into_basis(mu, state) / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + eps)
     direction = jnp.where(started, _out_of_basis(scaled, state), 0.0)
 
-    def follow(gram: jax.Array | None, outer: str) -> jax.Array | None:
+    def ema(gram: jax.Array | None, outer: str) -> jax.Array | None:
         return None if gram is None else b2 * gram + (1 - b2) * _einsum(outer, grad, grad)
 
-    row_gram, col_gram = follow(state.row_gram, "nrc,nsc->nrs"), follow(state.col_gram, "nrc,nrd->ncd")
+    row_gram, col_gram = ema(state.row_gram, "nrc,nsc->nrs"), ema(state.col_gram, "nrc,nrd->ncd")
     state = state._replace(mu=mu, nu=nu, row_gram=row_gram, col_gram=col_gram)
-    # 0: find the bases, 1: refresh them, 2: leave them.
+    # 0: initialize the bases, 1: refresh them, 2: leave them unchanged.
     choice = jnp.where(count == 0, 0, jnp.where(count % frequency == 0, 1, 2))
     return direction, jax.lax.switch(choice, [_first, _refreshed, lambda s: s], state)
 
 
 def _side_shapes(shape: tuple[int, ...], dims: MatrixDims, max_dim: int) -> tuple[Any, Any]:
-    """Stored shapes of the preconditioners of rows and of columns, None for a side that has none."""
+    """Returns the stored shapes of the row and column preconditioners; None for a side without one."""
     _, rows, cols = dims.matrix_shape(shape)
     row = (*dims.row_shape(shape), rows) if rows <= max_dim else None
     col = (*dims.col_shape(shape), cols) if cols <= max_dim else None
@@ -118,7 +116,7 @@ def _side_shapes(shape: tuple[int, ...], dims: MatrixDims, max_dim: int) -> tupl
 def scale_by_soap(
     matrix_dims: Any, *, b1: float, b2: float, eps: float, frequency: int, max_dim: int
 ) -> optax.GradientTransformation:
-    """`matrix_dims`: a `MatrixDims` at each parameter, `optax.MaskedNode()` where another optimizer works."""
+    """Returns the SOAP direction. `matrix_dims`: a `MatrixDims` per matrix, `optax.MaskedNode()` elsewhere."""
 
     def side_zeros(params: Any, side: int) -> Any:
         def zeros(p: jax.Array, dims: MatrixDims) -> Any:
@@ -131,7 +129,7 @@ def scale_by_soap(
         def zeros() -> Any:
             return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
-        # Four trees of their own: the state is donated, so no two leaves may share a buffer.
+        # Four separate trees: the state is donated, so no two leaves may share a buffer.
         sides = [side_zeros(params, side) for side in (0, 1, 0, 1)]
         return SoapState(jnp.zeros((), jnp.int32), zeros(), zeros(), *sides)
 
@@ -144,8 +142,8 @@ def scale_by_soap(
             matrix = _Matrix(*(None if gone else x.reshape(shape) for x, shape, gone in pairs))
             grad_NRC = grad.astype(jnp.float32).reshape(n, r, c)
             direction, new = _update_matrix(grad_NRC, matrix, state.count, b1=b1, b2=b2, eps=eps, frequency=frequency)
-            kept = [x if x_new is None else x_new.reshape(x.shape) for x, x_new in zip(stored, new, strict=True)]
-            return direction.reshape(grad.shape), *kept
+            updated = [x if x_new is None else x_new.reshape(x.shape) for x, x_new in zip(stored, new, strict=True)]
+            return direction.reshape(grad.shape), *updated
 
         results = jax.tree.map(one, updates, matrix_dims, *state[1:])
 

@@ -1,11 +1,10 @@
-"""Updates that would spoil a run: where loss or gradient are not finite, or stand far above those before.
+"""Loss spike detection: drops updates with a non-finite or outlying loss or gradient norm, or rolls back.
 
-The step itself drops an update above the limits that it is given, on all devices alike. Limits follow from the values
-of the updates before, which every process has, and which are read one step late as all metrics are: those for update n
-know the values up to n - 2, in a run that goes on from a checkpoint as in the unbroken one.
+The train step drops an update above its limits, identically on all devices. Limits follow from the values of earlier
+updates, which every process has. Like all metrics, these are read one step late: the limits of update n depend on
+values up to n - 2, also after a resume.
 
-Dropping what stands out: OLMo 2 (2501.00656), section 3. Going back and leaving out the data: PaLM (2204.02311),
-section 5.1.
+Skipping outliers: OLMo 2 (2501.00656), section 3. Rolling back and skipping data: PaLM (2204.02311), section 5.1.
 """
 
 import enum
@@ -22,33 +21,33 @@ from trainer.objective import Batch
 from trainer.state import TrainState
 from trainer.step import Metrics, TrainStep
 
-WATCHED = ("loss", "grad_norm")
-NO_LIMITS = np.full(len(WATCHED), np.inf, np.float32)  # but what is not finite is dropped
+WATCHED = ("loss", "grad_norm")  # monitored metrics, in the order of limits
+NO_LIMITS = np.full(len(WATCHED), np.inf, np.float32)  # non-finite updates are still dropped
 
 
 class SpikePolicy(enum.Enum):
-    """What is done about a spike. An update with a loss or a gradient that is not finite is dropped in any case."""
+    """Reaction to a spike. Updates with a non-finite loss or gradient norm are always dropped."""
 
-    warn = "warn"  # it is told
-    skip = "skip"  # the update is dropped
-    rollback = "rollback"  # the run goes back to the checkpoint before, and leaves out the data up to the spike
+    warn = "warn"  # log a warning
+    skip = "skip"  # drop the update
+    rollback = "rollback"  # restore the previous checkpoint and skip the data up to the spike
 
 
 @dataclass
 class LossSpikeConfig:
-    """What counts as a spike of loss or gradient norm, and what is done then."""
+    """Detection of spikes in loss and gradient norm, and the reaction to them."""
 
-    policy: SpikePolicy = SpikePolicy.warn  # Action on a loss spike
-    # Standard deviations above the mean of the last `window` values
+    policy: SpikePolicy = SpikePolicy.warn  # warn, skip the update, or roll back to the previous checkpoint
+    # spike threshold: standard deviations above the mean of the last `window` values
     num_std: float = field(default=6.0, metadata={"above": 0, "hint": "loss_spikes.policy=warn drops none"})
-    # Number of optimizer steps in the moving window; detection starts once half of it is filled
+    # updates in the running statistics; detection starts at half of them
     window: int = field(default=128, metadata={"min": 2})
-    # Consecutive skipped steps, or rollbacks, after which the run stops
+    # maximum consecutive dropped updates, or rollbacks, before the run stops
     max_rollbacks: int = field(default=10, metadata={"min": 1})
 
 
 class Rollback(Exception):
-    """The run is to go back to the checkpoint of step `to`; `step` is the update that was dropped, `values` say why."""
+    """Requests a rollback to the checkpoint of step `to`. `step`: the dropped update; `values`: its loss and norm."""
 
     def __init__(self, step: int, to: int, values: dict[str, float]) -> None:
         super().__init__(f"spike at step {step}")
@@ -56,31 +55,31 @@ class Rollback(Exception):
 
 
 class TooManyRollbacks(Exception):
-    """The run ends, for its updates are dropped again and again."""
+    """Stops the run after too many consecutive dropped updates or rollbacks."""
 
 
 class SpikeWatch:
-    """Keeps the values of updates that were taken, makes limits of them, and acts when one is passed."""
+    """Derives limits from recent applied updates and applies the policy when one is exceeded."""
 
     def __init__(self, config: LossSpikeConfig, *, say: Callable[[str], None], before: Callable[[int], int | None]):
-        """`before(step)`: the newest checkpoint before this update, where there is one."""
+        """`say`: logs a line. `before(step)`: step of the newest checkpoint before this update; None if none."""
         self.config, self._say, self._before = config, say, before
-        self._taken: deque[tuple[int, list[float]]] = deque(maxlen=config.window + 2)
-        self._in_a_row = 0
-        self._seen = 0  # the last update whose values were read
-        self._flying: tuple[int, Metrics] | None = None  # the one whose were not
+        self._applied: deque[tuple[int, list[float]]] = deque(maxlen=config.window + 2)
+        self._consecutive = 0  # dropped updates in a row
+        self._seen = 0  # last update whose values were read
+        self._in_flight: tuple[int, Metrics] | None = None  # the update whose values were not read yet
 
     def limits(self, step: int) -> np.ndarray:
-        """Of loss and gradient norm [2] f32, for the update that makes step `step`."""
+        """Returns the limits of loss and gradient norm [2] f32 for update number `step`."""
         window = self.config.window
-        known = [values for at, values in self._taken if at <= step - 2][-window:]
+        known = [values for at, values in self._applied if at <= step - 2][-window:]
         if len(known) < max(2, window // 2):
             return NO_LIMITS
         values = np.asarray(known, np.float64)
         return (values.mean(0) + self.config.num_std * values.std(0)).astype(np.float32)
 
     def guard(self, train_step: Callable[..., tuple[TrainState, Metrics]], first_step: int) -> TrainStep:
-        """`train_step` under the limits of each update; `first_step`: updates done before."""
+        """Wraps `train_step` with the limits of each update. `first_step`: number of updates already done."""
         step = first_step
         drops = self.config.policy is not SpikePolicy.warn
 
@@ -88,55 +87,58 @@ class SpikeWatch:
             nonlocal step
             step += 1
             state, metrics = train_step(state, frozen, batch, self.limits(step) if drops else NO_LIMITS)
-            self._flying = step, metrics
+            self._in_flight = step, metrics
             return state, metrics
 
         return guarded
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the values of an update into account.
+        """Records the values of an update and applies the policy.
 
-        Raises: Rollback where that is the policy and there is a checkpoint before it; Spoiled where no update is taken
-        any more.
+        Raises: Rollback if that is the policy and an earlier checkpoint exists; TooManyRollbacks after
+        `max_rollbacks` consecutive dropped updates.
         """
         limits, values = self.limits(step), [metrics[name] for name in WATCHED]
         dropped, self._seen = metrics["dropped"] > 0, step
         if not dropped:
-            self._taken.append((step, values))
-            self._in_a_row = 0
+            self._applied.append((step, values))
+            self._consecutive = 0
         if not dropped and all(value <= limit for value, limit in zip(values, limits, strict=True)):
             return
-        what = ", ".join(_told(*each) for each in zip(WATCHED, values, limits, strict=True))
+        summary = ", ".join(_describe(*each) for each in zip(WATCHED, values, limits, strict=True))
         if not dropped:
-            self._say(f"step {step}: spike: {what}; loss_spikes.policy=skip would drop it, rollback go back before it")
+            self._say(
+                f"step {step}: spike: {summary}; loss_spikes.policy=skip would drop this update, rollback would "
+                "restore the previous checkpoint"
+            )
             return
-        self._in_a_row += 1
-        self._say(f"step {step}: update dropped: {what}")
+        self._consecutive += 1
+        self._say(f"step {step}: update dropped: {summary}")
         to = self._before(step) if self.config.policy is SpikePolicy.rollback else None
         if to is not None:
             raise Rollback(step, to, dict(zip(WATCHED, values, strict=True)))
-        if self._in_a_row >= self.config.max_rollbacks:
+        if self._consecutive >= self.config.max_rollbacks:
             raise TooManyRollbacks(
-                f"loss_spikes.max_rollbacks={self.config.max_rollbacks}: so many updates in a row were dropped, the last at step {step} "
-                f"({what}); begin again from an earlier checkpoint with a smaller optimizer.learning_rate, a smaller "
-                "optimizer.max_grad_norm or other data"
+                f"loss_spikes.max_rollbacks={self.config.max_rollbacks}: stopping after {self._consecutive} "
+                f"consecutive dropped updates, the last at step {step} ({summary}); restart from an earlier checkpoint "
+                "with a smaller optimizer.learning_rate, a smaller optimizer.max_grad_norm or other data"
             )
 
     def get_state(self, step: int) -> dict[str, Any]:
-        taken, in_a_row = [*self._taken], self._in_a_row
-        if self._flying is not None and self._seen < step == self._flying[0]:
+        applied, consecutive = [*self._applied], self._consecutive
+        if self._in_flight is not None and self._seen < step == self._in_flight[0]:
             names = (*WATCHED, "dropped")
-            *values, dropped = (float(v) for v in jax.device_get([self._flying[1][name] for name in names]))
-            taken, in_a_row = ([*taken, (step, values)], 0) if not dropped else (taken, in_a_row + 1)
-        return {"taken": taken, "in_a_row": in_a_row}
+            *values, dropped = (float(v) for v in jax.device_get([self._in_flight[1][name] for name in names]))
+            applied, consecutive = ([*applied, (step, values)], 0) if not dropped else (applied, consecutive + 1)
+        return {"taken": applied, "in_a_row": consecutive}
 
     def set_state(self, saved: Mapping[str, Any]) -> None:
-        self._taken.clear()
-        self._taken.extend((int(step), [float(value) for value in values]) for step, values in saved["taken"])
-        self._in_a_row = int(saved["in_a_row"])
+        self._applied.clear()
+        self._applied.extend((int(step), [float(value) for value in values]) for step, values in saved["taken"])
+        self._consecutive = int(saved["in_a_row"])
 
 
-def _told(name: str, value: float, limit: float) -> str:
+def _describe(name: str, value: float, limit: float) -> str:
     if not math.isfinite(value):
         return f"{name} {value}"
     return f"{name} {value:.4g}" + (f" above {limit:.4g}" if value > limit else "")

@@ -1,7 +1,7 @@
-"""Devices that compute wrong without a word: replicas that differ, and a step that gives other bits when repeated.
+"""Silent data corruption (SDC) checks: compares replicas, and the results of a repeated train step, bit for bit.
 
-Silent data corruption: Hochschild et al. 2021, Cores that don't count; Dixit et al. 2021 (2102.11245). Llama 3
-(2407.21783), section 3.3.4, lost runs to it.
+Hochschild et al. 2021, Cores that don't count; Dixit et al. 2021 (2102.11245). Llama 3 training was interrupted by it
+(2407.21783, section 3.3.4).
 """
 
 from collections import defaultdict
@@ -22,18 +22,19 @@ from trainer.state import TrainState
 from trainer.step import Metrics, TrainStep
 from trainer.xla_options import compiler_options
 
-NAMED = 3  # parameters that a message names
+NAMED = 3  # maximum number of parameters named in a message
 
 
 @dataclass
 class SDCCheckConfig:
-    """Whether devices are checked for wrong results."""
+    """Silent data corruption checks."""
 
-    every: int = field(default=0, metadata={"min": 0})  # steps between checks, of the time of two steps each; 0: never
+    # optimizer steps between checks, each of which costs two extra steps; 0 disables them
+    every: int = field(default=0, metadata={"min": 0})
 
 
 class SilentDataCorruption(Exception):
-    """A check has failed before step `step`; the last that had not was before step `sound`."""
+    """Raised when the check before step `step` fails. The last check that passed was before step `sound`."""
 
     def __init__(self, step: int, sound: int, why: str) -> None:
         super().__init__(why)
@@ -41,16 +42,16 @@ class SilentDataCorruption(Exception):
 
 
 def shard_digests(tree: Any, specs: Any, mesh: Mesh) -> jax.Array:
-    """A digest of each device's own piece of each leaf [devices in the order of the mesh, leaves] u32.
+    """Returns the digest of each device's shard of each leaf: [devices in mesh order, leaves] u32.
 
-    One changed element always changes it. To be compiled; `specs`: how the leaves lie on the mesh.
+    Any single changed element changes the digest. Call it under jit. `specs`: `PartitionSpec` of each leaf.
     """
     axes = tuple(mesh.axis_names)
 
-    def local(*pieces: jax.Array) -> jax.Array:
-        return jnp.stack([_digest(piece) for piece in pieces])[None]
+    def local(*shards: jax.Array) -> jax.Array:
+        return jnp.stack([_digest(shard) for shard in shards])[None]
 
-    # Unchecked: what is equal on all devices by right is what is asked about.
+    # check_vma=False: replicas must not be assumed equal, because that is what the check verifies.
     run = jax.shard_map(
         local, mesh=mesh, in_specs=tuple(jax.tree.leaves(specs, is_leaf=_is_spec)), out_specs=PartitionSpec(axes),
         check_vma=False,
@@ -63,26 +64,24 @@ def _is_spec(leaf: Any) -> bool:
 
 
 def _digest(x: jax.Array) -> jax.Array:
-    """Sum of all elements' bits, each times an odd number of its own, modulo 2^32."""
+    """Returns the sum modulo 2^32 of the bits of all elements, each times an odd number that depends on its index."""
     bits = x.astype(jnp.uint32)
     if not jnp.issubdtype(x.dtype, jnp.integer) and x.dtype != jnp.bool_:
         bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for dim in reversed(range(x.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride & 0xFFFFFFFF)
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride & 0xFFFFFFFF)
         stride *= x.shape[dim]
-    return jnp.sum(bits * (place * jnp.uint32(0x9E3779B8) + jnp.uint32(0x7F4A7C15)), dtype=jnp.uint32)
+    return jnp.sum(bits * (index * jnp.uint32(0x9E3779B8) + jnp.uint32(0x7F4A7C15)), dtype=jnp.uint32)
 
 
 class IntegrityWatch:
-    """Checks a run of one state layout. Every process makes one and guards the same steps."""
+    """Checks the train steps of a run for silent data corruption. Every process must guard the same steps."""
 
     def __init__(
         self, config: SDCCheckConfig, train_step: Callable[..., tuple[TrainState, Metrics]], state: TrainState
     ):
-        """`config.every` above 0; `train_step` with limits, as `make_train_step` makes it; `state`: abstract, with
-        shardings.
-        """
+        """`config.every` must be above 0. `train_step`: from `make_train_step`. `state`: abstract, with shardings."""
         self._every = config.every
         leaves = leaf_paths(state)
         self._names = list(leaves)
@@ -91,64 +90,65 @@ class IntegrityWatch:
         specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
         self._groups = {name: _replicas(leaf.sharding, leaf.shape) for name, leaf in leaves.items()}
         self._of_state = jax.jit(partial(shard_digests, specs=specs, mesh=mesh))
-        plain = getattr(train_step, "__wrapped__", train_step)  # the compiler is told by the outer program
+        plain = getattr(train_step, "__wrapped__", train_step)  # not jitted: options come from the outer jit
         options = compiler_options(self._devices[0].platform, len(self._devices))
         self._of_step = jax.jit(lambda *step: shard_digests(plain(*step)[0], specs, mesh), compiler_options=options)
 
     def guard(self, train_step: TrainStep, first_step: int) -> TrainStep:
-        """`train_step`, checked before each update that makes a step which is due."""
+        """Wraps `train_step` with a check before every `config.every`-th step."""
         step, sound = first_step, first_step
 
         def guarded(state: TrainState, frozen: Mapping[str, Any], batch: Batch, *limits: Any) -> Any:
             nonlocal step, sound
             step += 1
             if step % self._every == 0:
-                why = self.differing_replicas(state) or self.differing_repeats(state, frozen, batch, *limits)
-                if why:
-                    raise SilentDataCorruption(step, sound, why)
+                problem = self.differing_replicas(state) or self.differing_repeats(state, frozen, batch, *limits)
+                if problem:
+                    raise SilentDataCorruption(step, sound, problem)
                 sound = step
             return train_step(state, frozen, batch, *limits)
 
         return guarded
 
     def differing_replicas(self, state: TrainState) -> str:
-        """Which devices hold another copy of what should be the same; empty where none does."""
+        """Names the devices whose replica of a parameter differs from the others; empty if none."""
         digests = on_host(self._of_state(state))
         wrong: dict[str, list[str]] = defaultdict(list)
         for column, name in zip(digests.T, self._names, strict=True):
             for group in self._groups[name]:
                 for device in minority_indices(column[group]):
-                    wrong[self._told(group[device])].append(name)
+                    wrong[self._device_name(group[device])].append(name)
         return "; ".join(
-            f"{device} holds another copy of {_some(names)} than others" for device, names in wrong.items()
+            f"the replica of {_abbreviate(names)} on {device} differs from the others"
+            for device, names in wrong.items()
         )
 
     def differing_repeats(self, *step: Any) -> str:
-        """Which devices come to another state when the same step is done again; empty where none does."""
+        """Names the devices whose result changes when the same step is repeated; empty if none."""
         first, second = on_host(self._of_step(*step)), on_host(self._of_step(*step))
         return "; ".join(
-            f"{self._told(device)} gave other bits for {_some([self._names[i] for i in np.flatnonzero(differs)])} when "
-            "the same step was repeated"
+            f"{self._device_name(device)} gave different bits for "
+            f"{_abbreviate([self._names[i] for i in np.flatnonzero(differs)])} when the same step was repeated"
             for device, differs in enumerate(first != second)
             if differs.any()
         )
 
-    def _told(self, index: int) -> str:
+    def _device_name(self, index: int) -> str:
         device = self._devices[index]
         return f"device {device.id} of process {device.process_index}"
 
 
 def _replicas(sharding: NamedSharding, shape: tuple[int, ...]) -> list[list[int]]:
-    """Devices, by their place in the mesh, that hold the same piece."""
-    places = {device: i for i, device in enumerate(np.asarray(sharding.mesh.devices).flat)}
+    """Returns groups of device indices (in mesh order) that hold the same shard."""
+    mesh_index = {device: i for i, device in enumerate(np.asarray(sharding.mesh.devices).flat)}
     groups: dict[str, list[int]] = defaultdict(list)
     for device, index in sharding.devices_indices_map(shape).items():
-        groups[str(index)].append(places[device])
+        groups[str(index)].append(mesh_index[device])
     return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
 def minority_indices(values: np.ndarray) -> list[int]:
-    """Indices of those that differ from the majority; all, where there is none."""
+    """Returns the indices of values that differ from the majority; all indices if there is no majority."""
     kinds, counts = np.unique(values, return_counts=True)
     if len(kinds) == 1:
         return []
@@ -157,6 +157,6 @@ def minority_indices(values: np.ndarray) -> list[int]:
     return np.flatnonzero(values != kinds[counts.argmax()]).tolist()
 
 
-def _some(names: list[str]) -> str:
+def _abbreviate(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

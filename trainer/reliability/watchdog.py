@@ -1,4 +1,4 @@
-"""Notices that a run stands still, says in what, and writes down where every thread is."""
+"""Watchdog: detects hangs, reports what the run is waiting for, and dumps the stacks of all threads."""
 
 import enum
 import faulthandler
@@ -11,26 +11,28 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType, TracebackType
 
-ABORTED = 75  # as preempted: what another start may cure
+ABORTED = 75  # exit code, as for preemption: a restart may help
 
 
 class WatchdogAction(enum.Enum):
-    warn = "warn"  # it is told
-    abort = "abort"  # and the process leaves with 75, to be started again from the newest checkpoint
+    """Reaction to a hang."""
+
+    warn = "warn"  # log a warning
+    abort = "abort"  # log a warning and exit with code 75, to be restarted from the newest checkpoint
 
 
-# Functions on the main thread's stack, the innermost first to be found, and what being in them means.
+# Functions on the main thread's stack, searched from the innermost frame, and what they wait for.
 MEANINGS = {
-    "next_batch": "waits for data: a slow or stuck source",
-    "flush": "waits for its devices: a collective that not all processes have joined, or a slow or broken device",
-    "guarded": "waits to hand the devices their next step",
-    "save": "waits for a checkpoint to be written: slow or full storage",
-    "wait": "waits for a checkpoint to be written: slow or full storage",
+    "next_batch": "waiting for data: slow or stuck data source",
+    "flush": "waiting for devices: a collective that not all processes have joined, or a slow or broken device",
+    "guarded": "waiting to dispatch the next step to the devices",
+    "save": "waiting for a checkpoint to be written: slow or full storage",
+    "wait": "waiting for a checkpoint to be written: slow or full storage",
 }
 
 
 class Watchdog(AbstractContextManager["Watchdog"]):
-    """A thread that looks from time to time whether there was a `beat`."""
+    """A thread that periodically checks for a recent `beat`."""
 
     def __init__(
         self,
@@ -44,14 +46,15 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], None] = os._exit,
     ):
-        """`seconds` without a beat are a hang; 0: never. `current_phase`: the phase of the run. `stacks`: the file to write.
+        """`seconds`: time without a beat that counts as a hang; 0 disables the watchdog. `doing`: returns the phase.
 
-        `others`: where the other processes are, in words.
+        `stacks`: file for stack dumps. `others`: returns a description of the progress of all other processes. `leave`:
+        exits the process.
         """
         self.seconds, self._on_hang, self._doing, self._say, self._stacks = seconds, on_hang, doing, say, stacks
         self._others, self._clock, self._leave = others, clock, leave
         self._watched = threading.get_ident()
-        self._last, self._step, self._told = clock(), 0, False
+        self._last, self._step, self._reported = clock(), 0, False
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -70,42 +73,43 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             self._thread.join()
 
     def beat(self, step: int) -> None:
-        """The run has come to this step."""
-        if self._told:
-            self._say(f"step {step}: goes on after {self._clock() - self._last:,.0f} s")
-        self._last, self._step, self._told = self._clock(), step, False
+        """Reports progress: the run has reached this step."""
+        if self._reported:
+            self._say(f"step {step}: progress resumed after {self._clock() - self._last:,.0f} s")
+        self._last, self._step, self._reported = self._clock(), step, False
 
     def progress(self) -> tuple[int, str]:
         """The last step, and what the run does now, in words."""
         return self._step, self.waits_for()
 
     def waits_for(self) -> str:
+        """Describes what the run is waiting for."""
         return meaning(self._doing(), sys._current_frames().get(self._watched))
 
     def _watch(self) -> None:
         while not self._end.wait(min(5.0, self.seconds / 4)):
-            self.look()
+            self.check()
 
-    def look(self) -> None:
-        """Tells, once, if there was no beat for too long."""
-        still = self._clock() - self._last
-        if still < self.seconds or self._told:
+    def check(self) -> None:
+        """Reports a hang once and takes the configured action if the last beat is too long ago."""
+        idle = self._clock() - self._last
+        if idle < self.seconds or self._reported:
             return
-        self._told = True
+        self._reported = True
         self._stacks.parent.mkdir(parents=True, exist_ok=True)
         with open(self._stacks, "a") as file:
-            print(f"after step {self._step}, {still:,.0f} s without progress, {time.strftime('%F %T')}", file=file)
+            print(f"after step {self._step}, {idle:,.0f} s without progress, {time.strftime('%F %T')}", file=file)
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         others = self._others()
         self._say(
-            f"no progress for {still:,.0f} s after step {self._step}: the run {self.waits_for()}; "
+            f"no progress for {idle:,.0f} s after step {self._step}: {self.waits_for()}; "
             + (f"{others}; " if others else "")
             + f"stacks: {self._stacks}"
             + (
-                "; leaving with 75"
+                f"; exiting with code {ABORTED}"
                 if self._on_hang is WatchdogAction.abort
-                else "; task.watchdog_action=abort would leave with 75"
+                else f"; task.watchdog_action=abort would exit with code {ABORTED}"
             )
         )
         if self._on_hang is WatchdogAction.abort:
@@ -115,10 +119,10 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
 
 def meaning(phase: str, frame: FrameType | None) -> str:
-    """What a thread that is there in this phase is waiting for."""
+    """Describes what a thread with this stack frame is waiting for in this phase of the run."""
     while frame is not None:
         found = MEANINGS.get(frame.f_code.co_name)
         if found is not None and phase == "step":
             return found
         frame = frame.f_back
-    return f"is in its phase {phase!r}"
+    return f"in phase {phase!r}"

@@ -1,8 +1,8 @@
-"""Files in object stores: what is named by a URL (`s3://`, `gs://`, `hf://`, ...), read and written by fsspec.
+"""Reads and writes object stores (`s3://`, `gs://`, `hf://`, ...) through fsspec.
 
 Credentials and endpoints are never part of a URL or a config: each backend finds them as its own tools do, in the
-environment, in its files or by the machine's role. What fails is tried again a bounded number of times and told in one
-line; what no second try can mend is an error at once.
+environment, in its config files or through the machine's role. Transient failures are retried a bounded number of times
+and logged once; permanent ones raise immediately.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 T = TypeVar("T")
 Say = Callable[[str], None]
 
-PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
-THREADS = 8  # transfers at a time
+PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry
+THREADS = 8  # concurrent transfers
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "huggingface"}
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of the machine",
@@ -30,20 +30,20 @@ CREDENTIALS = {
     "huggingface": "HF_TOKEN, or `hf auth login`",
 }
 _SECRETS = re.compile(r"[?&](x-amz-signature|x-goog-signature|signature|sig|token|password|secret)=", re.IGNORECASE)
-# One file may be told of in many ways; the first that a store has says which version it is.
+# Metadata keys that identify the version of a file, in order of preference; stores differ.
 _VERSION = ("ETag", "etag", "md5Hash", "generation", "blob_id", "LastModified", "last_modified", "updated", "mtime")
 _MODIFIED = ("LastModified", "last_modified", "updated", "mtime", "created")
 
 
 class ObjectStoreError(RuntimeError):
-    """A store did not do what it was asked, however often."""
+    """An operation failed after all retries."""
 
 
 class StoredObject(NamedTuple):
-    """What a store says of a file."""
+    """Metadata of a file in a store."""
 
     size: int  # bytes
-    version: str  # another one where the content is another
+    version: str  # changes whenever the content changes
     modified: float | None  # seconds since 1970
 
 
@@ -52,13 +52,13 @@ def is_url(path: str) -> bool:
 
 
 def check_url(url: str, key: str) -> None:
-    """Raises: ValueError where a secret stands in `url`, which would be written into configs and logs."""
+    """Raises: ValueError if `url` contains a secret, which would be written to configs and logs."""
     parts = urlsplit(url)
     if (parts.password or "@" in parts.netloc) or _SECRETS.search(url):
         bare = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         raise ValueError(
-            f"{key}={bare}: was given with a secret in it, which would be written into configs and logs; leave it out, "
-            f"and give {_credentials(url)}"
+            f"{key}={bare}: the URL contains a secret, which would be written to configs and logs; remove it and "
+            f"provide {_credentials(url)}"
         )
 
 
@@ -72,32 +72,32 @@ def _credentials(url: str) -> str:
 
 @lru_cache(maxsize=32)
 def file_system(scheme: str) -> Any:
-    """The fsspec file system of a scheme. Raises: ValueError where it is unknown, or its package is not there."""
+    """Returns the fsspec file system of a scheme. Raises: ValueError if it is unknown or its package is missing."""
     extra = EXTRAS.get(scheme)
-    way = f"pip install -e '.[{extra}]'" if extra else "install the package that fsspec names"
+    fix = f"pip install -e '.[{extra}]'" if extra else "install the package that fsspec names"
     try:
         import fsspec
 
-        # Others write into the same folders: a listing that was kept would be an old one.
-        more = {"auto_mkdir": True} if scheme in ("file", "local") else {}  # other stores have no folders to make
-        return fsspec.filesystem(scheme, use_listings_cache=False, **more)
+        # Other processes write to the same folders, so cached listings could be stale.
+        options = {"auto_mkdir": True} if scheme in ("file", "local") else {}  # object stores have no folders to create
+        return fsspec.filesystem(scheme, use_listings_cache=False, **options)
     except ImportError as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{scheme}://: needs a package that is not installed ({why}): {way}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{scheme}://: needs a package that is not installed ({reason}): {fix}") from None
     except ValueError as error:
-        raise ValueError(f"{scheme}://: is no store that fsspec knows ({error})") from None
+        raise ValueError(f"{scheme}://: is not a file system known to fsspec ({error})") from None
 
 
-def _no_second_try(url: str, error: BaseException) -> Exception | None:
-    """What to raise at once: only another command, bucket or account mends it."""
+def _permanent_error(url: str, error: BaseException) -> Exception | None:
+    """Returns the exception to raise for a failure that retries cannot fix; None for a transient failure."""
     name = type(error).__name__
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | ObjectStoreError | ValueError):
         return error
     if "Credential" in name or "credentials" in str(error)[:200].lower():
-        return ValueError(f"{url}: no credentials were found, or they are no longer good; give {_credentials(url)}")
+        return ValueError(f"{url}: credentials are missing or have expired; provide {_credentials(url)}")
     if isinstance(error, PermissionError):
-        said = _first_line(error)
-        return ValueError(f"{url}: access was denied ({said}); give an account that may: {_credentials(url)}")
+        reason = _first_line(error)
+        return ValueError(f"{url}: access denied ({reason}); use an account with access: {_credentials(url)}")
     return None
 
 
@@ -106,15 +106,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def with_retries(url: str, action: Callable[[], T], say: Say = lambda text: None) -> T:
-    """What `action` returns, after some more tries where it fails; the first failure is told.
+    """Runs `action` with retries and returns its result; logs the first failure.
 
-    Raises: FileNotFoundError as it came; ValueError for credentials and rights; StoreFailed after the last try.
+    Raises: FileNotFoundError unchanged; ValueError for missing credentials or permissions; ObjectStoreError after the
+    last retry.
     """
     for failed, pause in enumerate((*PAUSES, None)):
         try:
             return action()
         except Exception as error:
-            final = _no_second_try(url, error)
+            final = _permanent_error(url, error)
             if final is error:
                 raise
             if final is not None:
@@ -122,7 +123,7 @@ def with_retries(url: str, action: Callable[[], T], say: Say = lambda text: None
             if pause is None:
                 raise ObjectStoreError(f"{url}: {_first_line(error)} (tried {len(PAUSES) + 1} times)") from error
             if failed == 0:
-                say(f"{url}: {_first_line(error)}; trying again, {len(PAUSES)} times at most")
+                say(f"{url}: {_first_line(error)}; retrying up to {len(PAUSES)} times")
             time.sleep(pause)
     raise AssertionError
 
@@ -139,7 +140,7 @@ def _stored(info: Mapping[str, Any]) -> StoredObject:
 
 
 class Store:
-    """A folder in an object store; names in it are relative to it, with slashes."""
+    """A folder in an object store; file names are relative to it, with slashes."""
 
     def __init__(self, url: str, say: Say = lambda text: None):
         self.url, self.say = url.rstrip("/"), say
@@ -158,10 +159,11 @@ class Store:
         return with_retries(f"{self.url}/{name}".rstrip("/"), action, say or self.say)
 
     def inside(self, name: str) -> "Store":
+        """Returns the subfolder `name` as a store."""
         return Store(f"{self.url}/{name}", self.say)
 
     def files(self, under: str = "") -> dict[str, StoredObject]:
-        """All files, of the folder `under` or all, by name. Of a bucket that is not there FileNotFoundError."""
+        """Returns all files below the folder `under`, by name. Raises: FileNotFoundError if the bucket is missing."""
         root = self._full(under)
         found = self._try(under, lambda: self._fs.find(root, detail=True))
         prefix = f"{under}/" if under else ""
@@ -169,14 +171,14 @@ class Store:
         return {of(full): _stored(info) for full, info in found.items() if full != root}
 
     def folders(self) -> list[str]:
-        """Names of the folders directly in it."""
+        """Returns the names of the direct subfolders."""
         return self.top()[1]
 
     def top(self) -> tuple[list[str], list[str]]:
-        """Names of the files and of the folders directly in it. FileNotFoundError where the bucket is not there."""
+        """Returns the names of direct files and subfolders. Raises: FileNotFoundError if the bucket is missing."""
         try:
             found = self._try("", lambda: self._fs.ls(self._full(""), detail=True))
-        except FileNotFoundError:  # of a folder there is nothing to see before the first file in it
+        except FileNotFoundError:  # an empty folder does not exist in an object store
             return list(self.files()), []
         names = lambda kind: sorted(PurePosixPath(i["name"]).name for i in found if i["type"] == kind)
         return names("file"), names("directory")
@@ -185,7 +187,7 @@ class Store:
         return self._try(name, lambda: self._fs.isfile(self._full(name)))
 
     def read(self, name: str) -> bytes | None:
-        """The whole of a small file; None where it is not there."""
+        """Returns the content of a small file; None if it does not exist."""
         try:
             return self._try(name, lambda: self._fs.cat_file(self._full(name)))
         except FileNotFoundError:
@@ -196,11 +198,11 @@ class Store:
             self._try(name, lambda: self._fs.pipe_file(self._full(name), content))
         except FileNotFoundError as error:
             raise ValueError(
-                f"{self.url}: cannot be written to ({_first_line(error)}); make the bucket first"
+                f"{self.url}: cannot be written to ({_first_line(error)}); create the bucket first"
             ) from None
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Uploads local files, several at a time."""
+        """Uploads local files, several concurrently."""
         say = _once(self.say)
 
         def one(name: str) -> None:
@@ -209,23 +211,23 @@ class Store:
         _each(one, list(files))
 
     def get(self, names: Sequence[str], folder: Path) -> None:
-        """Downloads files to the same names below `folder`; each appears there whole."""
+        """Downloads files to the same names below `folder`, each renamed into place when complete."""
         say = _once(self.say)
 
         def one(name: str) -> None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            half = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+            partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
             try:
-                self._try(name, lambda: self._fs.get_file(self._full(name), str(half)), say)
-                half.rename(target)
+                self._try(name, lambda: self._fs.get_file(self._full(name), str(partial)), say)
+                partial.rename(target)
             finally:
-                half.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
 
         _each(one, list(names))
 
     def delete(self, names: Sequence[str]) -> None:
-        """Those that are gone already are none the less gone."""
+        """Deletes files; missing ones are ignored."""
         say = _once(self.say)
 
         def one(name: str) -> None:
@@ -235,7 +237,7 @@ class Store:
         _each(one, list(names))
 
     def copy(self, names: Mapping[str, str]) -> None:
-        """From each name to another, inside of the store."""
+        """Copies files within the store, from each key to its value."""
         say = _once(self.say)
 
         def one(name: str) -> None:
@@ -245,19 +247,19 @@ class Store:
 
 
 def _once(say: Say) -> Say:
-    """Of many files that fail alike the first is told."""
-    told: list[str] = []
+    """Returns a logger that passes on only the first message."""
+    logged: list[str] = []
 
-    def perhaps(text: str) -> None:
-        told.append(text)
-        if len(told) == 1:
+    def log_first(text: str) -> None:
+        logged.append(text)
+        if len(logged) == 1:
             say(text)
 
-    return perhaps
+    return log_first
 
 
 def _each(action: Callable[[str], Any], names: Sequence[str]) -> None:
-    """Several at a time; where one fails those that have not begun are left."""
+    """Runs `action` on names concurrently; after a failure, pending ones are cancelled."""
     if not names:
         return
     pool = ThreadPoolExecutor(min(THREADS, len(names)))
@@ -268,17 +270,15 @@ def _each(action: Callable[[str], Any], names: Sequence[str]) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-# Single files, as sources name them
+# Single files, by URL
 
-_listed: dict[
-    str, StoredObject
-] = {}  # of the newest listing, so that a folder is asked for once and not each of its files
+_listed: dict[str, StoredObject] = {}  # metadata from the latest listing, to avoid one request per file
 
 
 def find_files(url: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """The file, the files in the folder or those that a glob matches, in a fixed order, as URLs.
+    """Returns the URLs of a file, of the files in a folder or of the matches of a glob, in a fixed order.
 
-    Raises: ValueError where the bucket, or anything in it, is not there.
+    Raises: ValueError if the bucket or path does not exist.
     """
     fs, bare = file_system(_scheme(url)), url.rstrip("/")
     path = fs._strip_protocol(bare)
@@ -287,7 +287,7 @@ def find_files(url: str, suffixes: tuple[str, ...] = ()) -> list[str]:
     try:
         found = {name: info for name, info in with_retries(bare, look).items() if info["type"] == "file"}
     except FileNotFoundError as error:
-        raise ValueError(f"{url}: is not there ({_first_line(error)})") from None
+        raise ValueError(f"{url}: does not exist ({_first_line(error)})") from None
     if path not in found:
         fixed = re.split(r"[*?\[]", path)[0].rpartition("/")[0] if star else path
         hidden = lambda name: any(part.startswith(".") for part in name[len(fixed) :].split("/"))
@@ -299,7 +299,7 @@ def find_files(url: str, suffixes: tuple[str, ...] = ()) -> list[str]:
 
 
 def stored(url: str) -> StoredObject:
-    """Size and version of a file."""
+    """Returns the metadata of a file; cached from the latest listing."""
     if url not in _listed:
         fs = file_system(_scheme(url))
         _listed[url] = _stored(with_retries(url, lambda: fs.info(fs._strip_protocol(url))))
@@ -308,10 +308,10 @@ def stored(url: str) -> StoredObject:
 
 @contextlib.contextmanager
 def on_disk(file: str) -> Iterator[str]:
-    """The path of a local file, or of a copy of one in a store, which is gone thereafter.
+    """Yields the path of a local file, or of a temporary copy of a file in a store.
 
-    A copy and not a stream: readers seek in it, and what breaks off in the middle is simply fetched again.
-    Raises: StoreFailed where it cannot be had: nothing of it may be left out in silence.
+    Copies instead of streaming, because readers seek and an interrupted transfer can be restarted.
+    Raises: ObjectStoreError if the download fails: a source must not silently lose documents.
     """
     if not is_url(file):
         yield file
@@ -323,7 +323,7 @@ def on_disk(file: str) -> Iterator[str]:
         def fetch() -> None:
             fs.get_file(fs._strip_protocol(file), str(copy))
             if copy.stat().st_size != expected:
-                raise OSError(f"gave {copy.stat().st_size} bytes of {expected}; is it being written?")
+                raise OSError(f"received {copy.stat().st_size} of {expected} bytes; is the file being written?")
 
         try:
             with_retries(file, fetch, lambda text: print(text, flush=True))

@@ -212,8 +212,8 @@ def _check_bad_fraction(source: SourceConfig, manifest: dict[str, Any], max_bad_
     if bad > max_bad_share * total:
         raise ValueError(
             f"data.max_bad_fraction={max_bad_share:g}: {bad:,} of {total:,} records of source {source.kind} are "
-            f"unusable{_reasons(manifest['bad_records'])}; fix them or raise data.max_bad_fraction (if records are too long, "
-            "raise data.seq_len or set data.on_overflow=truncate)"
+            f"unusable{_reasons(manifest['bad_records'])}; fix them or raise data.max_bad_fraction (if records are "
+            "too long, raise data.seq_len or set data.on_overflow=truncate)"
         )
 
 

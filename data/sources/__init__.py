@@ -1,1 +1,1 @@
-"""Where raw records come from."""
+"""Data sources: readers of raw documents and records."""

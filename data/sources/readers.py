@@ -1,10 +1,9 @@
-"""Where text comes from. A source is cut into units of work, and a unit gives documents.
+"""Data sources: each is divided into shards, and a shard yields documents or records.
 
-The same input can be read as records, objects with the fields that a file has, where more than one text is wanted
-(`data.records.chat_formats`).
+Records are objects with the fields of the file; formats other than text read them (`data.records.chat_formats`).
 
-Bad input never stops a run and is never silent: what cannot be read is counted by file and reason, with the place of
-the first case, and the counts reach the run's summary.
+Unreadable input does not stop a run, and it is never skipped silently: it is counted by file and reason, with the
+position of the first case, and the counts are written to the run's summary.
 """
 
 import glob
@@ -26,66 +25,66 @@ from data.records.record import BadRecords, Record, RecordFormat, decode, take_r
 from data.sources.tf_example import parse_example
 
 T = TypeVar("T")
-SHARD_BYTES = 16 << 20  # of files that are read in one piece of work
-RECORD_BYTES = 4 << 20  # of a line that holds a record: what is longer is a broken file, not an example
+SHARD_BYTES = 16 << 20  # file bytes per shard; smaller files are grouped
+RECORD_BYTES = 4 << 20  # maximum bytes of a record's line; longer lines are treated as corrupt
 
 
 class SourceShard(NamedTuple):
-    """A piece of work: always the same documents while its files stay as they are."""
+    """A unit of work: yields the same documents as long as its files do not change."""
 
     files: tuple[str, ...]
-    start: int = 0  # records, row groups or bytes of a single file, as its source counts them
-    stop: int = -1  # -1: to the end
+    start: int = 0  # first record, row group or byte of a single file, depending on the source
+    stop: int = -1  # exclusive end; -1: end of the file
 
 
 @dataclass
 class SourceConfig:
     kind: str = ""
-    # Share of the mixture; null for all sources: by their tokens
+    # mixture weight; null for all sources: proportional to their tokens
     weight: float | None = field(
         default=None, metadata={"above": 0, "hint": "leave the source out of source=[...] instead"}
     )
-    validation_fraction: float = 0.01  # of documents, by a hash of their content; never trained on
-    max_documents: int | None = None  # take so many at most
-    chat_format: RecordFormat = RecordFormat.auto  # of its records, where data.format=chat
+    validation_fraction: float = 0.01  # fraction of documents for validation, selected by a hash of their content
+    max_documents: int | None = None  # maximum number of documents; null: all
+    chat_format: RecordFormat = RecordFormat.auto  # record layout, for formats other than text; auto: detect
 
     def units(self) -> list[SourceShard]:
-        """Raises: ValueError where there is nothing to read, naming key, value and fix."""
+        """Returns the shards. Raises: ValueError naming key, value and fix if there is nothing to read."""
         raise TypeError(f"source.kind={self.kind}: choose one with source=[NAME]")
 
     def read(self, unit: SourceShard, bad: BadRecords) -> Iterator[str]:
         raise TypeError(f"source.kind={self.kind}: choose one with source=[NAME]")
 
     def records(self, unit: SourceShard, bad: BadRecords) -> Iterator[Record]:
-        """What it holds as objects; a source of plain text gives `{"text": ...}`."""
+        """Yields records; a source of plain text yields `{"text": ...}`."""
         for index, text in enumerate(self.read(unit, bad)):
             yield Record({"text": text}, self.kind, f"document {unit.start + index + 1}")
 
 
 @dataclass
 class FileSourceConfig(SourceConfig):
-    paths: list[str] = MISSING  # files, folders (searched through) and globs, also in object stores (s3://BUCKET/...)
+    paths: list[str] = MISSING  # files, folders (recursive) and globs; local or in object stores (s3://BUCKET/...)
 
     def suffixes(self) -> tuple[str, ...]:
-        """What is taken from a folder; empty: every file."""
+        """Returns the file suffixes to read from folders; empty: every file."""
         return ()
 
     def files(self) -> list[str]:
-        """All files in a fixed order, each once."""
+        """Returns all files without duplicates, in a fixed order."""
         if not self.paths:
             raise ValueError(f"data.sources.{self.kind}.paths=[]: name at least one file, folder or glob")
         found: dict[str, None] = {}
         for path in self.paths:
             if is_url(path):
                 check_url(path, f"data.sources.{self.kind}.paths")
-            here = find_files(path, self.suffixes()) if is_url(path) else _matching(path, self.suffixes())
-            if not here:
-                raise ValueError(f"data.sources.{self.kind}.paths: {path!r} {_why_nothing(path, self.suffixes())}")
-            found.update(dict.fromkeys(here))
+            matches = find_files(path, self.suffixes()) if is_url(path) else _matching(path, self.suffixes())
+            if not matches:
+                raise ValueError(f"data.sources.{self.kind}.paths: {path!r} {_why_no_files(path, self.suffixes())}")
+            found.update(dict.fromkeys(matches))
         return list(found)
 
     def units(self) -> list[SourceShard]:
-        """Small files go together; a big one stands alone."""
+        """Groups files in order into shards of at least `SHARD_BYTES`."""
         units: list[SourceShard] = []
         group: list[str] = []
         size = 0
@@ -110,7 +109,7 @@ class FileSourceConfig(SourceConfig):
                     bad.add(file, "empty file")
                     continue
                 yield from read(file, bad)
-            except (OSError, EOFError, ValueError) as error:  # a file may break anywhere in its middle
+            except (OSError, EOFError, ValueError) as error:  # a file may be truncated at any point
                 if isinstance(error, ValueError) and str(error).startswith("data.sources"):
                     raise
                 bad.add(file, "unreadable or truncated", str(error)[:200])
@@ -132,8 +131,8 @@ def _matching(path: str, suffixes: tuple[str, ...]) -> list[str]:
     if Path(path).is_file():
         return [path]
     if Path(path).is_dir():
-        inside = sorted(p for p in Path(path).rglob("*") if p.is_file() and not _hidden(p, Path(path)))
-        return [str(p) for p in inside if not suffixes or p.name.endswith(suffixes)]
+        files = sorted(p for p in Path(path).rglob("*") if p.is_file() and not _hidden(p, Path(path)))
+        return [str(p) for p in files if not suffixes or p.name.endswith(suffixes)]
     return sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
 
 
@@ -141,30 +140,31 @@ def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def _why_nothing(path: str, suffixes: tuple[str, ...]) -> str:
+def _why_no_files(path: str, suffixes: tuple[str, ...]) -> str:
     import difflib
 
-    wanted = f" that ends in {', '.join(suffixes)}" if suffixes else ""
+    wanted = f" ending in {', '.join(suffixes)}" if suffixes else ""
     if is_url(path):
-        return "matches no file" if any(c in path for c in "*?[") else f"is neither a file nor a folder of one{wanted}"
+        is_glob = any(c in path for c in "*?[")
+        return "matches no file" if is_glob else f"is neither a file nor a folder with files{wanted}"
     if Path(path).is_dir():
-        return f"is a folder without a file{wanted}"
+        return f"is a folder without files{wanted}"
     parent = Path(path).parent
     if any(c in path for c in "*?["):
         return "matches no file"
     if not parent.is_dir():
-        return f"is not there, and neither is the folder {str(parent)!r}"
+        return f"does not exist, and neither does the folder {str(parent)!r}"
     near = difflib.get_close_matches(Path(path).name, [p.name for p in parent.iterdir()], n=3)
-    return "is not there" + (f"; did you mean {' or '.join(repr(str(parent / n)) for n in near)}?" if near else "")
+    return "does not exist" + (f"; did you mean {' or '.join(repr(str(parent / n)) for n in near)}?" if near else "")
 
 
 @dataclass
 class TextConfig(FileSourceConfig):
-    """One document a file, or several between separators."""
+    """Text files with one document each, or several divided by a separator."""
 
     kind: str = "text"
-    suffix: str = ""  # take only files that end so from folders
-    separator: str = ""  # text between documents of a file; empty: a file is one document
+    suffix: str = ""  # read only files with this suffix from folders; empty: all files
+    separator: str = ""  # text between documents of a file; empty: each file is one document
 
     def suffixes(self) -> tuple[str, ...]:
         return (self.suffix,) if self.suffix else ()
@@ -183,10 +183,10 @@ class TextConfig(FileSourceConfig):
 
 @dataclass
 class JsonlConfig(FileSourceConfig):
-    """One JSON object a line; .gz and .zst are unpacked on the way."""
+    """JSON lines, one object per line; .gz and .zst files are decompressed on the fly."""
 
     kind: str = "jsonl"
-    text_field: str = "text"  # Field that holds the text
+    text_field: str = "text"  # field with the document text
 
     def suffixes(self) -> tuple[str, ...]:
         return tuple(f"{end}{packed}" for end in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
@@ -220,7 +220,7 @@ class JsonlConfig(FileSourceConfig):
 
 
 def _lines(file: Any, limit: int | None) -> Iterator[bytes]:
-    """The lines of a file; of one that is longer than `limit` only so much that this can be seen."""
+    """Yields the lines of a file; a line longer than `limit` is cut to limit + 1 bytes."""
     if limit is None:
         yield from file
         return
@@ -250,10 +250,10 @@ def _extra(module: str, extra: str, what: str) -> Any:
 
 @dataclass
 class ParquetConfig(FileSourceConfig):
-    """One document a row of a Parquet file."""
+    """Parquet files, one record per row."""
 
     kind: str = "parquet"
-    text_field: str = "text"  # Field that holds the text
+    text_field: str = "text"  # column with the document text
 
     def suffixes(self) -> tuple[str, ...]:
         return (".parquet",)
@@ -283,10 +283,10 @@ class ParquetConfig(FileSourceConfig):
 
 @dataclass
 class ArrayRecordConfig(FileSourceConfig):
-    """Records that are text, JSON objects, or tf.train.Example messages."""
+    """ArrayRecord files whose records are text, JSON objects or tf.train.Example messages."""
 
     kind: str = "arrayrecord"
-    text_field: str = "text"  # Field that holds the text
+    text_field: str = "text"  # field with the document text, in JSON objects and examples
 
     def files(self) -> list[str]:
         return [f for f in super().files() if "array_record" in Path(f).name or len(self.paths) == 1]
@@ -350,14 +350,14 @@ class ArrayRecordConfig(FileSourceConfig):
 
 @dataclass
 class HuggingFaceConfig(SourceConfig):
-    """A `datasets` data set: a folder of `save_to_disk`, or a name on the Hub."""
+    """A Hugging Face dataset: a `save_to_disk` folder, or a name on the Hub."""
 
     kind: str = "huggingface"
-    path: str = MISSING  # folder or name
-    name: str | None = None  # its configuration
-    split: str = "train"  # Split of the data set
-    text_field: str = "text"  # Field that holds the text
-    streaming: bool = False  # read a data set on the Hub without downloading it whole
+    path: str = MISSING  # folder, or dataset name on the Hub
+    name: str | None = None  # dataset configuration; null: the default one
+    split: str = "train"  # split of the dataset to read
+    text_field: str = "text"  # column with the document text
+    streaming: bool = False  # stream the dataset from the Hub without downloading it first
 
     def units(self) -> list[SourceShard]:
         return [SourceShard((self.path,))]
@@ -381,12 +381,12 @@ class HuggingFaceConfig(SourceConfig):
 
 @dataclass
 class SyntheticConfig(SourceConfig):
-    """Sentences of a small made-up grammar: something to learn where there is no text at hand."""
+    """Sentences from a small synthetic grammar, for tests and demos without data."""
 
     kind: str = "synthetic"
-    validation_fraction: float = 0.05
-    num_documents: int = 2000  # Number of documents to generate
-    seed: int = 0  # Seed of the generated text
+    validation_fraction: float = 0.05  # fraction of documents for validation, selected by a hash of their content
+    num_documents: int = 2000  # number of documents to generate
+    seed: int = 0  # random seed of the generated text
 
     def units(self) -> list[SourceShard]:
         return [SourceShard((), 0, self.num_documents)]
@@ -398,7 +398,7 @@ class SyntheticConfig(SourceConfig):
             "how": ["slowly", "gladly", "often", "never"],
         }
         for index in range(unit.start, unit.stop):
-            draw = random.Random(f"{self.seed}:{index}")  # strings are seeded the same on every platform
+            draw = random.Random(f"{self.seed}:{index}")  # string seeds are identical on every platform
             sentences = [
                 f"the {draw.choice(words['noun'])} {draw.choice(words['how'])} {draw.choice(words['verb'])} "
                 f"the {draw.choice(words['noun'])}."
@@ -409,11 +409,11 @@ class SyntheticConfig(SourceConfig):
 
 @dataclass
 class PythonStdlibConfig(SourceConfig):
-    """The sources of the running Python's own standard library: real text on every machine."""
+    """Source files of the running Python's standard library: real text available on every machine."""
 
     kind: str = "python_stdlib"
-    validation_fraction: float = 0.02
-    max_bytes: int = 6_000_000  # of text, taken evenly over the library
+    validation_fraction: float = 0.02  # fraction of documents for validation, selected by a hash of their content
+    max_bytes: int = 6_000_000  # maximum bytes of text, sampled evenly across the library
 
     def units(self) -> list[SourceShard]:
         root = Path(sysconfig.get_path("stdlib"))
@@ -431,7 +431,7 @@ class PythonStdlibConfig(SourceConfig):
         skipped |= {"pydoc_data", "encodings"}
         found: list[Path] = []
         for folder, folders, names in os.walk(root):
-            folders[:] = set(folders) - skipped  # never entered: what is installed is many times the library
+            folders[:] = set(folders) - skipped  # do not descend: site-packages is many times larger than the library
             found += [Path(folder, name) for name in names if name.endswith(".py")]
         files = [p for p in sorted(found) if 500 <= p.stat().st_size <= 400_000]
         total = sum(p.stat().st_size for p in files)

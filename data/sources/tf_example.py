@@ -1,8 +1,8 @@
-"""tf.train.Example messages, read from their wire format: no TensorFlow, no protobuf."""
+"""Parses tf.train.Example messages from their wire format, without TensorFlow or protobuf."""
 
 
 def parse_example(record: bytes) -> dict[str, list[bytes]] | None:
-    """The bytes features of a tf.train.Example; None where `record` is none.
+    """Returns the bytes features of a tf.train.Example; None if `record` is not one.
 
     Example{1: Features{1: map<string, Feature{1: BytesList{1: bytes}}>}} in protobuf's wire format.
     """
@@ -11,8 +11,8 @@ def parse_example(record: bytes) -> dict[str, list[bytes]] | None:
         outer = _fields(record)
         if not outer or any(number != 1 for number, _ in outer):
             return None
-        for _, inside in outer:
-            for number, entry in _fields(inside):
+        for _, content in outer:
+            for number, entry in _fields(content):
                 if number != 1:
                     return None
                 pair = dict(_fields(entry))
@@ -24,7 +24,7 @@ def parse_example(record: bytes) -> dict[str, list[bytes]] | None:
 
 
 def _fields(message: bytes) -> list[tuple[int, bytes]]:
-    """Length-delimited fields of a protobuf message. Raises: ValueError for any other wire type."""
+    """Returns the length-delimited fields of a protobuf message. Raises: ValueError for any other wire type."""
     found, at = [], 0
 
     def varint() -> int:

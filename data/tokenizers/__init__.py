@@ -1,1 +1,1 @@
-"""Tokenizers: kinds, training, and published formats."""
+"""Tokenizers: kinds, training, saved files, and Hugging Face and GGUF formats."""

@@ -1,8 +1,7 @@
-"""Tokenizers as a GGUF header has them: lists of tokens, of their types, of merges or scores.
+"""Reads and writes tokenizers in GGUF headers: lists of tokens, token types, merges or scores.
 
-Both of llama.cpp's kinds that matter here become a `tokenizer.json` on reading: byte-level BPE (`gpt2`), whose way of
-cutting text into words goes by a name, and SentencePiece's BPE with byte fallback (`llama`), whose merges follow from
-the scores.
+Two of llama.cpp's kinds are supported and become a `tokenizer.json` on reading: byte-level BPE (`gpt2`) with a named
+pre-tokenizer, and SentencePiece BPE with byte fallback (`llama`), whose merges are derived from the scores.
 """
 
 import json
@@ -15,12 +14,12 @@ from data.tokenizers.tokenizer import Tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as in sentencepiece_model.proto
 SPACE = "\u2581"
 KEY = "tokenizer.ggml."
-UNMERGED = -1e6  # score of a piece that no merge makes: after all those that are made
+UNMERGED = -1e6  # score of a piece that no merge produces; lower than the score of every merge
 
-END = "<|endoftext|>"  # how the end of a document is written where a tokenizer has no text for it
-NO_MERGE = f"{END} {END}"  # llama.cpp wants a list of merges, and GGUF has no empty lists; this one never happens
+END = "<|endoftext|>"  # text of the end-of-document token if the tokenizer has none
+NO_MERGE = f"{END} {END}"  # llama.cpp requires merges and GGUF has no empty lists; this merge never applies
 
-# Ways of cutting text into words before merging, as regular expressions.
+# Pre-tokenizer regular expressions.
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _END = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -36,22 +35,22 @@ def _cased_words(suffix: str, numbers: str) -> str:
     return rf"{cased}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_END}"
 
 
-class Cut(NamedTuple):
-    """How text is cut. A step is `digits`, `gpt2` (its own rule), or a regular expression."""
+class PreTokenizer(NamedTuple):
+    """Splits text into words. A step is `digits`, `gpt2` (ByteLevel's own rule) or a regular expression."""
 
     steps: tuple[str, ...]
-    whole_words: bool = False  # a word that is a token is not merged anew
-    compose: bool = False  # Unicode NFC first
+    ignore_merges: bool = False  # a word in the vocabulary becomes one token without applying merges
+    nfc: bool = False  # normalize to Unicode NFC first
 
 
-CUTS = {  # tokenizer.ggml.pre
-    "gpt-2": Cut(("gpt2",)),
-    "smollm": Cut(("digits", "gpt2")),
-    "llama-bpe": Cut((_words(r"\p{N}{1,3}"),), whole_words=True),
-    "dbrx": Cut((_words(r"\p{N}{1,3}"),)),
-    "qwen2": Cut((_words(r"\p{N}"),), compose=True),
-    "gpt-4o": Cut((_cased_words(f"{_SUFFIX}?", r"\p{N}{1,3}"),)),
-    "tekken": Cut((_cased_words("", r"\p{N}"),), whole_words=True),
+PRE_TOKENIZERS = {  # tokenizer.ggml.pre
+    "gpt-2": PreTokenizer(("gpt2",)),
+    "smollm": PreTokenizer(("digits", "gpt2")),
+    "llama-bpe": PreTokenizer((_words(r"\p{N}{1,3}"),), ignore_merges=True),
+    "dbrx": PreTokenizer((_words(r"\p{N}{1,3}"),)),
+    "qwen2": PreTokenizer((_words(r"\p{N}"),), nfc=True),
+    "gpt-4o": PreTokenizer((_cased_words(f"{_SUFFIX}?", r"\p{N}{1,3}"),)),
+    "tekken": PreTokenizer((_cased_words("", r"\p{N}"),), ignore_merges=True),
 }
 ALIASES = {
     "phi-2": "gpt-2", "olmo": "gpt-2", "mpt": "gpt-2",
@@ -65,9 +64,9 @@ ALIASES = {
 
 
 def read_tokenizer(metadata: Mapping[str, Any]) -> TokenizerJson:
-    """The tokenizer of a header, with its ids for begin, end and padding.
+    """Reads the tokenizer of a GGUF header, with its BOS, EOS and padding ids.
 
-    Raises: ValueError where there is none or it is of a kind that cannot be reproduced, naming the key.
+    Raises: ValueError naming the key if the tokenizer is missing or of an unsupported kind.
     """
     found = {key.removeprefix(KEY): value for key, value in metadata.items() if key.startswith(KEY)}
     readers = {"gpt2": _byte_level, "llama": _byte_fallback}
@@ -87,12 +86,12 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> TokenizerJson:
         for name, key in named.items()
     }
     if found.get("add_bos_token", found["model"] == "llama") and special["bos"] is not None:
-        content["post_processor"] = _begins_with(special["bos"], found["bos_token_id"])
+        content["post_processor"] = _prepend_bos(special["bos"], found["bos_token_id"])
     return TokenizerJson(json.dumps(content, ensure_ascii=False).encode(), special)
 
 
 def _without_padding(tokens: Sequence[str], types: Sequence[int] | None) -> tuple[list[str], list[int]]:
-    """Without the tokens at the end that only fill the rows of an embedding."""
+    """Removes trailing tokens that only pad the vocabulary to the embedding size."""
     types = list(types) if types is not None else [NORMAL] * len(tokens)
     size = len(tokens)
     while size and types[size - 1] == UNUSED and tokens[size - 1].startswith("[PAD"):
@@ -101,10 +100,10 @@ def _without_padding(tokens: Sequence[str], types: Sequence[int] | None) -> tupl
 
 
 def _tokenizer_json(tokens: Sequence[str], types: Sequence[int], model: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    """The content of tokenizer.json. Special tokens and those that a user defined are found before all else."""
+    """Returns the content of tokenizer.json. Special and user-defined tokens are matched first."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False}
     added = [
-        # Pieces with spaces in them are found where spaces have become U+2581 already.
+        # Pieces with spaces are matched after normalization, which replaces spaces with U+2581.
         {"id": i, "content": token, **flags, "normalized": SPACE in token, "special": kind != USER_DEFINED}
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (CONTROL, UNKNOWN, USER_DEFINED)
@@ -122,9 +121,9 @@ def _tokenizer_json(tokens: Sequence[str], types: Sequence[int], model: dict[str
 
 def _byte_level(tokens: list[str], types: list[int], found: Mapping[str, Any]) -> dict[str, Any]:
     name = found.get("pre")
-    if (cut := CUTS.get(ALIASES.get(str(name), str(name)))) is None:
+    if (pre_tokenizer := PRE_TOKENIZERS.get(ALIASES.get(str(name), str(name)))) is None:
         raise ValueError(
-            f"{KEY}pre={name}: how this tokenizer cuts text into words is not known here; known: {', '.join(CUTS)}; "
+            f"{KEY}pre={name}: unknown pre-tokenizer; known: {', '.join(PRE_TOKENIZERS)}; "
             "choose a tokenizer with tokenizer=NAME"
         )
     bytes_of = lambda own_rule: {
@@ -134,7 +133,7 @@ def _byte_level(tokens: list[str], types: list[int], found: Mapping[str, Any]) -
         step: {"type": "Digits", "individual_digits": True}
         if step == "digits"
         else {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
-        for step in cut.steps
+        for step in pre_tokenizer.steps
         if step != "gpt2"
     }
     known = set(tokens)
@@ -143,15 +142,18 @@ def _byte_level(tokens: list[str], types: list[int], found: Mapping[str, Any]) -
     return _tokenizer_json(
         tokens,
         types,
-        {"merges": merges, "ignore_merges": cut.whole_words},
-        normalizer={"type": "NFC"} if cut.compose else None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [*splits.values(), bytes_of("gpt2" in cut.steps)]},
+        {"merges": merges, "ignore_merges": pre_tokenizer.ignore_merges},
+        normalizer={"type": "NFC"} if pre_tokenizer.nfc else None,
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [*splits.values(), bytes_of("gpt2" in pre_tokenizer.steps)],
+        },
         decoder=bytes_of(True),
     )
 
 
 def _byte_fallback(tokens: list[str], types: list[int], found: Mapping[str, Any]) -> dict[str, Any]:
-    """SentencePiece joins the two neighbours whose piece has the highest score; so merges are ordered by it."""
+    """Orders merges by score: SentencePiece merges the two neighbors whose piece has the highest score."""
     scores = found.get("scores")
     if scores is None:
         raise ValueError(f"{KEY}scores: is missing; choose a tokenizer with tokenizer=NAME")
@@ -166,8 +168,8 @@ def _byte_fallback(tokens: list[str], types: list[int], found: Mapping[str, Any]
     ]
     prefix = found.get("add_space_prefix", True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    begin = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
-    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+    restore = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
     return _tokenizer_json(
@@ -179,20 +181,20 @@ def _byte_fallback(tokens: list[str], types: list[int], found: Mapping[str, Any]
             "fuse_unk": True,
             "byte_fallback": True,
         },
-        normalizer={"type": "Sequence", "normalizers": [*begin, replace]},
+        normalizer={"type": "Sequence", "normalizers": [*prepend, replace]},
         pre_tokenizer=None,
-        decoder={"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        decoder={"type": "Sequence", "decoders": [restore, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
     )
 
 
-def _begins_with(token: str, token_id: int) -> dict[str, Any]:
-    begin, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+def _prepend_bos(token: str, token_id: int) -> dict[str, Any]:
+    bos, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     again = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     known = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
     return {
         "type": "TemplateProcessing",
-        "single": [begin, text],
-        "pair": [begin, text, *again],
+        "single": [bos, text],
+        "pair": [bos, text, *again],
         "special_tokens": known,
     }
 
@@ -201,19 +203,19 @@ def _begins_with(token: str, token_id: int) -> dict[str, Any]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, num_rows: int) -> dict[str, Any]:
-    """The keys of a header, with as many tokens as the embedding has rows: those beyond the tokenizer's are unused.
+    """Returns the GGUF header keys of a tokenizer, padded with unused tokens to the `num_rows` of the embedding.
 
-    Raises: ValueError where llama.cpp has no such tokenizer, with the reason.
+    Raises: ValueError with the reason if llama.cpp does not support the tokenizer.
     """
     writers = {TokenizerJson: _write_json, SentencePiece: _write_sentencepiece, Bytes: _write_bytes}
     writer = writers.get(type(tokenizer))
     if writer is None:
-        raise ValueError(f"tokenizer.kind={tokenizer.kind}: llama.cpp has none of its kind; to=hf:FOLDER may do")
+        raise ValueError(f"tokenizer.kind={tokenizer.kind}: llama.cpp does not support it; try to=hf:FOLDER")
     if tokenizer.eos_id is None:
-        raise ValueError(f"tokenizer.kind={tokenizer.kind}: names no eos, the token by which llama.cpp ends a text")
+        raise ValueError(f"tokenizer.kind={tokenizer.kind}: has no EOS token, which llama.cpp needs to end a text")
     found = writer(tokenizer)
     if len(found["tokens"]) > num_rows:
-        raise ValueError(f"the tokenizer has {len(found['tokens'])} tokens, and the embedding {num_rows} rows")
+        raise ValueError(f"the tokenizer has {len(found['tokens'])} tokens, but the embedding only {num_rows} rows")
     filled = range(len(found["tokens"]), num_rows)
     found["tokens"] = [*found["tokens"], *(f"[PAD{i}]" for i in filled)]
     found["token_type"] = [*found["token_type"], *(UNUSED for _ in filled)]
@@ -236,7 +238,7 @@ def _write_bytes(tokenizer: Bytes) -> dict[str, Any]:
 
 
 def _byte_characters() -> list[str]:
-    """How byte-level tokenizers write each byte: printable Latin-1 as it is, the others from U+0100 on (GPT-2)."""
+    """Returns GPT-2's byte-to-character map: printable Latin-1 as is, the other bytes from U+0100."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [b for b in range(256) if b not in printable]
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
@@ -249,8 +251,8 @@ def _write_sentencepiece(tokenizer: SentencePiece) -> dict[str, Any]:
     trained, normal = model.trainer_spec, model.normalizer_spec
     if trained.model_type != trained.BPE or normal.name not in ("", "identity") or normal.remove_extra_whitespaces:
         raise ValueError(
-            "tokenizer.kind=sentencepiece: llama.cpp reads those that are BPE and take text as it is; this one is "
-            f"{trained.ModelType.Name(trained.model_type)}, normalises by {normal.name!r}, "
+            "tokenizer.kind=sentencepiece: llama.cpp supports only BPE without normalization; this model is "
+            f"{trained.ModelType.Name(trained.model_type)} with normalizer {normal.name!r} and "
             f"remove_extra_whitespaces={normal.remove_extra_whitespaces}"
         )
     return {
@@ -268,9 +270,7 @@ def _write_json(tokenizer: TokenizerJson) -> dict[str, Any]:
     content = json.loads(tokenizer.content)
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise ValueError(
-            f"tokenizer.json: model.type={model.get('type')}: is not BPE, which is what llama.cpp reads here"
-        )
+        raise ValueError(f"tokenizer.json: model.type={model.get('type')}: must be BPE for conversion to GGUF")
     vocab = {**model["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
     size = max(vocab.values()) + 1
     tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
@@ -288,25 +288,25 @@ def _write_json(tokenizer: TokenizerJson) -> dict[str, Any]:
         ranks = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(merges)))}
         scores = [ranks.get(token, UNMERGED if len(token) > 1 else 0.0) for token in tokens]
         return {"model": "llama", "pre": "default", **common, "scores": scores, "add_space_prefix": _prefixed(content)}
-    cut = _cut_of(content)
-    name = next((name for name, known in CUTS.items() if known[:2] == cut[:2]), None)
+    pre_tokenizer = _pre_tokenizer_of(content)
+    name = next((name for name, known in PRE_TOKENIZERS.items() if known[:2] == pre_tokenizer[:2]), None)
     if name is None:
         raise ValueError(
-            f"tokenizer.json: cuts text into words by {list(cut.steps)}, for which llama.cpp has no name known here; "
-            f"known: {', '.join(CUTS)}"
+            f"tokenizer.json: pre_tokenizer {list(pre_tokenizer.steps)}: matches no llama.cpp pre-tokenizer; "
+            f"known: {', '.join(PRE_TOKENIZERS)}"
         )
     return {"model": "gpt2", "pre": name, **common, "merges": [" ".join(merge) for merge in merges] or [NO_MERGE]}
 
 
 def _parts(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """A step of tokenizer.json, or those of a sequence."""
+    """Returns a step of tokenizer.json as a list, or the steps of a sequence."""
     if step is None:
         return []
     return step[inner] if step["type"] == "Sequence" else [step]
 
 
-def _cut_of(content: dict[str, Any]) -> Cut:
-    """Raises: ValueError for a step that byte-level tokenizers of llama.cpp do not know."""
+def _pre_tokenizer_of(content: dict[str, Any]) -> PreTokenizer:
+    """Returns the pre-tokenizer of a tokenizer.json. Raises: ValueError for a step that llama.cpp does not support."""
     steps: list[str] = []
     for step in _parts(content["pre_tokenizer"], "pretokenizers"):
         kind = step["type"]
@@ -317,15 +317,15 @@ def _cut_of(content: dict[str, Any]) -> Cut:
         elif kind == "ByteLevel" and not step["add_prefix_space"]:
             steps += ["gpt2"] if step["use_regex"] else []
         else:
-            raise ValueError(f"tokenizer.json: pre_tokenizer {json.dumps(step)}: llama.cpp has none like it")
+            raise ValueError(f"tokenizer.json: pre_tokenizer {json.dumps(step)}: not supported by llama.cpp")
     normal = [step["type"] for step in _parts(content["normalizer"], "normalizers")]
     if set(normal) - {"NFC"}:
-        raise ValueError(f"tokenizer.json: normalizer {', '.join(normal)}: llama.cpp has none like it")
-    return Cut(tuple(steps), bool(content["model"].get("ignore_merges")), "NFC" in normal)
+        raise ValueError(f"tokenizer.json: normalizer {', '.join(normal)}: not supported by llama.cpp")
+    return PreTokenizer(tuple(steps), bool(content["model"].get("ignore_merges")), "NFC" in normal)
 
 
 def _prefixed(content: dict[str, Any]) -> bool:
-    """Whether text begins with a space of its own. Raises: ValueError for a step that llama.cpp does not take."""
+    """Returns whether a space is prepended to text. Raises: ValueError for a step that llama.cpp does not support."""
     prefixed = False
     steps = _parts(content["normalizer"], "normalizers") + _parts(content["pre_tokenizer"], "pretokenizers")
     for step in steps:
@@ -333,5 +333,5 @@ def _prefixed(content: dict[str, Any]) -> bool:
         if kind == "Prepend" or (kind == "Metaspace" and step.get("prepend_scheme", "always") != "never"):
             prefixed = True
         elif kind != "Metaspace" and not (kind in ("Replace", "Split") and step["pattern"] == {"String": " "}):
-            raise ValueError(f"tokenizer.json: {json.dumps(step)}: llama.cpp has no such step before SentencePiece's")
+            raise ValueError(f"tokenizer.json: {json.dumps(step)}: not supported by llama.cpp for SentencePiece BPE")
     return prefixed

@@ -1,4 +1,4 @@
-"""A tokenizer's contract in the files that other tools read."""
+"""Exports a tokenizer with its policy and chat template in Hugging Face format."""
 
 import json
 from collections.abc import Mapping
@@ -10,30 +10,30 @@ from data.tokenizers.tokenizer import DESCRIPTION, TEMPLATE, Tokenizer
 
 
 def write_tokenizer(path: Path, tokenizer: Tokenizer, before: Mapping[str, Any]) -> str:
-    """Writes a tokenizer into the folder of a published checkpoint, where files of its origin may stand already.
+    """Writes a tokenizer into a checkpoint folder that may already contain files of the source checkpoint.
 
-    What the contract says replaces what they say, and `before`, the config.json of the origin; all else of them stays.
-    Returns what a user should know.
+    Special tokens, BOS policy, stop ids and chat template override those files and `before`, the source config.json;
+    their other entries are unchanged. Returns a message for the user.
     """
     if not isinstance(tokenizer, TokenizerJson | SentencePiece):
         _write_ids(path, tokenizer, before)
-        return f"tokenizer: {tokenizer.kind} has no file that other tools read; only the weights were written"
+        return f"tokenizer: {tokenizer.kind} has no Hugging Face format; only the weights were written"
     [(name, content)] = tokenizer.own_files().items()
     (path / name).write_bytes(content)
     described = _read(path / DESCRIPTION)
-    if isinstance(tokenizer, TokenizerJson):  # of a SentencePiece model transformers would make other ids
+    if isinstance(tokenizer, TokenizerJson):  # transformers would encode a SentencePiece model differently
         described.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     texts = tokenizer.special_texts
     for key in ("bos_token", "eos_token", "pad_token"):
-        kept = described.get(key)
-        if key in texts and (kept.get("content") if isinstance(kept, dict) else kept) != texts[key]:
+        saved = described.get(key)
+        if key in texts and (saved.get("content") if isinstance(saved, dict) else saved) != texts[key]:
             described[key] = texts[key]
     described["add_bos_token"] = tokenizer.add_bos
     described.pop("chat_template", None)
     _write(path / DESCRIPTION, described)
     _write_template(path, tokenizer.chat_template)
     _write_ids(path, tokenizer, before)
-    note = "; it is for the sentencepiece library, other tools may make other ids of it"
+    note = "; load it with the sentencepiece library, other libraries may produce different ids"
     return f"tokenizer: {name}{note if isinstance(tokenizer, SentencePiece) else ''}"
 
 
@@ -45,7 +45,7 @@ def _write_template(path: Path, template: str | None) -> None:
 
 
 def _write_ids(path: Path, tokenizer: Tokenizer, before: Mapping[str, Any]) -> None:
-    """Special ids in config.json, and in generation_config.json, which decides where writing stops."""
+    """Writes special ids to config.json and to generation_config.json, whose EOS ids stop generation."""
     stops = list(tokenizer.stop_ids)
     own = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
     own["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None

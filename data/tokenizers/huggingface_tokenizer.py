@@ -1,6 +1,6 @@
-"""What the folder of a published checkpoint says about its tokenizer, beside the tokenizer itself.
+"""Reads tokenizer settings from a published checkpoint folder: special tokens, BOS, stop ids, chat template.
 
-Layouts of several generations of tools are read; where two files disagree, the newer layout counts.
+Supports the file layouts of several generations of tools; if two files disagree, the newer layout wins.
 """
 
 import json
@@ -12,14 +12,14 @@ NAMES = ("bos", "eos", "pad")
 
 class TokenizerSettings(NamedTuple):
     special: dict[str, str | None]  # texts of bos, eos, pad
-    add_bos: bool | None  # None: the files do not say
-    stop_ids: tuple[int, ...]  # of generation_config.json and config.json; EOS itself may be missing
+    add_bos: bool | None  # None: not set in the files
+    stop_ids: tuple[int, ...]  # from generation_config.json and config.json; may lack EOS itself
     chat_template: str | None
-    added: dict[str, int]  # tokens that were added after training
+    added: dict[str, int]  # tokens added after training
 
 
 def read_published(folder: Path) -> TokenizerSettings:
-    """Raises: ValueError naming a file that is not JSON."""
+    """Reads the settings of a checkpoint folder. Raises: ValueError naming a file that is not JSON."""
     named = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     text = lambda token: token.get("content") if isinstance(token, dict) else token
     add_bos = named.get("add_bos_token")
@@ -42,7 +42,7 @@ def _stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def _chat_template(folder: Path, described: Any) -> str | None:
-    """`described`: a text, or a list of named ones, of which `tool_use` is the one for chats with tools."""
+    """`described`: a template, or a list of named templates, of which `tool_use` applies to chats with tools."""
     single, more = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool_use.jinja"
     if single.exists():
         template = single.read_text()
@@ -57,7 +57,7 @@ def _chat_template(folder: Path, described: Any) -> str | None:
 
 
 def _with_tools(template: str, with_tools: str) -> str:
-    # One template that does what a reader of both would do. `+` keeps the line ends that Jinja would take away.
+    # Combines both into one template that selects by `tools`. `+` preserves newlines that Jinja would trim.
     plain, tools = template.removesuffix("\n"), with_tools.removesuffix("\n")
     return "{% if tools is none +%}" + plain + "{%+ else +%}" + tools + "{%+ endif %}"
 

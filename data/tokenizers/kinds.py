@@ -1,6 +1,6 @@
-"""Text to tokens and back: SentencePiece, `tokenizer.json`, raw bytes, characters.
+"""Tokenizer kinds: SentencePiece, `tokenizer.json`, bytes, characters.
 
-A tokenizer is a few files, saved beside every checkpoint: what it is, and its contract (`data/tokenizers/tokenizer.py`).
+A tokenizer is saved with every checkpoint: its own files and a description (`data/tokenizers/tokenizer.py`).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from data.tokenizers.train_sentencepiece import train_sentencepiece
 
 
 class SentencePiece(Tokenizer):
-    """A `tokenizer.model`, and control tokens that were added to it later (`added`), beyond its own ids."""
+    """A SentencePiece `tokenizer.model`, plus control tokens with higher ids (`added`)."""
 
     kind = "sentencepiece"
     library = "sentencepiece"
@@ -87,7 +87,7 @@ class SentencePiece(Tokenizer):
     def settings(self) -> dict[str, Any]:
         return {"added": self.added} if self.added else {}
 
-    def _grown(self, texts: list[str]) -> "SentencePiece":
+    def _with_added(self, texts: list[str]) -> "SentencePiece":
         return SentencePiece(self.model, self.added | {text: self.vocab_size + i for i, text in enumerate(texts)})
 
     def own_files(self) -> dict[str, bytes]:
@@ -95,7 +95,7 @@ class SentencePiece(Tokenizer):
 
 
 def _byte_of() -> dict[str, bytes]:
-    # ByteLevel vocabularies write a byte as itself where Latin-1 prints it, and the others, in order, from U+0100 on.
+    # ByteLevel vocabularies write printable Latin-1 bytes as is, and the others, in order, from U+0100.
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printed]
     return {chr(b): bytes([b]) for b in printed} | {chr(256 + i): bytes([b]) for i, b in enumerate(others)}
@@ -105,9 +105,9 @@ BYTE_OF = _byte_of()
 
 
 class TokenizerJson(Tokenizer):
-    """A Hugging Face `tokenizer.json`, through the `tokenizers` library alone.
+    """A Hugging Face `tokenizer.json`, loaded with the `tokenizers` library alone.
 
-    `special`: texts of `bos`, `eos` and `pad`. Texts of special tokens stand for them in every text that is encoded.
+    `special`: texts of `bos`, `eos` and `pad`. Texts of special tokens are always encoded as those tokens.
     """
 
     kind = "tokenizer_json"
@@ -125,7 +125,7 @@ class TokenizerJson(Tokenizer):
         self.bos_id, self.eos_id, self.pad_id = find("bos"), find("eos"), find("pad")
         known = {token.content for token in self.inner.get_added_tokens_decoder().values() if token.special}
         named = {str(text) for text in special.values() if text and self.inner.token_to_id(str(text)) is not None}
-        self.inner.add_special_tokens(sorted(named - known))  # they have ids, but were not cut out of a text
+        self.inner.add_special_tokens(sorted(named - known))  # they have ids but are not yet matched in text
         self.added = self.inner.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(self.added.items()) if token.special}
         first = self.inner.encode("a", add_special_tokens=True).ids[:1]
@@ -161,7 +161,7 @@ class TokenizerJson(Tokenizer):
         added, text = self.added.get(token), self.inner.id_to_token(token)
         if text is None or (added is not None and added.special):
             return b""
-        if added is not None:  # its text is what it says
+        if added is not None:  # added tokens are stored as plain text
             return text.encode()
         if b'"ByteLevel"' in self.content:
             return b"".join(BYTE_OF[c] if c in BYTE_OF else c.encode() for c in text)
@@ -172,7 +172,7 @@ class TokenizerJson(Tokenizer):
     def settings(self) -> dict[str, Any]:
         return {"special": self.special}
 
-    def _grown(self, texts: list[str]) -> "TokenizerJson":
+    def _with_added(self, texts: list[str]) -> "TokenizerJson":
         inner = type(self.inner).from_str(self.content.decode())
         inner.add_special_tokens(texts)
         return TokenizerJson(inner.to_str().encode(), self.special)
@@ -182,7 +182,7 @@ class TokenizerJson(Tokenizer):
 
 
 class Bytes(Tokenizer):
-    """UTF-8 bytes, then one token that ends a document, then special tokens that were added."""
+    """UTF-8 bytes, one end-of-document token, and added special tokens."""
 
     kind = "bytes"
     bos_id, eos_id, pad_id = None, 256, None
@@ -190,7 +190,7 @@ class Bytes(Tokenizer):
 
     def __init__(self, added: Sequence[str] = ()):
         self.added = list(added)
-        # They stand for themselves in a rendered chat; in a document they are bytes like any other.
+        # Matched as special tokens in rendered chats; in documents their texts are encoded as bytes.
         self.special_tokens = {text: 256 + i for i, text in enumerate(["<|endoftext|>", *added])}
         self.vocab_size = 256 + len(self.special_tokens)
 
@@ -212,12 +212,12 @@ class Bytes(Tokenizer):
     def settings(self) -> dict[str, Any]:
         return {"added": self.added} if self.added else {}
 
-    def _grown(self, texts: list[str]) -> "Bytes":
+    def _with_added(self, texts: list[str]) -> "Bytes":
         return Bytes([*self.added, *texts])
 
 
 class Characters(Tokenizer):
-    """One token a character of the corpus; nothing else unless it is added, so that losses compare with nanoGPT's."""
+    """One token per character of the corpus and no others unless added; losses are comparable with nanoGPT's."""
 
     kind = "characters"
     bos_id, eos_id, pad_id = None, None, None
@@ -232,7 +232,7 @@ class Characters(Tokenizer):
         try:
             return [self.ids[c] for c in text]
         except KeyError as error:
-            raise ValueError(f"tokenizer=characters: {error.args[0]!r} did not occur in the training text") from None
+            raise ValueError(f"tokenizer=characters: {error.args[0]!r} is not in the training text") from None
 
     def encode_special(self, text: str) -> Spans:
         return between_special(text, self.special_tokens, lambda piece: _by_character(self, piece))
@@ -249,7 +249,7 @@ class Characters(Tokenizer):
     def settings(self) -> dict[str, Any]:
         return {"alphabet": self.alphabet} | ({"added": self.added} if self.added else {})
 
-    def _grown(self, texts: list[str]) -> "Characters":
+    def _with_added(self, texts: list[str]) -> "Characters":
         return Characters(self.alphabet, [*self.added, *texts])
 
 
@@ -259,18 +259,18 @@ def _by_character(tokenizer: Tokenizer, text: str) -> Spans:
 
 
 def from_files(files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer whose `files()` these are.
+    """Loads a tokenizer from its saved `files()`.
 
-    Raises: ValueError where a file is missing or was changed, or a probe gives other ids than when they were saved.
+    Raises: ValueError if a file is missing or changed, or a probe encodes to other ids than when it was saved.
     """
     if DESCRIPTION not in files:
-        raise ValueError(f"tokenizer: {DESCRIPTION} is missing; these files were not saved by this project")
+        raise ValueError(f"tokenizer: {DESCRIPTION} is missing; these files were not saved by Meshwright")
     description = json.loads(files[DESCRIPTION])
     changed = changed_file(description, files)
     try:
         tokenizer = _of_kind(description, files)
     except Exception:
-        refuse_changed(changed)  # it says more than what a library says of a broken file
+        refuse_changed(changed)  # more helpful than the library's error for a corrupt file
         raise
     policy = policy_of(description, files, tokenizer.policy)
     tokenizer = tokenizer.with_policy(**{f.name: getattr(policy, f.name) for f in dataclasses.fields(TokenizerPolicy)})
@@ -289,20 +289,20 @@ def _of_kind(description: Mapping[str, Any], files: Mapping[str, bytes]) -> Toke
         return Characters(description["alphabet"], description.get("added", ()))
     if kind == "bytes":
         return Bytes(description.get("added", ()))
-    raise ValueError(f"tokenizer.kind={kind!r}: is none of sentencepiece, tokenizer_json, bytes, characters")
+    raise ValueError(f"tokenizer.kind={kind!r}: must be one of sentencepiece, tokenizer_json, bytes, characters")
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    # The description last: with it the folder is whole.
+    # The description is written last: it marks the folder as complete.
     for name, content in sorted(tokenizer.files().items(), key=lambda item: item[0] == DESCRIPTION):
-        half = folder / (name + ".tmp")
-        half.write_bytes(content)
-        half.replace(folder / name)
+        partial = folder / (name + ".tmp")
+        partial.write_bytes(content)
+        partial.replace(folder / name)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder; None where there is none yet."""
+    """Loads the tokenizer saved in a folder; None if there is none."""
     if not (folder / DESCRIPTION).exists():
         return None
     try:
@@ -318,13 +318,13 @@ Documents = Callable[[], Iterator[str]]
 class TokenizerConfig:
     kind: str = ""
     chat_template: str | None = None  # chatml, gemma, llama3, mistral, plain, or a file; null: the tokenizer's own
-    add_bos: bool | None = None  # whether a text begins with BOS; null: as the tokenizer's files say
-    special_tokens: list[str] = field(default_factory=list)  # such as '<|im_start|>', where it does not have them
+    add_bos: bool | None = None  # prepend BOS to every text; null: as in the tokenizer's files
+    special_tokens: list[str] = field(default_factory=list)  # special tokens to add if missing, such as '<|im_start|>'
 
     def build(self, documents: Documents) -> Tokenizer:
-        """`documents` iterates over the training text, for tokenizers that learn from it.
+        """Builds the tokenizer. `documents` iterates over the training text, for tokenizers that are trained on it.
 
-        `data.chat.configured` then gives it the template and the policy of this config.
+        `data.records.chat_encoding.configured` then applies the chat template and the policy of this config.
         """
         raise TypeError(f"tokenizer.kind={self.kind}: choose one with tokenizer=NAME")
 
@@ -335,22 +335,22 @@ class SentencePieceConfig(TokenizerConfig):
 
     kind: str = "sentencepiece"
     path: str | None = None  # a trained tokenizer.model; null: train one on the sources
-    vocab_size: int = 8192  # of a trained one; text too small for it gives fewer
-    train_max_bytes: int = 8_000_000  # of text that it is trained on, at most
+    vocab_size: int = 8192  # vocabulary size for training; a small corpus yields fewer tokens
+    train_max_bytes: int = 8_000_000  # maximum bytes of training text
 
     def build(self, documents: Documents) -> Tokenizer:
         if self.path is not None:
             path = Path(self.path)
             path = path / "tokenizer.model" if path.is_dir() else path
             if not path.is_file():
-                raise ValueError(f"tokenizer.path={self.path}: there is no such file; null trains one on the sources")
-            saved = _saved_here(path.parent)
+                raise ValueError(f"tokenizer.path={self.path}: file not found; null trains one on the sources")
+            saved = _load_saved(path.parent)
             if saved is not None:
                 return saved
             published = read_published(path.parent)
             return _with_published(SentencePiece(path.read_bytes(), published.added), published)
         if self.vocab_size < 300:
-            raise ValueError(f"tokenizer.vocab_size={self.vocab_size}: must be at least 300, 256 of them for bytes")
+            raise ValueError(f"tokenizer.vocab_size={self.vocab_size}: must be at least 300 (256 are byte tokens)")
         options = {"vocab_size": self.vocab_size, "limit": self.train_max_bytes, "special_tokens": self.special_tokens}
         return SentencePiece(train_sentencepiece(documents(), **options))
 
@@ -360,17 +360,17 @@ class TokenizerJsonConfig(TokenizerConfig):
     """A tokenizer.json of Hugging Face."""
 
     kind: str = "tokenizer_json"
-    path: str = MISSING  # tokenizer.json, or the folder that holds it
-    bos: str | None = None  # texts of special tokens; null: those that tokenizer_config.json beside it names
-    eos: str | None = None  # Text of the end-of-sequence token; null: that of tokenizer_config.json
-    pad: str | None = None  # Text of the padding token; null: that of tokenizer_config.json
+    path: str = MISSING  # tokenizer.json, or the folder that contains it
+    bos: str | None = None  # text of the BOS token; null: from tokenizer_config.json in the same folder
+    eos: str | None = None  # text of the EOS token; null: from tokenizer_config.json
+    pad: str | None = None  # text of the padding token; null: from tokenizer_config.json
 
     def build(self, documents: Documents) -> Tokenizer:
         path = Path(self.path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise ValueError(f"tokenizer.path={self.path}: there is no tokenizer.json")
-        saved = _saved_here(path.parent)
+            raise ValueError(f"tokenizer.path={self.path}: tokenizer.json not found")
+        saved = _load_saved(path.parent)
         if saved is not None:
             return saved
         published = read_published(path.parent)
@@ -378,8 +378,8 @@ class TokenizerJsonConfig(TokenizerConfig):
         return _with_published(TokenizerJson(path.read_bytes(), special), published)
 
 
-def _saved_here(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder that `save_tokenizer` wrote: it has a contract already."""
+def _load_saved(folder: Path) -> Tokenizer | None:
+    """Loads a tokenizer written by `save_tokenizer`, with its policy; None for other folders."""
     described = folder / DESCRIPTION
     return load_tokenizer(folder) if described.exists() and "kind" in json.loads(described.read_text()) else None
 
@@ -416,9 +416,9 @@ class CharactersConfig(TokenizerConfig):
 def build_tokenizer(
     config: TokenizerConfig, documents: Documents, missing: Callable[[Sequence[str]], list[str]] = lambda known: []
 ) -> Tokenizer:
-    """The tokenizer of a config with the special tokens that it names, and those that are `missing_special_tokens` beside known ones.
+    """Builds a tokenizer with the configured special tokens and those returned by `missing` for the known ones.
 
-    A trained SentencePiece has them among its `vocab_size` tokens, others beyond those of their files.
+    A SentencePiece tokenizer trained here includes them in its `vocab_size`; other kinds append them to their own ids.
     """
     if isinstance(config, SentencePieceConfig) and config.path is None:
         wanted = [*config.special_tokens, *missing(config.special_tokens)]
@@ -428,18 +428,18 @@ def build_tokenizer(
 
 
 class StreamDecoder:
-    """Text of tokens as they come; half a character waits for the rest of it."""
+    """Decodes a token stream incrementally; an incomplete UTF-8 character is held back."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.done = 0  # tokens whose text is out
-        self.text = ""  # all text that is out
+        self.done = 0  # number of tokens already decoded
+        self.text = ""  # text returned so far
 
     def push(self, token: int) -> str:
-        """The text that this token completes; empty while a character is unfinished."""
+        """Adds a token; returns the text that it completes, empty while a character is incomplete."""
         self.ids.append(int(token))
-        # Tokens before `done` are decoded along: some tokenizers write a token differently at the start.
+        # Includes some tokens before `done`: some tokenizers decode a token differently at the start of a text.
         start = max(0, self.done - 8)
         before = self.tokenizer.decode(self.ids[start : self.done])
         now = self.tokenizer.decode(self.ids[start:])
@@ -451,7 +451,7 @@ class StreamDecoder:
         return new
 
     def flush(self) -> str:
-        """What is still held back, with U+FFFD for a character that never became whole."""
+        """Returns the remaining text, with U+FFFD for an incomplete character."""
         new = self.tokenizer.decode(self.ids[self.done :])
         self.done = len(self.ids)
         self.text += new

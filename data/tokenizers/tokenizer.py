@@ -1,7 +1,7 @@
-"""What every tokenizer promises beyond its ids, and how the promise is kept: policy, template, probes.
+"""Tokenizer interface, and the saved description that guards it: policy, chat template, probes.
 
-All of it is saved with every checkpoint. Whoever reads a tokenizer encodes its probes anew and refuses where an id
-differs: tokens of one tokenizer read with another give no error, only a model that is worse than it should be.
+The description is saved with every checkpoint. Loading a tokenizer re-encodes its probes and fails if an id differs:
+a changed tokenizer would otherwise cause no error, only a worse model.
 """
 
 import copy
@@ -17,10 +17,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-DESCRIPTION = "tokenizer_config.json"  # names the kind
+DESCRIPTION = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 
-# One for each thing on which versions of a library, or two conversions of one tokenizer, have been seen to differ.
+# One for each known difference between library versions or between two conversions of one tokenizer.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  two spaces,\ta tab, trailing  ",
@@ -36,17 +36,17 @@ PROBES = (
 
 @dataclass(frozen=True)
 class TokenizerPolicy:
-    """How texts begin and end, and what a chat looks like."""
+    """BOS and stop tokens, and the chat template."""
 
-    add_bos: bool = False  # a text begins with BOS, unless it does so already
-    stop_ids: tuple[int, ...] = ()  # any of them ends what a model writes; EOS is the first, where there is one
-    chat_template: str | None = None  # Jinja, as `data.chat.render` reads it
+    add_bos: bool = False  # prepend BOS, unless the text already has it
+    stop_ids: tuple[int, ...] = ()  # tokens that stop generation; EOS first, if the tokenizer has it
+    chat_template: str | None = None  # Jinja source for `data.records.chat_template.render`
 
 
 class Spans(NamedTuple):
-    """Tokens of a text, and the characters [begin, end) that each came from.
+    """Tokens of a text with their character ranges [start, stop).
 
-    Several tokens of one character share it, or the first of them are empty and stand before it.
+    Tokens of one character share its range, or the first ones have an empty range before it.
     """
 
     ids: list[int]
@@ -54,47 +54,47 @@ class Spans(NamedTuple):
 
 
 class Tokenizer(ABC):
-    """What all kinds have in common; `policy` is theirs to change with `with_policy`, the rest never changes."""
+    """Base of all tokenizer kinds. Immutable; `with_policy` and `with_special` return changed copies."""
 
     kind: ClassVar[str]
-    library: ClassVar[str] = ""  # the package whose version may change ids
+    library: ClassVar[str] = ""  # package whose version may change ids
     vocab_size: int
     bos_id: int | None
     eos_id: int | None  # appended to each document
     pad_id: int | None
-    special_tokens: Mapping[str, int]  # texts that stand for one control token each
+    special_tokens: Mapping[str, int]  # text -> id of each control token
     policy: TokenizerPolicy = TokenizerPolicy()
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Tokens of the text alone, without special ones."""
+        """Encodes a text without adding or matching special tokens."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The same for many texts, on all cores where the library can."""
+        """Encodes many texts, on all cores if the library supports it."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
     def encode_special(self, text: str) -> Spans:
-        """Tokens of a text in which the texts of special tokens stand for them, as in a rendered chat."""
+        """Encodes a text in which texts of special tokens are matched as such, as in a rendered chat."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special tokens have none."""
+        """Decodes ids; special tokens decode to nothing."""
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """[V] i32: bytes of text that each token stands for, 0 for special ones; makes bits per byte exact."""
+        """Returns [V] i32: UTF-8 bytes per token, 0 for special tokens; used for exact bits per byte."""
 
     @abstractmethod
     def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for inside a text: half a character at times, empty for special tokens."""
+        """Returns the bytes of a token within a text: possibly part of a character; empty for special tokens."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What defines it beside `own_files`."""
+        """Returns the JSON settings that define the tokenizer, in addition to `own_files`."""
 
     def own_files(self) -> dict[str, bytes]:
-        """Its own files, without the description."""
+        """Returns the library's own files by name, without the description."""
         return {}
 
     @property
@@ -115,42 +115,42 @@ class Tokenizer(ABC):
 
     @property
     def special_texts(self) -> dict[str, str]:
-        """`bos_token`, `eos_token`, `pad_token` as templates know them; without those that it does not have."""
+        """`bos_token`, `eos_token` and `pad_token` as used by templates, without undefined ones."""
         texts = {i: text for text, i in self.special_tokens.items()}
         named = {f"{name[:3]}_token": texts.get(i) for name, i in self.special_ids.items() if i is not None}
         return {name: text for name, text in named.items() if text is not None}
 
     def with_policy(self, **changes: Any) -> Self:
-        """The same tokenizer with another policy: `add_bos`, `stop_ids`, `chat_template`.
+        """Returns a copy with changes to the policy: `add_bos`, `stop_ids`, `chat_template`.
 
-        Raises: ValueError where a text shall begin with a BOS that there is not.
+        Raises: ValueError for add_bos=True if the tokenizer has no BOS token.
         """
         made = copy.copy(self)
         policy = dataclasses.replace(self.policy, **changes)
         if policy.add_bos and self.bos_id is None:
-            raise ValueError("tokenizer.add_bos=true: this tokenizer has no BOS token; leave it out")
+            raise ValueError("tokenizer.add_bos=true: this tokenizer has no BOS token; remove the key")
         eos = () if self.eos_id is None else (self.eos_id,)
         made.policy = dataclasses.replace(policy, stop_ids=tuple(dict.fromkeys([*eos, *policy.stop_ids])))
         return made
 
     def with_special(self, texts: Sequence[str]) -> "Tokenizer":
-        """The same tokenizer with more special tokens, beyond its ids; those that it has stay as they are."""
+        """Returns a copy with additional special tokens, numbered after the existing ids; known ones are unchanged."""
         new = [text for text in dict.fromkeys(texts) if text not in self.special_tokens]
         if not new:
             return self
         policy = {f.name: getattr(self.policy, f.name) for f in dataclasses.fields(TokenizerPolicy)}
-        return self._grown(new).with_policy(**policy)
+        return self._with_added(new).with_policy(**policy)
 
     @abstractmethod
-    def _grown(self, texts: list[str]) -> "Tokenizer":
-        """With special tokens that it does not have."""
+    def _with_added(self, texts: list[str]) -> "Tokenizer":
+        """Returns a copy with new special tokens."""
 
     def begin(self, ids: list[int]) -> list[int]:
-        """The ids of a text, after BOS where the policy says so; never after two."""
+        """Prepends BOS if the policy requires it and the ids do not start with BOS already."""
         return [self.bos_id, *ids] if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
     def files(self) -> dict[str, bytes]:
-        """All of it, the contract included; `from_files` reads it again."""
+        """Returns all files by name, including the description; `from_files` reads them."""
         files = self.own_files()
         if self.chat_template is not None:
             files[TEMPLATE] = self.chat_template.encode()
@@ -158,7 +158,7 @@ class Tokenizer(ABC):
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of all that decides the tokens of a document; the chat template and where writing stops do not."""
+    """Returns the SHA-256 of everything that affects document tokens; excludes chat template and stop ids."""
     described = json.dumps({"kind": tokenizer.kind, **tokenizer.settings()}, indent=1, sort_keys=True) + "\n"
     digest = hashlib.sha256()
     for name, content in sorted({**tokenizer.own_files(), DESCRIPTION: described.encode()}.items()):
@@ -169,7 +169,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def first_difference(before: Tokenizer, now: Tokenizer) -> str | None:
-    """The name of something that two tokenizers do not agree on; None where they are one."""
+    """Returns the name of the first difference between two tokenizers; None if they are equal."""
     if fingerprint(before) != fingerprint(now):
         return "add_bos" if before.add_bos != now.add_bos else "vocabulary"
     fields = [f.name for f in dataclasses.fields(TokenizerPolicy)]
@@ -177,7 +177,7 @@ def first_difference(before: Tokenizer, now: Tokenizer) -> str | None:
 
 
 def between_special(text: str, special: Mapping[str, int], encode: Callable[[str], Spans]) -> Spans:
-    """Cuts a text at the texts of special tokens, the longest first, and encodes what is between them by itself."""
+    """Splits a text at special tokens, longest match first, and encodes the parts between them separately."""
     if not special:
         return encode(text)
     ids: list[int] = []
@@ -186,15 +186,15 @@ def between_special(text: str, special: Mapping[str, int], encode: Callable[[str
     for piece in re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text):
         found = Spans([special[piece]], [(0, len(piece))]) if piece in special else encode(piece)
         ids += found.ids
-        characters += [(at + begin, at + end) for begin, end in found.characters]
+        characters += [(at + start, at + stop) for start, stop in found.characters]
         at += len(piece)
     return Spans(ids, characters)
 
 
 def describe(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bytes:
-    """The description that `check_ids` reads again; `files`: the others by name."""
+    """Returns the description that `check_ids` verifies; `files`: the other files by name."""
     policy = dataclasses.asdict(tokenizer.policy)
-    del policy["chat_template"]  # a file of its own
+    del policy["chat_template"]  # saved as a separate file
     texts = [*PROBES, "".join(sorted(tokenizer.special_tokens)[:32])]
     described = {
         "kind": tokenizer.kind,
@@ -209,20 +209,20 @@ def describe(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bytes:
 
 
 def policy_of(description: Mapping[str, Any], files: Mapping[str, bytes], default: TokenizerPolicy) -> TokenizerPolicy:
-    """The policy of saved files. Those saved before there was one get the `default`."""
-    held = description.get("policy")
-    if held is None:
+    """Reads the policy of saved files; files from before policies were saved get the `default`."""
+    policy = description.get("policy")
+    if policy is None:
         return default
     template = files[TEMPLATE].decode() if TEMPLATE in description["sha256"] else None
-    return TokenizerPolicy(held["add_bos"], tuple(held["stop_ids"]), template)
+    return TokenizerPolicy(policy["add_bos"], tuple(policy["stop_ids"]), template)
 
 
 def changed_file(description: Mapping[str, Any], files: Mapping[str, bytes]) -> str | None:
-    """The name of a file that is not the one that was saved. Raises: ValueError where one is missing."""
+    """Returns the name of a file whose hash differs from the saved one. Raises: ValueError if one is missing."""
     digests: dict[str, str] = description.get("sha256", {})
     for name in digests:
         if name not in files:
-            raise ValueError(f"tokenizer: {name} is missing; put it back, or take the tokenizer of a checkpoint")
+            raise ValueError(f"tokenizer: {name} is missing; restore it, or use the tokenizer of a checkpoint")
     return next((name for name in digests if hashlib.sha256(files[name]).hexdigest() != digests[name]), None)
 
 
@@ -230,35 +230,35 @@ def refuse_changed(changed: str | None) -> None:
     if changed is not None:
         key = "tokenizer.chat_template=FILE" if changed == TEMPLATE else "tokenizer.path=FILE"
         raise ValueError(
-            f"tokenizer: {changed} was changed after it was saved, and models depend on it as it was; put the old "
-            f"file back, or begin a run with the new one: {key}"
+            f"tokenizer: {changed} was changed after it was saved, and models depend on the old version; restore the "
+            f"old file, or start a new run with the changed one: {key}"
         )
 
 
 def check_ids(description: Mapping[str, Any], tokenizer: Tokenizer, changed: str | None) -> None:
-    """Raises: ValueError naming the first probe whose ids are others than when it was saved, and the way out.
+    """Re-encodes the probes. Raises: ValueError naming the first probe with different ids, and the fix.
 
-    `changed`: a file that is known to be another one.
+    `changed`: a file that is known to differ from the saved one.
     """
     saved_with, now = description.get("library", ""), _installed(tokenizer.library)
     if changed is None and saved_with != now:
-        likely = f"it was saved with {saved_with}, and this is {now}: install {saved_with.replace(' ', '==')}"
+        likely = f"it was saved with {saved_with}, but {now} is installed: install {saved_with.replace(' ', '==')}"
     else:
-        likely = f"{changed or DESCRIPTION} was changed after it was saved: put the old file back"
+        likely = f"{changed or DESCRIPTION} was changed after it was saved: restore the old file"
     for probe in description.get("probes", ()):
         found, saved = _ids(tokenizer, probe["text"]), probe["ids"]
         if found != saved:
-            raise ValueError(f"tokenizer: {probe['text']!r} gave the ids {saved} and now gives {found}; {likely}")
-    held = description.get("policy", {})
+            raise ValueError(f"tokenizer: {probe['text']!r} was encoded as {saved} and is now {found}; {likely}")
+    policy = description.get("policy", {})
     for name, found in tokenizer.special_ids.items():
-        if held and held[name] != found:
-            raise ValueError(f"tokenizer: {name} was {held[name]} and is now {found}; {likely}")
+        if policy and policy[name] != found:
+            raise ValueError(f"tokenizer: {name} was {policy[name]} and is now {found}; {likely}")
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
     try:
         return tokenizer.encode_special(text).ids
-    except ValueError:  # a character that this tokenizer has no token for
+    except ValueError:  # a character without a token
         return None
 
 

@@ -1,4 +1,4 @@
-"""A SentencePiece model from the text of a run."""
+"""Trains a SentencePiece model on the text of a run."""
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 def train_sentencepiece(
     documents: Iterable[str], *, vocab_size: int, limit: int, special_tokens: Sequence[str] = ()
 ) -> bytes:
-    """A `tokenizer.model` of byte-pair encoding in which no text is unknown and decoding gives back the text.
+    """Trains a BPE `tokenizer.model` with byte fallback and lossless decoding; returns its bytes.
 
-    `limit`: bytes of text that are read, at most. `special_tokens` get ids that no text can be encoded to.
+    `limit`: maximum bytes of text to read. `special_tokens` become control tokens, never produced from text.
     """
     import sentencepiece
 
@@ -20,9 +20,9 @@ def train_sentencepiece(
         model_type="bpe",
         vocab_size=vocab_size,
         hard_vocab_limit=False,
-        byte_fallback=True,  # no text is unknown
+        byte_fallback=True,  # every text can be encoded
         split_digits=True,
-        allow_whitespace_only_pieces=True,  # indentation is one token
+        allow_whitespace_only_pieces=True,  # indentation can be one token
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,  # decode(encode(x)) == x
@@ -41,7 +41,7 @@ def train_sentencepiece(
 
 
 def _lines(documents: Iterable[str], limit: int) -> Iterator[str]:
-    """Text by lines, as the trainer wants it: it takes newlines for borders, and they have a token of their own."""
+    """Yields lines: the trainer treats newlines as separators, and they have their own token."""
     seen = 0
     for document in documents:
         for line in document.split("\n"):

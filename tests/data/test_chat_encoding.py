@@ -187,7 +187,7 @@ def test_plain_works_for_characters_where_a_blank_line_ends_an_answer():
     assert text_after_turn(made) == "\n\nUser:"
     with pytest.raises(ValueError, match=r"chat_template=mistral: .*the tokenizer has none"):
         with_template(made, "mistral")
-    with pytest.raises(ValueError, match="did not occur in the training text"):
+    with pytest.raises(ValueError, match="is not in the training text"):
         with_template(Characters("abc"), "plain")
 
 

@@ -1,11 +1,11 @@
-"""Tokenizers through a GGUF header and back: the same ids."""
+"""Tokenizers round-trip through a GGUF header with the same ids."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from data.tokenizers.gguf_tokenizer import CUTS, NO_MERGE, read_tokenizer, write_tokenizer
+from data.tokenizers.gguf_tokenizer import NO_MERGE, PRE_TOKENIZERS, read_tokenizer, write_tokenizer
 from data.tokenizers.kinds import Bytes, Characters, SentencePiece, SentencePieceConfig, TokenizerJson
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra tokenizers")
@@ -39,14 +39,16 @@ def pieces() -> SentencePiece:
     return found
 
 
-def byte_level(cut) -> TokenizerJson:
+def byte_level(pre_tokenizer) -> TokenizerJson:
     """A tokenizer trained with one way of cutting text, as the tokenizers library builds it."""
     pre = tokenizers.pre_tokenizers
-    steps = [pre.Digits(individual_digits=True)] if "digits" in cut.steps else []
-    steps += [pre.Split(tokenizers.Regex(s), "isolated") for s in cut.steps if s not in ("digits", "gpt2")]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=cut.whole_words))
-    inner.normalizer = tokenizers.normalizers.NFC() if cut.compose else None
-    inner.pre_tokenizer = pre.Sequence([*steps, pre.ByteLevel(add_prefix_space=False, use_regex="gpt2" in cut.steps)])
+    steps = [pre.Digits(individual_digits=True)] if "digits" in pre_tokenizer.steps else []
+    steps += [pre.Split(tokenizers.Regex(s), "isolated") for s in pre_tokenizer.steps if s not in ("digits", "gpt2")]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=pre_tokenizer.ignore_merges))
+    inner.normalizer = tokenizers.normalizers.NFC() if pre_tokenizer.nfc else None
+    inner.pre_tokenizer = pre.Sequence(
+        [*steps, pre.ByteLevel(add_prefix_space=False, use_regex="gpt2" in pre_tokenizer.steps)]
+    )
     inner.decoder = tokenizers.decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = tokenizers.trainers.BpeTrainer(
@@ -56,9 +58,9 @@ def byte_level(cut) -> TokenizerJson:
     return TokenizerJson(inner.to_str().encode(), {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|endoftext|>"})
 
 
-@pytest.mark.parametrize("name", CUTS)
-def test_byte_level_tokenizers_come_back_with_their_ids(name):
-    before = byte_level(CUTS[name])
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_byte_level_tokenizers_round_trip_with_their_ids(name):
+    before = byte_level(PRE_TOKENIZERS[name])
     header = write_tokenizer(before, before.vocab_size + 12)
     assert header["tokenizer.ggml.pre"] == name and header["tokenizer.ggml.model"] == "gpt2"
     assert len(header["tokenizer.ggml.tokens"]) == len(header["tokenizer.ggml.token_type"]) == before.vocab_size + 12
@@ -72,7 +74,7 @@ def test_byte_level_tokenizers_come_back_with_their_ids(name):
     assert (after.token_bytes() == before.token_bytes()).all()
 
 
-def test_a_sentencepiece_model_comes_back_with_its_ids(pieces):
+def test_a_sentencepiece_model_round_trips_with_its_ids(pieces):
     header = write_tokenizer(pieces, 640)
     assert header["tokenizer.ggml.model"] == "llama" and not header["tokenizer.ggml.add_space_prefix"]
     after = read_tokenizer(header)
@@ -85,7 +87,7 @@ def test_a_sentencepiece_model_comes_back_with_its_ids(pieces):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared data is not here")
-def test_llama_2_comes_back_with_its_ids():
+def test_llama_2_round_trips_with_its_ids():
     before = SentencePiece((SHARED / "llama2" / "tokenizer.model").read_bytes())
     header = write_tokenizer(before, 32_000)
     assert header["tokenizer.ggml.add_space_prefix"]
@@ -105,8 +107,8 @@ def test_bytes_are_a_tokenizer_of_llama_cpp_too():
     assert all(after.encode(text) == Bytes().encode(text) for text in TEXTS)
 
 
-def test_texts_begin_with_bos_where_the_header_says_so():
-    header = write_tokenizer(byte_level(CUTS["gpt-2"]), 500)
+def test_texts_start_with_bos_if_the_header_sets_it():
+    header = write_tokenizer(byte_level(PRE_TOKENIZERS["gpt-2"]), 500)
     assert header["tokenizer.ggml.add_bos_token"] is False
     after = read_tokenizer(header | {"tokenizer.ggml.add_bos_token": True})
     assert after.inner.encode("fox").ids == [after.bos_id, *after.encode("fox")]
@@ -114,7 +116,7 @@ def test_texts_begin_with_bos_where_the_header_says_so():
     assert read_tokenizer(header).inner.encode("fox").ids == after.encode("fox")
 
 
-def test_what_cannot_be_reproduced_is_refused_with_the_reason(pieces):
+def test_unsupported_tokenizers_are_refused_with_the_reason(pieces):
     header = write_tokenizer(pieces, pieces.vocab_size)
     for key, value, reason in (
         ("model", "bert", r"tokenizer\.ggml\.model=bert: not supported; known: gpt2, llama"),
@@ -128,14 +130,16 @@ def test_what_cannot_be_reproduced_is_refused_with_the_reason(pieces):
             read_tokenizer(changed)
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre=chameleon: .* known: gpt-2, smollm"):
         read_tokenizer(write_tokenizer(Bytes(), 257) | {"tokenizer.ggml.pre": "chameleon"})
-    with pytest.raises(ValueError, match=r"tokenizer\.kind=characters: llama\.cpp has none of its kind"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.kind=characters: llama\.cpp does not support it; try to=hf:FOLDER"
+    ):
         write_tokenizer(Characters("abc"), 3)
-    with pytest.raises(ValueError, match="has 257 tokens, and the embedding 256 rows"):
+    with pytest.raises(ValueError, match="has 257 tokens, but the embedding only 256 rows"):
         write_tokenizer(Bytes(), 256)
-    found = byte_level(CUTS["gpt-2"])
+    found = byte_level(PRE_TOKENIZERS["gpt-2"])
     content = json.loads(found.content)
     content["pre_tokenizer"] = {"type": "Whitespace"}
-    with pytest.raises(ValueError, match=r'pre_tokenizer \{"type": "Whitespace"\}: llama\.cpp has none like it'):
+    with pytest.raises(ValueError, match=r'pre_tokenizer \{"type": "Whitespace"\}: not supported by llama\.cpp'):
         write_tokenizer(TokenizerJson(json.dumps(content).encode(), found.special), 500)
-    with pytest.raises(ValueError, match="names no eos"):
+    with pytest.raises(ValueError, match="has no EOS token"):
         write_tokenizer(TokenizerJson(found.content, {"bos": None, "eos": None, "pad": None}), 500)

@@ -1,4 +1,4 @@
-"""Tokenizers give back the text that they were given."""
+"""Tokenizers decode to the encoded text, and saved files are verified on load."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def tokenizer(request, hf_folder):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_decoding_gives_back_the_text(tokenizer, text):
+def test_decoding_restores_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -74,7 +74,7 @@ def test_a_batch_is_encoded_as_its_texts_are(tokenizer):
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
-def test_a_tokenizer_comes_back_from_its_files(tokenizer, tmp_path):
+def test_a_tokenizer_is_restored_from_its_files(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     again = load_tokenizer(tmp_path)
     assert again is not None
@@ -83,7 +83,7 @@ def test_a_tokenizer_comes_back_from_its_files(tokenizer, tmp_path):
     assert (again.eos_id, again.vocab_size) == (tokenizer.eos_id, tokenizer.vocab_size)
 
 
-def test_a_stream_never_shows_half_a_character(tokenizer):
+def test_a_stream_never_shows_an_incomplete_character(tokenizer):
     stream = StreamDecoder(tokenizer)
     text = "né 日本 \U0001f600 x"
     pieces = [stream.push(i) for i in tokenizer.encode(text)] + [stream.flush()]
@@ -96,7 +96,7 @@ def test_training_twice_gives_the_same_tokenizer():
     assert fingerprint(config.build(documents)) == fingerprint(config.build(documents))
 
 
-def test_the_hf_tokenizer_takes_eos_from_the_file_beside_it(hf_folder):
+def test_the_hf_tokenizer_reads_eos_from_tokenizer_config(hf_folder):
     found = TokenizerJsonConfig(path=str(hf_folder)).build(documents)
     assert found.eos_id == 0 and found.bos_id is None
 
@@ -105,7 +105,7 @@ def test_characters_cover_the_corpus_and_nothing_else():
     found = CharactersConfig().build(lambda: iter(["cab", "a\n"]))
     assert (found.vocab_size, found.eos_id) == (4, None)
     assert found.decode(found.encode("abc\n")) == "abc\n"
-    with pytest.raises(ValueError, match="'z' did not occur"):
+    with pytest.raises(ValueError, match="'z' is not in the training text"):
         found.encode("z")
 
 
@@ -119,11 +119,11 @@ def test_a_missing_tokenizer_file_is_named():
         SentencePieceConfig(path="nowhere.model").build(documents)
 
 
-def test_bytes_end_documents_with_a_token_of_their_own():
+def test_bytes_have_an_end_of_document_token():
     assert Bytes().eos_id == 256 and Bytes().decode([104, 256, 105]) == "hi"
 
 
-# The contract
+# Saved files
 
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -134,7 +134,7 @@ def altered(files, **changes):
     return {**files, DESCRIPTION: json.dumps(description | changes).encode()}
 
 
-def test_the_policy_comes_back_with_the_files(tokenizer, tmp_path):
+def test_the_policy_is_restored_from_the_files(tokenizer, tmp_path):
     given = tokenizer.with_policy(stop_ids=(5, 7), chat_template=TEMPLATE)
     save_tokenizer(given, tmp_path)
     again = load_tokenizer(tmp_path)
@@ -153,7 +153,7 @@ def test_a_template_changes_no_prepared_data_and_a_bos_does(hf_folder):
     assert first_difference(plain, Bytes()) == "vocabulary"
 
 
-def test_files_from_before_there_was_a_policy_still_load(tokenizer):
+def test_files_without_a_policy_still_load(tokenizer):
     description = json.loads(tokenizer.files()[DESCRIPTION])
     old = {key: description[key] for key in ("kind", "special", "alphabet") if key in description}
     again = from_files({**tokenizer.own_files(), DESCRIPTION: json.dumps(old).encode()})
@@ -164,16 +164,18 @@ def test_a_probe_with_other_ids_is_refused_with_both(tokenizer):
     files = tokenizer.files()
     probes = json.loads(files[DESCRIPTION])["probes"]
     probes[3]["ids"] = [1, 2, 3]
-    with pytest.raises(ValueError, match=r"'0123456789.*' gave the ids \[1, 2, 3\] and now gives \[\d+, .*was changed"):
+    with pytest.raises(ValueError, match=r"'0123456789.*' was encoded as \[1, 2, 3\] and is now \[\d+, .*was changed"):
         from_files(altered(files, probes=probes))
 
 
 def test_another_version_of_the_library_is_the_likely_reason(hf_folder):
     files = TokenizerJsonConfig(path=str(hf_folder)).build(documents).files()
     probes = json.loads(files[DESCRIPTION])["probes"]
-    assert from_files(altered(files, library="tokenizers 0.1")), "another version that gives the same ids will do"
+    assert from_files(altered(files, library="tokenizers 0.1")), "another version with the same ids is accepted"
     probes[0]["ids"] = [0]
-    with pytest.raises(ValueError, match=r"saved with tokenizers 0.1, and this is .*: install tokenizers==0.1"):
+    with pytest.raises(
+        ValueError, match=r"saved with tokenizers 0.1, but tokenizers .* is installed: install tokenizers==0.1"
+    ):
         from_files(altered(files, library="tokenizers 0.1", probes=probes))
 
 
@@ -181,7 +183,7 @@ def test_a_changed_file_is_named_with_what_it_changed(hf_folder):
     files = TokenizerJsonConfig(path=str(hf_folder)).build(documents).with_policy(chat_template=TEMPLATE).files()
     content = json.loads(files["tokenizer.json"])
     content["model"]["merges"] = content["model"]["merges"][:10]
-    with pytest.raises(ValueError, match=r"gave the ids .* and now gives .*; tokenizer.json was changed after"):
+    with pytest.raises(ValueError, match=r"was encoded as .* and is now .*; tokenizer.json was changed after"):
         from_files({**files, "tokenizer.json": json.dumps(content).encode()})
     with pytest.raises(ValueError, match=r"tokenizer.json was changed after it was saved"):
         from_files({**files, "tokenizer.json": b"no json"})
@@ -190,22 +192,22 @@ def test_a_changed_file_is_named_with_what_it_changed(hf_folder):
     with pytest.raises(ValueError, match=r"chat_template.jinja is missing"):
         from_files({name: content for name, content in files.items() if name != "chat_template.jinja"})
     with pytest.raises(ValueError, match=r"eos_id was 1 and is now 0"):
-        held = json.loads(files[DESCRIPTION])["policy"]
-        from_files(altered(files, policy=held | {"eos_id": 1}))
+        policy = json.loads(files[DESCRIPTION])["policy"]
+        from_files(altered(files, policy=policy | {"eos_id": 1}))
 
 
-def test_texts_of_special_tokens_stand_for_them_in_chats(tokenizer):
+def test_texts_of_special_tokens_are_matched_in_chats(tokenizer):
     text, i = next(iter(tokenizer.special_tokens.items()))
-    said = f"a{text}né \U0001f600{text}{text}"
-    ids, characters = tokenizer.encode_special(said)
+    chat = f"a{text}né \U0001f600{text}{text}"
+    ids, characters = tokenizer.encode_special(chat)
     assert [at for token, at in zip(ids, characters, strict=True) if token == i] == [
-        (m.start(), m.end()) for m in re.finditer(re.escape(text), said)
+        (m.start(), m.end()) for m in re.finditer(re.escape(text), chat)
     ]
     assert tokenizer.decode(ids) == "ané \U0001f600"
     assert tokenizer.encode_special(CODE).ids == tokenizer.encode(CODE)
 
 
-def test_a_text_begins_with_bos_once_where_the_policy_says_so(hf_folder):
+def test_bos_is_prepended_once_if_the_policy_sets_it(hf_folder):
     found = TokenizerJsonConfig(path=str(hf_folder), bos="<|end|>").build(documents)
     assert found.begin([5]) == [5]
     with_bos = found.with_policy(add_bos=True)
@@ -228,9 +230,9 @@ def published(hf_folder, tmp_path):
     return write
 
 
-def test_a_published_folder_says_how_texts_begin_and_end(published):
+def test_a_published_folder_sets_bos_stop_ids_and_template(published):
     named = {"eos_token": {"content": "<|end|>"}, "bos_token": "<|end|>"}
-    assert not published(tokenizer_config=named).add_bos, "its tokenizer.json puts no BOS before a text"
+    assert not published(tokenizer_config=named).add_bos, "its tokenizer.json does not prepend BOS"
     found = published(
         tokenizer_config=named | {"add_bos_token": True, "chat_template": TEMPLATE},
         generation_config={"eos_token_id": [7, 9]},
@@ -239,7 +241,7 @@ def test_a_published_folder_says_how_texts_begin_and_end(published):
     assert (found.add_bos, found.stop_ids, found.chat_template) == (True, (0, 7, 9), TEMPLATE)
 
 
-def test_the_post_processor_says_whether_there_is_a_bos(published, hf_folder, tmp_path):
+def test_the_post_processor_decides_whether_bos_is_added(published, hf_folder, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
     inner.post_processor = tokenizers.processors.TemplateProcessing(
@@ -276,7 +278,7 @@ def test_a_folder_with_sentencepiece_alone_is_read_with_its_added_tokens(tmp_pat
     assert from_files(found.files()).files() == found.files()
 
 
-def test_the_folder_of_a_run_is_a_tokenizer_to_begin_with(hf_folder, tmp_path):
+def test_the_tokenizer_folder_of_a_run_can_be_loaded(hf_folder, tmp_path):
     made = TokenizerJsonConfig(path=str(hf_folder)).build(documents).with_policy(chat_template=TEMPLATE)
     save_tokenizer(made, tmp_path)
     assert TokenizerJsonConfig(path=str(tmp_path)).build(documents).files() == made.files()

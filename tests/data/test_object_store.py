@@ -1,4 +1,4 @@
-"""Object stores: the same documents as from a folder, tried again where it helps, and nothing left out in silence."""
+"""Object stores: the same documents as from a folder, bounded retries, and no silent data loss."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def documents(source: SourceConfig) -> list[str]:
 
 
 def fill(folder: Path) -> None:
-    """Files of all formats, some of them of several documents, one hidden."""
+    """Writes files of all formats, some with several documents, one hidden."""
     texts = [f"document {i}: " + "word " * (i % 7) for i in range(40)]
     (folder / "sub").mkdir(parents=True)
     (folder / "a.txt").write_text(texts[0])
@@ -73,32 +73,35 @@ def test_a_source_reads_from_a_store_what_it_reads_from_a_folder(tmp_path, reque
     local, remote = make(str(tmp_path / "files")), make(root)
     assert documents(remote) == documents(local) != []
     tokenizer = build_tokenizer(BytesConfig(), lambda: iter([]))
-    here = prepare_source(local, tokenizer, tmp_path / "here")
-    there = prepare_source(remote, tokenizer, tmp_path / "there")
+    from_folder = prepare_source(local, tokenizer, tmp_path / "local")
+    from_store = prepare_source(remote, tokenizer, tmp_path / "remote")
     content = lambda manifest: [shard["content"] for shard in manifest.content["shards"]]
-    assert content(there) == content(here) and there.content["counts"] == here.content["counts"]
+    assert content(from_store) == content(from_folder)
+    assert from_store.content["counts"] == from_folder.content["counts"]
 
 
-def test_a_file_that_changed_in_the_store_is_prepared_anew(tmp_path, flaky):
+def test_a_file_that_changed_in_the_store_is_prepared_again(tmp_path, flaky):
     folder, tokenizer = Store("flaky://bucket/text"), build_tokenizer(BytesConfig(), lambda: iter([]))
     folder.write("a.txt", b"the first text")
     make = lambda: prepare_source(TextConfig(paths=["flaky://bucket/text"]), tokenizer, tmp_path)
     before, asked = make().fingerprint, len(flaky.asked)
-    assert make().fingerprint == before and len(flaky.asked) == asked  # it is looked at, and not read again
+    assert (
+        make().fingerprint == before and len(flaky.asked) == asked
+    )  # its metadata is checked, its content is not read again
     folder.write("a.txt", b"another  text!")
     assert make().fingerprint != before
 
 
-def test_what_fails_for_a_moment_is_tried_again_and_told_once(flaky):
-    said: list[str] = []
-    folder = Store("flaky://bucket/x", said.append)
+def test_transient_failures_are_retried_and_logged_once(flaky):
+    logged: list[str] = []
+    folder = Store("flaky://bucket/x", logged.append)
     flaky.failures = 2
     folder.write("a", b"content")
     assert folder.read("a") == b"content"
-    assert said == ["flaky://bucket/x/a: 503 Slow Down; trying again, 3 times at most"]
+    assert logged == ["flaky://bucket/x/a: 503 Slow Down; retrying up to 3 times"]
 
 
-def test_a_store_that_goes_on_failing_is_given_up_and_no_text_is_left_out(flaky):
+def test_a_store_that_continues_to_fail_is_an_error_and_no_text_is_lost(flaky):
     Store("flaky://bucket/text").write("a.txt", b"a text")
     source = TextConfig(paths=["flaky://bucket/text"])
     flaky.failures = 100
@@ -108,32 +111,32 @@ def test_a_store_that_goes_on_failing_is_given_up_and_no_text_is_left_out(flaky)
     assert documents(source) == ["a text"]
 
 
-def test_a_file_that_arrives_short_is_not_taken_for_a_whole_one(flaky, monkeypatch):
+def test_an_incomplete_download_is_an_error(flaky, monkeypatch):
     Store("flaky://bucket/text").write("a.txt", b"a text")
     [file] = find_files("flaky://bucket/text")
     with on_disk(file) as copy:
         assert Path(copy).read_text() == "a text"
     assert not Path(copy).exists()
     monkeypatch.setattr(flaky, "get_file", lambda self, path, local, **more: Path(local).write_text("a t") and None)
-    with pytest.raises(ObjectStoreError, match="gave 3 bytes of 6"), on_disk(file):
+    with pytest.raises(ObjectStoreError, match="received 3 of 6 bytes"), on_disk(file):
         pass
 
 
-def test_errors_that_no_second_try_mends_come_at_once():
+def test_permanent_errors_are_not_retried():
     tries: list[int] = []
 
     def fail() -> None:
         tries.append(1)
         raise PermissionError("AccessDenied")
 
-    with pytest.raises(ValueError, match=r"s3://b/x: access was denied .*AWS_PROFILE"):
+    with pytest.raises(ValueError, match=r"s3://b/x: access denied .*AWS_PROFILE"):
         with_retries("s3://b/x", fail)
     assert tries == [1]
 
 
 def test_a_secret_in_a_url_is_refused_without_repeating_it():
     for url in ("s3://KEY:HUSH@bucket/x", "https://host/file.jsonl?X-Amz-Signature=HUSH", "s3://HUSH@bucket"):
-        with pytest.raises(ValueError, match="with a secret in it") as raised:
+        with pytest.raises(ValueError, match="the URL contains a secret") as raised:
             check_url(url, "runs")
         assert "HUSH" not in str(raised.value)
     check_url("hf://datasets/user/name@main/data", "runs")
@@ -150,16 +153,16 @@ def test_a_backend_that_is_not_installed_names_its_extra(monkeypatch):
         TextConfig(paths=["gs://bucket/text"]).units()
 
 
-def test_what_is_not_there_is_said_of_a_bucket_a_folder_and_a_glob(s3):
-    with pytest.raises(ValueError, match=r"s3://nowhere/text: is not there .*bucket does not exist"):
+def test_a_missing_bucket_folder_or_glob_is_named(s3):
+    with pytest.raises(ValueError, match=r"s3://nowhere/text: does not exist .*bucket does not exist"):
         TextConfig(paths=["s3://nowhere/text"]).units()
-    with pytest.raises(ValueError, match=r"'s3://bucket/none' is neither a file nor a folder of one"):
+    with pytest.raises(ValueError, match=r"'s3://bucket/none' is neither a file nor a folder with files"):
         TextConfig(paths=["s3://bucket/none"]).units()
     with pytest.raises(ValueError, match=r"'s3://bucket/\*.txt' matches no file"):
         TextConfig(paths=["s3://bucket/*.txt"]).units()
 
 
-def test_missing_credentials_are_asked_for_by_name(s3, monkeypatch, tmp_path):
+def test_missing_credentials_are_named(s3, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -167,12 +170,12 @@ def test_missing_credentials_are_asked_for_by_name(s3, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "_cache", {})
     store.file_system.cache_clear()
-    with pytest.raises(ValueError, match=r"no credentials were found.*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(ValueError, match=r"credentials are missing or have expired.*AWS_ACCESS_KEY_ID"):
         Store("s3://bucket/x").read("a")
     store.file_system.cache_clear()
 
 
-def test_a_prepared_folder_travels_whole_or_not_at_all(tmp_path, flaky):
+def test_a_prepared_folder_is_transferred_completely_or_not_at_all(tmp_path, flaky):
     (tmp_path / "a.txt").write_text("a text of some words")
     tokenizer = build_tokenizer(BytesConfig(), lambda: iter([]))
     source = TextConfig(paths=[str(tmp_path / "a.txt")])

@@ -1,4 +1,4 @@
-"""Every reader gives the good records, and counts the bad ones by file and reason."""
+"""Every reader yields the good records and counts the bad ones by file and reason."""
 
 import gzip
 import json
@@ -95,7 +95,7 @@ def test_jsonl_counts_each_kind_of_bad_line(tmp_path, packing):
     assert found[str(path)]["invalid JSON"]["first"] == "line 2"
 
 
-def test_a_truncated_archive_keeps_what_came_before(tmp_path):
+def test_a_truncated_archive_yields_the_records_before_the_cut(tmp_path):
     content = gzip.compress(b"\n".join(json.dumps({"text": f"row {i} {i * 7919}"}).encode() for i in range(20_000)))
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(content[: len(content) // 2])
@@ -149,7 +149,7 @@ def example(**features: bytes) -> bytes:
     return lengthy(1, b"".join(entries))
 
 
-def test_an_example_is_told_from_text():
+def test_an_example_is_distinguished_from_text():
     assert parse_example(example(a=b"1", b=b"2")) == {"a": [b"1"], "b": [b"2"]}
     assert parse_example(b"Just text.") is None
     assert parse_example(b"") is None
@@ -162,9 +162,9 @@ def test_real_shards_are_read():
     assert len(texts) == 125 and not found
 
 
-def test_a_path_that_is_not_there_suggests_the_near_one(tmp_path):
+def test_a_missing_path_suggests_a_similar_one(tmp_path):
     (tmp_path / "novels.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"novel.txt' is not there; did you mean .*novels.txt"):
+    with pytest.raises(ValueError, match=r"novel.txt' does not exist; did you mean .*novels.txt"):
         TextConfig(paths=[str(tmp_path / "novel.txt")]).units()
 
 

@@ -52,7 +52,10 @@ def test_a_mistake_in_a_chat_is_named(folder, arguments, said):
 
 def test_a_template_that_the_tokenizer_cannot_write_is_refused_before_anything_is_begun(tmp_path):
     _, err = meshwright(tmp_path, "train", *TINY, "tokenizer.chat_template=chatml", expect=2)
-    assert "needs <|im_end|>, <|im_start|>" in err and not (tmp_path / "runs" / "default" / "config.yaml").exists()
+    assert (
+        "needs the special tokens <|im_end|>, <|im_start|>" in err
+        and not (tmp_path / "runs" / "default" / "config.yaml").exists()
+    )
 
 
 def test_a_base_model_gets_a_template_when_fine_tuning_begins(folder):

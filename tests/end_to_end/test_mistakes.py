@@ -30,7 +30,7 @@ MISTAKES = {
     ),
     "a mesh that does not fit": (["fake_devices=8", "mesh.fsdp=3"], "mesh.fsdp=3"),
     "heads that do not divide": (["fake_devices=8", "mesh.data=1", "mesh.tensor=8"], "mesh.tensor=8"),
-    "a folder that is not there": (["source=[text]", "data.sources.text.paths=[nowhere]"], "'nowhere' is not there"),
+    "a folder that is not there": (["source=[text]", "data.sources.text.paths=[nowhere]"], "'nowhere' does not exist"),
     "a source without its path": (["source=[text]"], "data.sources.text.paths=???"),
     "a negative warm-up": (["schedule.warmup_steps=-5", "num_steps=10"], "schedule.warmup_steps=-5: must not be"),
     "a key of another trainer": (["max_steps=10"], "max_steps: there is no such key; did you mean 'num_steps'?"),
@@ -55,7 +55,7 @@ def test_a_mistake_is_named(tmp_path, arguments, said):
 def test_a_mistake_ends_all_processes_at_once(tmp_path):
     wrong = ["source=[text]", "data.sources.text.paths=[nowhere]", "launcher.num_processes=2", "fake_devices=2"]
     _, err = meshwright(tmp_path, "train", *TINY, *wrong, "mesh.data=2", expect=2)
-    assert "'nowhere' is not there" in err
+    assert "'nowhere' does not exist" in err
 
 
 def test_a_misspelt_task_suggests_the_right_one(tmp_path):

@@ -36,7 +36,7 @@ Space = dict[str, Values | Range]  # by key
 def varies(override: str) -> bool:
     """Whether an override of the command line gives several values."""
     key, _, value = override.partition("=")
-    if key.startswith("~") or key in ("task.sample_prompt", "launcher.env", "task.sweep.over"):
+    if key.startswith("~") or key in ("task.sample_prompt", "launcher.env", "task.sweep.parameters"):
         return False
     if ranged(value) is not None:
         return True
@@ -47,7 +47,7 @@ def varies(override: str) -> bool:
 
 
 def split_varying_keys(overrides: Sequence[str]) -> list[str]:
-    """A command line on which keys that vary stand together: `++task.sweep.over={KEY:'VALUES',...}`.
+    """A command line on which keys that vary stand together: `++task.sweep.parameters={KEY:'VALUES',...}`.
 
     Raises: ValueError where a key that varies is added by +, which Hydra's grammar has no place for.
     """
@@ -56,11 +56,11 @@ def split_varying_keys(overrides: Sequence[str]) -> list[str]:
         if not re.fullmatch(r"[\w.@/]+", key):
             raise ValueError(f"{key}={given[key]}: a key that varies is one that the config has, without {key[0]!r}")
     # ++, as the keys of a dict are new ones.
-    rest = [f"++{o}" if o.startswith("task.sweep.over=") else o for o in overrides if not varies(o)]
+    rest = [f"++{o}" if o.startswith("task.sweep.parameters=") else o for o in overrides if not varies(o)]
     if not given:
         return rest
     escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in given.items()}
-    return [*rest, "++task.sweep.over={" + ",".join(f"{key}:'{value}'" for key, value in escaped.items()) + "}"]
+    return [*rest, "++task.sweep.parameters={" + ",".join(f"{key}:'{value}'" for key, value in escaped.items()) + "}"]
 
 
 def ranged(text: str) -> tuple[str, str, bool] | None:

@@ -53,7 +53,7 @@ def check(
 def test_any_objective_is_checked_by_its_needs():
     pairs = DataConfig(format=DataFormat.preference)
     assert check(JudgedConfig(), pairs).outputs == 3
-    with pytest.raises(ValueError, match=r"objective=judged needs data\.records=pairs$"):
+    with pytest.raises(ValueError, match=r"objective=judged needs data\.format=preference$"):
         check(JudgedConfig())
     with pytest.raises(ValueError, match=r"mask=bidirectional: objective=judged predicts the next token"):
         check(JudgedConfig(), pairs, AttentionMask.bidirectional)

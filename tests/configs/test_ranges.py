@@ -6,6 +6,7 @@ import pytest
 
 from configs.ranges import check_ranges
 from configs.schema import GROUPS, RunConfig
+from data.loader import DataConfig
 from data.sources.readers import TextConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.distillation import DistillationConfig
@@ -49,7 +50,7 @@ def test_values_at_the_ends_and_null_are_valid():
     ("config", "said"),
     [
         (RunConfig(fake_devices=0), "fake_devices=0: must be at least 1"),
-        (RunConfig(source_weights=[1.0, 0.0]), "source_weights="),
+        (RunConfig(data=DataConfig(mixture_weights=[1.0, 0.0])), "data.mixture_weights="),
         (RunConfig(objective=ClassificationConfig(class_weights=[1.0, -1.0])), "objective.class_weights="),
         (
             RunConfig(objective=DistillationConfig(feature_loss=FeatureLossConfig(hidden_loss_weight=-1.0))),

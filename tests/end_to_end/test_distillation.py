@@ -77,7 +77,7 @@ CACHED = [
     "objective.top_k=8",
     "objective.cache_teacher_logits=true",
     "objective.cache_dtype=float32",
-    "objective.weight=1",
+    "objective.alpha=1",
 ]
 
 

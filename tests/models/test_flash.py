@@ -220,5 +220,5 @@ def test_a_layer_made_anew_keeps_what_its_attention_gave():
 
 def test_a_negative_block_is_refused():
     config = ModelConfig(vocab_size=8)
-    with pytest.raises(ValueError, match=r"model\.attention\.block=-1: must be at least 0"):
+    with pytest.raises(ValueError, match=r"model\.attention\.block_size=-1: must be at least 0"):
         check_ranges(replace(config, attention=AttentionConfig(block_size=-1)), "model")

@@ -108,7 +108,9 @@ def test_a_kernel_is_chosen_by_platform_and_by_what_it_can_do():
     assert (
         kernels.select_implementation(replace(with_(), dtype=Dtype.float32), 256, "gpu") is AttentionImplementation.xla
     )
-    with pytest.raises(ValueError, match=r"model\.attention\.kernel=triton: cannot do model\.attention\.soft_cap=5"):
+    with pytest.raises(
+        ValueError, match=r"model\.attention\.implementation=triton: cannot do model\.attention\.logit_softcap=5"
+    ):
         kernels.select_implementation(with_(soft_cap=5.0, kernel=AttentionImplementation.triton), 256, "gpu")
     with pytest.raises(ValueError, match="rows of 250 tokens, which are no multiple of 128"):
         kernels.select_implementation(with_(kernel=AttentionImplementation.splash), 250, "tpu")

@@ -246,7 +246,7 @@ def test_layers_without_a_loop_give_the_same(unroll):
 
 
 def test_a_loop_has_no_negative_turns():
-    with pytest.raises(ValueError, match=r"model\.unroll=-1: must be at least 0"):
+    with pytest.raises(ValueError, match=r"model\.scan_unroll=-1: must be at least 0"):
         check_ranges(dataclasses.replace(BASE, scan_unroll=-1), "model")
 
 

@@ -162,7 +162,7 @@ def test_what_a_teacher_said_before_is_what_it_says(kind, dtype, near):
         ({"teacher": None}, "objective.teacher=null"),
         ({"temperature": 0.0}, "objective.temperature=0.0: must be above 0"),
         ({"beta": 1.0}, "objective.beta=1.0: must be above 0 and below 1.*objective.divergence=forward or reverse"),
-        ({"weight": 2.0}, "objective.weight=2.0: must be from 0 to 1"),
+        ({"alpha": 2.0}, "objective.alpha=2.0: must be from 0 to 1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):

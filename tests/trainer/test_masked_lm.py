@@ -116,5 +116,5 @@ def test_a_prefix_ends_where_learning_begins():
 
 
 def test_values_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"objective\.loss_chunk=0: must be at least 1"):
+    with pytest.raises(ValueError, match=r"objective\.loss_chunk_size=0: must be at least 1"):
         check_ranges(MaskedDiffusionConfig(loss_chunk_size=0), "objective")

@@ -80,7 +80,7 @@ def test_a_value_that_no_run_can_have_is_refused(cls: type[ScheduleConfig]) -> N
         WsdConfig(warmup_steps=2, decay_steps=-9).build(1.0, 10)
     with pytest.raises(ValueError, match=r"schedule\.decay_fraction=1\.9: .*nearest valid: 1"):
         WsdConfig(warmup_steps=2, decay_fraction=1.9).build(1.0, 10)
-    with pytest.raises(ValueError, match=r"schedule\.final_fraction=2"):
+    with pytest.raises(ValueError, match=r"schedule\.min_lr_ratio=2"):
         check_ranges(CosineConfig(warmup_steps=2, min_lr_ratio=2), "schedule")
 
 

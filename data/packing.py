@@ -280,7 +280,7 @@ def make_plan(
 def plain(found: np.ndarray, size: int, loss_mask: np.ndarray | None = None) -> RowSlice:
     """Returns `size` tokens with the next token as target; `found` may hold one token more.
 
-    The last target is masked if there is no next token. `loss_mask` selects the other targets; None: all of them.
+    The last target is masked without a next token. `loss_mask` selects the other targets; None: all of them.
     """
     targets, mask = np.zeros(size, np.int32), np.zeros(size, np.float32)
     known = min(len(found) - 1, size)

@@ -76,15 +76,15 @@ class Manifest(NamedTuple):
 
     @property
     def masked(self) -> bool:
-        """Whether the shards have a loss mask: every format but text."""
+        """True if the shards have a loss mask: every format but text."""
         return "examples" in self.content["settings"]
 
-    def count(self, split: str, what: str) -> int:
+    def count(self, split: str, kind: str) -> int:
         """Returns a count of a split: `documents`, `tokens` or `bytes`.
 
         Formats other than text also have `learnt` (tokens in the loss) and `shortened` (truncated examples).
         """
-        return self.content["counts"][split][what]
+        return self.content["counts"][split][kind]
 
 
 def settings(source: SourceConfig, tokenizer: Tokenizer, rules: EncodingConfig | None = None) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _manifest(wanted: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str,
     for shard in shards:
         bad.merge(shard["bad_records"])
     kinds = ("documents", "tokens", "bytes", *(("learnt", "shortened") if "examples" in wanted else ()))
-    counts = {split: {what: sum(s["counts"][split][what] for s in shards) for what in kinds} for split in SPLITS}
+    counts = {split: {kind: sum(s["counts"][split][kind] for s in shards) for kind in kinds} for split in SPLITS}
     return {
         "settings": wanted,
         "fingerprint": _sha([wanted, [shard["content"] for shard in shards]]),
@@ -312,7 +312,7 @@ def _make_shard(
             masks[split].append(document.loss_mask)
     for split in SPLITS:
         lengths = np.array([0] + [len(a) for a in arrays[split]], np.int64)
-        save = lambda what, array, split=split: _save(stem.with_name(f"{stem.name}.{split}.{what}.npy"), array)
+        save = lambda kind, array, split=split: _save(stem.with_name(f"{stem.name}.{split}.{kind}.npy"), array)
         save("tokens", np.concatenate([np.zeros(0, dtype), *arrays[split]]))
         save("offsets", np.cumsum(lengths))
         if rules is not None:
@@ -415,8 +415,8 @@ class TokenCorpus:
         self.fingerprint = f"{manifest.fingerprint}:{split}"
         carve = self._needs_split(manifest)
         source = "train" if carve and split == "heldout" else split
-        load = lambda name, what: np.load(
-            manifest.folder / f"{name}.{source}.{what}.npy", mmap_mode="r", allow_pickle=False
+        load = lambda name, kind: np.load(
+            manifest.folder / f"{name}.{source}.{kind}.npy", mmap_mode="r", allow_pickle=False
         )
         self._tokens = [load(name, "tokens") for name in shards]
         examples = manifest.content["settings"].get("examples", {})

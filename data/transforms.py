@@ -1,4 +1,4 @@
-"""Document transforms for pretraining objectives: fill-in-the-middle, prefix LM, span corruption, MLM, diffusion.
+"""Document transforms for pretraining: fill-in-the-middle, prefix LM, span corruption, MLM, diffusion.
 
 A transform takes one piece of a document, as cut by packing. Its random draws are a function of (seed, row of the run,
 index in the row): every epoch masks other tokens, and the result does not depend on hosts or batch size. Validation

@@ -118,12 +118,12 @@ class Example(NamedTuple):
     value: float = 0.0  # margin of a preference pair
 
 
-Said = Conversation | Pair | Labelled | Match | str
+Content = Conversation | Pair | Labelled | Match | str
 
 
 def read_said(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, rules: EncodingConfig
-) -> Iterator[tuple[Record, Said]]:
+) -> Iterator[tuple[Record, Content]]:
     """Yields every usable record of a shard with its parsed content; counts the others in `bad`."""
     if rules.records is DataFormat.preference:
         return read_pairs(source, unit, bad, margins=rules.margins)
@@ -138,7 +138,7 @@ def read_said(
 
 def read_examples(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, tokenizer: Tokenizer, rules: EncodingConfig
-) -> Iterator[tuple[Said, tuple[Example, ...]]]:
+) -> Iterator[tuple[Content, tuple[Example, ...]]]:
     """Yields the content of every usable record with its `examples_per_record` examples; counts the others in `bad`.
 
     Raises: ValueError at the first conversation if the tokenizer has no chat template.
@@ -146,12 +146,18 @@ def read_examples(
     if rules.records is DataFormat.unpaired_preference:
         yield from _unpaired_examples(source, unit, bad, tokenizer, rules)
         return
-    for record, said in read_said(source, unit, bad, rules):
-        first = said.chosen if isinstance(said, Pair) else said.content if isinstance(said, Labelled) else said
+    for record, content in read_said(source, unit, bad, rules):
+        first = (
+            content.chosen
+            if isinstance(content, Pair)
+            else content.content
+            if isinstance(content, Labelled)
+            else content
+        )
         if isinstance(first, Conversation) and tokenizer.chat_template is None:
             encode_chat(tokenizer, first.messages)  # raises with instructions
         try:
-            yield said, encode_said(tokenizer, said, rules)
+            yield content, encode_content(tokenizer, content, rules)
         except BadRow as error:
             count_bad(bad, record, error)
         except ValueError as error:
@@ -179,28 +185,28 @@ def _unpaired_examples(
             count_bad(bad, record, _refused(error))
 
 
-def encode_said(tokenizer: Tokenizer, said: Said, rules: EncodingConfig) -> tuple[Example, ...]:
+def encode_content(tokenizer: Tokenizer, content: Content, rules: EncodingConfig) -> tuple[Example, ...]:
     """Encodes the content of a record as `examples_per_record` examples. Raises: as `encode_example`."""
-    if isinstance(said, Pair):
-        return encode_pair(tokenizer, said, rules)
-    if isinstance(said, Labelled):
-        return (encode_labelled(tokenizer, said, rules),)
-    if isinstance(said, Match):
-        return tuple(encode_whole(tokenizer, text, rules) for text in said.texts)
-    return (encode_example(tokenizer, said, rules),)
+    if isinstance(content, Pair):
+        return encode_pair(tokenizer, content, rules)
+    if isinstance(content, Labelled):
+        return (encode_labelled(tokenizer, content, rules),)
+    if isinstance(content, Match):
+        return tuple(encode_whole(tokenizer, text, rules) for text in content.texts)
+    return (encode_example(tokenizer, content, rules),)
 
 
-def encode_whole(tokenizer: Tokenizer, said: Conversation | str, rules: EncodingConfig) -> Example:
+def encode_whole(tokenizer: Tokenizer, content: Conversation | str, rules: EncodingConfig) -> Example:
     """Encodes a text or conversation for pooling: the loss mask selects only its last token.
 
     With `data.on_overflow=truncate` a longer text is truncated but keeps its end token.
     Raises: BadRow if it is empty, or too long with another `data.on_overflow`; ValueError as `encode_chat`.
     """
-    if isinstance(said, str):
+    if isinstance(content, str):
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        ids = np.array(tokenizer.begin(tokenizer.encode(said)) + end, np.int32)
+        ids = np.array(tokenizer.begin(tokenizer.encode(content)) + end, np.int32)
     else:
-        ids, _ = encode_chat(tokenizer, said.messages, tools=said.tools)
+        ids, _ = encode_chat(tokenizer, content.messages, tools=content.tools)
         end = ids[-1:].tolist()
     long = len(ids) > rules.max_length
     if long and rules.overlong is not OnOverflow.truncate:
@@ -225,8 +231,9 @@ def _refused(error: ValueError) -> BadRow:
 
 
 def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, rules: EncodingConfig) -> Example:
-    """Encodes a conversation with its loss mask, or a text as a pretraining document of any length (packing cuts it).
+    """Encodes a conversation with its loss mask, or a text as a pretraining document.
 
+    A text may have any length: packing cuts it.
     Raises: BadRow if no token contributes to the loss; ValueError as `encode_chat`.
     """
     if isinstance(conversation, str):
@@ -327,19 +334,19 @@ def with_ends(ids: np.ndarray, mask: np.ndarray, stop_ids: Sequence[int]) -> np.
     return mask
 
 
-def texts_of(said: Said) -> list[str]:
+def texts_of(content: Content) -> list[str]:
     """Returns the texts of a record, for tokenizer training."""
-    if isinstance(said, Pair):
-        return [*texts_of(said.chosen), *texts_of(said.rejected)]
-    if isinstance(said, Labelled):
-        return texts_of(said.content)
-    if isinstance(said, UnpairedExample):
-        return texts_of(said.conversation)
-    if isinstance(said, Match):
-        return list(said.texts)
-    if isinstance(said, str):
-        return [said]
-    return [message["content"] for message in said.messages if message["content"]]
+    if isinstance(content, Pair):
+        return [*texts_of(content.chosen), *texts_of(content.rejected)]
+    if isinstance(content, Labelled):
+        return texts_of(content.content)
+    if isinstance(content, UnpairedExample):
+        return texts_of(content.conversation)
+    if isinstance(content, Match):
+        return list(content.texts)
+    if isinstance(content, str):
+        return [content]
+    return [message["content"] for message in content.messages if message["content"]]
 
 
 def marked_text(tokenizer: Tokenizer, ids: Sequence[int], loss_mask: Sequence[bool]) -> str:

@@ -49,7 +49,7 @@ class SourceConfig:
     chat_format: RecordFormat = RecordFormat.auto  # record layout, for formats other than text; auto: detect
 
     def units(self) -> list[SourceShard]:
-        """Returns the shards. Raises: ValueError naming key, value and fix if there is nothing to read."""
+        """Returns the shards. Raises: ValueError naming key, value and fix if the source is empty."""
         raise TypeError(f"source.kind={self.kind}: choose one with source=[NAME]")
 
     def read(self, unit: SourceShard, bad: BadRecords) -> Iterator[str]:
@@ -235,17 +235,17 @@ def _open_packed(file: str) -> Any:
     if file.endswith(".gz"):
         return gzip.open(file, "rb")
     if file.endswith(".zst"):
-        return io.BufferedReader(_extra("zstandard", "zstd", file).ZstdDecompressor().stream_reader(open(file, "rb")))
+        return io.BufferedReader(_require("zstandard", "zstd", file).ZstdDecompressor().stream_reader(open(file, "rb")))
     return open(file, "rb")
 
 
-def _extra(module: str, extra: str, what: str) -> Any:
+def _require(module: str, extra: str, feature: str) -> Any:
     import importlib
 
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"data.sources: {what} needs an extra: pip install -e '.[{extra}]'") from None
+        raise ValueError(f"data.sources: {feature} needs an extra: pip install -e '.[{extra}]'") from None
 
 
 @dataclass
@@ -259,7 +259,7 @@ class ParquetConfig(FileSourceConfig):
         return (".parquet",)
 
     def read_file(self, file: str, bad: BadRecords) -> Iterator[str]:
-        parquet = _extra("pyarrow.parquet", "parquet", "parquet")
+        parquet = _require("pyarrow.parquet", "parquet", "parquet")
         with on_disk(file) as path:
             table = parquet.ParquetFile(path)
             if self.text_field not in table.schema_arrow.names:
@@ -272,7 +272,7 @@ class ParquetConfig(FileSourceConfig):
                     yield from take_text({self.text_field: value}, self.text_field, file, bad, f"row {row}")
 
     def read_records(self, file: str, bad: BadRecords) -> Iterator[Record]:
-        parquet = _extra("pyarrow.parquet", "parquet", "parquet")
+        parquet = _require("pyarrow.parquet", "parquet", "parquet")
         with on_disk(file) as path:
             row = 0
             for batch in parquet.ParquetFile(path).iter_batches():
@@ -316,7 +316,7 @@ class ArrayRecordConfig(FileSourceConfig):
                 bad.add(file, "invalid JSON", where)
 
     def _contents(self, file: str, bad: BadRecords) -> Iterator[tuple[bytes, str]]:
-        module = _extra("array_record.python.array_record_module", "arrayrecord", "arrayrecord")
+        module = _require("array_record.python.array_record_module", "arrayrecord", "arrayrecord")
         with on_disk(file) as path:
             try:
                 reader = module.ArrayRecordReader(path)
@@ -367,7 +367,7 @@ class HuggingFaceConfig(SourceConfig):
             yield from take_text(record.fields, self.text_field, self.path, bad, record.where)
 
     def records(self, unit: SourceShard, bad: BadRecords) -> Iterator[Record]:
-        datasets = _extra("datasets", "huggingface", "huggingface")
+        datasets = _require("datasets", "huggingface", "huggingface")
         if Path(self.path).is_dir() and (
             (Path(self.path) / "dataset_info.json").exists() or (Path(self.path) / "dataset_dict.json").exists()
         ):

@@ -302,7 +302,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Loads the tokenizer saved in a folder; None if there is none."""
+    """Loads the tokenizer saved in a folder; None if the folder has none."""
     if not (folder / DESCRIPTION).exists():
         return None
     try:
@@ -418,7 +418,7 @@ def build_tokenizer(
 ) -> Tokenizer:
     """Builds a tokenizer with the configured special tokens and those returned by `missing` for the known ones.
 
-    A SentencePiece tokenizer trained here includes them in its `vocab_size`; other kinds append them to their own ids.
+    A newly trained SentencePiece model includes them in its `vocab_size`; other kinds append them to their own ids.
     """
     if isinstance(config, SentencePieceConfig) and config.path is None:
         wanted = [*config.special_tokens, *missing(config.special_tokens)]

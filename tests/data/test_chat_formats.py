@@ -257,7 +257,7 @@ def test_data_sets_hold_conversations(tmp_path):
     assert bad == {str(tmp_path / "set"): {"empty answer": {"count": 1, "first": "row 2: message 2"}}}
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the real data is not here")
+@pytest.mark.skipif(not REAL.exists(), reason="needs the shared data")
 @pytest.mark.parametrize("path", sorted(REAL.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_real_files_are_read_completely(path):
     found, bad = read(JsonlConfig(paths=[str(path)]))

@@ -86,7 +86,7 @@ def test_a_sentencepiece_model_round_trips_with_its_ids(pieces):
     assert all(again.encode(text) == after.encode(text) for text in TEXTS)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared data is not here")
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
 def test_llama_2_round_trips_with_its_ids():
     before = SentencePiece((SHARED / "llama2" / "tokenizer.model").read_bytes())
     header = write_tokenizer(before, 32_000)

@@ -154,7 +154,7 @@ def test_pairs_share_rows_as_far_as_they_fit(tmp_path):
     assert len(alone) == 8 and len(packed) < 5
 
     def texts(rows) -> list[tuple]:
-        """Of every pair: margin, and tokens, targets and mask of either side."""
+        """Returns the margin of every pair, and tokens, targets and mask of both sides."""
         found = []
         for row in (rows[i] for i in range(len(rows))):
             count = row.segment_ids.max()

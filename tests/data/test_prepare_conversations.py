@@ -9,7 +9,7 @@ import pytest
 from data.loader import PackedRows, batch_hash
 from data.packing import Packing
 from data.records.chat_encoding import with_template
-from data.records.encoding import EncodingConfig, LossMask, OnOverflow
+from data.records.encoding import DataFormat, EncodingConfig, LossMask, OnOverflow
 from data.records.record import RecordFormat
 from data.sources.readers import JsonlConfig, SyntheticConfig
 from data.tokenize_shards import TokenCorpus, prepare_source, shard_folder
@@ -47,6 +47,21 @@ def test_shards_of_documents_are_pinned(tmp_path):
     assert manifest.fingerprint == "3e140f0c1d3388e42a2348b55df977e264db7b2387f278a3c725a0c17a80519e"
     assert digest.hexdigest() == "a665056543fbcdd332fa39d5fd8912a3101c7bc8db8a406b3f9e710405cd99a2"
     assert batch_hash(row) == "98369feb53a76948e6676b8bdcdf31c9b4ee8747f2bbdef142a5b27232736534"
+
+
+@pytest.mark.parametrize(
+    ("format", "loss_mask", "on_overflow", "digest"),
+    [
+        (DataFormat.chat, LossMask.assistant, OnOverflow.truncate_turns, "315743fd7e44"),
+        (DataFormat.unpaired_preference, LossMask.last_turn, OnOverflow.truncate, "9d3a40a0b25e"),
+        (DataFormat.preference, LossMask.all, OnOverflow.drop, "4d6ed0e711d5"),
+        (DataFormat.classification, LossMask.assistant, OnOverflow.truncate_turns, "076bc2f82ebe"),
+        (DataFormat.retrieval, LossMask.last_turn, OnOverflow.truncate, "ab4fc2349d47"),
+    ],
+)
+def test_folders_of_other_formats_are_pinned(tmp_path, format, loss_mask, on_overflow, digest):
+    encoding = EncodingConfig(loss_mask, on_overflow, L, format)
+    assert shard_folder(tmp_path, "n", JsonlConfig(paths=["a.jsonl"]), Bytes(), encoding).name == f"n-{digest}"
 
 
 def test_only_answers_and_their_end_tokens_contribute_to_the_loss(tmp_path, tokenizer):

@@ -155,7 +155,7 @@ def test_an_example_is_distinguished_from_text():
     assert parse_example(b"") is None
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the shared data is not here")
+@pytest.mark.skipif(not REAL.exists(), reason="needs the shared data")
 def test_real_shards_are_read():
     pytest.importorskip("array_record")
     texts, found = read_all(ArrayRecordConfig(paths=[str(next((REAL / "native").glob("*array_record*")))]))

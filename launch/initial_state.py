@@ -10,10 +10,10 @@ from configs.schema import Resume, RunConfig
 from data.loader import TokenLoader
 from data.tokenizers.kinds import from_files, load_tokenizer, save_tokenizer
 from data.tokenizers.tokenizer import Tokenizer, first_difference
+from launch.attention_kernel import build_checked_core
 from launch.build import (
     Core,
     Corpora,
-    build_core,
     build_source,
     is_main_process,
     log,
@@ -201,7 +201,7 @@ class RunParts(NamedTuple):
 def build_run(config: RunConfig, corpora: Corpora, checkpointer: Checkpointer) -> RunParts:
     """Those of a start of this run. Raises: as `load_adapter_base` and `load_frozen_models`."""
     config = resolve_auto_mesh(config, model_config(config, corpora.tokenizer), log)
-    core = build_core(config, corpora.tokenizer)
+    core = build_checked_core(config, corpora.tokenizer)
     base = load_adapter_base(config, core, checkpointer)
     frozen = load_frozen_models(config, core, checkpointer, corpora, base)
     return RunParts(config, core, base, frozen, build_source(config, corpora, core, frozen.tables.train))

@@ -14,6 +14,7 @@ from configs.schema import RunConfig
 from data.tokenizers.kinds import SentencePieceConfig
 from launch.build import Core, build_core
 from launch.weights_source import resolve_weights
+from models.attention.kernels import without_kernel
 from models.config import Dispatch, ModelConfig
 from models.logical_axes import RESIDUAL, TOKENS, NoConstraint, ShardingConstraint
 from models.transformer import abstract_params, make_apply, param_axes
@@ -80,7 +81,7 @@ def shapes_of(
     if teacher is not None:
         shardings = param_shardings(param_axes(teacher), abstract_params(teacher), mesh, config.sharding)
         params = with_shardings(abstract_params(teacher), shardings)
-        frozen[TEACHER] = FrozenModel(params, make_apply(teacher, core.constrain), teacher.vocab_size)
+        frozen[TEACHER] = FrozenModel(params, make_apply(without_kernel(teacher), core.constrain), teacher.vocab_size)
     if config.objective.precomputed_model in frozen:
         asked = frozen.pop(str(config.objective.precomputed_model))
         spec = column_spec(spec, core.objective.column_spec(config.data.seq_len))  # type: ignore[attr-defined]

@@ -9,10 +9,10 @@ import jax
 from configs.schema import Resume, RunConfig
 from data.tokenizers.kinds import from_files, load_tokenizer, save_tokenizer
 from data.tokenizers.tokenizer import Tokenizer, first_difference
+from launch.attention_kernel import build_checked_core
 from launch.build import (
     Core,
     Corpora,
-    build_core,
     build_source,
     is_main_process,
     log,
@@ -174,7 +174,7 @@ def _frozen_model(
     if spec.source is None:
         _refuse_thinning(config, f"the {role} of a policy is all of init_from")
         is_base = base is not None and (known == base.record if known else base.start is None)
-        if base is not None and is_base and config.adapter.quantize_base.name == "full":
+        if base is not None and is_base and config.adapter.quantize_base.name == "none":
             return base.params, base.record  # not twice in memory
     found = (config.objective, role, source, tokenizer, core, config.output_dir, log)
     return load_frozen_model(*found, sha256=known.get("sha256"))
@@ -207,7 +207,7 @@ class RunParts(NamedTuple):
 def build_run(config: RunConfig, corpora: Corpora, checkpointer: Checkpointer) -> RunParts:
     """Those of a start of this run. Raises: as `load_adapter_base` and `load_frozen_models`."""
     config = resolve_auto_mesh(config, model_config(config, corpora.tokenizer), log)
-    core = build_core(config, corpora.tokenizer)
+    core = build_checked_core(config, corpora.tokenizer)
     base = load_adapter_base(config, core, checkpointer)
     frozen = load_frozen_models(config, core, checkpointer, corpora, base)
     return RunParts(config, core, base, frozen, build_source(config, corpora, core, frozen.tables.train))

@@ -16,7 +16,8 @@ from launch.config_errors import named_keys
 from launch.run_folder import RunFolder, run_folder
 from launch.weights_source import load_frozen_model, recorded_base
 from models.adapters.lora import AdapterConfig
-from models.config import AttentionImplementation, Dtype
+from models.attention.kernels import without_kernel
+from models.config import Dtype
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.mesh import MeshConfig
 from trainer.objective import Params
@@ -150,12 +151,11 @@ def _fitting(config: RunConfig) -> RunConfig:
     A kernel of attention is of the devices and the row lengths of training, so plain attention takes its place.
     """
     assert isinstance(config.task, TrainConfig)
-    attention = dataclasses.replace(config.model.attention, implementation=AttentionImplementation.xla)
     shards = jax.device_count() // (max(config.mesh.tensor, 1) * max(config.mesh.context, 1))
     size = -(-config.data.batch_size // shards) * shards
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, attention=attention),
+        model=without_kernel(config.model),
         task=dataclasses.replace(config.task, gradient_accumulation_steps=1),
         data=dataclasses.replace(config.data, batch_size=size),
     )

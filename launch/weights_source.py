@@ -28,6 +28,7 @@ from launch.build import MADE_OF, Core, is_main_process, publish_files
 from launch.config_errors import named_keys
 from launch.run_folder import RunFolder, folder_in
 from models.adapters.lora import AdapterConfig
+from models.attention.kernels import without_kernel
 from models.config import COMPUTE_KEYS, ModelConfig
 from models.formats.gguf.files import File
 from models.formats.huggingface.checkpoint_files import BESIDE, Checkpoint, Folder, load_params
@@ -162,7 +163,7 @@ def load_frozen_model(
     abstract = with_shardings(shapes, shardings)
     params, record = _checked(origin, abstract, which, sha256, key=key)
     record |= {"model": model_digest(model)}
-    return FrozenModel(params, make_apply(model, core.constrain), tokenizer.vocab_size), record
+    return FrozenModel(params, make_apply(without_kernel(model), core.constrain), tokenizer.vocab_size), record
 
 
 def model_digest(model: ModelConfig) -> str:

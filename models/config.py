@@ -71,8 +71,8 @@ class ContextParallel(enum.Enum):
 class AttentionImplementation(enum.Enum):
     """What computes attention in training, where rows are not cut (models/attention/kernels.py)."""
 
+    auto = "auto"  # the platform's kernel where it supports the case and agrees with xla, else xla
     xla = "xla"  # plain operations, block by block where rows are long
-    auto = "auto"  # the platform's kernel where it can do what the model asks for, else xla
     splash = "splash"  # of TPUs
     triton = "triton"  # of GPUs
 

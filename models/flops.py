@@ -10,9 +10,10 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from models.config import AttentionMask, LayerKind, ModelConfig
+from models.config import ModelConfig
+from models.logical_axes import no_constraint
+from models.mixers.registry import mixer_class, mixer_flops
 from models.mtp import MTP
 from models.transformer import abstract_params, param_axes
 
@@ -75,36 +76,18 @@ def flops_per_token(config: ModelConfig, seq_len: int, adapters: int | None = No
     With so many numbers in `adapters`, all else is frozen, and of its products the one for their gradient is not made.
     """
     matrices = sum(p.active for p in _sizes(config) if p.path.endswith("/kernel"))
-    head, a = config.embed_dim * (config.outputs or config.vocab_size), config.attention
-    width = a.num_heads * (a.head_dim + (a.v_head_dim or a.head_dim))
-    attention = sum(2 * width * k for k in _keys(config, seq_len))
-    attention += config.mtp_num_layers * width * seq_len  # each module has a layer, and reads the head once more
-    head *= 1 + config.mtp_num_layers
+    head = config.embed_dim * (config.outputs or config.vocab_size)
+    head *= 1 + config.mtp_num_layers  # each module reads the head once more
+    mixers = mixer_flops(config, seq_len)
     if adapters is not None:
-        return 2.0 * 2 * (matrices + head) + 3.0 * (attention + 2 * adapters)
-    return 3.0 * (2 * (matrices + head) + attention)
-
-
-def _keys(config: ModelConfig, seq_len: int) -> list[float]:
-    """Keys that a query of each layer sees, on average over a row."""
-    pattern = config.attention.layer_types
-    seen = []
-    for layer in range(config.num_layers):
-        sliding = pattern[layer % len(pattern)] is LayerKind.sliding
-        window = min(config.attention.sliding_window if sliding else seq_len, seq_len)
-        # Query i sees min(i + 1, window) keys; the usual half of the row where the window covers it. An encoder's sees
-        # as many after it. What a prompt's tokens see of what follows them is not counted.
-        before = window - window**2 / (2 * seq_len)
-        seen.append(2 * before if config.attention.mask is AttentionMask.bidirectional else before)
-    return seen
+        return 2.0 * 2 * (matrices + head) + 3.0 * (mixers + 2 * adapters)
+    return 3.0 * (2 * (matrices + head) + mixers)
 
 
 def cache_bytes(config: ModelConfig, batch_size: int, num_slots: int) -> int:
-    """Keys and values of all layers."""
-    a = config.attention
-    width = np.dtype("float32").itemsize if config.dtype.name == "float32" else 2
-    both = a.head_dim + (a.v_head_dim or a.head_dim)
-    return config.num_layers * batch_size * num_slots * a.num_kv_heads * both * width
+    """Bytes that decoding remembers of `num_slots` tokens in each row of a batch, in all layers."""
+    one = lambda i: mixer_class(config, i).init_cache(config, batch_size, num_slots, no_constraint)
+    return params_bytes(jax.eval_shape(lambda: [one(i) for i in range(config.num_layers)]))
 
 
 def params_bytes(params: Any) -> int:

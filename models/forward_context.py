@@ -36,6 +36,11 @@ class LayerFlags(NamedTuple):
     rotated: Any  # [layers] bool
 
 
+FURTHER_LAYER = LayerFlags(
+    np.int32(UNLIMITED), np.bool_(False), np.bool_(True)
+)  # of a module of multi-token prediction
+
+
 def layer_flags(config: ModelConfig) -> LayerFlags:
     pattern = config.attention.layer_types
     sliding = np.array([pattern[i % len(pattern)] is LayerKind.sliding for i in range(config.num_layers)])
@@ -60,7 +65,15 @@ def bidirectional_tokens(
 
 
 def make_context(
-    config: ModelConfig, positions_BL, segment_ids_BL, shown_BL, first_row, length: int, constrain: ShardingConstraint
+    config: ModelConfig,
+    positions_BL: jax.Array,
+    segment_ids_BL: jax.Array,
+    shown_BL: Any,
+    first_row: jax.Array | int,
+    length: int,
+    constrain: ShardingConstraint,
+    *,
+    shows_attention: bool = False,
 ) -> Context:
     """`length`: of the rows, or of the cache."""
     full = local = None
@@ -73,4 +86,4 @@ def make_context(
         if rope.local_theta is not None:
             freqs = inverse_frequencies(rope, H, theta=rope.local_theta, scaled=False, length=length)
             local = position * jnp.asarray(freqs, jnp.float32)[None, None]
-    return Context(full, local, positions_BL, segment_ids_BL, shown_BL, first_row, constrain)
+    return Context(full, local, positions_BL, segment_ids_BL, shown_BL, first_row, constrain, shows_attention)

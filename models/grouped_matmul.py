@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.bf16_bits import from_bits, to_bits
+from models.cpu_workarounds import barrier, from_bits, to_bits
 
 BLOCK = 8  # rows: blocks are multiples of it
 SHARE = 8  # of as many blocks as there are groups, this part in a turn: enough for a GPU, little memory
@@ -60,7 +60,7 @@ def _grouped_forward(x, kernel, sizes, dtype, block):
 
 def _grouped_backward(dtype, block, saved, dy):
     x, kernel, sizes = saved
-    dy = jax.lax.optimization_barrier(dy.astype(x.dtype))
+    dy = barrier(dy.astype(x.dtype))
     dx = _product(dy, kernel.swapaxes(1, 2), sizes, x.dtype, block)
     return dx, _products_of_columns(x, dy, sizes, block).astype(kernel.dtype), None
 

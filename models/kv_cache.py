@@ -1,8 +1,8 @@
-"""Keys and values of the tokens so far: one slot of a fixed length for each row, one pair of arrays for each layer.
+"""The cache of attention: keys and values of the tokens so far, at fixed positions of a fixed number of rows.
 
-Layers are kept apart, so that a step writes one position in place and copies nothing. bf16 is kept as its bits.
+Layers are separate arrays, so that a step writes one position in place and copies nothing. bf16 is stored as its bits.
 
-Shape letters: B rows, S positions, K kv heads, H head dim.
+Shape letters: B rows, L new tokens, S positions, K kv heads, H head dim.
 """
 
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.bf16_bits import to_bits
 from models.config import ModelConfig
-from models.logical_axes import ShardingConstraint, no_constraint
+from models.cpu_workarounds import to_bits
+from models.logical_axes import ShardingConstraint
 
-BLOCK = 128  # positions that attention reads at once: a cache is a whole number of blocks long
+BLOCK = 128  # positions that attention reads at once: a cache is a multiple of it long
 CACHE_AXES = ("batch", "kv_heads", None, "head_dim")
 
 
@@ -25,20 +25,16 @@ class LayerKVCache(NamedTuple):
     values: jax.Array  # [B, K, S, width of values]
 
 
-Cache = tuple[LayerKVCache, ...]
-
-
-def init_cache(config: ModelConfig, rows: int, length: int, constrain: ShardingConstraint = no_constraint) -> Cache:
-    """`length` is rounded up to whole blocks."""
+def init_layer_cache(config: ModelConfig, rows: int, capacity: int, constrain: ShardingConstraint) -> LayerKVCache:
+    """Zeros for `capacity` positions of each row."""
     a, dtype = config.attention, jnp.dtype(config.dtype.name)
-    shape = (rows, a.num_kv_heads, -(-length // BLOCK) * BLOCK)
+    shape = (rows, a.num_kv_heads, capacity)
     zeros = lambda width: constrain(to_bits(jnp.zeros((*shape, width), dtype)), CACHE_AXES)
-    layer = lambda: LayerKVCache(zeros(a.head_dim), zeros(a.v_head_dim or a.head_dim))
-    return tuple(layer() for _ in range(config.num_layers))
+    return LayerKVCache(zeros(a.head_dim), zeros(a.v_head_dim or a.head_dim))
 
 
 def write_cache(cache: LayerKVCache, keys_BLKH, values_BLKH, positions_BL, first_row) -> LayerKVCache:
-    """The cache with new tokens at their positions, from row `first_row` on. What lies beyond its end is dropped."""
+    """The cache with new tokens at their positions, from row `first_row` on. Positions beyond its end are dropped."""
     rows = first_row + jnp.arange(positions_BL.shape[0])[:, None]
     put = lambda old, new: old.at[rows, :, positions_BL].set(to_bits(new), mode="drop")
     return LayerKVCache(put(cache.keys, keys_BLKH), put(cache.values, values_BLKH))

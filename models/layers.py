@@ -13,10 +13,12 @@ import numpy as np
 from flax import nnx
 
 from models.config import Activation, MatmulPrecision, MLPConfig, ModelConfig, Norm, RopeConfig, RopeScaling
-from models.matmul import WeightView, einsum_f32
+from models.cpu_workarounds import sum_of_rows
+from models.matmul import einsum_f32
 from models.mup import init_factor
 from models.quantization.matmul_8bit import quantized_einsum
 from models.remat import checkpoint_name
+from models.weight_views import is_view
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str, ...], std: float | None, config: ModelConfig):
@@ -43,11 +45,7 @@ def _bias_forward(dtype, y, bias):
 
 def _bias_backward(dtype, saved, dy):
     like, bias = saved
-    # A product with ones: XLA's CPU backend sums bf16 over a batch in windows, which takes as long as an optimizer.
-    rows = list(range(dy.ndim - bias.ndim))
-    ones = jnp.ones(dy.shape[: len(rows)], dy.dtype)
-    dbias = jnp.einsum(ones, rows, dy, list(range(dy.ndim)), preferred_element_type=jnp.float32)
-    return dy.astype(like.dtype), dbias.astype(bias.dtype)
+    return dy.astype(like.dtype), sum_of_rows(dy, dy.ndim - bias.ndim).astype(bias.dtype)
 
 
 add_bias.defvjp(_bias_forward, _bias_backward)
@@ -61,10 +59,16 @@ class Linear(nnx.Module):
         self.kernel = param(rngs, shape, axes, std, config)
         self.bias = param(rngs, shape[-bias_dims:], axes[-bias_dims:], 0, config) if bias_dims else None
 
+    @property
+    def num_out(self) -> int:
+        """How many of the kernel's dims are the result's: its last ones."""
+        _, kernel_dims, y_dims = self.spec.replace("->", ",").split(",")
+        return sum(dim in y_dims for dim in kernel_dims)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         dtype = x.dtype if self.bias is None else jnp.float32
-        if self.products is MatmulPrecision.full or isinstance(kernel, WeightView):
+        if self.products is MatmulPrecision.full or is_view(kernel):
             y = einsum_f32(self.spec, x, kernel, dtype)
         else:
             y = quantized_einsum(self.products, self.spec, x, kernel)

@@ -22,8 +22,9 @@ from models.config import Dispatch, LoadBalancing, MLPConfig, ModelConfig, MoECo
 from models.grouped_matmul import block_size_for, grouped
 from models.layers import MLP, Linear, activate, param
 from models.logical_axes import TOKENS, Cut, ShardingConstraint
-from models.matmul import as_array, einsum_f32
+from models.matmul import einsum_f32
 from models.remat import checkpoint_name
+from models.weight_views import as_array
 
 # The optimizer reads the sign of a balancing bias's gradient only (trainer/optimizers/param_groups.py). Small, so that it counts for
 # nothing in the norm of all gradients.

@@ -9,14 +9,16 @@ Shape letters: S stages, M microbatches, R rounds, B rows of the batch, b rows o
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from models.config import PipelineConfig
-from models.logical_axes import ShardingConstraint
+from models.config import ModelConfig, PipelineConfig, Remat
+from models.logical_axes import ShardingConstraint, no_constraint
+from models.remat import remat
 
 
 class Schedule(NamedTuple):
@@ -132,3 +134,36 @@ def run_in_stages(
     start = jax.tree.map(lambda x: x[:, 0], empty), empty[0]
     (_, left), _ = jax.lax.scan(turn, start, jnp.arange(schedule.turns))
     return jax.tree.map(lambda x: x[S - 1].swapaxes(0, 1).reshape(-1, *x.shape[3:])[:rows], left)
+
+
+def run_layers_in_stages(
+    schedule: Schedule,
+    run_layers: Callable[..., Any],
+    config: ModelConfig,
+    constrain: ShardingConstraint,
+    scanned: Any,
+    stream: Any,
+    rows: Any,
+    rng: jax.Array | None,
+) -> Any:
+    """`run_layers(config, constrain, scanned, stream, rows, rng)` with the layers on stages.
+
+    `stream`: a `models.transformer.Stream`. Random numbers differ from those of a run without stages.
+    """
+    again = lambda stage: stage
+    inner = config
+    if schedule.rounds > 1:  # not layer by layer: the weights of a round, cut out in each turn, would be saved for each
+        again = partial(remat, config=config, platform=constrain.platform)
+        inner = replace(config, remat=Remat.none)
+    rows_first = lambda buffers: jax.tree.map(lambda buffer: buffer.swapaxes(0, 1), buffers)  # [P, B, ...], and back
+    turned = lambda stream: stream._replace(inside=rows_first(stream.inside))
+
+    def layers(constrain: ShardingConstraint, scanned: Any, moving: Any, rows: Any, microbatch: jax.Array) -> Any:
+        key = None if rng is None else jax.random.fold_in(rng, microbatch)
+        after = run_layers(inner, constrain, scanned, turned(moving), rows, key)
+        return turned(after)._replace(terms=jax.tree.map(jnp.add, moving.terms, after.terms))
+
+    terms = jax.eval_shape(partial(run_layers, inner, no_constraint), scanned, stream, rows, rng).terms
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), terms)  # None without experts
+    moving = turned(stream)._replace(terms=zeros)
+    return turned(run_in_stages(schedule, constrain, layers, again, scanned, moving, rows))

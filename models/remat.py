@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.ad_checkpoint
-import jax.numpy as jnp
 
 from models.config import SAVED_NAMES, Dtype, ModelConfig, Remat
+from models.cpu_workarounds import from_bits, to_bits
 
 
 def checkpoint_name(name: str, x: jax.Array) -> jax.Array:
@@ -27,10 +27,7 @@ def checkpoint_name_fwd(name: str, x: jax.Array) -> jax.Array:
     bf16 is kept as its bits: XLA's CPU backend writes no bf16 into a stack, but converts the stack of all layers to f32
     and back for each layer.
     """
-    if x.dtype != jnp.bfloat16:
-        return jax.ad_checkpoint.checkpoint_name(x, name)
-    bits = jax.ad_checkpoint.checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+    return from_bits(checkpoint_name(to_bits(x), name))
 
 
 _checkpoint_name.defvjp(lambda name, x: (checkpoint_name_fwd(name, x), None), lambda name, _, dy: (dy,))

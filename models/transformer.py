@@ -1,5 +1,16 @@
 """One transformer for every family: the file to read first.
 
+In reading order: outputs, embedding and head, a block, stacks of blocks, parameters, forward passes. It supports:
+
+- mixers (`models/mixers/`): multi-head, grouped-query and latent attention, full or sliding by layer
+- masks: causal, prefix, bidirectional; several documents packed in one row; attention over whole rows, by blocks, over
+  a ring of devices (`models/attention/flash.py`) or in kernels of GPUs and TPUs (`models/attention/kernels.py`)
+- feed-forward layers, or a mixture of experts after optional dense layers (`models/moe.py`)
+- RMS or layer norms before and/or after each sub-layer; rotary, learned or no positions; soft caps, sinks, dropout
+- a language-model head, tied or not, or scores of each token; multi-token prediction (`models/mtp.py`)
+- remat and host offload (`models/remat.py`), pipeline stages (`models/pipeline_parallel.py`), 8-bit products, weight views such
+  as LoRA (`models/weight_views.py`), captured hidden states and attention weights (`models/captures.py`)
+
 Flax NNX modules are used for construction only. At the border everything is a nested dict of arrays: `init_params`
 makes it, `param_axes` names its dims, `make_apply` gives a pure function of it. Layers are stacked on a leading
 `layers` dim and run by one scan, so that compile time does not grow with depth unless `model.scan_unroll` asks for it; where
@@ -8,7 +19,6 @@ the first layers of a mixture of experts are plain, they are a stack of their ow
 Shape letters: B batch, L length, S key length, D model, N query heads, V vocab.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -17,20 +27,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.attention.ops import UNLIMITED
-from models.attention.self_attention import Attention, LatentAttention
 from models.captures import Captures, CaptureSpec, init_captures, record
-from models.config import ModelConfig, NormPlacement, Position, Remat
+from models.config import ModelConfig, NormPlacement, Position
 from models.forward_context import Context, LayerFlags, bidirectional_tokens, layer_flags, make_context
-from models.kv_cache import Cache
-from models.layers import MLP, Normalization, dropout, neftune_noise, param
+from models.layers import MLP, Linear, Normalization, dropout, neftune_noise, param
 from models.logical_axes import RESIDUAL, TOKENS, ShardingConstraint, no_constraint
-from models.matmul import TransposedWeight, as_array, einsum_f32, transposed
+from models.matmul import einsum_f32
+from models.mixers.base import Cache
+from models.mixers.registry import mixer_class
 from models.moe import Auxiliary, Experts
-from models.mtp import MTP, MTPBlock
+from models.mtp import MTP, MTPBlock, run_further
 from models.mup import final_norm_factor
-from models.pipeline_parallel import Schedule, run_in_stages, schedule_of
+from models.pipeline_parallel import run_layers_in_stages, schedule_of
 from models.remat import checkpoint_name, remat
+from models.weight_views import Kernel, as_array, as_head, is_view, transposed
 
 Params = Any  # a nested dict of arrays
 
@@ -42,9 +52,7 @@ class ModelOutput(NamedTuple):
     """
 
     hidden_BLD: jax.Array
-    head_DV: (
-        jax.Array
-    )  # in the parameters' dtype: cast at use, so that its gradient is summed in it; or `TransposedWeight`
+    head_DV: jax.Array | Kernel  # in the parameters' dtype: cast at use, so that its gradient is summed in it
     logit_soft_cap: float | None
     auxiliary: Auxiliary | None = None  # of a mixture of experts
     further_KBLD: jax.Array | None = None  # of the modules for further tokens, where they were asked for
@@ -70,40 +78,6 @@ class Apply(Protocol):
         further: bool = False,
         asked: CaptureSpec | None = None,
     ) -> ModelOutput: ...
-
-
-class Block(nnx.Module):
-    """One layer: attention and a feed-forward or experts, each with its norms and its residual sum."""
-
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, dense: bool):
-        out_std = config.init_std
-        if config.init_scaled_residual:
-            out_std /= (2 * config.num_layers) ** 0.5
-        self.config = config
-        self.attention = (LatentAttention if config.attention.mla.kv_lora_rank else Attention)(rngs, config, out_std)
-        self.mlp = (MLP if dense else Experts)(rngs, config, out_std)
-        before = config.norm_placement is not NormPlacement.post
-        after = config.norm_placement is not NormPlacement.pre
-        norm = lambda use: Normalization(rngs, config, (config.embed_dim,), ("embed",)) if use else None
-        self.attention_norm, self.attention_post_norm = norm(before), norm(after)
-        self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
-
-    def __call__(self, x_BLD, context: Context, layer: LayerFlags, cached, rng):
-        rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-        norm = lambda module, x: x if module is None else module(x)
-        # Between products that are cut by heads or hidden width, rows lie in pieces: norms and sums are not repeated,
-        # and what is kept for the backward pass is a piece (Korthikanti et al. 2022 [2205.05198], section 4.2.2).
-        read = lambda module, x: context.constrain(norm(module, x), TOKENS)
-        made = lambda module, y, rng: dropout(norm(module, context.constrain(y, RESIDUAL)), self.config.dropout, rng)
-        y_BLD, cached, weights_BNLS = self.attention(read(self.attention_norm, x_BLD), context, layer, cached, rngs[0])
-        x_BLD = x_BLD + made(self.attention_post_norm, y_BLD, rngs[1])
-        h_BLD, terms = read(self.mlp_norm, x_BLD), None
-        if isinstance(self.mlp, Experts):
-            y_BLD, terms = self.mlp(h_BLD, context.segments > 0, context.constrain)
-        else:
-            y_BLD = self.mlp(h_BLD, context.constrain)
-        x_BLD = x_BLD + made(self.mlp_post_norm, y_BLD, rngs[2])
-        return context.constrain(x_BLD, RESIDUAL), cached, terms, weights_BNLS
 
 
 class EmbedAndHead(nnx.Module):
@@ -138,11 +112,58 @@ class EmbedAndHead(nnx.Module):
         if self.score is not None:
             return ModelOutput(self.final_norm(x_BLD), as_array(self.score[...]), None)
         head_DV = transposed(self.embedding[...]) if self.head is None else self.head[...]
-        if not isinstance(head_DV, TransposedWeight):
-            # Gathered here, once: the loss reads it for each piece of a row anew. Decoding reads it once a token,
-            # unpinned.
-            head_DV = constrain(as_array(head_DV), ("embed", "vocab"))
+        head_DV = as_head(head_DV)
+        if not is_view(head_DV):  # gathered here, once: the loss reads it for each chunk of a row
+            head_DV = constrain(head_DV, ("embed", "vocab"))
         return ModelOutput(self.final_norm(x_BLD), head_DV, self.config.final_logit_softcap)
+
+
+class BlockOutput(NamedTuple):
+    """Activations after a layer, and what else came of it; None where there is none."""
+
+    x_BLD: jax.Array
+    terms: Auxiliary | None  # of a mixture of experts
+    weights_BNLS: jax.Array | None  # of attention, where they were asked for
+    cache: Any  # of the layer, with the new tokens, in decoding
+
+
+class Block(nnx.Module):
+    """One layer: a mixer and a feed-forward or experts, each with its norms and its residual sum."""
+
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: "LayerStack"):
+        out_std = config.init_std
+        if config.init_scaled_residual:
+            out_std /= (2 * config.num_layers) ** 0.5
+        self.config = config
+        self.attention = mixer_class(config, stack.start)(rngs, config, out_std)
+        self.mlp = (MLP if stack.dense else Experts)(rngs, config, out_std)
+        before = config.norm_placement is not NormPlacement.post
+        after = config.norm_placement is not NormPlacement.pre
+        norm = lambda use: Normalization(rngs, config, (config.embed_dim,), ("embed",)) if use else None
+        self.attention_norm, self.attention_post_norm = norm(before), norm(after)
+        self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
+
+    def __call__(self, x_BLD, context: Context, layer: LayerFlags, rng, cache: Any = None) -> BlockOutput:
+        """`cache`: of this layer, in decoding."""
+        mixer_rng, *residual_rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+        norm = lambda module, x: x if module is None else module(x)
+        # Between products that are cut by heads or hidden width, rows lie in pieces: norms and sums are not repeated,
+        # and what is kept for the backward pass is a piece (Korthikanti et al. 2022 [2205.05198], section 4.2.2).
+        read = lambda module, x: context.constrain(norm(module, x), TOKENS)
+        made = lambda module, y, rng: dropout(norm(module, context.constrain(y, RESIDUAL)), self.config.dropout, rng)
+        h_BLD, terms, weights_BNLS = read(self.attention_norm, x_BLD), None, None
+        if cache is None:
+            y_BLD, weights_BNLS = self.attention(h_BLD, context, layer, mixer_rng)
+        else:
+            y_BLD, cache = self.attention.step(h_BLD, cache, context, layer)
+        x_BLD = x_BLD + made(self.attention_post_norm, y_BLD, residual_rngs[0])
+        h_BLD = read(self.mlp_norm, x_BLD)
+        if isinstance(self.mlp, Experts):
+            y_BLD, terms = self.mlp(h_BLD, context.segments > 0, context.constrain)
+        else:
+            y_BLD = self.mlp(h_BLD, context.constrain)
+        x_BLD = x_BLD + made(self.mlp_post_norm, y_BLD, residual_rngs[1])
+        return BlockOutput(context.constrain(x_BLD, RESIDUAL), terms, weights_BNLS, cache)
 
 
 class LayerStack(NamedTuple):
@@ -172,12 +193,22 @@ def _abstract_ends(config: ModelConfig) -> EmbedAndHead:
 
 
 def _block(rngs: nnx.Rngs, config: ModelConfig, stack: LayerStack) -> nnx.Module:
-    block = Block(rngs, config, stack.dense)
+    block = Block(rngs, config, stack)
     return MTPBlock(rngs, config, block) if stack.name == MTP else block
 
 
 def _abstract_block(config: ModelConfig, stack: LayerStack) -> nnx.Module:
     return nnx.eval_shape(lambda: _block(nnx.Rngs(0), config, stack))
+
+
+def projections(config: ModelConfig, stack: LayerStack) -> dict[tuple[str, ...], Linear]:
+    """The plain products with weights of a layer, by the path of their parameters."""
+    modules = nnx.iter_modules(_abstract_block(config, stack))
+    return {path: module for path, module in modules if isinstance(module, Linear)}
+
+
+def _block_graph(config: ModelConfig, stack: LayerStack) -> nnx.GraphDef:
+    return nnx.split(_abstract_block(config, stack))[0]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -236,6 +267,69 @@ def _ends(params: Params, config: ModelConfig) -> EmbedAndHead:
     return nnx.merge(nnx.split(_abstract_ends(config))[0], weights)
 
 
+class Rows(NamedTuple):
+    """What all layers read of their rows besides the activations."""
+
+    positions_BL: jax.Array
+    segment_ids_BL: jax.Array
+    shown_BL: jax.Array | None
+
+
+class Stream(NamedTuple):
+    """What moves through a stack of layers."""
+
+    x_BLD: jax.Array
+    inside: Captures | None  # buffers of what was asked for
+    terms: Auxiliary | None = None  # sums of the experts' terms over the stack
+
+
+class Scanned(NamedTuple):
+    """What a scan over the layers of a stack reads: arrays with a leading dim of layers."""
+
+    weights: Params
+    layer: LayerFlags
+    index: jax.Array
+
+
+def _context(config: ModelConfig, rows: Rows, asked: CaptureSpec | None, constrain: ShardingConstraint) -> Context:
+    shows_attention = asked is not None and asked.attention
+    return make_context(config, *rows, 0, rows.positions_BL.shape[1], constrain, shows_attention=shows_attention)
+
+
+def _run_layers(graph, asked, config: ModelConfig, constrain, scanned: Scanned, stream: Stream, rows: Rows, rng):
+    """`stream` after consecutive layers of a stack, whose blocks have this graph."""
+    context = _context(config, rows, asked, constrain)
+
+    def layer(x_BLD: jax.Array, scanned: Scanned) -> BlockOutput:
+        key = None if rng is None else jax.random.fold_in(rng, scanned.index)
+        block = nnx.merge(graph, nnx.State(scanned.weights))
+        return block(checkpoint_name("layer_input", x_BLD), context, scanned.layer, key)
+
+    layer = remat(layer, config, constrain.platform)
+
+    def body(carried: tuple[jax.Array, Captures | None], scanned: Scanned):
+        after = layer(carried[0], scanned)
+        # Not inside what is computed anew: buffers that are only written to need no copy for each layer.
+        return (after.x_BLD, record(asked, carried[1], scanned.index, after.x_BLD, after.weights_BNLS)), after.terms
+
+    carried, terms = jax.lax.scan(body, (stream.x_BLD, stream.inside), scanned, unroll=config.scan_unroll or True)
+    return Stream(*carried, jax.tree.map(lambda leaf: leaf.sum(0), terms))
+
+
+def _run_stack(
+    config, stack: LayerStack, asked, constrain: ShardingConstraint, weights: Params, stream: Stream, rows: Rows, rng
+):
+    """`stream` after all layers of a stack, which lie on pipeline stages where the mesh has these."""
+    run = partial(_run_layers, _block_graph(config, stack), asked)
+    of_stack = lambda leaf: jnp.asarray(leaf[stack.start : stack.stop])
+    scanned = Scanned(weights, *jax.tree.map(of_stack, (layer_flags(config), np.arange(config.num_layers))))
+    arguments = config, constrain, scanned, stream, rows, rng
+    schedule = schedule_of(config.pipeline, constrain, len(stream.x_BLD), stack.stop - stack.start)
+    if schedule is None or stack.name != "layers":
+        return run(*arguments)
+    return run_layers_in_stages(schedule, run, *arguments)
+
+
 def forward(
     params: Params,
     tokens_BL: jax.Array,
@@ -258,110 +352,19 @@ def forward(
     )
     x_BLD = constrain(x_BLD, RESIDUAL)
     rows = Rows(positions_BL, segment_ids_BL, bidirectional_tokens(config, segment_ids_BL, prefix_BL))
-    inside, terms = init_captures(asked, x_BLD, config.attention.num_heads), None
-    for stack in stacks(config):  # that of the experts is the last
-        scanned = params[stack.name], *_scan_inputs(config, stack)
-        schedule = schedule_of(config.pipeline, constrain, len(x_BLD), stack.stop - stack.start)
-        run = _run_layers if schedule is None or stack.name != "layers" else partial(_run_in_stages, schedule)
-        x_BLD, inside, terms = run(config, stack, asked, constrain, scanned, x_BLD, inside, rows, layer_rng)
-    x_BLD, further_KBLD, num_layers = constrain(x_BLD, TOKENS), None, stack.stop - stack.start
+    stream = Stream(x_BLD, init_captures(asked, x_BLD, config.attention.num_heads))
+    for stack in stacks(config):
+        stream = _run_stack(config, stack, asked, constrain, params[stack.name], stream, rows, layer_rng)
+    terms, num_layers = stream.terms, stack.stop - stack.start  # of the last stack, which has the experts
+    x_BLD, further_KBLD = constrain(stream.x_BLD, TOKENS), None
     if further:
-        context = _context(config, rows, asked, constrain)
-        further_KBLD, more = _run_mtp(params[MTP], x_BLD, tokens_BL, ends, context, layer_rng)
+        modules, context = all_stacks(config)[-1], _context(config, rows, asked, constrain)
+        embed = lambda tokens_BL, positions_BL: ends.embed(tokens_BL, positions_BL, None, constrain)
+        weights = _block_graph(config, modules), params[MTP], modules.start
+        further_KBLD, more = run_further(*weights, x_BLD, tokens_BL, embed, context, config, layer_rng)
         terms, num_layers = jax.tree.map(jnp.add, terms, more), num_layers + config.mtp_num_layers
-    return ends.output(x_BLD, constrain)._replace(
-        auxiliary=jax.tree.map(lambda leaf: leaf / num_layers, terms), further_KBLD=further_KBLD, inside=inside
-    )
-
-
-class Rows(NamedTuple):
-    """What layers read of their rows beside the activations."""
-
-    positions_BL: jax.Array
-    segment_ids_BL: jax.Array
-    shown_BL: jax.Array | None
-
-
-def _context(config: ModelConfig, rows: Rows, asked: CaptureSpec | None, constrain: ShardingConstraint) -> Context:
-    context = make_context(config, *rows, 0, rows.positions_BL.shape[1], constrain)
-    return context._replace(shows_attention=asked is not None and asked.attention)
-
-
-def _scan_inputs(config: ModelConfig, stack: LayerStack) -> tuple[LayerFlags, jax.Array]:
-    """What a scan over the layers of a stack reads beside their weights, the number of each layer among it."""
-    of_all = layer_flags(config), np.arange(config.num_layers)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf[stack.start : stack.stop]), of_all)
-
-
-def _run_layers(
-    config, stack: LayerStack, asked, constrain: ShardingConstraint, scanned, x_BLD, inside, rows: Rows, rng
-):
-    """(activations, what was asked for, sums of the experts' terms) after consecutive layers of a stack."""
-    graph = nnx.split(_abstract_block(config, stack))[0]
-    context = _context(config, rows, asked, constrain)
-
-    def layer(x_BLD, scanned):
-        weights, layer, index = scanned
-        x_BLD = checkpoint_name("layer_input", x_BLD)
-        key = None if rng is None else jax.random.fold_in(rng, index)
-        x_BLD, _, *rest = nnx.merge(graph, nnx.State(weights))(x_BLD, context, layer, None, key)
-        return x_BLD, *rest
-
-    layer = remat(layer, config, constrain.platform)
-
-    def body(carried, scanned):
-        x_BLD, terms, weights_BNLS = layer(carried[0], scanned)
-        # Not inside what is computed anew: buffers that are only written to need no copy for each layer.
-        return (x_BLD, record(asked, carried[1], scanned[-1], x_BLD, weights_BNLS)), terms
-
-    (x_BLD, inside), terms = jax.lax.scan(body, (x_BLD, inside), scanned, unroll=config.unroll or True)
-    return x_BLD, inside, jax.tree.map(lambda leaf: leaf.sum(0), terms)
-
-
-def _run_in_stages(schedule: Schedule, config, stack, asked, constrain, scanned, x_BLD, inside, rows: Rows, rng):
-    """`_run_layers` where layers lie on stages. Random numbers differ from those of a run without stages."""
-    again = lambda stage: stage
-    if schedule.rounds > 1:  # not layer by layer: the weights of a round, cut out in each turn, would be kept from each
-        again, config = partial(remat, config=config, platform=constrain.platform), replace(config, remat=Remat.none)
-    run = partial(_run_layers, config, stack, asked)
-    rows_first = lambda inside: jax.tree.map(lambda buffer: buffer.swapaxes(0, 1), inside)  # of [P, B, ...], and back
-
-    def layers(constrain, scanned, moving, rows, microbatch):
-        x_BLD, inside, sums = moving
-        key = None if rng is None else jax.random.fold_in(rng, microbatch)
-        x_BLD, inside, terms = run(constrain, scanned, x_BLD, rows_first(inside), rows, key)
-        return x_BLD, rows_first(inside), jax.tree.map(jnp.add, sums, terms)
-
-    terms = jax.eval_shape(partial(run, no_constraint), scanned, x_BLD, inside, rows, rng)[-1]  # None without experts
-    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), terms)
-    moving = x_BLD, rows_first(inside), sums
-    x_BLD, inside, sums = run_in_stages(schedule, constrain, layers, again, scanned, moving, rows)
-    return x_BLD, rows_first(inside), sums
-
-
-def _run_mtp(weights: Params, x_BLD, tokens_BL, ends: EmbedAndHead, context: Context, rng: jax.Array | None):
-    """(hidden states for the head [K, B, L, D], sums of the experts' terms). Of the last places of a row and of each
-    document they read what is not theirs; nothing may be learnt there.
-    """
-    config = ends.config
-    stack = all_stacks(config)[-1]
-    graph = nnx.split(_abstract_block(config, stack))[0]
-    layer = LayerFlags(jnp.int32(UNLIMITED), jnp.asarray(False), jnp.asarray(True))
-
-    def body(carried, scanned):
-        x_BLD, tokens_BL, positions_BL = carried
-        weights, index = scanned
-        key = None if rng is None else jax.random.fold_in(rng, index)
-        tokens_BL, positions_BL = (jnp.roll(x, -1, axis=1) for x in (tokens_BL, positions_BL))
-        embedded_BLD = ends.embed(tokens_BL, positions_BL, None, context.constrain)
-        module = nnx.merge(graph, nnx.State(weights))
-        x_BLD, hidden_BLD, terms = module(x_BLD, embedded_BLD, context, layer, key)
-        return (x_BLD, tokens_BL, positions_BL), (hidden_BLD, terms)
-
-    start = x_BLD, tokens_BL, context.positions
-    scanned = weights, jnp.arange(stack.start, stack.stop)
-    hidden_KBLD, terms = jax.lax.scan(remat(body, config, context.constrain.platform), start, scanned)[1]
-    return hidden_KBLD, jax.tree.map(lambda leaf: leaf.sum(0), terms)
+    terms = jax.tree.map(lambda leaf: leaf / num_layers, terms)
+    return ends.output(x_BLD, constrain)._replace(auxiliary=terms, further_KBLD=further_KBLD, inside=stream.inside)
 
 
 def forward_cached(
@@ -375,7 +378,7 @@ def forward_cached(
     first_row: jax.Array | int = 0,
     shown: jax.Array | int | None = None,
 ) -> tuple[ModelOutput, Cache]:
-    """One pass with the keys and values of earlier tokens; each row is one document.
+    """One pass with the cache of earlier tokens; each row is one document. See `Cache` for the rules.
 
     Rows of the batch are those of the cache from `first_row` on. The layers of `params` are a tuple, one tree each
     (see `models.decode.engine.decoding_params`): a scan would copy what it cuts out of a stack. `shown`: the length of a
@@ -383,17 +386,16 @@ def forward_cached(
     """
     ends = _ends(params, config)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), RESIDUAL)
-    room = cache[0].keys.shape[2]
-    context = make_context(config, positions_BL, jnp.ones_like(tokens_BL), shown, first_row, room, constrain)
-    of_all, filled = layer_flags(config), []
+    segments_BL = (positions_BL < cache.capacity).astype(jnp.int32)
+    context = make_context(config, positions_BL, segments_BL, shown, first_row, cache.capacity, constrain)
+    of_all, layers = layer_flags(config), list(cache.layers)
     for stack in stacks(config):
-        graph = nnx.split(_abstract_block(config, stack))[0]
-        for index in range(stack.start, stack.stop):
-            layer = jax.tree.map(lambda x, index=index: x[index], of_all)
-            block = nnx.merge(graph, nnx.State(params["layers"][index]))
-            x_BLD, cached, *_ = block(x_BLD, context, layer, cache[index], None)
-            filled.append(cached)
-    return ends.output(constrain(x_BLD, TOKENS)), tuple(filled)
+        graph = _block_graph(config, stack)
+        for i in range(stack.start, stack.stop):
+            block = nnx.merge(graph, nnx.State(params["layers"][i]))
+            after = block(x_BLD, context, jax.tree.map(lambda x, i=i: x[i], of_all), None, layers[i])
+            x_BLD, layers[i] = after.x_BLD, after.cache
+    return ends.output(constrain(x_BLD, TOKENS)), Cache(tuple(layers), cache.capacity)
 
 
 def logits(output: ModelOutput) -> jax.Array:

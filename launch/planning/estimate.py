@@ -194,7 +194,11 @@ _last: dict[str, tuple[Shapes, Any]] = {}
 def _traced(config: RunConfig, mesh: Any, models: Mapping[str, ModelConfig], platform: str) -> tuple[Shapes, Any]:
     """One device's share and the jaxpr of its step. Meshes that differ only in who keeps what have them in common."""
     sizes = dict(mesh.shape)
-    if kernels.select_implementation(config.model, config.data.seq_len, platform) is not AttentionImplementation.xla:
+    rows_cut = sizes["context"] > 1
+    if (
+        kernels.select_implementation(config.model, config.data.seq_len, platform, rows_cut=rows_cut)
+        is not AttentionImplementation.xla
+    ):
         # As if by blocks of plain operations, which hold and compute as much: a kernel's inside is not seen.
         attention = replace(
             config.model.attention, implementation=AttentionImplementation.xla, block_size=kernels.BLOCKS[0]

@@ -14,6 +14,7 @@ from configs.schema import RunConfig
 from data.tokenizers.kinds import SentencePieceConfig
 from launch.build import Core, build_core
 from launch.weights_source import resolve_weights
+from models.attention.kernels import without_kernel
 from models.config import Dispatch, ModelConfig
 from models.logical_axes import RESIDUAL, TOKENS, NoConstraint, ShardingConstraint
 from models.transformer import abstract_params, make_apply, param_axes
@@ -76,14 +77,14 @@ def shapes_of(
         frozen[BASE] = core.adaptation.stored
     for role, needed in config.objective.frozen_needs.loaded.items():
         if needed.source is None:
-            shared = core.adaptation is not None and config.adapter.quantize_base.name == "full"
+            shared = core.adaptation is not None and config.adapter.quantize_base.name == "none"
             whole = core.own if core.adaptation is None else core.adaptation.full_params
             if not needed.precompute:
                 frozen[role] = frozen[BASE] if shared else whole
         elif (model := (models or {}).get(role)) is not None:
             shardings = param_shardings(param_axes(model), abstract_params(model), mesh, config.sharding)
             params = {} if needed.precompute else with_shardings(abstract_params(model), shardings)
-            frozen[role] = FrozenModel(params, make_apply(model, core.constrain), model.vocab_size)
+            frozen[role] = FrozenModel(params, make_apply(without_kernel(model), core.constrain), model.vocab_size)
     return Shapes(core, frozen, core.batch_spec(config.data.seq_len))
 
 

@@ -7,7 +7,8 @@ import jax
 
 from configs.schema import RunConfig
 from configs.tasks import CoordCheckConfig
-from launch.build import Corpora, build_core, build_source, load_corpora, log, model_config
+from launch.attention_kernel import build_checked_core
+from launch.build import Corpora, build_source, load_corpora, log, model_config
 from launch.planning.search import resolve_auto_mesh
 from launch.plotting import draw_coordinates, shown_parts
 from launch.reports import make_table, open_console, write_report
@@ -82,7 +83,7 @@ def _moved(config: RunConfig, corpora: Corpora, model: ModelConfig) -> list[dict
     task = config.task
     assert isinstance(task, CoordCheckConfig)
     config = replace(config, model=model, schedule=ConstantConfig(warmup_steps=0))
-    core = build_core(resolve_auto_mesh(config, model, log), corpora.tokenizer)
+    core = build_checked_core(resolve_auto_mesh(config, model, log), corpora.tokenizer)
     source = build_source(config, corpora, core)
     try:
         state = core.init_state()

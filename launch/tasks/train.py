@@ -32,8 +32,7 @@ from launch.plotting import draw_loss
 from launch.run_folder import RunFolder, environment, run_folder, write_whole
 from launch.startup_timing import compile_watched, startup
 from launch.weights_source import inherit_model_config, inherit_tokenizer, model_digest
-from models.attention import kernels
-from models.config import AttentionImplementation, AttentionMask
+from models.config import AttentionMask
 from models.decode.sampling import SamplingConfig
 from models.flops import flops_per_token, num_params
 from models.pipeline_parallel import schedule_over
@@ -79,7 +78,6 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
             corpora = load_corpora(config, folder, log)
         with ledger.phase("start"), startup.phase("state"):
             config, core, base, frozen, source = build_run(config, corpora, checkpointer)
-            verify_attention_kernel(config, core)
             stack.callback(source.close)
             start = init_or_resume(config, core, source, checkpointer, base)
             if is_main_process():
@@ -90,24 +88,6 @@ def _start(config: RunConfig, overrides: list[str]) -> int | None:
             describe(config, core, start.line)
         session = Session(config, folder, corpora, core, source, checkpointer, ledger, frozen)
         return session.train(start)
-
-
-def verify_attention_kernel(config: RunConfig, core: Core) -> None:
-    """An accelerator's kernel of attention computes what the plain form does, borders of documents and all.
-
-    Raises: ValueError where it does not on these devices.
-    """
-    kernel = kernels.select_implementation(core.model, config.data.seq_len, core.constrain.platform)
-    if kernel is AttentionImplementation.xla or core.constrain.platform == "cpu":
-        return
-    off = kernels.max_error_vs_reference(kernel, core.model)
-    if not off < kernels.TOLERANCE:
-        asked, device = core.model.attention.implementation.name, jax.devices()[0].device_kind
-        raise ValueError(
-            f"model.attention.implementation={asked}: on {device}, {kernel.name} differs by {off:.1%} from plain attention to "
-            "packed documents; set model.attention.implementation=xla"
-        )
-    log(f"attention: {kernel.name}, within {off:.1%} of the plain form on packed documents")
 
 
 def tokens_per_step(config: RunConfig, core: Core) -> int:
@@ -125,7 +105,7 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
     log(line)
     if core.adaptation is not None:
         trained, a = core.adaptation.num_trainable, config.adapter
-        kept = "" if a.quantize_base.name == "full" else f" on a base of {a.quantize_base.name}"
+        kept = "" if a.quantize_base.name == "none" else f" on a base of {a.quantize_base.name}"
         share = f"{trained:,} trainable parameters, {trained / parameters:.2%} of the model"
         log(f"adapter: {a.method.name}, rank {a.rank}, scale {a.scale:g}{kept}: {share}")
     log(f"model: {parameters:,} parameters; {tokens:,} tokens a step; mesh: {shape} ({kind})")

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from models.logical_axes import Axes
-from models.matmul import WeightView, as_array, einsum_f32
-from models.quantization.blockwise import Bits, Quantized, quantize, quantized_axes
+from models.matmul import einsum_f32
+from models.quantization.blockwise import Bits, quantize
+from models.weight_views import Kernel, as_array, is_view
 
 Params = Any  # a nested dict of arrays
 WHOLE = ("score",)  # beside adapters these train themselves: no base has learnt them
@@ -183,7 +184,7 @@ def init_adapters(config: AdapterConfig, axes: Params, key: jax.Array, base: Par
     """Adapters that change nothing: `a` uniform within 1 / sqrt(in), `b` zero, as PEFT has them (of an embedding: `a`
     zero, `b` normal). A magnitude is the length of its column of the base.
     """
-    weights = _flat(base, is_leaf=lambda x: isinstance(x, WeightView))
+    weights = _flat(base, is_leaf=is_view)
     flat: dict[str, Any] = {path: weights[path].astype(jnp.float32) for path in WHOLE if path in weights}
     for path, names in find_targets(config, axes).items():
         of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))  # another target changes none of the others
@@ -217,7 +218,7 @@ def _lengths(weight: jax.Array, num_in: int, num_out: int) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LoRAWeight(WeightView):
+class LoRAWeight(Kernel):
     """W + s A B; leading dims may be cut off, as a scan over layers does."""
 
     base: Any  # an array, or a Quantized
@@ -298,13 +299,13 @@ def bind_adapters(
             key = jax.random.key_data(jax.random.split(of_path, a.shape[:num_lead]))
         return LoRAWeight(weight, a, b, magnitude, config.scale, num_in, key, config.dropout)
 
-    return jax.tree_util.tree_map_with_path(join, base, is_leaf=lambda x: isinstance(x, WeightView))
+    return jax.tree_util.tree_map_with_path(join, base, is_leaf=is_view)
 
 
 def merge(config: AdapterConfig, axes: Params, base: Params, adapters: Params, dtype: jnp.dtype) -> Params:
     """Plain parameters: sums in f32, cast once. The base is not changed, and is what undoes it."""
     whole = bind_adapters(config, axes, base, adapters)
-    return jax.tree.map(lambda w: as_array(w).astype(dtype), whole, is_leaf=lambda x: isinstance(x, WeightView))
+    return jax.tree.map(lambda w: as_array(w).astype(dtype), whole, is_leaf=is_view)
 
 
 # The base
@@ -328,6 +329,6 @@ def quantized_axes_of(axes: Params, stored: Params) -> Params:
     """The names of the dims of `quantized_base`."""
 
     def names_of(like: Any, names: Axes) -> Any:
-        return quantized_axes(names, like, split(names).num_lead) if isinstance(like, Quantized) else names
+        return like.view_axes(names, split(names).num_lead) if is_view(like) else names
 
-    return jax.tree.map(names_of, stored, axes, is_leaf=lambda x: isinstance(x, Quantized))
+    return jax.tree.map(names_of, stored, axes, is_leaf=is_view)

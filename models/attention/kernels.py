@@ -7,8 +7,9 @@ equal is `models.attention.ops.attention`; `max_error_vs_reference` holds them t
 Shape letters: B batch, L length, N query heads, K kv heads, H head dim, W width of values.
 """
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,32 +28,52 @@ TOLERANCE = 0.05  # of bf16 gradients relative to their largest; one that ignore
 BLOCKS = (512, 256, 128)  # of queries and of keys; the largest that divides a row
 
 
-def select_implementation(config: ModelConfig, length: int, platform: str) -> AttentionImplementation:
-    """What computes attention in rows of so many tokens on such devices. On CPUs one that was asked for runs
-    interpreted, which is for tests.
+class Decision(NamedTuple):
+    """What computes attention, and why it is not the kernel that the platform has (None: it is, or there is none)."""
 
-    Raises: ValueError where the kernel that was asked for cannot do what the model asks for.
+    kernel: AttentionImplementation
+    reason: str | None = None
+
+
+def decide(config: ModelConfig, length: int, platform: str, *, rows_cut: bool = False) -> Decision:
+    """What computes attention in rows of `length` tokens on devices of `platform` (cpu, gpu, cuda, tpu).
+
+    `rows_cut`: devices hold rows in pieces (mesh.context), which no kernel takes. With `model.attention.implementation=auto`
+    the platform's kernel is taken where it supports the case. On CPUs an explicit kernel runs interpreted, for tests.
+    Raises: ValueError where an explicit kernel does not support the model or the rows.
     """
     a = config.attention
-    asked = (
-        a.implementation
-        if a.implementation is not AttentionImplementation.auto
-        else PLATFORMS.get(platform, AttentionImplementation.xla)
-    )
-    if asked is AttentionImplementation.xla or (
-        a.implementation is AttentionImplementation.auto and a.block_size is not None
-    ):
-        return AttentionImplementation.xla
-    hindrance = unsupported_reason(asked, config, length)
-    if hindrance is None:
-        return asked
-    if a.implementation is AttentionImplementation.auto:
-        return AttentionImplementation.xla
-    raise ValueError(f"model.attention.implementation={asked.name}: cannot do {hindrance}; valid: auto, xla")
+    explicit = a.implementation is not AttentionImplementation.auto
+    kernel = a.implementation if explicit else PLATFORMS.get(platform, AttentionImplementation.xla)
+    if kernel is AttentionImplementation.xla:
+        return Decision(AttentionImplementation.xla)
+    reason = unsupported_reason(kernel, config, length)
+    if explicit and reason is not None:
+        raise ValueError(f"model.attention.implementation={kernel.name}: cannot do {reason}; valid: auto, xla")
+    if rows_cut:
+        reason = "rows that are cut over devices (mesh.context)"
+    elif not explicit and reason is None:
+        if a.block_size is not None:
+            reason = f"model.attention.block_size={a.block_size}"
+        elif a.dropout:
+            reason = f"model.attention.dropout={a.dropout}"
+    return Decision(kernel) if reason is None else Decision(AttentionImplementation.xla, reason)
+
+
+def select_implementation(
+    config: ModelConfig, length: int, platform: str, *, rows_cut: bool = False
+) -> AttentionImplementation:
+    """That of `decide`."""
+    return decide(config, length, platform, rows_cut=rows_cut).kernel
+
+
+def without_kernel(config: ModelConfig) -> ModelConfig:
+    """The model with attention in plain operations: where nothing has compared the platform's kernel with them."""
+    return replace(config, attention=replace(config.attention, implementation=AttentionImplementation.xla))
 
 
 def unsupported_reason(kernel: AttentionImplementation, config: ModelConfig, length: int) -> str | None:
-    """What the kernel cannot do of this model's attention to rows of so many tokens, or on a piece of them."""
+    """What the kernel does not support of this model's attention to rows of `length` tokens; None: it supports all."""
     a = config.attention
     if a.mask is not AttentionMask.causal:
         return f"model.attention.mask={a.mask.name}"
@@ -180,3 +201,27 @@ def max_error_vs_reference(kernel: AttentionImplementation, config: ModelConfig,
         return jnp.stack([jnp.abs(f32(a) - f32(b)).max() / jnp.abs(f32(a)).max() for a, b in pairs]).max()
 
     return float(compared())
+
+
+def compile_rows(
+    kernel: AttentionImplementation, config: ModelConfig, length: int, platform: str | None = None
+) -> None:
+    """Compiles the kernel with its gradient for rows of `length` tokens on the devices that are there.
+
+    With `platform` (cuda, tpu) it is only lowered for that one. Raises: what the kernel or the compiler raises.
+    """
+    a, dtype = config.attention, jnp.dtype(config.dtype.name)
+    row = lambda heads, width: jax.ShapeDtypeStruct((1, length, heads, width), dtype)
+    keys, values = row(a.num_kv_heads, a.head_dim), row(a.num_kv_heads, a.v_head_dim or a.head_dim)
+    sinks = jnp.zeros(a.num_heads) if a.sinks else None
+
+    def total(q, k, v, segments, window):
+        how = {"window": window, "windows": windows(config), "scale": a.head_dim**-0.5, "soft_cap": a.logit_softcap}
+        return kernel_attention(kernel, q, k, v, segments, sinks_N=sinks, **how).astype(jnp.float32).sum()
+
+    integers = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(row(a.num_heads, a.head_dim), keys, values, *integers)
+    if platform is None:
+        traced.lower().compile()
+    else:
+        traced.lower(lowering_platforms=(platform,))

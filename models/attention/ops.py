@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.bf16_bits import from_bits
+from models.cpu_workarounds import from_bits
 from models.kv_cache import BLOCK, LayerKVCache
 from models.layers import dropout
 from models.matmul import einsum_f32
@@ -164,15 +164,15 @@ def cached_attention(
     """Attention to the cached tokens of rows `first_row` onwards: [B, L, N, width of values] in q's dtype.
 
     Reads the cache block by block as far as the furthest row needs. A block that holds nothing for a row changes no bit
-    of its result, so that a row gets the same whatever its neighbours are. Rows whose first position lies beyond the
-    cache are idle, and get zeros or noise. Of the keys the first `shown` are seen by earlier ones, too; the last of
-    them must be among `positions_BL`.
+    of its result, so that a row gets the same whatever its neighbours are. Tokens whose position lies beyond the cache
+    are padding, and get zeros or noise; a row that starts with one is idle. Of the keys the first `shown` are seen by
+    earlier ones, too; the last of them must be among `positions_BL`.
     """
     B, L, N, H = q_BLNH.shape
     K, S = cache.keys.shape[1:3]
     q_BKGLH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).swapaxes(1, 2).reshape(B, K, N // K, L, H)
     busy_B1 = positions_BL[:, :1] < S
-    last = jnp.max(jnp.where(busy_B1, positions_BL, 0))
+    last = jnp.max(jnp.where(positions_BL < S, positions_BL, 0))
     first = jnp.min(jnp.where(busy_B1, positions_BL, S)) - window + 1
 
     def body(i, running):

@@ -21,20 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import AttentionMask, Dispatch, MatmulPrecision, ModelConfig, Position
+from models.cpu_workarounds import keeps_rows_first
 from models.decode.sampling import History, SamplingConfig, Settings, sample
-from models.kv_cache import BLOCK, Cache, init_cache
+from models.kv_cache import BLOCK
 from models.logical_axes import ShardingConstraint, no_constraint
-from models.matmul import TiedEmbedding, TransposedWeight
-from models.transformer import Params, all_stacks, forward_cached, logits, stacks
+from models.mixers.base import IDLE, Cache, copy_row
+from models.mixers.registry import init_cache, rewindable
+from models.transformer import Params, all_stacks, forward_cached, logits, projections, stacks
+from models.weight_views import Table, TransposedWeight
 
 MAX_TOP_LOGPROBS = 20
-OUT_DIMS = {  # of kernels that a plain product multiplies with, by their number of dims: how many are the result's
-    ("attention", "query", 3): 2, ("attention", "key", 3): 2, ("attention", "value", 3): 2, ("attention", "out", 3): 1,
-    ("attention", "query_down", 2): 1, ("attention", "key_value_down", 2): 1, ("attention", "key_value", 3): 2,
-    ("mlp", "up", 2): 1, ("mlp", "gate", 2): 1, ("mlp", "down", 2): 1,
-    ("shared", "up", 2): 1, ("shared", "gate", 2): 1, ("shared", "down", 2): 1,
-}  # fmt: skip
-IDLE = 2**30  # the position of a slot that has nothing to read: beyond every cache
 
 
 @dataclass
@@ -130,14 +126,12 @@ def _programs(program: _Program) -> _Jitted:
         return cache, EngineState(tokens_B, history._replace(counts_BV=counts_BV)), written
 
     @partial(jax.jit, donate_argnums=1)
-    def fill(params, cache: Cache, slot, tokens_1L, start, shown=None) -> Cache:
-        """Reads a piece of a prompt. What padding leaves behind it is overwritten before any token can see it."""
-        positions_1L = start + jnp.arange(tokens_1L.shape[1])[None]
+    def fill(params, cache: Cache, slot, tokens_1L, start, num_tokens) -> Cache:
+        """Reads a piece of a prompt: the first `num_tokens` of `tokens_1L`; the others are padding."""
+        at_1L = jnp.arange(tokens_1L.shape[1])[None]
+        positions_1L = jnp.where(at_1L < num_tokens, start + at_1L, IDLE)
+        shown = num_tokens if config.attention.mask is AttentionMask.prefix else None
         return read(params, tokens_1L, positions_1L, cache, first_row=slot, shown=shown)[1]
-
-    @partial(jax.jit, donate_argnums=0)
-    def copy(cache: Cache, origin, target) -> Cache:
-        return jax.tree.map(lambda x: x.at[target].set(x[origin]), cache)
 
     @partial(jax.jit, donate_argnums=0)
     def remember(memory: EngineState, slot, prompt_V) -> EngineState:
@@ -151,19 +145,19 @@ def _programs(program: _Program) -> _Jitted:
         history = History(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
         return init_cache(config, rows, length, constrain), EngineState(jnp.zeros(rows, jnp.int32), history)
 
+    copy = jax.jit(copy_row, donate_argnums=0)
     return _Jitted(jax.jit(partial(decoding_params, config=config)), empty, turn, fill, copy, remember)
 
 
 def decoding_params(params: Params, config: ModelConfig) -> Params:
     """The parameters as decoding reads them: layers apart, matrices in the dtype of the computation.
 
-    That gives the numbers of `forward` over whole rows, which casts the same matrices at every use. On CPUs, where a
-    few rows times a matrix take half the time with the matrix first, matrices are stored so.
+    That gives the numbers of `forward` over whole rows, which casts the same matrices at every use.
     """
     dtype = jnp.dtype(config.dtype.name)
-    rows_first = jax.default_backend() == "cpu" and jax.device_count() == 1
+    rows_first = keeps_rows_first()
 
-    def ready(path, leaf):
+    def ready(num_out, path, leaf):
         names = tuple(part.key for part in path)
         if names[-1] not in ("kernel", "embedding", "head") or "router" in names:
             return leaf  # computed with in f32
@@ -171,19 +165,18 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
         if not rows_first:
             return leaf
         if names == ("embedding",) and config.tied_embeddings:
-            return TiedEmbedding(leaf)
-        num_out = 1 if names == ("head",) else OUT_DIMS.get((*names[-3:-1], leaf.ndim))
-        return TransposedWeight.of(leaf, num_out) if num_out else leaf
+            return Table(leaf)
+        return TransposedWeight.of(leaf, num_out[names]) if names in num_out else leaf
 
-    ready_tree = partial(jax.tree_util.tree_map_with_path, ready)
-    parts = stacks(config)
-    layers = [
-        ready_tree(jax.tree.map(lambda x, i=i: x[i], params[stack.name]))
-        for stack in parts
-        for i in range(stack.stop - stack.start)
-    ]
+    layers = []
+    for stack in stacks(config):
+        num_out = {(*path, "kernel"): projection.num_out for path, projection in projections(config, stack).items()}
+        for i in range(stack.stop - stack.start):
+            own = jax.tree.map(lambda x, i=i: x[i], params[stack.name])
+            layers.append(jax.tree_util.tree_map_with_path(partial(ready, num_out), own))
     of_layers = [stack.name for stack in all_stacks(config)]
-    ends = ready_tree({name: value for name, value in params.items() if name not in of_layers})
+    ends = {name: value for name, value in params.items() if name not in of_layers}
+    ends = jax.tree_util.tree_map_with_path(partial(ready, {("head",): 1}), ends)
     return {**ends, "layers": tuple(layers)}
 
 
@@ -235,6 +228,7 @@ class Engine:
         # Where an expert's room is limited, what a token gets depends on its neighbours.
         experts = replace(config.moe, dispatch=Dispatch.dropless)
         config = replace(config, moe=experts, matmul_precision=MatmulPrecision.full)
+        self._reuses = not self._whole and rewindable(config)  # what slots have read of other prompts
         limit = config.max_seq_len if config.position is Position.learned else engine.length
         self.length = min(engine.length, limit)  # of prompt and completion
         self.engine, self.vocab_size = engine, vocab_size or config.vocab_size
@@ -337,7 +331,7 @@ class Engine:
 
         The last token of a prompt is always read again: what follows it is written from there.
         """
-        limit = 0 if self._whole else min(limit, len(prompt) - 1, len(slot.tokens))
+        limit = min(limit, len(prompt) - 1, len(slot.tokens)) if self._reuses else 0
         equal = np.asarray(slot.tokens[:limit]) == np.asarray(prompt[:limit])
         same = limit if equal.all() else int(np.argmin(equal))
         return same // self.engine.chunk * self.engine.chunk
@@ -357,7 +351,7 @@ class Engine:
                 piece = slot.tokens if self._whole else slot.tokens[slot.filled : min(slot.filled + chunk, last)]
                 padded = np.zeros((1, _bucket(len(piece), self.length if self._whole else chunk)), np.int32)
                 padded[0, : len(piece)] = piece
-                args = np.int32(index), padded, np.int32(slot.filled), np.int32(len(piece)) if self._whole else None
+                args = np.int32(index), padded, np.int32(slot.filled), np.int32(len(piece))
                 self._cache = self._jitted.fill(self.params, self._cache, *args)
                 slot.filled = last if self._whole else slot.filled + len(piece)
                 left -= 1

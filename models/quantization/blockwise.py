@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.logical_axes import Axes
-from models.matmul import WeightView, einsum_f32
+from models.matmul import einsum_f32
+from models.weight_views import Kernel
 
 BLOCK = 64
 SCALES_BLOCK = 256  # scales that share one of their own, where they are quantised too
@@ -92,7 +93,7 @@ def quantize_scales(scales: jax.Array, num_lead: int, num_out: int) -> Scales:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Quantized(WeightView):
+class Quantized(Kernel):
     """A stack of matrices [lead..., in..., out...]; leading dims may be cut off, as a scan over layers does."""
 
     codes: jax.Array  # u8, two to a byte, the first in its upper half (nf4); i8 (int8)
@@ -124,6 +125,13 @@ class Quantized(WeightView):
     def product(self, spec: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         # Else the backward pass would find every layer's whole weight among what the forward pass has kept.
         return jax.checkpoint(lambda x, kernel: einsum_f32(spec, x, kernel.array(), dtype), prevent_cse=False)(x, self)
+
+    def view_axes(self, axes: Axes, num_lead: int) -> "Quantized":
+        names = axes if self.dim is not None else (*axes[:num_lead], None)
+        scales, lead = names, axes[:num_lead]
+        if isinstance(self.scales, Scales):  # a hundredth of the weight: groups cross all borders, and lie whole
+            scales = Scales((*lead, None, None), (*lead, None), lead, self.scales.shape, self.scales.num_out)
+        return Quantized(names, scales, self.bits, self.dim, self.shape, self.num_out)
 
 
 def _encode(blocks: jax.Array, bits: Bits) -> tuple[jax.Array, jax.Array]:
@@ -167,12 +175,3 @@ def quantize(weight: jax.Array, num_lead: int, num_in: int, bits: Bits, double: 
 def blocked(shape: Sequence[int], num_lead: int, num_in: int) -> bool:
     """Whether blocks end where the last dim of the input does."""
     return shape[num_lead + num_in - 1] % BLOCK == 0
-
-
-def quantized_axes(axes: Axes, like: Quantized, num_lead: int) -> Quantized:
-    """The names of the dims of codes and scales, in the place of the arrays of `like`."""
-    names = axes if like.dim is not None else (*axes[:num_lead], None)
-    scales, lead = names, axes[:num_lead]
-    if isinstance(like.scales, Scales):  # a hundredth of the weight: groups cross all borders, and lie whole
-        scales = Scales((*lead, None, None), (*lead, None), lead, like.scales.shape, like.scales.num_out)
-    return Quantized(names, scales, like.bits, like.dim, like.shape, like.num_out)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 import launch.cli
+from launch.attention_kernel import verify_attention_kernel
 from launch.startup_timing import PHASES, PROGRAMS, Startup, compile_watched, log_cache_misses, program_parts, startup
-from launch.tasks import train
-from models.config import AttentionConfig, AttentionImplementation, ModelConfig
+from models.attention import kernels
+from models.config import AttentionConfig, AttentionImplementation, AttentionMask, ModelConfig
 from models.logical_axes import NoConstraint
 
 PARTS = {"jax": "1", "devices": "8 x cpu", "model": "a", "program": "x"}
@@ -114,17 +115,33 @@ def test_a_command_begins_again_with_huge_pages_once(monkeypatch):
     assert len(begun) == 1
 
 
-def test_a_kernel_that_is_wrong_on_these_devices_ends_the_start(monkeypatch):
-    model = ModelConfig(attention=AttentionConfig(implementation=AttentionImplementation.auto))
-    core = SimpleNamespace(model=model, constrain=NoConstraint("tpu"))
+def test_a_kernel_that_fails_on_these_devices_is_not_trained_with(monkeypatch, capsys):
+    core = SimpleNamespace(constrain=NoConstraint("tpu"))
     config = SimpleNamespace(data=SimpleNamespace(seq_len=256))
-    monkeypatch.setattr(train.kernels, "largest_difference", lambda kernel, model: 0.004)
-    train.verify_attention_kernel(config, core)
-    monkeypatch.setattr(train.kernels, "largest_difference", lambda kernel, model: 0.4)
+
+    def held(kernel, difference, **attention):
+        core.model = ModelConfig(attention=AttentionConfig(implementation=kernel, **attention))
+        monkeypatch.setattr(kernels, "compile_rows", lambda kernel, model, length: None)
+        monkeypatch.setattr(kernels, "largest_difference", lambda kernel, model: difference)
+        return verify_attention_kernel(config, core)
+
+    assert held(AttentionImplementation.auto, 0.004) is AttentionImplementation.auto
+    assert capsys.readouterr().out == "attention: splash, within 0.4% of plain attention on packed documents\n"
+    assert held(AttentionImplementation.auto, 0.4) is AttentionImplementation.xla
+    assert "attention: xla; on cpu, splash differs by 40.0% from plain attention" in capsys.readouterr().out
     with pytest.raises(
         ValueError,
-        match=r"implementation=auto: on .*, splash differs by 40.0% .* set model.attention.implementation=xla",
+        match=r"implementation=splash: on .*, splash differs by 40.0% .*; set model.attention.implementation",
     ):
-        train.verify_attention_kernel(config, core)
+        held(AttentionImplementation.splash, 0.4)
+    assert (
+        held(AttentionImplementation.auto, 0.4, mask=AttentionMask.prefix) is AttentionImplementation.auto
+    )  # which is plain attention there
+    assert "the platform's kernel cannot do model.attention.mask=prefix" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert verify_attention_kernel(config, core) is AttentionImplementation.auto
+    core.model = ModelConfig(attention=AttentionConfig(num_heads=3, num_kv_heads=2))  # raises when it is traced
+    assert verify_attention_kernel(config, core) is AttentionImplementation.xla
+    assert "splash does not compile" in capsys.readouterr().out
     core.constrain = NoConstraint("cpu")
-    train.verify_attention_kernel(config, core)
+    assert verify_attention_kernel(config, core) is AttentionImplementation.auto and capsys.readouterr().out == ""

@@ -11,9 +11,11 @@ from models.config import Dtype
 from models.decode import engine as decode
 from models.decode.engine import Engine, EngineConfig, Request, decoding_params, generate
 from models.decode.sampling import SamplingConfig
-from models.kv_cache import init_cache, write_cache
-from models.matmul import TiedEmbedding, TransposedWeight, einsum_f32
+from models.kv_cache import write_cache
+from models.matmul import einsum_f32
+from models.mixers.registry import init_cache
 from models.transformer import init_params, logits, make_apply, param_axes
+from models.weight_views import Table, TransposedWeight
 from tests.models.test_transformer import BASE, FAMILIES, V
 from trainer.mesh import MeshConfig, ShardingRules, make_constrain, make_mesh, param_shardings
 from trainer.objectives.cross_entropy import token_logprobs
@@ -158,9 +160,7 @@ def test_rows_first_parameters_write_the_same(monkeypatch, family, dtype):
     decode._programs.cache_clear()
     ready = decoding_params(params, config)
     assert (
-        isinstance(ready["embedding"], TiedEmbedding)
-        if config.tied_embeddings
-        else isinstance(ready["head"], TransposedWeight)
+        isinstance(ready["embedding"], Table) if config.tied_embeddings else isinstance(ready["head"], TransposedWeight)
     )
     assert isinstance(ready["layers"][0]["mlp"]["up"]["kernel"], TransposedWeight)
     found = generate(params, config, [[1, 2, 3], [4]], settings)
@@ -173,7 +173,7 @@ def test_rows_first_parameters_write_the_same(monkeypatch, family, dtype):
 
 def test_a_step_in_bf16_converts_no_whole_cache():
     """XLA's CPU backend has no scatter of bf16, and would do it in f32, there and back."""
-    cache = init_cache(dataclasses.replace(BASE, dtype=Dtype.bfloat16), 3, 256)[0]
+    cache = init_cache(dataclasses.replace(BASE, dtype=Dtype.bfloat16), 3, 256).layers[0]
     B, K, _, H = cache.keys.shape
     new = jnp.ones((B, 1, K, H), jnp.bfloat16)
     text = jax.jit(write_cache).lower(cache, new, new, jnp.zeros((B, 1), jnp.int32), 0).compile().as_text()

@@ -9,8 +9,17 @@ import pytest
 
 from models.attention import kernels
 from models.attention.ops import UNLIMITED, attention, attention_mask
-from models.config import AttentionConfig, AttentionImplementation, AttentionMask, Dtype, LayerKind, ModelConfig
-from models.transformer import init_params, make_apply
+from models.config import (
+    AttentionConfig,
+    AttentionImplementation,
+    AttentionMask,
+    Dtype,
+    LayerKind,
+    MLAConfig,
+    ModelConfig,
+)
+from models.logical_axes import NoConstraint
+from models.transformer import abstract_params, init_params, make_apply
 
 B, L, N, K, H = 2, 256, 4, 2, 16
 F32 = ModelConfig(vocab_size=32, dtype=Dtype.float32, attention=AttentionConfig(num_kv_heads=2))
@@ -94,7 +103,11 @@ def test_a_model_is_the_same_with_a_kernel(pattern, remat):
 def test_a_kernel_is_chosen_by_platform_and_by_what_it_can_do():
     auto = {"kernel": AttentionImplementation.auto}
     with_ = lambda **how: replace(F32, dtype=Dtype.bfloat16, attention=replace(F32.attention, **{**auto, **how}))
-    assert kernels.select_implementation(F32, 256, "tpu") is AttentionImplementation.xla  # unless it is asked for
+    assert (
+        kernels.select_implementation(with_(kernel=AttentionImplementation.xla), 256, "tpu")
+        is AttentionImplementation.xla
+    )
+    assert kernels.select_implementation(F32, 256, "tpu") is AttentionImplementation.splash  # by default
     assert kernels.select_implementation(with_(), 256, "cpu") is AttentionImplementation.xla
     assert kernels.select_implementation(with_(), 256, "tpu") is AttentionImplementation.splash
     assert kernels.select_implementation(with_(), 256, "gpu") is AttentionImplementation.triton
@@ -124,3 +137,66 @@ def test_the_check_sees_a_kernel_that_ignores_borders(kernel, monkeypatch):
     ignorant = lambda kernel, q, k, v, segments, **how: ours(kernel, q, k, v, jnp.ones_like(segments), **how)
     monkeypatch.setattr(kernels, "kernel_attention", ignorant)
     assert kernels.max_error_vs_reference(kernel, config, interpret=True) > 0.1
+
+
+SLIDING = {"pattern": [LayerKind.sliding, LayerKind.full]}
+LATENT = {"head_dim": 192, "value_dim": 128, "latent": MLAConfig(kv_lora_rank=8, qk_rope_head_dim=64)}
+DECISIONS = [  # platform, what differs from bf16 causal attention in rows of 256 tokens, kernel, reason
+    ("cpu", {}, "xla", None),
+    ("tpu", {}, "splash", None),
+    ("tpu", {"dtype": "float32"}, "splash", None),
+    ("tpu", {"head_dim": 80}, "splash", None),
+    ("tpu", LATENT, "splash", None),
+    ("tpu", SLIDING, "splash", None),
+    ("tpu", {"soft_cap": 5.0}, "splash", None),
+    ("tpu", {"sinks": True}, "splash", None),
+    ("tpu", {"mask": AttentionMask.bidirectional}, "xla", "model.attention.mask=bidirectional"),
+    ("tpu", {"length": 250}, "xla", "rows of 250 tokens"),
+    ("tpu", {"rows_cut": True}, "xla", "mesh.context"),
+    ("tpu", {"block": 64}, "xla", "model.attention.block_size=64"),
+    ("tpu", {"dropout": 0.1}, "xla", "model.attention.dropout=0.1"),
+    ("tpu", {"kernel": AttentionImplementation.xla}, "xla", None),
+    ("gpu", {}, "triton", None),
+    ("cuda", {}, "triton", None),
+    ("gpu", {"head_dim": 80}, "triton", None),
+    ("gpu", {"dtype": "float32"}, "xla", "model.dtype=float32"),
+    ("gpu", LATENT, "xla", "model.attention.v_head_dim=128"),
+    ("gpu", SLIDING, "xla", "windows"),
+    ("gpu", {"soft_cap": 5.0}, "xla", "model.attention.logit_softcap=5.0"),
+    ("gpu", {"sinks": True}, "xla", "model.attention.sinks=True"),
+    ("gpu", {"mask": AttentionMask.prefix}, "xla", "model.attention.mask=prefix"),
+    ("gpu", {"rows_cut": True}, "xla", "mesh.context"),
+    ("rocm", {}, "xla", None),
+]
+
+
+@pytest.mark.parametrize(("platform", "case", "kernel", "reason"), DECISIONS)
+def test_auto_takes_the_kernel_of_the_platform_where_it_supports_the_case(platform, case, kernel, reason):
+    case = dict(case)
+    length, rows_cut = case.pop("length", 256), case.pop("rows_cut", False)
+    config = replace(F32, dtype=Dtype[case.pop("dtype", "bfloat16")], attention=replace(F32.attention, **case))
+    found = kernels.decide(config, length, platform, rows_cut=rows_cut)
+    assert found.kernel is AttentionImplementation[kernel]
+    assert (found.reason is None) if reason is None else reason in str(found.reason)
+
+
+@pytest.mark.parametrize(
+    ("platform", "case"),
+    [("tpu", {"head_dim": 80, "soft_cap": 5.0}), ("tpu", {**LATENT, "sinks": True}), ("tpu", SLIDING), ("cuda", {})],
+)
+def test_a_kernel_that_is_taken_lowers_for_devices_that_are_not_there(platform, case):
+    config = replace(F32, dtype=Dtype.bfloat16, attention=replace(F32.attention, **case))
+    kernels.compile_rows(kernels.select_implementation(config, 256, platform), config, 256, platform)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_model_lowers_with_the_kernel_of_its_platform_by_default(platform):
+    config, shapes = replace(F32, dtype=Dtype.bfloat16), abstract_params(F32)
+    rows = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+    def total(params, tokens, positions, segments):
+        apply = make_apply(config, NoConstraint(platform))
+        return apply(params, tokens, positions_BL=positions, segment_ids_BL=segments).hidden_BLD.sum()
+
+    lowered = jax.jit(jax.grad(total)).trace(shapes, rows, rows, rows).lower(lowering_platforms=(platform,))
+    assert {"tpu": "tpu_custom_call", "cuda": "triton"}[platform] in lowered.as_text()

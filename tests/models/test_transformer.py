@@ -31,8 +31,8 @@ from models.config import (
     RouterScore,
 )
 from models.decode.engine import decoding_params
-from models.kv_cache import init_cache
 from models.layers import inverse_frequencies
+from models.mixers.registry import init_cache
 from models.transformer import abstract_params, forward_cached, init_params, logits, make_apply, param_axes, stacks
 from trainer.objectives.cross_entropy import token_logprobs
 

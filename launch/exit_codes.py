@@ -1,5 +1,6 @@
 """What the command's exit code says."""
 
+DONE = 0
 FAILED = 1  # an error that is not the user's
 WRONG_INPUT = 2
 PREEMPTED = 75  # stopped by a signal after a save: start it again to go on (EX_TEMPFAIL of sysexits.h)

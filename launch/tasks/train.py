@@ -243,7 +243,7 @@ class Session:
                 "mesh": describe_mesh(self.core.mesh.shape),
                 "rows": batch.tokens.shape,
             }
-            compiled = compile_watched(lowered, about, tell=is_main_process())
+            compiled = compile_watched(lowered, about, report=is_main_process())
         watchdog = Watchdog(
             self.task.watchdog_timeout,
             on_hang=self.task.watchdog_action,
@@ -280,7 +280,7 @@ class Session:
         def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
             if step == first_step + 1:
                 startup.first_step_done(sum(timing[part] for part in ("data_wait", "dispatch", "device_wait")))
-                log(startup.told(all_gather_values(list(startup.seconds.values()))))
+                log(startup.summary(all_gather_values(list(startup.seconds.values()))))
             self.ledger.reassign("step", "data_wait", timing["data_wait"])
             self.ledger.at_step(step)
             trackers.log(step, metrics(step, values, timing))

@@ -132,7 +132,7 @@ def _pod(job: Job[K8sConfig]) -> dict[str, Any]:
 def environment(job: Job[K8sConfig]) -> list[dict[str, Any]]:
     """Returns the environment of a pod. Variables without a value refer to the secret.
 
-    JAX's coordinator variables are omitted for multi-host TPU slices, where GKE provides the topology.
+    JAX's coordinator variables are omitted for TPUs with several hosts or slices, where GKE provides the topology.
     """
     launcher = job.launcher
     variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in job.environment(CODE).items()]

@@ -187,7 +187,7 @@ class AttentionConfig:
     # tokens, otherwise full rows, split for causal models into four query blocks that skip later keys
     block_size: int | None = field(default=None, metadata={"min": 0, "hint": "0: full rows; null: by length"})
     context_parallel: ContextParallel = ContextParallel.ring  # Method of context parallelism, mesh.context > 1
-    implementation: AttentionImplementation = AttentionImplementation.xla  # Attention kernel used in training
+    implementation: AttentionImplementation = AttentionImplementation.auto  # Attention kernel used in training
 
 
 @dataclass

@@ -225,7 +225,7 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
                 bar.update(task, completed=done, total=total, note=f"{tokens:,} tokens")
 
             folder = shard_folder(root, name, source, tokenizer, rules)
-            manifest = prepare_source(source, tokenizer, folder, show, rules=rules, max_bad_share=share)
+            manifest = prepare_source(source, tokenizer, folder, show, encoding=rules, max_bad_share=share)
             bad = sum(e["count"] for reasons in manifest.bad.values() for e in reasons.values())
             said = f"; {bad:,} bad records skipped, see summary.json" if bad else ""
             documents, tokens = manifest.count("train", "documents"), manifest.count("train", "tokens")
@@ -234,9 +234,15 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
                 cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
                 tokens_to = f"{tokens:,} tokens"
                 if config.objective.model_needs.is_token_level:
+<<<<<<< HEAD
                     tokens_to += f", {manifest.count('train', 'learnt'):,} of them in the loss"
                 ended = f"; {cut:,} truncated at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
                 noun = NOUNS.get(rules.records, rules.records.name)
+=======
+                    tokens_to += f", of which {manifest.count('train', 'learnt'):,} are learnt"
+                ended = f"; {cut:,} ended at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
+                noun = NOUNS.get(rules.format, rules.format.name)
+>>>>>>> p-core
                 counted = f"{documents // rules.examples_per_record:,} {noun}, {tokens_to}"
                 say(f"source {name}: {counted}, {held:,} for validation{ended}{said}")
                 continue

@@ -234,15 +234,9 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
                 cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
                 tokens_to = f"{tokens:,} tokens"
                 if config.objective.model_needs.is_token_level:
-<<<<<<< HEAD
                     tokens_to += f", {manifest.count('train', 'learnt'):,} of them in the loss"
                 ended = f"; {cut:,} truncated at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
-                noun = NOUNS.get(rules.records, rules.records.name)
-=======
-                    tokens_to += f", of which {manifest.count('train', 'learnt'):,} are learnt"
-                ended = f"; {cut:,} ended at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
                 noun = NOUNS.get(rules.format, rules.format.name)
->>>>>>> p-core
                 counted = f"{documents // rules.examples_per_record:,} {noun}, {tokens_to}"
                 say(f"source {name}: {counted}, {held:,} for validation{ended}{said}")
                 continue

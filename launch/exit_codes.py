@@ -1,15 +1,9 @@
 """Exit codes of the command."""
 
-<<<<<<< HEAD
 DONE = 0
-FAILED = 1  # an error that is not the user's
-WRONG_INPUT = 2
-PREEMPTED = 75  # stopped by a signal after a save: start it again to go on (EX_TEMPFAIL of sysexits.h)
-=======
 FAILED = 1  # an internal or runtime error
 WRONG_INPUT = 2  # invalid config, command line or input file
 PREEMPTED = 75  # stopped by a signal after saving a checkpoint: restart to resume (EX_TEMPFAIL of sysexits.h)
->>>>>>> p-launch
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141  # the reader closed the output pipe, as `| head` does; 128 + SIGPIPE
 

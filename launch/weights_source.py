@@ -1,4 +1,4 @@
-"""Loads existing weights: of a run, of a published checkpoint (`hf:FOLDER`, `gguf:FILE`), or adapters (`peft:FOLDER`)."""
+"""Loads existing weights: of a run, a published checkpoint (`hf:FOLDER`, `gguf:FILE`) or adapters (`peft:FOLDER`)."""
 
 import copy
 import hashlib
@@ -81,7 +81,7 @@ def resolve_weights(reference: str, runs: str, say: Say, *, key: str = "init_fro
     folder = _run_named(name, runs)
     if not folder.config.exists():
         raise ValueError(
-            f"{key}={reference}: there is no run in {folder.where}; set it to the name or folder of a run, hf:FOLDER or "
+            f"{key}={reference}: there is no run in {folder.where}; set it to a run's name or folder, hf:FOLDER or "
             "gguf:FILE of a published checkpoint, or peft:FOLDER of adapters"
         )
     if step and not step.isdigit():

@@ -130,7 +130,6 @@ def tokens_per_step(config: RunConfig, core: Core) -> int:
     return math.prod(core.objective.batch_spec(core.batch_size, config.data.seq_len).tokens.shape)
 
 
-<<<<<<< HEAD
 def describe(config: RunConfig, core: Core, line: str) -> None:
     """Logs how the run starts, its adapters, model, mesh, pipeline stages and schedule, in a few lines."""
     assert isinstance(config.task, TrainConfig)
@@ -148,36 +147,6 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
         log(f"stages: {schedule.in_words}")
     if shortened := config.schedule.shortened(config.task.num_steps):
         log(shortened)
-=======
-    def fit(
-        self,
-        state: TrainState,
-        watch: SpikeWatch,
-        every_hook: list[Hook],
-        report: Callable,
-        may_save: Callable[[int], bool],
-    ) -> tuple[TrainState, str]:
-        # Compiling before the loop keeps its time out of the first step's, and the errors of shapes out of the loop.
-        with self.ledger.phase("compile"), startup.phase("compile"):
-            batch, frozen = self.core.batch_spec(self.config.data.seq_len), self.frozen.models
-            lowered = self.core.train_step.lower(state, frozen, batch, NO_LIMITS)
-            about = {
-                "model": model_digest(self.core.model),
-                "mesh": describe_mesh(self.core.mesh.shape),
-                "rows": batch.tokens.shape,
-            }
-            compiled = compile_watched(lowered, about, report=is_main_process())
-        watchdog = Watchdog(
-            self.task.watchdog_timeout,
-            on_hang=self.task.watchdog_action,
-            doing=lambda: self.ledger.current_phase,
-            say=lambda text: print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True),
-            stacks=self.folder.path / "stacks" / f"process_{jax.process_index()}.txt",
-            others=lambda: "" if distributed.peers is None else distributed.peers.compared(),
-        )
-        if distributed.peers is not None:
-            distributed.peers.progress = watchdog.progress
->>>>>>> p-launch
 
 
 def build_metrics(config: RunConfig, core: Core) -> TrainMetrics:
@@ -191,18 +160,6 @@ def build_metrics(config: RunConfig, core: Core) -> TrainMetrics:
     log(metrics.peak.description)
     return metrics
 
-<<<<<<< HEAD
-=======
-    def report(self, metrics: TrainMetrics, watch: SpikeWatch, trackers: Trackers, first_step: int) -> Callable:
-        def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
-            if step == first_step + 1:
-                startup.first_step_done(sum(timing[part] for part in ("data_wait", "dispatch", "device_wait")))
-                log(startup.summary(all_gather_values(list(startup.seconds.values()))))
-            self.ledger.reassign("step", "data_wait", timing["data_wait"])
-            self.ledger.at_step(step)
-            trackers.log(step, metrics(step, values, timing))
-            watch.observe(step, values)
->>>>>>> p-launch
 
 def start_trackers(config: RunConfig, folder: RunFolder, first_step: int) -> Trackers:
     """Opens the console and all configured trackers."""
@@ -227,7 +184,7 @@ def build_report(
     def report(step: int, values: dict[str, float], timing: dict[str, float]) -> None:
         if step == first_step + 1:
             startup.first_step_done(sum(timing[part] for part in ("data_wait", "dispatch", "device_wait")))
-            log(startup.told(all_gather_values(list(startup.seconds.values()))))
+            log(startup.summary(all_gather_values(list(startup.seconds.values()))))
         recorder.reassign("step", "data_wait", timing["data_wait"])
         recorder.at_step(step)
         trackers.log(step, metrics(step, values, timing))
@@ -258,7 +215,7 @@ def run_loop(
             "mesh": describe_mesh(core.mesh.shape),
             "rows": batch.tokens.shape,
         }
-        step = compile_watched(lowered, program, tell=is_main_process())
+        step = compile_watched(lowered, program, report=is_main_process())
     watchdog = Watchdog(
         task.watchdog_timeout,
         on_hang=task.watchdog_action,

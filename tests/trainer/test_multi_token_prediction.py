@@ -14,7 +14,7 @@ from models.decode.engine import generate
 from models.decode.sampling import SamplingConfig
 from models.flops import num_params
 from models.transformer import forward, init_params, make_apply
-from trainer.objectives.multi_token_prediction import MultiTokenConfig, further_targets
+from trainer.objectives.multi_token_prediction import MultiTokenConfig, mtp_targets
 from trainer.objectives.next_token import NextTokenConfig
 
 V, L = 40, 12
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_equations():
 def test_no_target_lies_in_another_document():
     made = batch(1)
     for k in (1, 2):
-        targets, mask = further_targets(made, k)
+        targets, mask = mtp_targets(made, k)
         for i in range(L):
             inside = i + k + 1 < L and made.segment_ids[0, i] == made.segment_ids[0, i + k + 1] > 0
             assert mask[0, i] == inside

@@ -243,7 +243,7 @@ def test_values_that_cannot_be_are_refused(config, said):
 
 def test_classes_must_be_named():
     for classes in (0, 1):
-        with pytest.raises(ValueError, match="name at least two"):
+        with pytest.raises(ValueError, match="needs at least two"):
             ClassificationConfig().check_classes(classes)
     with pytest.raises(ValueError, match="3 weights for 2 classes"):
         ClassificationConfig(class_weights=[1.0] * 3).check_classes(2)

@@ -77,14 +77,14 @@ def test_a_head_that_the_objective_does_not_need_is_refused(objective, outputs):
     ("objective", "mask", "transform", "said"),
     [
         (KtoConfig(), AttentionMask.bidirectional, None, "predicts the next token"),
-        (PreferenceConfig(), AttentionMask.prefix, None, "knows no prompts"),
-        (MaskedLMConfig(), AttentionMask.causal, MlmConfig(), "predicts hidden tokens from both sides"),
-        (NextTokenConfig(), AttentionMask.causal, MlmConfig(), "learns next tokens; leave it out, or take phase=mlm"),
+        (PreferenceConfig(), AttentionMask.prefix, None, "does not support prefixes"),
+        (MaskedLMConfig(), AttentionMask.causal, MlmConfig(), "needs a bidirectional model"),
+        (NextTokenConfig(), AttentionMask.causal, MlmConfig(), "predicts next tokens; use transform=none, phase=mlm"),
         (
             MaskedLMConfig(),
             AttentionMask.bidirectional,
             None,
-            "learns what transform=mlm hides, not data.transform.kind=none",
+            "data.transform.kind=none: .* trains on tokens masked by transform=mlm",
         ),
     ],
 )

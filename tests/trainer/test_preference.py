@@ -72,7 +72,7 @@ def test_every_loss_has_a_golden_value():
     assert {loss for loss, _ in GOLDEN} == set(Loss) == set(LOSSES)
 
 
-@pytest.mark.parametrize("loss_type", AT_REFERENCE, ids=str)
+@pytest.mark.parametrize("loss", AT_REFERENCE, ids=str)
 def test_losses_begin_at_their_known_value_where_policy_and_reference_are_one(loss):
     same = PAIRS._replace(policy=PAIRS.reference)
     np.testing.assert_allclose(LOSSES[loss](same, PreferenceConfig(loss_type=loss)), AT_REFERENCE[loss], rtol=1e-5)
@@ -158,7 +158,7 @@ def summed(params, made: TokenBatch) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("loss_type", [Loss.sigmoid, Loss.ipo, Loss.simpo, Loss.orpo])
+@pytest.mark.parametrize("loss", [Loss.sigmoid, Loss.ipo, Loss.simpo, Loss.orpo])
 def test_batches_give_what_answers_alone_give(loss):
     config, made = PreferenceConfig(loss_type=loss), batch(np.random.default_rng(0), 3)
     pairs = Pairs(*(jnp.asarray(summed(p, made)) for p in PARAMS), jnp.asarray(made.loss_mask.sum(-1)))

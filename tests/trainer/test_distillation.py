@@ -194,4 +194,4 @@ def test_divergences_equal_those_of_trl(beta, measured):
     far /= float(np.abs(given.grad.numpy()).max())
     assert apart < 1e-5 and far < 1e-4
     name = settings.divergence.name + (f", beta {beta}" if 0 < beta < 1 else "")
-    measured("Divergences of distillation beside TRL", name, loss=apart, gradient=far)
+    measured("Divergences of distillation vs. TRL", name, loss=apart, gradient=far)

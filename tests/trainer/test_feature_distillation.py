@@ -208,7 +208,7 @@ def test_distances_equal_those_of_torch(kind, measured):
     far = float(np.abs(grad - given.grad.numpy()).max()) / scale
     assert apart < 1e-5 and far < 1e-4
     measured(
-        "Hidden states and attention beside torch",
+        "Hidden states and attention vs. torch",
         f"{type(kind).__name__.lower()}, {kind.name}",
         loss=apart,
         gradient=far,

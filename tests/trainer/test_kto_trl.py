@@ -68,7 +68,7 @@ def test_loss_gradient_and_metrics_equal_those_of_trl(home, tmp_path, measured, 
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     apart = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (grad, gradient)), strict=True))
     assert float(found) == pytest.approx(want.item(), rel=1e-5) and apart <= 1e-4 * scale
-    measured("KTO beside TRL", loss.name, loss=abs(float(found) / want.item() - 1), gradient=apart / scale)
+    measured("KTO vs. TRL", loss.name, loss=abs(float(found) / want.item() - 1), gradient=apart / scale)
     told = {key: float(np.mean(values)) for key, values in trainer._metrics["train"].items()}
     for mine, theirs in {"z0": "kl", "reward_good": "rewards/chosen", "reward_bad": "rewards/rejected"}.items():
         assert float(metrics[mine].value()) == pytest.approx(told[theirs], rel=1e-4, abs=1e-5), mine

@@ -110,7 +110,7 @@ def compare(home, tmp_path, measured, name: str, config: PreferenceConfig, **opt
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     apart = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (grad, gradient)), strict=True))
     assert apart <= 1e-4 * scale
-    measured("Preference losses beside TRL", name, loss=abs(float(found) / want - 1), gradient=apart / scale)
+    measured("Preference losses vs. TRL", name, loss=abs(float(found) / want - 1), gradient=apart / scale)
     told = {key: float(mean.value()) for key, mean in ours_metrics.items()}
     for mine, other in {"reward_margin": "rewards/margins", "reward_chosen": "rewards/chosen",
                         "reward_rejected": "rewards/rejected", "reward_accuracy": "rewards/accuracies",
@@ -172,4 +172,4 @@ def test_losses_without_a_reference_equal_those_of_trl(loss, measured):
     grad, found = jax.grad(total, has_aux=True)(jnp.asarray(policy, jnp.float32))
     apart, far = np.abs(found / want.detach().numpy() - 1).max(), np.abs(grad - gradient).max() / np.abs(gradient).max()
     assert apart < 1e-5 and far < 1e-4
-    measured("Preference losses beside TRL", loss.name, loss=apart, gradient=far)
+    measured("Preference losses vs. TRL", loss.name, loss=apart, gradient=far)

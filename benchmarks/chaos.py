@@ -5,8 +5,8 @@
 A seeded plan per job schedules faults by step: processes killed, frozen or terminated, checkpoints damaged while all
 processes are down, a full or read-only disk, NaN gradients, a bit flip in one copy of the parameters. Processes are
 supervised as by `launcher=local`. Exits with 1 if a job makes no progress for `BOUND` seconds, resumes from another
-step than its newest valid checkpoint, or ends with other parameters, optimizer state, next batch or losses than the same job
-without faults (except NaN gradients, which both have).
+step than its newest valid checkpoint, or ends with other parameters, optimizer state, next batch or losses than the
+same job without faults (except NaN gradients, which both have).
 
 Disk faults need root and are skipped otherwise.
 """

@@ -93,9 +93,8 @@ def main() -> None:
         rate = "" if name == "blocking save" else Spread.of([size / 1e6 / v for v in values]).text(".0f")
         lines.append(f"| {name} | {Spread.of(values).text('.3f')} | {rate} |")
     print(f"\n{turns.in_words(machine)}; {size / 1e9:.2f} GB\n\n" + "\n".join(lines))
-    print(
-        f"\nA save blocks the training loop for {share.median:.1%} ({share.low:.1%} to {share.high:.1%}) of its duration."
-    )
+    fractions = f"{share.median:.1%} ({share.low:.1%} to {share.high:.1%})"
+    print(f"\nA save blocks the training loop for {fractions} of its duration.")
     print("" if forgotten else "The page cache could not be dropped: files were read from memory.", path)
 
 

@@ -1,4 +1,4 @@
-"""What objectives need of data, models and frozen models, read as plain values."""
+"""Compatibility checks based on the requirements of objectives."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from trainer.objectives.reward import RewardConfig
 
 @dataclass
 class JudgedConfig(ObjectiveConfig):
-    """An objective that no table knows: checks read its needs only."""
+    """An unregistered objective: checks read only its requirements."""
 
     kind: str = "judged"
 

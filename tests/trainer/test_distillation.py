@@ -102,7 +102,7 @@ def test_rows_add_up_over_microbatches():
 
 
 def test_padding_of_the_vocabulary_has_no_part():
-    """A teacher's rows beyond the tokens that there are may hold anything."""
+    """The teacher's vocabulary padding is ignored."""
     filled = {**TAUGHT, "embedding": TAUGHT["embedding"].at[V:].set(50.0)}
     if "head" in TAUGHT:
         filled["head"] = TAUGHT["head"].at[:, V:].set(50.0)
@@ -135,7 +135,7 @@ def test_the_gradient_of_buckets_of_all_tokens_is_that_of_the_whole():
 @pytest.mark.parametrize(("dtype", "near"), [(CacheDtype.float32, 1e-6), (CacheDtype.float16, 2e-3)], ids=str)
 @pytest.mark.parametrize("kind", Divergence, ids=lambda kind: kind.name)
 def test_what_a_teacher_said_before_is_what_it_says(kind, dtype, near):
-    """T-9.5: equal to the error of storage, gradient and chunks included."""
+    """Equal up to the rounding of the cache, including gradients and chunking."""
     made = batch()
     stored = dict(top_k=6, cache_teacher_logits=True, cache_dtype=dtype)
     objective = config(divergence=kind, temperature=2.0, alpha=0.7, loss_chunk_size=7, **stored).build(None)

@@ -1,4 +1,4 @@
-"""Hidden states and attention of chosen layers, and their distance from a teacher's."""
+"""Feature distillation: hidden states and attention maps of selected layers, and their distance from a teacher's."""
 
 import dataclasses
 
@@ -112,7 +112,7 @@ def test_the_loss_is_the_weighted_sum_and_what_is_masked_has_no_part():
     added = metrics["hidden_distance"].total + 0.5 * metrics["attention_distance"].total
     assert float(found.total) == pytest.approx(float(without.total + added), rel=1e-5)
     assert float(found.weight) == made.loss_mask.sum() == float(metrics["hidden_distance"].weight)
-    # A document of which nothing is learnt may hold anything.
+    # The tokens of a document that does not contribute to the loss are irrelevant.
     silent = made._replace(loss_mask=np.where(made.segment_ids == 2, 0, made.loss_mask).astype(np.float32))
     other = silent._replace(tokens=np.where(made.segment_ids == 2, 7, made.tokens).astype(np.int32))
     assert float(run(MATCH, silent, params)[0].total) == pytest.approx(

@@ -1,4 +1,4 @@
-"""TRL's and transformers' models that judge, as oracles: the same weights and tokens, loss, gradient and scores."""
+"""Parity with TRL and transformers reward and classification models: loss, gradient and scores."""
 
 import json
 
@@ -51,7 +51,7 @@ def ours(folder):
 
 
 def rows(rng, count: int, length: int = 20) -> TokenBatch:
-    """Rows of one text each, padded on the right with token 0."""
+    """Returns rows of one text each, padded on the right with token 0."""
     sizes = rng.integers(3, length, count)
     inside = (np.arange(length)[None] < sizes[:, None]).astype(np.int32)
     tokens = (rng.integers(2, V, (count, length)) * inside).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Learning from answers that are good or not."""
+"""KTO objective."""
 
 import jax
 import jax.numpy as jnp

@@ -99,7 +99,7 @@ def test_log1mexp_is_right_at_both_ends():
 
 
 def batch(rng, pairs: int, length: int = L) -> TokenBatch:
-    """Pairs with a shared prompt of 5 tokens and answers of 3 to 15."""
+    """Returns pairs with a shared prompt of 5 tokens and answers of 3 to 15."""
     shape = (pairs, 2, length)
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -133,7 +133,7 @@ def run(config: PreferenceConfig, made: TokenBatch, params=PARAMS[0]):
     ids=str,
 )
 def test_what_the_reference_said_before_is_what_it_says(changes):
-    """T-4.1, and not only to 1e-6: where both are computed alike, bit for bit."""
+    """Bit-identical, because both are computed the same way."""
     made, config = batch(np.random.default_rng(0), 4), PreferenceConfig(precompute_ref_log_probs=True, **changes)
     objective = config.build(None)
     columns = objective.columns(APPLY, {REFERENCE: PARAMS[1]}, made)
@@ -146,7 +146,7 @@ def test_what_the_reference_said_before_is_what_it_says(changes):
 
 
 def summed(params, made: TokenBatch) -> np.ndarray:
-    """[B, 2] in float64, row by row and without padding."""
+    """Reference [B, 2] in float64, row by row and without padding."""
     found = np.zeros(made.tokens.shape[:2])
     for b, s in np.ndindex(found.shape):
         size = int(made.segment_ids[b, s].sum())
@@ -181,7 +181,7 @@ def test_padding_changes_nothing():
 
 
 def in_rows(made: TokenBatch, places: list[list[int]]) -> TokenBatch:
-    """The same pairs, each row with those of one list, one behind the other."""
+    """Packs the pairs of each list into one row."""
     fields = [np.zeros((len(places), *field.shape[1:]), field.dtype) for field in longer(made, 2 * L)]
     for row, pairs in enumerate(places):
         for side in range(2):
@@ -209,7 +209,7 @@ def in_rows(made: TokenBatch, places: list[list[int]]) -> TokenBatch:
     ids=str,
 )
 def test_packed_and_padded_give_the_same(changes):
-    """Loss, metrics and gradients, of rows of three, one and no pairs and pairs in another order."""
+    """Same loss, metrics and gradients with rows of three, one and no pairs, in another order."""
     made, config = batch(np.random.default_rng(3), 4), PreferenceConfig(**changes)
     packed, many = in_rows(made, [[2, 0, 3], [1], []]), dataclasses.replace(config, pairs_per_row=3)
     (plain, one), (other, two) = run(config, made), run(many, packed)

@@ -1,4 +1,4 @@
-"""A reference that moves with its policy, and noise on embeddings."""
+"""Reference synchronization (TR-DPO) and NEFTune noise."""
 
 import jax
 import jax.numpy as jnp

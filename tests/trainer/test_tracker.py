@@ -1,4 +1,4 @@
-"""Where numbers go: what was logged is read back from every place it went to."""
+"""Trackers: logged values are read back from every destination."""
 
 import io
 import json
@@ -38,7 +38,7 @@ STEP = {
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """Records of a `.wandb` file: LevelDB's log format in blocks of 32 KiB, after a header of 7 bytes."""
+    """Reads the records of a `.wandb` file: LevelDB's log format in blocks of 32 KiB, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole = path.read_bytes(), 7, b""
@@ -59,7 +59,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 
 def read_wandb(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Id, config, history and summary of an offline session."""
+    """Returns id, config, history and summary of an offline run."""
     (file,) = folder.glob("*.wandb")
     run_id, config, history, summary = "", {}, [], {}
     for record in wandb_records(file):
@@ -110,7 +110,7 @@ def test_an_offline_wandb_run_says_on_disk_what_was_logged_and_goes_on_under_one
 
 
 class Filling:
-    """A file on a disk that takes a part of what it is given, again and again, and then all."""
+    """A file on a full disk: several partial writes, then complete ones."""
 
     def __init__(self, file, times: int):
         self.file, self.times = file, times

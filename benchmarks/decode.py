@@ -5,8 +5,8 @@
 All use the same weights (any published model that `meshwright convert` reads) and decode greedily; completions are
 compared. Load N: N concurrent prompts of 64 tokens with 64 new tokens each. `mixed`: 48 prompts of 16 to 256 tokens
 with 8 to 256 new tokens, both log-uniform, 16 concurrently; transformers batches them in order of arrival with left
-padding, and a batch takes as long as its longest completion. Only requested tokens are counted. Prompts differ in each turn, so
-that no prefix cache applies.
+padding, and a batch takes as long as its longest completion. Only requested tokens are counted. Prompts differ in each
+turn, so that no prefix cache applies.
 """
 
 import argparse

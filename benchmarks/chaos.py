@@ -1,14 +1,14 @@
-"""Faults of many kinds against a run of several processes, whose end must be that of the unbroken run, bit for bit.
+"""Fault injection test: a multi-process run with faults must end with the same bits as an undisturbed run.
 
     python benchmarks/chaos.py [--faults 200] [--processes 2,3,4] [--seed 0] [--each 25] [--plain] [--results FILE]
 
-For each job a seeded plan says at which steps something happens: processes killed, frozen or told to end, checkpoints
-damaged while all are down, a disk full or read-only, gradients that are not numbers, a bit flipped in one copy of the
-parameters. The processes are supervised as `launcher=local` does it. Exits with 1 where a job stood still for longer
-than `BOUND` seconds, resumed at another step than its newest whole checkpoint, or ended with other parameters,
-optimizer state, next batch or losses than the same job without faults (but for the gradients, which both have).
+A seeded plan per job schedules faults by step: processes killed, frozen or terminated, checkpoints damaged while all
+processes are down, a full or read-only disk, NaN gradients, a bit flip in one copy of the parameters. Processes are
+supervised as by `launcher=local`. Exits with 1 if a job makes no progress for `BOUND` seconds, resumes from another
+step than its newest valid checkpoint, or ends with other parameters, optimizer state, next batch or losses than the
+same job without faults (except NaN gradients, which both have).
 
-Filling and mounting need root; without it these kinds are left out.
+Disk faults need root and are skipped otherwise.
 """
 
 import argparse
@@ -41,7 +41,8 @@ RUN = [
     "train", "run=a", "source=[synthetic]", "tokenizer=bytes", "model=tiny", "model.num_layers=2",
     "model.vocab_size=264", "model.dtype=float32", "data.packing=best_fit", "data.seq_len=64", "data.batch_size=12",
     "data.max_eval_batches=1", "optimizer.learning_rate=1e-3", "schedule=constant", "schedule.warmup_steps=2",
-    "task.sample_tokens=0", "checkpoint.save_interval_steps=5", "checkpoint.max_to_keep=4", "checkpoint.keep_best=false",
+    "task.sample_tokens=0", "checkpoint.save_interval_steps=5", "checkpoint.max_to_keep=4",
+    "checkpoint.keep_best=false",
     "sdc_check.every=4",
 ]  # fmt: skip
 # How often each kind is drawn. What a frozen process costs is the half minute until it counts as gone.
@@ -170,7 +171,7 @@ class Job:
                 while inside and inside[0].step <= step:
                     self.done.append(inside.pop(0))
             elif now - since > BOUND:
-                self.wrong.append(f"stood still for {BOUND:.0f} s after step {furthest}, after {self.done[-1:]}")
+                self.wrong.append(f"no progress for {BOUND:.0f} s after step {furthest}, after {self.done[-1:]}")
                 self.signal(signal.SIGKILL)
                 since = now
             if plan and step >= plan[0].step and len(self.processes) == self.count and not waiting:
@@ -305,12 +306,12 @@ def with_a_flipped_bit(state):  # type: ignore[no-untyped-def]
 
 
 def end_of(job: Job) -> dict:
-    """What must be the same: hashes of the last checkpoint, and all losses."""
-    told = subprocess.run(
+    """Returns the values to compare: hashes of the last checkpoint and all losses."""
+    output = subprocess.run(
         [sys.executable, "-m", "launch.cli", "inspect", "run=a", "format=json"],
         cwd=job.folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    found = json.loads(told)
+    found = json.loads(output)
     rows = [json.loads(row) for row in (job.folder / "runs" / "a" / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
     keys = ("params_sha256", "optimizer_sha256", "next_batch_sha256", "step")
@@ -326,8 +327,8 @@ def planned(count: int, number: int, rng: random.Random, root: bool) -> list[Fau
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--each", type=int, default=25, help="faults of one job")
-    parser.add_argument("--processes", default="2,3,4", help="of the jobs in turn")
+    parser.add_argument("--each", type=int, default=25, help="faults per job")
+    parser.add_argument("--processes", default="2,3,4", help="process counts of the jobs, cycled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="without the kinds that need root")
     parser.add_argument("--results", default="", help="a JSON file to write")
@@ -335,7 +336,7 @@ def main() -> None:
     counts, rng = [int(n) for n in options.processes.split(",")], random.Random(options.seed)
     root = os.geteuid() == 0 and not options.plain
     total, recovery, wrong, starts, left = Counter(), defaultdict(list), [], 0, options.faults
-    began = time.monotonic()
+    started = time.monotonic()
     while left > 0:
         number, count = min(left, options.each), counts[(options.faults - left) // options.each % len(counts)]
         left -= number
@@ -354,17 +355,17 @@ def main() -> None:
     print("\n| fault | times | to the next new step: median | longest |\n|---|---:|---:|---:|")
     for kind, times in total.most_common():
         seconds = sorted(recovery[kind])
-        told = f"{seconds[len(seconds) // 2]:.0f} s | {seconds[-1]:.0f} s" if seconds else " | "
-        print(f"| {kind} | {times} | {told} |")
-    print(f"\n{total.total()} faults, {starts} starts, {(time.monotonic() - began) / 60:.0f} min; {len(wrong)} wrong")
+        recovered = f"{seconds[len(seconds) // 2]:.0f} s | {seconds[-1]:.0f} s" if seconds else " | "
+        print(f"| {kind} | {times} | {recovered} |")
+    print(f"\n{total.total()} faults, {starts} starts, {(time.monotonic() - started) / 60:.0f} min; {len(wrong)} wrong")
     if options.results:
-        kept = {"faults": total, "recovery": recovery, "starts": starts, "wrong": wrong, "seed": options.seed}
-        Path(options.results).write_text(json.dumps(kept, indent=1))
+        saved = {"faults": total, "recovery": recovery, "starts": starts, "wrong": wrong, "seed": options.seed}
+        Path(options.results).write_text(json.dumps(saved, indent=1))
     sys.exit(bool(wrong))
 
 
 def difference(one, other) -> str:  # type: ignore[no-untyped-def]
-    """Of losses by step: where they are apart."""
+    """Describes the steps at which losses differ."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return ""
     apart = [(step, one.get(step), other.get(step)) for step in sorted(one | other) if one.get(step) != other.get(step)]
@@ -372,14 +373,14 @@ def difference(one, other) -> str:  # type: ignore[no-untyped-def]
 
 
 def compared(count: int, faults: list[Fault], root: bool) -> Job:
-    """A job with these faults, beside the same job with only those that change what is computed."""
+    """Runs a job with these faults, and the same job with only the faults that change the computation."""
     steps = 11 + GAP * (len(faults) + 1)
     with tempfile.TemporaryDirectory(prefix="chaos_") as name:
         ends, logs = [], Path(tempfile.gettempdir()) / "chaos_logs"
         for part in ("unbroken", "broken"):
             folder = Path(name) / part
             folder.mkdir()
-            if root:  # a disk of its own, to be filled
+            if root:  # a separate file system that can be filled
                 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", folder], check=True)
             try:
                 kept = faults if part == "broken" else [f for f in faults if f.kind == "not a number"]

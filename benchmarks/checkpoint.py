@@ -1,10 +1,9 @@
-"""Checkpoints of GPT-2 124M with AdamW (1.5 GB): how long a save holds up the loop, how long it goes on behind it, and
-what reading and writing reach beside `dd` on the same disk.
+"""Checkpoint benchmark (GPT-2 124M with AdamW, 1.5 GB): blocking and total save time, throughput compared with `dd`.
 
     python benchmarks/checkpoint.py [--rounds 5] [--folder FOLDER] [--results FOLDER]
 
-Each round: `dd` writes as many bytes and waits for the disk, then a save, and its wait; both are read again after the
-kernel has forgotten them, where it may be told to. A save also makes SHA-256 of every file, and a restore checks them.
+Each round: `dd` writes the same number of bytes with fsync, then a checkpoint is saved; both are read again after the
+page cache is dropped, if permitted. A save also computes SHA-256 digests of all files, and a restore verifies them.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from turns import Spread
 
 
 def forget() -> bool:
-    """What the kernel keeps of files; whether it could be told."""
+    """Drops the page cache; returns whether this is permitted."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -57,7 +56,9 @@ def main() -> None:
     moved = lambda x: x + 1e-3 * jax.random.normal(jax.random.key(1), x.shape, x.dtype) if x.ndim else x
     state = jax.block_until_ready(replace(state, opt_state=jax.tree.map(moved, state.opt_state)))
     size = params_bytes((state.params, state.opt_state))
-    seconds: dict[str, list[float]] = {name: [] for name in ("dd write", "held up", "whole", "dd read", "restore")}
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("dd write", "blocking save", "full save", "dd read", "restore")
+    }
     forgotten = True
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         plain = Path(temporary, "plain")
@@ -68,10 +69,10 @@ def main() -> None:
             folder = Path(temporary, f"run{index}")
             with Checkpointer(folder, CheckpointConfig(max_to_keep=1)) as checkpointer:
                 start = time.perf_counter()
-                found["held up"] = timed(lambda: checkpointer.save(1, state, **rest))
+                found["blocking save"] = timed(lambda: checkpointer.save(1, state, **rest))
                 checkpointer.wait()
                 os.sync()
-                found["whole"] = time.perf_counter() - start
+                found["full save"] = time.perf_counter() - start
             forgotten = forget() and forgotten
             found["dd read"] = timed(lambda: dd(f"if={plain}", "of=/dev/null"))
             with Checkpointer(folder, read_only=True) as checkpointer:
@@ -86,14 +87,15 @@ def main() -> None:
                     seconds[name].append(value)
     machine = turns.machine()
     path = turns.keep(options.results, "checkpoint", {"machine": machine, "bytes": size, "seconds": seconds})
-    share = Spread.of([a / b for a, b in zip(seconds["held up"], seconds["whole"], strict=True)])
+    share = Spread.of([a / b for a, b in zip(seconds["blocking save"], seconds["full save"], strict=True)])
     lines = ["| | seconds | MB/s |", "|---|---:|---:|"]
     for name, values in seconds.items():
-        rate = "" if name == "held up" else Spread.of([size / 1e6 / v for v in values]).text(".0f")
+        rate = "" if name == "blocking save" else Spread.of([size / 1e6 / v for v in values]).text(".0f")
         lines.append(f"| {name} | {Spread.of(values).text('.3f')} | {rate} |")
     print(f"\n{turns.in_words(machine)}; {size / 1e9:.2f} GB\n\n" + "\n".join(lines))
-    print(f"\nThe loop is held up for {share.median:.1%} ({share.low:.1%} to {share.high:.1%}) of a save.")
-    print("" if forgotten else "The kernel could not be told to forget: files were read from memory.", path)
+    fractions = f"{share.median:.1%} ({share.low:.1%} to {share.high:.1%})"
+    print(f"\nA save blocks the training loop for {fractions} of its duration.")
+    print("" if forgotten else "The page cache could not be dropped: files were read from memory.", path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Configs and batches for benchmarks that need no text."""
+"""Configs and synthetic batches for benchmarks."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def composed(overrides: Iterable[str]) -> Any:
-    """The `RunConfig` of a command line."""
+    """Returns the `RunConfig` of command-line overrides."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 

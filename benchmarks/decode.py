@@ -1,12 +1,12 @@
-"""Decoding on this CPU: tokens/s beside `transformers.generate`, and for one request beside llama.cpp.
+"""CPU decoding benchmark: tokens/s compared with `transformers.generate` and, for one request, llama.cpp.
 
     python benchmarks/decode.py --model gguf:FILE [--dtype float32] [--loads 1,16,64,mixed] [--rounds 5]
 
-All read the same weights (any published model that `meshwright convert` reads) and write greedily; completions are
-compared. A load of N is N prompts of 64 tokens that get 64 tokens each, at once. `mixed` is 48 prompts of 16 to 256
-tokens that get 8 to 256, both log-uniform, 16 at once: transformers takes them in the order in which they come, padded
-on the left, and is done with a batch when its longest is. Only tokens that were asked for are counted, and prompts are
-new in each turn, so that none is found in a cache.
+All use the same weights (any published model that `meshwright convert` reads) and decode greedily; completions are
+compared. Load N: N concurrent prompts of 64 tokens with 64 new tokens each. `mixed`: 48 prompts of 16 to 256 tokens
+with 8 to 256 new tokens, both log-uniform, 16 concurrently; transformers batches them in order of arrival with left
+padding, and a batch takes as long as its longest completion. Only requested tokens are counted. Prompts differ in each
+turn, so that no prefix cache applies.
 """
 
 import argparse
@@ -23,11 +23,11 @@ import turns
 from turns import Contestant, Spread
 
 OURS, SLOTS, LENGTH, MIXED = "meshwright", 16, 640, 48
-Asked = list[tuple[list[int], int]]  # prompt, tokens to write
+Asked = list[tuple[list[int], int]]  # (prompt, tokens to generate)
 
 
 def loads(load: str, vocab: int) -> Iterator[Asked]:
-    """What is asked for in each turn, the same for all contestants."""
+    """Yields the requests of each turn, the same for all frameworks."""
     rng = np.random.default_rng(0)
     prompt = lambda n: rng.integers(vocab // 10, vocab, n).tolist()  # the first tokens are special
     between = lambda low, high: int(np.exp(rng.uniform(np.log(low), np.log(high))))

@@ -1,10 +1,10 @@
-"""Products of rows in groups, forward and backward: in turns beside XLA's own `ragged_dot`, on this machine.
+"""Grouped matmul benchmark, forward and backward, compared with XLA's `ragged_dot`.
 
     python benchmarks/experts.py [--repeats 5]
 
-Groups are uneven as a router's are, and as those of a young router with many experts are. Alternating runs, medians;
-results compared first (relative to the largest). Each way runs once untimed before it is timed: `ragged_dot` leaves the
-allocator with so little that what comes next would be timed while its memory is given back to it.
+Group sizes are uneven, like those of a trained and of an untrained router with many experts. Alternating runs, medians;
+results are compared first (relative to the largest). Each implementation runs once untimed before it is timed, because
+the allocator state that `ragged_dot` leaves slows the next run.
 """
 
 import argparse
@@ -44,9 +44,9 @@ def main() -> None:
             for _ in range(options.repeats):
                 for way, seconds in zip(ways, taken, strict=True):
                     jax.block_until_ready(way(x, kernel))
-                    begin = time.perf_counter()
+                    start = time.perf_counter()
                     jax.block_until_ready(way(x, kernel))
-                    seconds.append(1e3 * (time.perf_counter() - begin))
+                    seconds.append(1e3 * (time.perf_counter() - start))
             a, b = (float(np.median(seconds)) for seconds in taken)
             print(
                 f"| {rows} | {groups} | {before} x {after} | {jnp.dtype(dtype).name} "

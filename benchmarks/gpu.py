@@ -1,13 +1,12 @@
-"""A training step on one GPU: tokens/s, MFU and memory beside PyTorch with its SDPA and `torch.compile`.
+"""GPU training step benchmark: tokens/s, MFU and memory compared with PyTorch (SDPA, `torch.compile`).
 
     python benchmarks/gpu.py [--models llama3_2_1b,llama3_8b,olmoe_1b_7b] [--length 4096] [--rounds 5]
     python benchmarks/gpu.py --compile h100x1 [model.matmul_precision=fp8]
 
-Weights and moments in bf16, AdamW; the batch grows until memory is full. PyTorch runs the dense shapes. FLOPs: six for
-each weight of a product that a token meets, and attention over the half of a row that is seen; what remat computes
-again is not counted. MFU is the share of the data sheet's dense bf16 rate; beside it the share of a product
-[8192, 8192] measured in turns. `--compile` needs no GPU: it compiles each step for one that is not there and says which
-kernels are in the program. Overrides go to the trainer alone.
+Weights and moments in bf16, AdamW; the batch grows until memory is full. PyTorch runs the dense shapes. FLOPs: six per
+matmul weight and token, plus causal attention (half of a row); recomputation is not counted. MFU is the fraction of the
+data sheet's dense bf16 rate, reported with the fraction of a measured [8192, 8192] matmul. `--compile` needs no GPU: it
+cross-compiles each step and lists the kernels of the program. Overrides apply to the trainer only.
 """
 
 import argparse
@@ -29,7 +28,8 @@ BATCHES = (32, 16, 8, 4, 2, 1)  # rows; the first that fits
 
 def overrides(model: str, rows: int, length: int, given: Sequence[str] = ()) -> list[str]:
     return [
-        f"model={model}", "model.param_dtype=bfloat16", "model.attention.implementation=auto", f"model.remat={REMAT[model]}",
+        f"model={model}", "model.param_dtype=bfloat16", "model.attention.implementation=auto",
+        f"model.remat={REMAT[model]}",
         f"data.seq_len={length}", f"data.batch_size={rows}", "optimizer=adamw", "schedule=constant",
         "schedule.warmup_steps=0", *given,
     ]  # fmt: skip
@@ -55,13 +55,13 @@ def meshwright(model: str, rows: int, length: int, given: Sequence[str]):
 
 def pytorch(model: str, rows: int, length: int):
     import torch
-    from beside.llama import Llama
+    from peers.llama import Llama
 
     c = composed(overrides(model, rows, length)).model
     a = c.attention
     torch.set_default_device("cuda")
     torch.set_default_dtype(torch.bfloat16)
-    shape = (c.vocab_size, c.num_layers, c.embed_dim, a.num_heads, a.num_kv_heads, a.head_dim, c.mlp.hidden_dim)
+    shape = (c.vocab_size, c.num_layers, c.embed_dim, a.num_heads, a.num_kv_heads, a.head_dim, c.mlp.intermediate_dim)
     llama = Llama(*shape, c.rope.theta, c.tied_embeddings, recompute=model != "llama3_2_1b")
     run = torch.compile(llama)
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4, fused=True)

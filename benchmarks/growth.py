@@ -1,11 +1,11 @@
-"""How a training step and its compilation grow: with layers, width, context, experts and devices.
+"""Scaling of step and compilation time with layers, width, context, experts and devices.
 
     python benchmarks/growth.py [--axes layers,width,context,experts,devices] [--rounds 5] [--results FOLDER]
 
-A small Llama-like model, of which one size is doubled again and again while all else stays. Slopes are of straight
-lines through logarithms: 1 is twice the time for twice the size. Beside the slope of the step's time stands that of its
-FLOPs (`models.flops`), which is what arithmetic says. Devices are pieces of the same cores, among which one batch is cut
-by `mesh.fsdp`: there arithmetic says 0, and what is more is what cutting costs. Compilation is without a cache.
+Doubles one size of a small Llama-like model repeatedly. Slopes are log-log fits: 1 means twice the time for twice the
+size. The slope of the step time is listed with that of its FLOPs (`models.flops`), the expected value. Devices share
+the same cores, and one batch is sharded over `mesh.fsdp`: the expected slope is 0, and the excess is sharding overhead.
+Compilation runs without a cache.
 """
 
 import argparse

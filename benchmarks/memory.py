@@ -1,11 +1,11 @@
-"""Peak memory and time of what is kept and what is made again: losses over 128k words, remat, long context.
+"""Memory and time benchmark: losses over a 128k vocabulary, remat policies, long context.
 
     python benchmarks/memory.py [--rounds 5] [--only loss,remat,context] [--results FOLDER]
 
-loss: 2,048 tokens of width 256 over 131,072 words, forward and backward, in chunks of `objective.loss_chunk_size` beside
-all logits at once and a plain formula. remat: a step of 8 layers of width 512 under each policy. context: a step of
-that model on one row of 1,024 to 4,096 tokens. Memory is that of XLA's buffers (arguments, results, temporaries),
-of the compiled program itself; time is measured in turns.
+loss: 2,048 tokens of width 256 with a vocabulary of 131,072, forward and backward, in chunks of
+`objective.loss_chunk_size`, compared with full logits and a naive formula. remat: a step of 8 layers of width 512 with
+each policy. context: a step of that model on one row of 1,024 to 4,096 tokens. Memory: buffers of the compiled program
+(arguments, results, temporaries). Time: alternating runs.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from turns import Contestant, Spread
 
 VOCAB, WIDTH, ROWS, LENGTH = 131072, 256, 2, 1024
 MODEL = [
-    "model=gpt2", "model.vocab_size=4096", "model.num_layers=8", "model.embed_dim=512", "model.mlp.intermediate_dim=2048",
+    "model=gpt2", "model.vocab_size=4096", "model.num_layers=8", "model.embed_dim=512",
+    "model.mlp.intermediate_dim=2048",
     "model.attention.num_heads=8", "model.attention.num_kv_heads=8", "model.attention.head_dim=64",
     "model.position=rope", "model.dtype=float32", "optimizer=adamw",
 ]  # fmt: skip

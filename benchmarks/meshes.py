@@ -1,12 +1,12 @@
-"""The same run on every mesh: losses and norms of gradients beside those of one device.
+"""Compares losses and gradient norms of the same run on every mesh with those of one device.
 
     python benchmarks/meshes.py [--steps 20] [--dtypes float32,bfloat16] [--only dense|moe] [--write docs/meshes.md]
     python benchmarks/meshes.py --processes
 
-Each cell is `meshwright train` on 8 fake devices: same model, data (packed documents) and seed, beside one device in
-the same dtype. Exits with 1 where in float32 a loss differs by more than 1e-5, or a gradient's norm by more than 1e-4,
-relative. Where experts are chosen, the last column says at which step a token first chooses others than on one device,
-as rounding makes it where two are as good: from there on the runs are two runs.
+Each cell is `meshwright train` on 8 fake devices: same model, data (packed documents) and seed, compared with one
+device in the same dtype. Exits with 1 if in float32 a loss differs by more than 1e-5, or a gradient norm by more than
+1e-4, relative. For MoE models, the last column is the first step at which a token is routed to other experts than on
+one device, because of rounding in a near tie; from that step on the runs diverge.
 """
 
 import argparse
@@ -24,7 +24,8 @@ DENSE = [
     "context=2 fsdp=2 tensor=2", "context=2 data=2 tensor=2", "context=2 data=2 fsdp=2",
     "fsdp=2 tensor=4 sharding.residual=[context,tensor]", "context=2 tensor=4 sharding.residual=[context,tensor]",
     "stage=4 data=2", "stage=2 fsdp=4", "stage=2 fsdp=4 model.pipeline.num_repeats=2", "stage=2 tensor=2 fsdp=2",
-    "stage=2 context=2 tensor=2", "fsdp=8 optimizer.offload_state=true model.remat=full model.activation_offload=[layer_input]",
+    "stage=2 context=2 tensor=2", 
+    "fsdp=8 optimizer.offload_state=true model.remat=full model.activation_offload=[layer_input]",
 ]  # fmt: skip
 MOE = [
     "expert=4 data=2", "expert=2 fsdp=4", "expert=4 tensor=2", "expert=2 tensor=2 fsdp=2", "expert=2 context=4",
@@ -39,7 +40,7 @@ CROSSING = [
     (4, 2, "dense", ["fsdp=8", "tensor=4 fsdp=2", "context=8", "stage=4 data=2"]),
     (4, 2, "moe", ["expert=8", "stage=2 expert=4"]),
 ]
-# Four layers that stages can share; a first one without experts is beside them.
+# Four layers divide over the stages; the MoE model has a dense first layer in addition.
 MODELS = {"dense": ("tiny model.num_layers=4", DENSE), "moe": ("tiny_moe model.num_layers=5", MOE)}
 COMMON = [
     "source=[python_stdlib]", "tokenizer=bytes", "data.packing=best_fit", "data.seq_len=128", "data.batch_size=16",
@@ -57,8 +58,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--only", choices=MODELS)
-    parser.add_argument("--write", default="", help="the page to write")
-    parser.add_argument("--processes", action="store_true", help="the table of several processes beside one")
+    parser.add_argument("--write", default="", help="Markdown page to write")
+    parser.add_argument("--processes", action="store_true", help="compare several processes with one")
     options = parser.parse_args()
     if options.processes:
         print(processes(options.steps))
@@ -96,7 +97,7 @@ def main() -> None:
 
 
 def processes(steps: int) -> str:
-    """Each mesh over several processes of this machine beside the same mesh in one."""
+    """Compares each mesh over several processes of this machine with the same mesh in one process."""
     lines = ["| processes x devices | model | mesh | losses | gradients |", "|---|---|---|---:|---:|"]
     with tempfile.TemporaryDirectory() as folder:
         for count, devices, name, meshes in CROSSING:
@@ -137,8 +138,8 @@ PAGE = """# One run on every mesh
 `python benchmarks/meshes.py --write docs/meshes.md`: {steps} steps of the same model, packed documents and seed on 8
 fake CPU devices. The largest relative differences of losses and of norms of gradients from those of one device in the
 same dtype of activations (the rounding of bfloat16 differs with the order of sums; weights stay in float32). Where two
-experts are as good, rounding chooses: the step at which a mesh first sends a token elsewhere stands in the last column,
-seen by the loads of experts. From there on these are two runs.
+experts score equally, rounding decides: the last column is the first step at which a mesh routes a token differently,
+detected by expert loads. From that step on the runs diverge.
 
 {table}
 """

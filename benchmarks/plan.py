@@ -1,12 +1,12 @@
-"""The table of docs/plan.md: memory as `meshwright plan` estimates it beside what XLA allocates for the same step.
+"""Generates the table of docs/plan.md: memory estimates of `meshwright plan` compared with XLA's allocation.
 
     python benchmarks/plan.py [--only cpu|h100|v5e|v5p|v6e] [--write docs/plan.md]
     python benchmarks/plan.py --published
     python benchmarks/plan.py --sizes [--only h100] [--results FILE]
     python benchmarks/plan.py --depth
 
-Each case is one command, `meshwright plan ... compile=true`, in a process of its own. Targets whose plugin is not
-installed are left out, and said. TPU programs take minutes to compile.
+Each case is one command, `meshwright plan ... compile=true`, in a separate process. Targets without an installed
+plugin are skipped and listed. TPU programs take minutes to compile.
 """
 
 import argparse
@@ -86,13 +86,15 @@ DEPTHS = (8, 16, 32, 64, 128)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="targets that begin so")
-    parser.add_argument("--results", default="", help="a JSON-lines file to go on with")
-    parser.add_argument("--write", default="", help="the page whose table is replaced")
-    parser.add_argument("--again", action="store_true", help="estimate anew what --results holds; nothing is compiled")
-    parser.add_argument("--published", action="store_true", help="the other table: speed beside published runs")
-    parser.add_argument("--sizes", action="store_true", help="the table of Llama 3 by size and number of devices")
-    parser.add_argument("--depth", action="store_true", help="the time to compile by number of layers")
+    parser.add_argument("--only", default="", help="only targets with this prefix")
+    parser.add_argument("--results", default="", help="JSON-lines file to resume from")
+    parser.add_argument("--write", default="", help="Markdown page whose table is replaced")
+    parser.add_argument("--again", action="store_true", help="repeat the estimates of --results without compiling")
+    parser.add_argument(
+        "--published", action="store_true", help="print the table of speed compared with published runs"
+    )
+    parser.add_argument("--sizes", action="store_true", help="print the table of Llama 3 by size and number of devices")
+    parser.add_argument("--depth", action="store_true", help="print compilation time by number of layers")
     options = parser.parse_args()
     if options.published:
         print(published())

@@ -1,10 +1,10 @@
-"""From the command to the first step: `meshwright train experiment=hello` beside a GPT of its size in PyTorch.
+"""Start-up time benchmark: `meshwright train experiment=hello` to the first step, compared with a PyTorch GPT.
 
     python benchmarks/start.py [--rounds 5] [--results FOLDER]
 
-Cold: nothing is compiled, no data prepared, no tokenizer made. Warm: the same command once more. Each is a process,
-ended at its first step; ours says itself what the time went into. Beside it PyTorch with `torch.compile` and without,
-whose caches are cold and warm alike, on random tokens: it reads no data. `--help` too.
+Cold: no compilation cache, token shards or tokenizer. Warm: the same command again. Each process is ended at its first
+step; meshwright prints a breakdown of the time. PyTorch runs with and without `torch.compile`, with cold and warm
+caches, on random tokens without reading data. Also measures `--help`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ NANOGPT = """
 import sys
 sys.path.insert(0, {here!r})
 import torch
-from beside.nanogpt import GPT, make_step
+from peers.nanogpt import GPT, make_step
 model = GPT(*{shape})
 run = torch.compile(model) if {compiled} else model
 tokens = torch.randint(0, {shape}[0], (8, {shape}[1] + 1)).numpy()
@@ -36,8 +36,8 @@ print("start-up", flush=True)
 """
 
 
-def first_line(command: list[str], environment: dict[str, str], beginning: str) -> tuple[float, str]:
-    """(seconds until a line begins so, the line); the process is ended there."""
+def first_line(command: list[str], environment: dict[str, str], prefix: str) -> tuple[float, str]:
+    """Returns (seconds until a line starts with `prefix`, the line) and ends the process."""
     start = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
@@ -46,12 +46,12 @@ def first_line(command: list[str], environment: dict[str, str], beginning: str) 
     try:
         for line in process.stdout or ():
             said.append(line)
-            if line.startswith(beginning):
+            if line.startswith(prefix):
                 return time.perf_counter() - start, line.strip()
     finally:
         process.kill()
         process.wait()
-    sys.exit(f"{' '.join(command)}: no {beginning!r} in\n{''.join(said)}")
+    sys.exit(f"{' '.join(command)}: no line starts with {prefix!r} in\n{''.join(said)}")
 
 
 def ours(folder: str) -> tuple[float, str]:

@@ -1,15 +1,15 @@
-"""A training step on this CPU: tokens a second beside PyTorch, transformers and a step written by hand in JAX.
+"""CPU training step benchmark: tokens/s compared with PyTorch, transformers and a hand-written JAX step.
 
     python benchmarks/step.py [--models gpt2,10m] [--dtypes float32,bfloat16] [--rounds 5] [OVERRIDES]
 
 GPT-2 124M (context 256, batch 4) and a model of 10 million parameters of the same kind (context 256, batch 16), AdamW,
-clipping, weights in float32. All begin with the same weights and see the same tokens; the losses of the first steps
-are compared, and where they differ by more than 1e-4 (bfloat16: 1e-2), relative, it ends with 1. Then the trainer and
-each of the others take turns, two at a time.
+gradient clipping, weights in float32. All start from the same weights and train on the same tokens. Exits with 1 if the
+losses of the first steps differ by more than 1e-4 (bfloat16: 1e-2), relative. Then the trainer alternates with each of
+the others, two processes at a time.
 
-FLOPs: six for each weight of a matrix product and token, and attention over the half of a row that is seen; what is
-computed again is not counted. The rate beside them is that of one large product [2048, 2048] in JAX, measured in turns
-with the steps. Overrides (`model.scan_unroll=0`) are those of `meshwright train`.
+FLOPs: six per matmul weight and token, plus causal attention (half of a row); recomputation is not counted. The
+reference rate is that of a [2048, 2048] matmul in JAX, alternating with the steps. Overrides (`model.scan_unroll=0`)
+are those of `meshwright train`.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def meshwright(folder: str, shape: Shape, precision: str, overrides: Sequence[st
     rate, b1, b2, eps, weight_decay, clip = OPTIMIZER
     given = [
         "model=gpt2", f"model.vocab_size={shape.vocab}", f"model.max_seq_len={shape.length}",
-        f"model.num_layers={shape.layers}", f"model.embed_dim={shape.width}", f"model.mlp.intermediate_dim={4 * shape.width}",
+        f"model.num_layers={shape.layers}", f"model.embed_dim={shape.width}",
+        f"model.mlp.intermediate_dim={4 * shape.width}",
         f"model.attention.num_heads={shape.heads}", f"model.attention.num_kv_heads={shape.heads}",
         f"model.attention.head_dim={shape.width // shape.heads}", f"model.dtype={precision}", "optimizer=adamw",
         f"optimizer.learning_rate={rate}", f"optimizer.b1={b1}", f"optimizer.b2={b2}", f"optimizer.eps={eps}",
@@ -116,14 +117,14 @@ def meshwright(folder: str, shape: Shape, precision: str, overrides: Sequence[st
 
 
 def bare(folder: str, shape: Shape, precision: str):
-    from beside.bare import make_turn
+    from peers.bare import make_turn
 
     return make_turn(folder, shape.heads, precision, OPTIMIZER, batches(shape))
 
 
 def torch_step(folder: str, shape: Shape, precision: str, compiled: bool):
     import torch
-    from beside.nanogpt import make_step, read_gpt2
+    from peers.nanogpt import make_step, read_gpt2
 
     model = read_gpt2(folder, shape.vocab, shape.length, shape.layers, shape.width, shape.heads)
     run = torch.compile(model) if compiled else model
@@ -132,7 +133,7 @@ def torch_step(folder: str, shape: Shape, precision: str, compiled: bool):
 
 def transformers_step(folder: str, shape: Shape, precision: str):
     import torch.nn.functional as F
-    from beside.nanogpt import make_step
+    from peers.nanogpt import make_step
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa").train()
@@ -165,9 +166,9 @@ def contestants(folder: str, shape: Shape, precision: str, overrides: list[str])
 
 
 def measured(name: str, precision: str, only: list[str], rounds: int, steps: int, overrides: list[str]) -> dict:
-    """Of one model in one precision: the trainer beside each of the others, two at a time, so that memory is free."""
+    """Compares the trainer with each other framework for one model and precision, two processes at a time."""
     shape = SHAPES[name]
-    found: dict = {"model": name, "dtype": precision, "shape": asdict(shape), "flops": shape.flops, "beside": {}}
+    found: dict = {"model": name, "dtype": precision, "shape": asdict(shape), "flops": shape.flops, "peers": {}}
     with tempfile.TemporaryDirectory() as folder:
         write_weights(Path(folder), shape)
         entered = contestants(folder, shape, precision, overrides)
@@ -182,7 +183,7 @@ def measured(name: str, precision: str, only: list[str], rounds: int, steps: int
                 print(f"{name} {precision}: {who}: {losses[who]}, off by {off:.1e}", flush=True)
                 seats["matmul"] = turns.seat(stack, Contestant(matmul, {"precision": precision}))
                 seconds, results = turns.take_turns(seats, rounds, steps)
-                found["beside"][who] = {
+                found["peers"][who] = {
                     "seconds": {each: seconds[each] for each in (OURS, who)}, "matmul": results["matmul"], "off": off,
                     "losses": losses, "first_step": first, "bytes": {each: seats[each].bytes for each in (OURS, who)},
                 }  # fmt: skip
@@ -191,13 +192,13 @@ def measured(name: str, precision: str, only: list[str], rounds: int, steps: int
 
 def table(results: list[dict]) -> str:
     lines = [
-        "| model | dtype | | tokens/s | beside it meshwright | is faster by | share of the matmul rate: it "
-        "| meshwright | memory: it | meshwright |",
+        "| model | dtype | | tokens/s | meshwright tokens/s | speedup | fraction of matmul rate "
+        "| meshwright | memory | meshwright |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
         tokens = r["shape"]["batch"] * r["shape"]["length"]
-        for who, pair in r["beside"].items():
+        for who, pair in r["peers"].items():
             seconds, cells = pair["seconds"], []
             rates = {each: Spread.of([tokens / s for s in found]) for each, found in seconds.items()}
             for each in (who, OURS):
@@ -214,9 +215,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="gpt2,10m")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--only", default="", help="contestants, by name, with commas; else all")
+    parser.add_argument("--only", default="", help="comma-separated frameworks; default: all")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="of each, in each round")
+    parser.add_argument("--steps", type=int, default=2, help="steps per framework and round")
     parser.add_argument("--results", default="benchmarks/results")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
@@ -229,19 +230,19 @@ def main() -> None:
     groups = {}
     for r in results:
         rate = lambda found, tokens=r["shape"]["batch"] * r["shape"]["length"]: Spread.of([tokens / s for s in found])
-        ours = [s for pair in r["beside"].values() for s in pair["seconds"][OURS]]
-        bars = {OURS: rate(ours)} | {who: rate(pair["seconds"][who]) for who, pair in r["beside"].items()}
+        ours = [s for pair in r["peers"].values() for s in pair["seconds"][OURS]]
+        bars = {OURS: rate(ours)} | {who: rate(pair["seconds"][who]) for who, pair in r["peers"].items()}
         groups[f"{r['model']}, {r['dtype']}"] = bars
     turns.draw_bars(path.with_suffix(".png"), "A training step on this CPU", groups, "tokens/s")
     print(f"\n{turns.in_words(found['machine'])}\n\n{table(results)}\n\n{path} and {path.with_suffix('.png').name}")
     apart = [
         f"{r['model']} {r['dtype']} {who} {pair['off']:.1e}"
         for r in results
-        for who, pair in r["beside"].items()
+        for who, pair in r["peers"].items()
         if pair["off"] > TOLERANCE[r["dtype"]]
     ]
     if apart:
-        sys.exit(f"losses are not alike: {'; '.join(apart)}")
+        sys.exit(f"losses differ: {'; '.join(apart)}")
 
 
 if __name__ == "__main__":

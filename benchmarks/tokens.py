@@ -1,11 +1,10 @@
-"""The data path: tokens a second of one core, from prepared shards, and while they are made.
+"""Data pipeline benchmark: tokens/s of one core when reading token shards and when tokenizing.
 
     python benchmarks/tokens.py [--rounds 5] [--results FOLDER]
 
-Batches of 8 rows of 2,048 tokens out of the shards of Python's own library, as a run of several epochs takes them:
-concatenated, and packed by best fit; beside a plain read of the same bytes from a memory map into an array of the same
-size. Each in a process that may use one core. Tokenising, with what it writes: the same library by bytes and by
-SentencePiece.
+Reads batches of 8 rows of 2,048 tokens from shards of Python's standard library over several epochs, concatenated and
+packed by best fit, compared with copying the same bytes from a memory map. Each process uses one core. Tokenizes the
+same library (including writes) by bytes and by SentencePiece.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The best learning rate at several widths, with rates that follow from the width (muP) and without.
+"""Learning rate transfer: the best learning rate at several widths, with and without muP.
 
     python benchmarks/transfer.py [--widths 64,128,256] [--rates 1e-3,2e-3,4e-3,8e-3,1.6e-2] [--steps 300]
                                   [--output transfer.png] [hydra overrides]
 
-Models like `model=tiny` read Python's standard library, byte by byte, from the same batches; the loss is the mean over
-the last tenth of the steps, under a linear decay. One program for each width trains at all rates.
+Trains models like `model=tiny` on the bytes of Python's standard library with the same batches and linear decay; the
+loss is the mean over the last tenth of the steps. One compiled program per width trains at all rates.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
         batches = [jax.device_get(source.next_batch(None)) for _ in range(options.steps)]
         source.close()
     found = {}
-    for name, base in ((f"base_width={widths[0]}", widths[0]), ("standard", None)):
+    for name, base in ((f"mup_base_width={widths[0]}", widths[0]), ("standard", None)):
         for width in widths:
             wide = replace(at_width(model, width), mup_base_width=base)
             found[name, width] = losses(config, corpora, wide, rates, batches)

@@ -1,6 +1,6 @@
-"""Contestants that take turns, each in a process of its own: a machine whose speed drifts is the same for all of them.
+"""Interleaved benchmarks: contestants run in separate processes and alternate, so that machine speed drifts cancel out.
 
-Those that wait hold their memory and use no core. A benchmark says what each is, and gets the seconds of every turn.
+Waiting processes hold their memory but use no core. A benchmark defines the contestants and gets the seconds per turn.
 """
 
 import json
@@ -19,12 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-Turn = Callable[[], Any]  # does the work once, to its end; what it gives is sent home
+Turn = Callable[[], Any]  # runs the work once; its result is returned to the parent process
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`make(**args)` gives the turn, in the contestant's own process, whose environment has `env` besides."""
+    """A benchmarked implementation: `make(**args)` returns the turn; `env` is added to the process environment."""
 
     make: Callable[..., Turn]
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -33,22 +33,22 @@ class Contestant:
 
 @dataclass
 class Seat:
-    """A contestant's process, seen from outside."""
+    """Handle of a contestant's process."""
 
     pipe: Any
     process: Any
-    ready: float  # seconds until it could take a turn
-    bytes: int = 0  # the most that it held so far
+    ready: float  # seconds until the first turn could start
+    bytes: int = 0  # peak memory so far
 
     def turns(self, count: int) -> tuple[list[float], list[Any]]:
-        """Seconds and results of so many turns."""
+        """Runs `count` turns; returns their seconds and results."""
         self.pipe.send(count)
         seconds, results, self.bytes = _received(self.pipe)
         return seconds, results
 
 
 class Failed(Exception):
-    """A contestant's process ended, or raised; what it said is in the message."""
+    """A contestant's process ended or raised; the message contains its error."""
 
 
 def _received(pipe: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Valid ranges of single keys, declared in the metadata of config fields.
+"""Range checks of single keys, declared in the metadata of config fields.
 
-`field(default=1, metadata={"min": 1})`: `min` and `max` are valid values themselves, `above` and `base` are not. Of a
-list or dict the range holds for each element; null is always valid. `hint` ends the message, as "0 turns it off".
+`field(default=1, metadata={"min": 1})`: `min` and `max` are inclusive, `above` and `below` exclusive. For a list or
+dict the range applies to each element; null is always valid. `hint` is appended to the error, e.g. "0 disables it".
 """
 
 import operator
@@ -14,14 +14,14 @@ _WORDS = {"min": "at least", "above": "above", "max": "at most", "below": "below
 
 
 def check_ranges(config: Any, path: str = "") -> None:
-    """Checks all fields below a config dataclass. `path`: its key, as "objective".
+    """Checks all fields of a config dataclass and of nested ones. `path`: its key, e.g. "objective".
 
     Raises: ValueError naming the full key, its value, the range and the nearest valid value.
     """
     for key, value, allowed, hint in _ranged(config, path):
         for each in value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]:
-            if each is not None and not _inside(each, allowed):
-                raise ValueError(f"{key}={value}: must be {in_words(allowed)}{_nearest(each, allowed)}{hint}")
+            if each is not None and not _in_range(each, allowed):
+                raise ValueError(f"{key}={value}: must be {describe_range(allowed)}{_nearest(each, allowed)}{hint}")
 
 
 def _ranged(config: Any, path: str) -> Iterator[tuple[str, Any, dict[str, float], str]]:
@@ -35,12 +35,12 @@ def _ranged(config: Any, path: str) -> Iterator[tuple[str, Any, dict[str, float]
                 yield from _ranged(inner, key if name is None else f"{key}.{name}")
 
 
-def _inside(value: float, allowed: dict[str, float]) -> bool:
+def _in_range(value: float, allowed: dict[str, float]) -> bool:
     return all(_TESTS[bound](value, limit) for bound, limit in allowed.items())
 
 
-def in_words(allowed: dict[str, float]) -> str:
-    """A range as text: "at least 0 and below 1"."""
+def describe_range(allowed: dict[str, float]) -> str:
+    """Formats a range as text, e.g. "at least 0 and below 1"."""
     if allowed.keys() == {"min", "max"}:
         return f"from {allowed['min']:g} to {allowed['max']:g}"
     return " and ".join(f"{_WORDS[bound]} {allowed[bound]:g}" for bound in _TESTS if bound in allowed)

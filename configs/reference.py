@@ -1,8 +1,8 @@
-"""Reference of every key, read from the sources of the config classes without importing them.
+"""Reference of all config keys, parsed from the source of the config classes without importing them.
 
-`ast` reads a class in a few milliseconds; importing it would import JAX. A field's documentation is its trailing
-comment, or the comment lines directly above it; an option's is the first sentence of its class, or the leading comment
-of its YAML file.
+Parsing a class with `ast` takes a few milliseconds, whereas importing it would import JAX. A field is documented by its
+trailing comment or the comment lines directly above it; an option by the first sentence of its class docstring or the
+leading comment of its YAML file.
 """
 
 import ast
@@ -20,7 +20,7 @@ PLURALS = {"integer": "integers", "number": "numbers", "text": "texts"}
 
 @dataclass(frozen=True)
 class Choice:
-    """A value of a menu, or an option of a group."""
+    """A value of an enum, or an option of a group."""
 
     name: str
     doc: str
@@ -28,15 +28,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the command line."""
+    """A config key of the command line."""
 
     path: str  # as on the command line; keys of a task have no prefix
     type: str
-    default: str  # as the command line would have it; "required" where there is none
+    default: str  # in command-line syntax; "required" if there is no default
     doc: str
-    choices: tuple[Choice, ...] = ()  # the menu, where there is one
+    choices: tuple[Choice, ...] = ()  # valid values of an enum
     bounds: str = ""  # "min 0, max 1"
-    group: str = ""  # the group whose option has the key; "" for keys that every run has
+    group: str = ""  # group whose option defines the key; "" for keys of every run
     option: str = ""
 
     @property
@@ -46,7 +46,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a config class, as its source has it."""
+    """A field of a config class, as parsed from its source."""
 
     name: str
     annotation: ast.expr
@@ -56,13 +56,13 @@ class Field:
 
 
 class Source:
-    """One module: its classes, imports and constants, by name. A statement is parsed when it is asked for."""
+    """Classes, imports and constants of a module, by name. Statements are parsed lazily."""
 
     def __init__(self, module: str) -> None:
         file = ROOT / f"{module.replace('.', '/')}.py"
         text = (file if file.exists() else ROOT / module.replace(".", "/") / "__init__.py").read_text()
         self.lines = text.splitlines()
-        self.starts: dict[str, int] = {}  # the first line of each class and constant
+        self.starts: dict[str, int] = {}  # first line of each class and constant
         self.imports: dict[str, tuple[str, str]] = {}
         for number, line in enumerate(self.lines):
             if found := re.match(r"(?:class (\w+)|([A-Z_]+)(?:: .*)? = )", line):
@@ -73,7 +73,7 @@ class Source:
                 self.imports[other or original] = (where, original)
 
     def statement(self, name: str) -> ast.stmt | None:
-        """A class up to its first method, or an assignment; None where the module has none of that name."""
+        """Returns a class up to its first method, or an assignment; None if the module defines no such name."""
         if name not in self.starts:
             return None
         start = stop = self.starts[name]
@@ -84,12 +84,12 @@ class Source:
         return ast.increment_lineno(ast.parse("\n".join(self.lines[start:stop])), start).body[0]
 
     def value(self, name: str) -> ast.expr | None:
-        """What a constant is; None where the module has none of that name."""
+        """Returns the value of a constant; None if the module defines no such name."""
         statement = self.statement(name)
         return statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
 
     def comment(self, node: ast.stmt) -> str:
-        """The comment of a statement: the lines directly above it, comments within it, the trailing one."""
+        """Returns the comment of a statement: lines directly above it, comments within it and the trailing comment."""
         assert node.end_lineno is not None and node.end_col_offset is not None
         above, line = [], node.lineno - 2
         while line >= 0 and self.lines[line].strip().startswith("#"):
@@ -106,13 +106,13 @@ source = cache(Source)
 
 @cache
 def find_class(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
-    """Where a name that `module` uses is defined; None for what is no class of ours."""
-    here = source(module)
-    node = here.statement(name)
+    """Returns (defining module, class) of a name used in `module`; None if it is not a class of this project."""
+    parsed = source(module)
+    node = parsed.statement(name)
     if isinstance(node, ast.ClassDef):
         return module, node
-    if name in here.imports:
-        where, original = here.imports[name]
+    if name in parsed.imports:
+        where, original = parsed.imports[name]
         if (ROOT / where.partition(".")[0]).is_dir():
             return find_class(where, original)
     return None
@@ -120,7 +120,7 @@ def find_class(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
 
 @cache
 def fields_of(module: str, name: str) -> dict[str, Field]:
-    """The fields of a dataclass, those of its bases first."""
+    """Returns the fields of a dataclass, those of its bases first."""
     found = find_class(module, name)
     if found is None:
         return {}
@@ -139,7 +139,7 @@ def fields_of(module: str, name: str) -> dict[str, Field]:
 
 @cache
 def menu_of(module: str, name: str) -> tuple[Choice, ...]:
-    """The members of an enum; empty for another class."""
+    """Returns the members of an enum; empty for other classes."""
     found = find_class(module, name)
     if found is None or not any(ast.unparse(base) in ("enum.Enum", "Enum") for base in found[1].bases):
         return ()
@@ -151,26 +151,26 @@ def menu_of(module: str, name: str) -> tuple[Choice, ...]:
     )
 
 
-def in_words(annotation: ast.expr, module: str) -> str:
-    """A type as a reader says it: `list[int]` is a list of integers."""
+def describe_type(annotation: ast.expr, module: str) -> str:
+    """Returns a readable name of a type: `list[int]` is "list of integers"."""
     if isinstance(annotation, ast.BinOp):
-        return f"{in_words(annotation.left, module)} or {in_words(annotation.right, module)}"
+        return f"{describe_type(annotation.left, module)} or {describe_type(annotation.right, module)}"
     if isinstance(annotation, ast.Constant):
         return "null" if annotation.value is None else str(annotation.value)
     if isinstance(annotation, ast.Subscript):
         inner = annotation.slice
         if ast.unparse(annotation.value) == "list":
-            words = in_words(inner, module)
+            words = describe_type(inner, module)
             return f"list of {PLURALS.get(words, words)}"
         if ast.unparse(annotation.value) == "dict" and isinstance(inner, ast.Tuple):
-            return "mapping of " + " to ".join(in_words(part, module) for part in inner.elts)
-        return in_words(inner if not isinstance(inner, ast.Tuple) else inner.elts[0], module)  # Annotated
+            return "mapping of " + " to ".join(describe_type(part, module) for part in inner.elts)
+        return describe_type(inner if not isinstance(inner, ast.Tuple) else inner.elts[0], module)  # Annotated
     name = ast.unparse(annotation)
     return "one word" if menu_of(module, name) else WORDS.get(name, name)
 
 
 def default_of(field: Field) -> tuple[str, str]:
-    """(the default as the command line has it, its bounds)."""
+    """Returns (default in command-line syntax, bounds)."""
     return _value(field.default, field.module), _bounds(field.default)
 
 
@@ -212,7 +212,7 @@ def _made(factory: ast.expr, module: str) -> str:
 
 
 def _bounds(node: ast.expr | None) -> str:
-    """Bounds that a field declares: `metadata={"min": 1}`, or by name in the call that makes it."""
+    """Returns the bounds of a field: from `metadata={"min": 1}`, or keyword arguments of its constructor call."""
     if not isinstance(node, ast.Call):
         return ""
     found: dict[str, ast.expr] = {}
@@ -229,9 +229,9 @@ def _bounds(node: ast.expr | None) -> str:
 def keys_of(
     module: str, name: str, prefix: str = "", group: str = "", option: str = "", below: str = ""
 ) -> Iterator[Key]:
-    """The keys of a config class and of the classes in it; `kind` is not one, as a group's option sets it.
+    """Yields the keys of a config class and of nested ones, except `kind`, which is set by the option of a group.
 
-    `base`: only this key, or those below it.
+    `below`: restricts the result to this key or keys below it.
     """
     first, _, rest = below.partition(".")
     for field in fields_of(module, name).values():
@@ -244,7 +244,7 @@ def keys_of(
         default, bounds = default_of(field)
         named = (node.id for node in ast.walk(field.annotation) if isinstance(node, ast.Name))
         choices = next((menu for each in named if (menu := menu_of(field.module, each))), ())
-        words = in_words(field.annotation, field.module)
+        words = describe_type(field.annotation, field.module)
         yield Key(f"{prefix}{field.name}", words, default, field.doc, choices, bounds, group, option)
 
 
@@ -256,13 +256,13 @@ SCHEMA = "configs.schema"
 
 @cache
 def classes() -> dict[str, dict[str, tuple[str, str]]]:
-    """By group and option: (module, class)."""
+    """Returns (module, class) by group and option."""
     found = _literal(SCHEMA, source(SCHEMA).value("GROUPS"))
     return {group: {option: _place(*place) for option, place in options.items()} for group, options in found.items()}
 
 
 def _literal(module: str, node: ast.expr | None) -> dict:
-    """A dict of names, which may be a constant of another module; leaves are (module, name)."""
+    """Evaluates a dict of names, which may be constants of other modules; leaves are (module, name)."""
     assert isinstance(node, ast.Dict)
     found: dict = {}
     for key, value in zip(node.keys, node.values, strict=True):
@@ -294,7 +294,7 @@ def _plain(module: str, name: str) -> dict:
 
 
 def package(group: str, option: str) -> str:
-    """The path of the keys of a group's option; "" for a task, whose keys need none."""
+    """Returns the path prefix of the keys of a group's option; "" for tasks, whose keys have none."""
     return "" if group == "task" else packages().get(group, group).format(option=option)
 
 
@@ -305,7 +305,7 @@ def tasks() -> tuple[str, ...]:
 
 @cache
 def groups() -> tuple[str, ...]:
-    """Groups that a command line chooses from, tasks aside."""
+    """Returns the groups of the command line, except tasks."""
     folders = (path.name for path in sorted(FOLDER.iterdir()) if any(path.glob("*.yaml")))
     return tuple(dict.fromkeys([*(group for group in classes() if group != "task"), *folders]))
 
@@ -318,7 +318,7 @@ def option_names(group: str) -> tuple[str, ...]:
 
 @cache
 def options(group: str) -> tuple[Choice, ...]:
-    """The options of a group, each with what it is."""
+    """Returns the options of a group with their descriptions."""
     found = [Choice(name, _summary(*place)) for name, place in classes().get(group, {}).items()]
     found += [Choice(path.stem, _leading_comment(path)) for path in sorted((FOLDER / group).glob("*.yaml"))]
     return tuple(found)
@@ -343,14 +343,14 @@ def _leading_comment(path: Path) -> str:
 
 @cache
 def default_options() -> dict[str, str]:
-    """The option that a group has where none is chosen."""
+    """Returns the default option of each group."""
     found = re.findall(r"^  - (\w+): \[?(\w*)\]?", (FOLDER / "root.yaml").read_text(), re.MULTILINE)
     return {group: option for group, option in found if option != "null"}
 
 
 @cache
 def common_keys(below: str = "") -> tuple[Key, ...]:
-    """Keys that every run has, whichever options it chooses; `base`: only this one, or those below it."""
+    """Returns keys that do not depend on group options; `below`: only this key or keys below it."""
     grouped = {package(group, "").rstrip(".") for group in groups()} | {"task", "data.sources.readers"}
     return tuple(
         key
@@ -361,7 +361,7 @@ def common_keys(below: str = "") -> tuple[Key, ...]:
 
 @cache
 def option_keys(group: str, option: str) -> tuple[Key, ...]:
-    """Keys of one option of a group; of a YAML option those of the group's class."""
+    """Returns the keys of an option of a group; for a YAML option those of the group's class."""
     place = classes().get(group, {}).get(option)
     if place is None and group in classes():
         place = next(iter(classes()[group].values()))
@@ -375,12 +375,12 @@ def option_keys(group: str, option: str) -> tuple[Key, ...]:
 
 @cache
 def aliases() -> dict[str, dict[str, str]]:
-    """By task: names of keys that differ from those of their fields."""
+    """Returns by task the command-line names of keys that differ from their field names."""
     return _plain("configs.tasks", "ALIASES")
 
 
 def all_keys() -> list[Key]:
-    """Every key of the command line: those of every run, then those of each option of each group."""
+    """Returns all keys of the command line: common keys first, then those of each option of each group."""
     found = list(common_keys())
     for group, found_options in classes().items():
         for option in found_options:

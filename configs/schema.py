@@ -1,9 +1,9 @@
-"""What a run is: `RunConfig` and `GROUPS`, the one table from a name on the command line to a dataclass.
+"""Root config: `RunConfig`, and `GROUPS`, which maps option names of the command line to dataclasses.
 
-Defaults stand only in the dataclasses; a YAML file under this folder adds an option that differs from them. The
-dataclasses of models, optimizers, sources and so on stand beside the code that they configure; only tasks, launchers
-and sweeps, in `configs/tasks.py`, `launchers.py` and `sweeps.py`, are described in this layer, as what carries them out
-sits above it.
+Defaults are defined only in the dataclasses; a YAML file in this folder adds an option with different values. Config
+classes of models, optimizers, sources etc. are defined next to the code that they configure. Those of tasks, launchers
+and sweeps are in `configs/tasks.py`, `launchers.py` and `sweeps.py`, because their implementation in `launch` imports
+this package.
 """
 
 import enum
@@ -87,25 +87,25 @@ from trainer.tracker import TensorboardConfig, TrackerConfig, WandbConfig
 
 class Resume(enum.Enum):
     auto = "auto"  # resume from the newest checkpoint, or start the run
-    must = "must"  # fail where there is no checkpoint
-    never = "never"  # fail where there are checkpoints
+    must = "must"  # fail if there is no checkpoint
+    never = "never"  # fail if there are checkpoints
 
 
 @dataclass
 class RunConfig:
-    """One run, whole. Nobody below `launch` sees this class; functions take their own slice."""
+    """Complete config of a run. Packages below `launch` receive only the parts they need."""
 
-    run: str = "default"  # Name of the run and of its folder; the same name again resumes the run
-    output_dir: str = "runs"  # Folder of all runs, or the URL of one in an object store: s3://BUCKET/runs
-    seed: int = 0  # Seed of initialization, data order, dropout and sampling
-    # Number of simulated CPU devices, to try a mesh without hardware; null: the real devices
+    run: str = "default"  # name of the run and its folder; an existing name resumes that run
+    output_dir: str = "runs"  # folder of all runs, or an object store URL: s3://BUCKET/runs
+    seed: int = 0  # seed of initialization, data order, dropout and sampling
+    # number of simulated CPU devices, to test a mesh without hardware; null: use the real devices
     fake_devices: int | None = field(default=None, metadata={"min": 1, "hint": "null: the real devices"})
-    resume: Resume = Resume.auto  # Policy for a run that has checkpoints
-    # Initial weights: a run (NAME, FOLDER, NAME@STEP), hf:FOLDER, gguf:FILE or peft:FOLDER; null: random
+    resume: Resume = Resume.auto  # policy for a run that has checkpoints
+    # initial weights: a run (NAME, FOLDER, NAME@STEP), hf:FOLDER, gguf:FILE or peft:FOLDER; null: random
     init_from: str | None = None
-    prune: PruneConfig = field(default_factory=PruneConfig)  # Layers and units to keep of the weights of init_from
-    reset: list[str] = field(default_factory=list)  # State to discard when a run resumes, any of: optimizer, data, step
-    task: TaskConfig = field(default_factory=TaskConfig)  # Task, set by the first word of the command line
+    prune: PruneConfig = field(default_factory=PruneConfig)  # layers and units of init_from to keep
+    reset: list[str] = field(default_factory=list)  # state to discard on resume, any of: optimizer, data, step
+    task: TaskConfig = field(default_factory=TaskConfig)  # task, set by the first word of the command line
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -185,7 +185,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "sweep": {"search": SweepSearchConfig},
 }
 
-# Where the options of a group go, if not to the key of the group's name.
+# Config path of a group's options, if it is not the group's name.
 PACKAGES = {
     "source": "data.sources.{option}",
     "transform": "data.transform",
@@ -197,7 +197,7 @@ PACKAGES = {
 def register() -> None:
     """Registers every class of `GROUPS` with Hydra as an option of its group.
 
-    A YAML file under `configs/GROUP` adds an option: it sets what differs from the defaults of the group's class.
+    A YAML file in `configs/GROUP` adds an option with the values that differ from the defaults of the group's class.
     """
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
@@ -208,14 +208,14 @@ def register() -> None:
 
 
 def to_typed(node: Any) -> RunConfig:
-    """A composed Hydra config as a `RunConfig`, checked; see `validate`.
+    """Converts a composed Hydra config to a validated `RunConfig`.
 
     Raises: ValueError naming key, value, reason and fix.
     """
     missing = sorted(OmegaConf.missing_keys(node))
     if missing:
         key = missing[0]
-        raise ValueError(f"{key}=???: no value was given; set it on the command line: {key}=VALUE")
+        raise ValueError(f"{key}=???: required key without a value; set it on the command line: {key}=VALUE")
     config = OmegaConf.to_object(node)
     assert isinstance(config, RunConfig)
     validate(config)
@@ -223,7 +223,7 @@ def to_typed(node: Any) -> RunConfig:
 
 
 def from_saved(saved: dict[str, Any]) -> RunConfig:
-    """A `config.yaml` of a run folder as a `RunConfig`: each node says its class by `kind`."""
+    """Converts the `config.yaml` of a run folder to a `RunConfig`; `kind` selects the class of each node."""
     tree = OmegaConf.structured(RunConfig)
     plain = {key: value for key, value in saved.items() if key not in _POLYMORPHIC}
     tree = OmegaConf.merge(tree, {key: v for key, v in plain.items() if key not in ("data", "trackers")})
@@ -242,7 +242,7 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     return config
 
 
-_RETIRED_DATA = ("margins", "pairs_per_row", "negatives")  # of older runs: copies of what their objective says
+_RETIRED_DATA = ("margins", "pairs_per_row", "negatives")  # ignored in config.yaml: now properties of the objective
 
 _POLYMORPHIC = {
     "task": "task",
@@ -255,15 +255,15 @@ _POLYMORPHIC = {
 
 
 def typed_node(group: str, node: dict[str, Any]) -> Any:
-    """A saved node of a group as an OmegaConf node of the class that its `kind` names."""
+    """Converts a saved node of a group to an OmegaConf node of the class selected by its `kind`."""
     cls = GROUPS[group].get(node["kind"])
     if cls is None:
-        raise ValueError(f"{group}.kind={node['kind']}: no such {group}; known: {', '.join(GROUPS[group])}")
+        raise ValueError(f"{group}.kind={node['kind']}: unknown {group}; choose from: {', '.join(GROUPS[group])}")
     return OmegaConf.merge(OmegaConf.structured(cls), node)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain dicts, lists, numbers and words, for YAML and JSON."""
+    """Converts a config dataclass to dicts, lists, numbers and strings, for YAML and JSON."""
     if is_dataclass(config):
         return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}  # type: ignore[return-value]
     if isinstance(config, enum.Enum):
@@ -276,26 +276,28 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def validate(config: RunConfig) -> None:
-    """Checks the range of each key, and keys against each other.
+    """Checks the range of each key and the consistency of keys.
 
     Raises: ValueError naming key, value, reason and fix.
     """
     check_ranges(config)
     name = config.run
     if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>| '):
-        raise ValueError(f"run={name!r}: is the name of a folder: letters, digits, '.', '_' and '-' only")
+        raise ValueError(f"run={name!r}: not a valid folder name; use letters, digits, '.', '_' and '-' only")
     for key, value in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir or "")):
         check_url(value, key)
     unknown = set(config.reset) - {"optimizer", "data", "step"}
     if unknown:
-        raise ValueError(f"reset={config.reset}: {sorted(unknown)[0]!r} is none of optimizer, data, step")
+        raise ValueError(
+            f"reset={config.reset}: unknown state {sorted(unknown)[0]!r}; choose from: optimizer, data, step"
+        )
     sources = config.data.sources
     weights = config.data.mixture_weights
     if weights:
         if len(weights) != len(sources):
             raise ValueError(
-                f"data.mixture_weights={weights}: {len(weights)} numbers for {len(sources)} sources "
-                f"({', '.join(sources)}); give one for each, in that order"
+                f"data.mixture_weights={weights}: {len(weights)} weights for {len(sources)} sources; give one per "
+                f"source, in this order: {', '.join(sources)}"
             )
         for source, weight in zip(sources.values(), weights, strict=True):
             source.weight = weight
@@ -303,33 +305,33 @@ def validate(config: RunConfig) -> None:
     if any(given) and not all(given):
         without = [key for key, source in sources.items() if source.weight is None]
         raise ValueError(
-            f"data.sources.{without[0]}.weight=null: other sources have a weight, so this one needs one too"
+            f"data.sources.{without[0]}.weight=null: other sources have a weight; set a weight for each source or none"
         )
     config.model.validate()
     if config.prune.width.active and config.init_from is None:
-        raise ValueError("prune.width: prunes the weights of init_from; name some, or choose model.* instead")
+        raise ValueError("prune.width: needs weights to prune; set init_from, or set the sizes in model.* instead")
     config.adapter.validate()
-    products = config.model.matmul_precision
-    if config.adapter.active and products is not MatmulPrecision.full:
+    precision = config.model.matmul_precision
+    if config.adapter.active and precision is not MatmulPrecision.full:
         raise ValueError(
-            f"model.matmul_precision={products.name}: adapter.method={config.adapter.method.name} trains beside weights in a "
-            "form of their own; set model.matmul_precision=full (adapter=qlora keeps them in 4 bits)"
+            f"model.matmul_precision={precision.name}: not supported with adapter.method={config.adapter.method.name}; "
+            "set model.matmul_precision=full (adapter=qlora quantizes the frozen weights to 4 bits)"
         )
     config.launcher.validate()
     task = config.task
     if isinstance(task, TrainConfig) and task.profile_steps and len(task.profile_steps) != 2:
-        raise ValueError(f"task.profile_steps={task.profile_steps}: give [first, last]")
+        raise ValueError(f"task.profile_steps={task.profile_steps}: needs two steps; give [first, last]")
     if isinstance(task, SweepConfig):
         task.sweep.validate()
     if isinstance(task, ServeConfig) and isinstance(config.launcher, LocalConfig) and config.launcher.num_processes > 1:
         raise ValueError(
-            f"launcher.num_processes={config.launcher.num_processes}: serve runs in one process, with all devices of "
-            "its host; leave it out"
+            f"launcher.num_processes={config.launcher.num_processes}: serve runs in one process with all devices of "
+            "its host; remove the key"
         )
     if config.data.format in (DataFormat.chat, DataFormat.classification) and config.data.packing is Packing.concat:
         raise ValueError(
-            "data.packing=concat: would cut conversations and texts at the ends of rows, and answers would be learnt "
-            "without their questions; use data.packing=best_fit"
+            "data.packing=concat: splits conversations and texts across rows, so answers would be trained on without "
+            "their prompt; use data.packing=best_fit"
         )
     settle_outputs(config.data, config.objective, config.model)
     check_compatibility(config.data, config.objective, config.model, config.adapter)

@@ -1,14 +1,14 @@
-"""What a sweep varies, how it chooses, what is better, and which trials end early."""
+"""Config of sweeps: search space, search method, objective metric and pruning."""
 
 import enum
 from dataclasses import dataclass, field
 
 
 class Method(enum.Enum):
-    auto = "auto"  # grid where every key has a list of values, otherwise bayes
+    auto = "auto"  # grid if every key has a list of values, otherwise tpe
     grid = "grid"  # every combination, in order
     random = "random"  # independent draws
-    tpe = "tpe"  # random draws first, then the Tree-structured Parzen Estimator (Bergstra et al. 2011)
+    tpe = "tpe"  # Tree-structured Parzen Estimator after initial random trials (Bergstra et al. 2011)
 
 
 class Mode(enum.Enum):
@@ -17,31 +17,31 @@ class Mode(enum.Enum):
 
 
 class Pruning(enum.Enum):
-    none = "none"  # every trial trains to its end
+    none = "none"  # run every trial to completion
     median = "median"  # stop a trial that is worse at a step than the median of the others
     hyperband = "hyperband"  # successive halving at several budgets (Li et al. 2018)
 
 
 @dataclass
 class SweepSearchConfig:
-    """The search over the keys that vary."""
+    """Hyperparameter search over the keys with several values."""
 
-    # Values of each key that varies, as the command line has them: 2,4,8 or 1e-4..1e-2 or log:1e-4..1e-2
+    # search space by key, in command-line syntax: 2,4,8 or 1e-4..1e-2 or log:1e-4..1e-2
     parameters: dict[str, str] = field(default_factory=dict)
-    method: Method = Method.auto  # Search method
-    # Number of trials in total, including those of earlier starts; null: every point of a grid, otherwise 20
+    method: Method = Method.auto  # search method
+    # total number of trials, including those of earlier starts; null: all points of a grid, otherwise 20
     trials: int | None = field(default=None, metadata={"min": 1})
-    max_concurrent_trials: int = field(default=1, metadata={"min": 1})  # Trials that run at once
-    seed: int = 0  # Seed of the search; every trial trains with the seed of the run
-    # Metric to optimize, from metrics.jsonl: its last value; of train/... the mean over the last 50th of a run
+    max_concurrent_trials: int = field(default=1, metadata={"min": 1})  # maximum trials running at once
+    seed: int = 0  # seed of the search; every trial trains with the seed of the run
+    # metric from metrics.jsonl to optimize: its last value; for train/... the mean over the last 2 % of a run
     metric: str = "eval/loss"
-    mode: Mode = Mode.min  # Direction of the optimization
-    pruning: Pruning = Pruning.none  # Early stopping of trials
-    # Optimizer steps that every trial gets before it may be pruned
+    mode: Mode = Mode.min  # direction of the optimization
+    pruning: Pruning = Pruning.none  # early stopping of trials
+    # optimizer steps before a trial can be pruned
     warmup_steps: int = field(default=0, metadata={"min": 0})
-    # GPUs of this machine for each trial, with launcher=local; 0: every trial sees all of them
+    # GPUs of this machine per trial, with launcher=local; 0: every trial sees all of them
     gpus_per_trial: int = field(default=0, metadata={"min": 0})
-    retry_failed: bool = False  # Repeat the trials that failed
+    retry_failed: bool = False  # repeat failed trials
 
     def validate(self) -> None:
         """Raises: ValueError naming key, value, reason and fix."""

@@ -1,4 +1,4 @@
-"""The terminal: a live bar where there is one, elsewhere one line every so many steps."""
+"""Console output: a live progress bar on a terminal, otherwise one line every `log_every` steps."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,11 @@ from rich.text import Text
 from trainer.reliability.goodput import duration
 from trainer.tracker import NoopTracker
 
-_REDRAW = 0.1  # seconds between changes of the bar: formatting costs more than a step of a tiny model
+_REDRAW = 0.1  # minimum seconds between redraws: formatting takes longer than a step of a tiny model
 
 
 def rate(per_second: float) -> str:
-    """`842`, `12.3k`, `1.25M`: three figures."""
+    """Formats a rate with three significant digits: `842`, `12.3k`, `1.25M`."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if per_second >= size:
             scaled = per_second / size
@@ -28,7 +28,7 @@ def rate(per_second: float) -> str:
 
 
 def status(metrics: Mapping[str, float], *, short: bool = False) -> str:
-    """What is said of a training step in one line; `short`: so that a bar fits beside it in 80 columns."""
+    """Formats the metrics of a training step as one line; `short` leaves room for a bar in 80 columns."""
     parts = []
     if "train/loss" in metrics:
         parts.append(f"loss {metrics['train/loss']:.{3 if short else 4}f}")
@@ -42,18 +42,18 @@ def status(metrics: Mapping[str, float], *, short: bool = False) -> str:
 
 
 def evaluation_lines(step: int, metrics: Mapping[str, float]) -> list[str]:
-    """One line for each source, and one over all where there are several."""
+    """Formats evaluation metrics: one line per source, and one over all sources if there are several."""
     sources: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         kind, _, rest = name.partition("/")
         if kind == "eval":
             source, _, metric = rest.rpartition("/")
             sources.setdefault(source, {})[metric] = value
-    if len(sources) == 2 and "" in sources:  # one source: "over all" says the same
+    if len(sources) == 2 and "" in sources:  # with one source, the line over all sources is redundant
         del sources[""]
     lines = []
     for source, values in sources.items():
-        parts = [f"step {step}  held-out" + (f" {source}:" if source else ":")]
+        parts = [f"step {step}  validation" + (f" {source}:" if source else ":")]
         for metric, pattern in (
             ("loss", "loss {:.4f}"),
             ("perplexity", "perplexity {:.4g}"),
@@ -70,7 +70,7 @@ def evaluation_lines(step: int, metrics: Mapping[str, float]) -> list[str]:
 
 
 class _Clock:
-    """Time left, from the pace of the last steps; the first, which compiles, is not counted."""
+    """Estimates the remaining time from recent steps; the first step, which compiles, is excluded."""
 
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
@@ -87,7 +87,7 @@ class _Clock:
 
 
 class ConsoleTracker(NoopTracker):
-    """Loss, bits per byte, tokens/s, MFU, time left. Colour only on a terminal, never under NO_COLOR."""
+    """Prints loss, bits per byte, tokens/s, MFU and time left. Colors only on a terminal without NO_COLOR."""
 
     def __init__(
         self,
@@ -108,11 +108,11 @@ class ConsoleTracker(NoopTracker):
         self._drawn = 0.0
 
     def _start_bar(self) -> Progress:
-        """The bar appears with the first step, so that what is said before it stands above it."""
+        """Starts the bar at the first step, so that earlier output stays above it."""
         progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
-            # Where it is narrow, the bar shrinks first, then the status is cut; these two stay readable.
+            # On narrow terminals the bar shrinks first, then the status is truncated; step count and time are kept.
             MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self._num_steps)) + 1)),
             TextColumn("{task.fields[status]}", style="cyan", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[left]}", style="dim", table_column=Column(no_wrap=True, min_width=10)),
@@ -170,8 +170,10 @@ class ConsoleTracker(NoopTracker):
 
 @contextmanager
 def progress_bar(what: str, total: int | None = None, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on the terminal for work of `total` parts: call it with the number done, and with the total where that
-    was not known before. Nothing where there is no terminal."""
+    """Shows a progress bar; call the yielded function with the number of items done and, if unknown, the total.
+
+    Hidden without a terminal and on all processes but 0.
+    """
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = quiet or not console.is_terminal or jax.process_index() != 0

@@ -1,8 +1,7 @@
-"""Where numbers go: the terminal and `metrics.jsonl` always, W&B and TensorBoard where they are asked for.
+"""Metric trackers: console and `metrics.jsonl` always, W&B and TensorBoard if configured.
 
-Only process 0 has trackers. The JSONL file is the source of truth: each row is flushed as it is written,
-whereas W&B holds back its last rows in memory. A remote tracker that fails is named once and left out; it
-never ends a run.
+Only process 0 has trackers. The JSONL file is the source of truth: each row is written immediately, whereas W&B buffers
+its last rows in memory. An optional tracker that fails is reported once and disabled; it never ends a run.
 """
 
 import enum
@@ -18,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-START = "run/start"  # the number of a start after the first, at the step from which it went on
+START = "run/start"  # metric: number of a restart, logged at the step that it resumed from
 Metrics = Mapping[str, float]
 Say = Callable[[str], None]
 
 
 class Tracker(Protocol):
-    """One place that numbers go to."""
+    """Destination of metrics, texts and images."""
 
     def log_config(self, config: Mapping[str, Any]) -> None: ...
 
@@ -40,7 +39,7 @@ class Tracker(Protocol):
 
 
 class NoopTracker:
-    """A tracker that does nothing; the others override what they can show."""
+    """Tracker that does nothing; base class of trackers that support only some methods."""
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         pass
@@ -63,7 +62,7 @@ class NoopTracker:
 
 @dataclass
 class TrackerConfig:
-    """Base of all trackers that are a choice."""
+    """Base of all optional trackers."""
 
     kind: str = ""
 
@@ -83,10 +82,10 @@ class WandbConfig(TrackerConfig):
 
     kind: str = "wandb"
     project: str = "meshwright"  # W&B project
-    entity: str | None = None  # user or team; null: the account's default
-    group: str | None = None  # runs shown together
+    entity: str | None = None  # W&B user or team; null: the account's default
+    group: str | None = None  # W&B group, shown together
     tags: list[str] = field(default_factory=list)  # W&B tags
-    mode: WandbMode | None = None  # null: as WANDB_MODE says, else online
+    mode: WandbMode | None = None  # W&B mode; null: the environment variable WANDB_MODE, otherwise online
 
     def build(self, *, run_folder: Path, run_name: str, start_step: int) -> Tracker:
         return WandbTracker(self, run_folder=run_folder, run_name=run_name)
@@ -97,40 +96,40 @@ class TensorboardConfig(TrackerConfig):
     """TensorBoard event files in the run folder."""
 
     kind: str = "tensorboard"
-    flush_seconds: int = 10  # at most so many seconds of points are lost to a kill
+    flush_seconds: int = 10  # seconds between flushes; a kill loses at most this much
 
     def build(self, *, run_folder: Path, run_name: str, start_step: int) -> Tracker:
         return TensorboardTracker(run_folder / "tensorboard", flush_seconds=self.flush_seconds, start_step=start_step)
 
 
 class JsonlTracker(NoopTracker):
-    """`metrics.jsonl`: an object a line: `step`, `time` (seconds since 1970), metrics; null if not finite."""
+    """Writes `metrics.jsonl`: one object per line with `step`, `time` (Unix time) and metrics (null if not finite)."""
 
     def __init__(self, path: Path, *, start_step: int = 0):
-        """Drops rows of steps after `start_step`, which will be done again, and a line that a kill broke."""
+        """Drops rows of steps after `start_step`, which will be repeated, and lines truncated by a kill."""
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_rows(path, after=start_step)
         self._file = path.open("ab", buffering=0)
-        self._unwritten = b""  # rows that a full disk did not take
+        self._unwritten = b""  # rows not written yet because the disk is full
 
     def log(self, step: int, metrics: Metrics) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._unwritten += (json.dumps({"step": step, "time": time.time(), **values}) + "\n").encode()
-        whole = self._file.seek(0, os.SEEK_END)  # `tell` lies beyond it after a part that was cut off again
+        end = self._file.seek(0, os.SEEK_END)  # the file position is wrong after a partial write was truncated
         try:
             if self._file.write(self._unwritten) == len(self._unwritten):
                 self._unwritten = b""
                 return
         except OSError:
             pass
-        self._file.truncate(whole)
+        self._file.truncate(end)
 
     def finish(self, exit_code: int = 0) -> None:
         self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; lines that a kill broke are left out."""
+    """Reads the rows of a JSONL file and skips lines truncated by a kill."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
@@ -143,20 +142,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_rows(path: Path, *, after: int) -> None:
-    """Leaves whole rows with `step <= after`, by one rename: a kill leaves the old file or the new one."""
+    """Keeps valid rows with `step <= after`. Atomic: a kill leaves the old file or the new one."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["step"] <= after]
-    half = path.with_name(path.name + ".tmp")
-    half.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(half, path)
+    rows = [row for row in read_rows(path) if row["step"] <= after]
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
 
 
 class WandbTracker(NoopTracker):
-    """One W&B run for all starts of a run, by an id that is kept in the run's folder."""
+    """Logs to one W&B run across restarts, using an id stored in the run folder."""
 
     def __init__(self, config: WandbConfig, *, run_folder: Path, run_name: str):
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it looks up a host even when offline
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise it resolves a host name even when offline
         import wandb
 
         self._wandb = wandb
@@ -171,10 +170,10 @@ class WandbTracker(NoopTracker):
             id=wandb_id(run_folder, run_name),
             resume="allow",
             dir=str(run_folder),
-            # The remote of a checkout may hold a password; our own environment.json has the commit.
+            # The git remote URL may contain a password; environment.json records the commit.
             settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True),
         )
-        # Points are drawn at the step they name: W&B drops those whose own counter goes back after a kill.
+        # Plot against train/step: after a kill, W&B would drop points because its own step counter decreases.
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
         self._run.define_metric("eval/loss", step_metric="train/step", summary="min")
@@ -199,18 +198,18 @@ class WandbTracker(NoopTracker):
 
 
 def wandb_id(run_folder: Path, run_name: str) -> str:
-    """The run's name and eight random characters, made at its first start and read at the later ones.
+    """Returns the W&B run id: run name and eight random characters, created at the first start and then reused.
 
-    Not the name alone: another folder with a run of that name would go on in the W&B run of this one.
+    The name alone is not unique: a run of that name in another folder would resume the same W&B run.
     """
     path = run_folder / "wandb" / "id"
     if path.exists():
         return path.read_text().strip()
     path.parent.mkdir(parents=True, exist_ok=True)
     name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', run_name)[:55]}-{secrets.token_hex(4)}"
-    half = path.with_name("id.tmp")
-    half.write_text(name)
-    os.replace(half, path)
+    partial = path.with_name("id.tmp")
+    partial.write_text(name)
+    os.replace(partial, path)
     return name
 
 
@@ -218,7 +217,7 @@ _SECRET = re.compile(r"(^|_)(password|passwd|secret|api_key|access_key|access_to
 
 
 def without_secrets(config: Any, key: str = "") -> Any:
-    """`config` with the values of keys that are named like secrets hidden."""
+    """Returns `config` with the values of secret keys (passwords, tokens, API keys) replaced by `***`."""
     if isinstance(config, Mapping):
         return {name: without_secrets(value, str(name)) for name, value in config.items()}
     if isinstance(config, list | tuple):
@@ -227,10 +226,10 @@ def without_secrets(config: Any, key: str = "") -> Any:
 
 
 class TensorboardTracker(NoopTracker):
-    """Event files in `tensorboard/`, written without TensorFlow."""
+    """Writes TensorBoard event files without TensorFlow."""
 
     def __init__(self, folder: Path, *, flush_seconds: int = 10, start_step: int = 0):
-        """Raises: ValueError where tensorboardX is not installed."""
+        """Raises: ValueError if tensorboardX is not installed."""
         try:
             from tensorboardX import SummaryWriter
             from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
@@ -238,7 +237,7 @@ class TensorboardTracker(NoopTracker):
             raise ValueError(
                 "tracker=tensorboard: needs tensorboardX; install it with: pip install -e '.[tensorboard]'"
             ) from error
-        # Points at and after this step, drawn by a start that was killed, disappear from the plots.
+        # Hide points from this step on, written by an earlier start that was killed.
         purge = start_step + 1 if start_step else None
         self._summary = Summary
         self._writer = SummaryWriter(str(folder), flush_secs=flush_seconds, purge_step=purge)
@@ -247,7 +246,7 @@ class TensorboardTracker(NoopTracker):
         self._writer.add_text("config", f"```\n{json.dumps(without_secrets(config), indent=2, default=str)}\n```", 0)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        # One event for all: a call for each scalar takes milliseconds together.
+        # One event for all metrics: one call per scalar would take milliseconds in total.
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         writer = self._writer.file_writer
         assert writer is not None
@@ -269,7 +268,7 @@ class TensorboardTracker(NoopTracker):
 
 
 class Trackers:
-    """Several trackers as one. Those of `optional` are left out, with one line, when they fail."""
+    """Forwards to several trackers. Optional ones are disabled with one log line when they fail."""
 
     def __init__(
         self,
@@ -288,9 +287,9 @@ class Trackers:
         for name, tracker in list(self._optional.items()):
             try:
                 call(tracker)
-            except Exception as error:  # of any kind: the network's, the service's, the library's
+            except Exception as error:  # network, service or library error
                 del self._optional[name]
-                self._say(f"tracker {name} failed and is left out from here on: {_first_line(error)}")
+                self._say(f"tracker {name} failed and is disabled: {_first_line(error)}")
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.log_config(config))
@@ -308,7 +307,7 @@ class Trackers:
         self._each(lambda tracker: tracker.summary(values))
 
     def finish(self, exit_code: int = 0) -> None:
-        """To be called whatever happened: some trackers write their last rows now. Twice is harmless."""
+        """Flushes and closes all trackers. Call it also after an error; calling it twice is harmless."""
         self._each(lambda tracker: tracker.finish(exit_code))
         self._always, self._optional = [], {}
 
@@ -327,11 +326,11 @@ def build_trackers(
     start_step: int = 0,
     say: Say = print,
 ) -> Trackers:
-    """The trackers of a run. To be called on every process; only process 0 gets any.
+    """Builds the trackers of a run. Call it on every process; only process 0 gets trackers.
 
-    `always`: those that every run has, in addition to `metrics.jsonl`; an error of theirs ends the run.
+    `always`: trackers of every run, in addition to `metrics.jsonl`; their errors end the run.
 
-    Raises: ValueError where a tracker is not installed. One that cannot be reached is named and left out.
+    Raises: ValueError if a tracker is not installed. Unreachable trackers are reported and disabled.
     """
     import jax
 
@@ -343,7 +342,7 @@ def build_trackers(
             optional[name] = config.build(run_folder=run_folder, run_name=run_name, start_step=start_step)
         except ValueError:
             raise
-        except Exception as error:  # no account, no network: the run goes on without
-            say(f"tracker {name} is left out: {_first_line(error)}")
+        except Exception as error:  # no account or network: the run continues without this tracker
+            say(f"tracker {name} could not be started and is disabled: {_first_line(error)}")
     jsonl = JsonlTracker(run_folder / "metrics.jsonl", start_step=start_step)
     return Trackers([jsonl, *always], optional, say=say)

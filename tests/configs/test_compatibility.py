@@ -1,4 +1,4 @@
-"""What objectives need of data, models and frozen models, read as plain values."""
+"""Compatibility checks based on the requirements of objectives."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from trainer.objectives.reward import RewardConfig
 
 @dataclass
 class JudgedConfig(ObjectiveConfig):
-    """An objective that no table knows: checks read its needs only."""
+    """An unregistered objective: checks read only its requirements."""
 
     kind: str = "judged"
 
@@ -77,14 +77,14 @@ def test_a_head_that_the_objective_does_not_need_is_refused(objective, outputs):
     ("objective", "mask", "transform", "said"),
     [
         (KtoConfig(), AttentionMask.bidirectional, None, "predicts the next token"),
-        (PreferenceConfig(), AttentionMask.prefix, None, "knows no prompts"),
-        (MaskedLMConfig(), AttentionMask.causal, MlmConfig(), "predicts hidden tokens from both sides"),
-        (NextTokenConfig(), AttentionMask.causal, MlmConfig(), "learns next tokens; leave it out, or take phase=mlm"),
+        (PreferenceConfig(), AttentionMask.prefix, None, "does not support prefixes"),
+        (MaskedLMConfig(), AttentionMask.causal, MlmConfig(), "needs a bidirectional model"),
+        (NextTokenConfig(), AttentionMask.causal, MlmConfig(), "predicts next tokens; use transform=none, phase=mlm"),
         (
             MaskedLMConfig(),
             AttentionMask.bidirectional,
             None,
-            "learns what transform=mlm hides, not data.transform.kind=none",
+            "data.transform.kind=none: .* trains on tokens masked by transform=mlm",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every YAML composes, becomes typed, validates, and builds abstractly; what is saved comes back the same."""
+"""Every YAML file composes, validates and builds abstractly; saved configs are restored unchanged."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def hydra():
 
 
 def options():
-    """Every option of every group: a YAML file or a class."""
+    """Yields every option of every group: YAML files and classes."""
     for path in sorted(FOLDER.glob("*/*.yaml")):
         yield path.parent.name, path.stem
     for group, classes in GROUPS.items():
@@ -89,7 +89,7 @@ def test_every_class_of_a_group_is_a_config_that_knows_its_name(group, name):
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_no_yaml_restates_a_default(path):
     if path.parent.name in ("experiment", "phase", "model"):
-        pytest.skip("these set keys of any group, or a published model's sizes whole")
+        pytest.skip("these set keys of any group, or all sizes of a published model")
     name = path.stem
     group = path.parent.name
     cls = GROUPS[group].get(name) or next(iter(GROUPS[group].values()))

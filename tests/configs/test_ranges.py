@@ -1,4 +1,4 @@
-"""Ranges of single keys, declared where the keys are."""
+"""Range checks of single keys."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
 
@@ -68,7 +68,7 @@ def test_keys_of_a_run_are_checked_wherever_they_are(config, said):
 
 
 def test_every_range_is_one_that_is_read_and_holds_for_the_default():
-    """A misspelt bound would check nothing."""
+    """A misspelled bound would be ignored."""
     known = {"min", "max", "above", "below", "hint"}
 
     def classes(of: type):

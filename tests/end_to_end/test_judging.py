@@ -151,7 +151,7 @@ def test_a_judge_is_published_and_comes_back(home):
 
 
 MISTAKES = {
-    "no classes": (["train", "run=wrong", *COMMON, *PHASES["classify"], "data.classes=[]"], "name at least two"),
+    "no classes": (["train", "run=wrong", *COMMON, *PHASES["classify"], "data.classes=[]"], "needs at least two"),
     "other records": (
         ["train", "run=wrong", *COMMON, *PHASES["reward"], "data.format=text"],
         "phase=reward sets both",

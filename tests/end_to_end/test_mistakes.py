@@ -21,7 +21,7 @@ MISTAKES = {
     ),
     "adapters and products in 8 bits": (
         ["adapter=lora", "model.matmul_precision=int8"],
-        "model.matmul_precision=int8: adapter.method=lora trains beside weights",
+        "model.matmul_precision=int8: not supported with adapter.method=lora",
     ),
     "a word that is none of the menu": (["model.remat=half"], "model.remat=half: must be one of none, full"),
     "a batch that does not divide": (

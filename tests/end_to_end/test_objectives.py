@@ -90,14 +90,14 @@ def test_a_model_gets_new_modules_and_a_prefix_when_it_is_begun_from(home):
 
 
 MISTAKES = {
-    "an encoder does not predict": (["model.attention.mask=bidirectional"], "such a model sees; set"),
-    "another transform": (["phase=mlm", "transform=diffusion"], "learns what transform=mlm hides"),
+    "an encoder does not predict": (["model.attention.mask=bidirectional"], "a bidirectional model sees; set"),
+    "another transform": (["phase=mlm", "transform=diffusion"], "trains on tokens masked by transform=mlm"),
     "a causal model": (["phase=mlm", "model.attention.mask=causal"], "set model.attention.mask=bidirectional"),
-    "no modules": (["objective=multi_token"], "model.mtp_num_layers=0: objective=multi_token trains modules"),
-    "modules for nothing": (["model.mtp_num_layers=1"], "does not train them; take objective=multi_token"),
+    "no modules": (["objective=multi_token"], "model.mtp_num_layers=0: objective=multi_token needs multi-token prediction modules"),
+    "modules for nothing": (["model.mtp_num_layers=1"], "does not train MTP modules; use objective=multi_token"),
     "conversations": (
         ["transform=fim", "data.format=chat", "data.packing=best_fit"],
-        "is for data.format=text",
+        "only supports data.format=text",
     ),
 }
 

@@ -35,7 +35,7 @@ def run_step(folder, only: str) -> dict:
 
 
 def test_the_trainers_step_is_compared_with_one_written_by_hand(tmp_path):
-    found = run_step(tmp_path, "bare JAX")["beside"]["bare JAX"]
+    found = run_step(tmp_path, "bare JAX")["peers"]["bare JAX"]
     assert found["off"] < 1e-5
     assert len(found["seconds"]["meshwright"]) == 2 and (tmp_path / "step.png").stat().st_size > 0
 
@@ -43,5 +43,5 @@ def test_the_trainers_step_is_compared_with_one_written_by_hand(tmp_path):
 @pytest.mark.parity
 def test_and_with_pytorch_and_transformers(tmp_path):
     pytest.importorskip("transformers")
-    found = run_step(tmp_path, "PyTorch eager,transformers")["beside"]
+    found = run_step(tmp_path, "PyTorch eager,transformers")["peers"]
     assert found.keys() == {"PyTorch eager", "transformers"} and max(one["off"] for one in found.values()) < 1e-5

@@ -130,7 +130,7 @@ def test_logits_equal_those_of_transformers(published, measured, request):
     output = make_apply(config)(params, tokens, positions_BL=positions, segment_ids_BL=jnp.ones_like(positions))
     apart = np.abs(logits(output) - want).max() / max(1, np.abs(want).max())
     assert apart < 1e-4
-    measured("Families beside transformers", request.node.callspec.id, logits=apart)
+    measured("Families vs. transformers", request.node.callspec.id, logits=apart)
 
 
 def test_export_is_the_import_bit_for_bit_and_loads_in_transformers(published, tmp_path):

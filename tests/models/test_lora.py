@@ -1,4 +1,4 @@
-"""Adapters beside frozen matrices, and weights of few bits below them."""
+"""Adapters vs. frozen matrices, and weights of few bits below them."""
 
 import dataclasses
 
@@ -253,7 +253,7 @@ def test_nf4_is_that_of_bitsandbytes(shape, double, measured):
     back = theirs.dequantize_4bit(codes, state).numpy().T
     largest = np.abs(np.asarray(found.array()[0]) - back).max() / np.abs(weight).max()
     measured(
-        "Weights of 4 bits beside bitsandbytes", f"{shape}{', scales in 8 bits' if double else ''}", weights=largest
+        "Weights of 4 bits vs. bitsandbytes", f"{shape}{', scales in 8 bits' if double else ''}", weights=largest
     )
     np.testing.assert_allclose(found.array()[0], back, atol=2e-3 if double else 1e-6)
 

@@ -83,7 +83,7 @@ def test_adapters_of_peft_give_its_logits_beside_the_base_and_merged(theirs, mea
     beside = np.abs(forward(bind_adapters(adapter, axes, base, adapters)) - wanted).max()
     inside = np.abs(forward(merge(adapter, axes, base, adapters, jnp.dtype("float32"))) - wanted).max()
     assert beside < 1e-5 and inside < 1e-5
-    measured("Adapters beside PEFT", request.node.callspec.id, logits=beside, merged_logits=inside)
+    measured("Adapters vs. PEFT", request.node.callspec.id, logits=beside, merged_logits=inside)
 
 
 def test_what_is_written_is_loaded_by_peft_with_the_same_logits(theirs, tmp_path):

@@ -19,7 +19,7 @@ def inputs(dtype=jnp.float32, soft_cap: float | None = None) -> tuple[ModelOutpu
 
 
 def reference(output: ModelOutput, targets_BL: jax.Array) -> dict[str, np.ndarray]:
-    """The formulas, in float64 on the whole logits."""
+    """Reference formulas in float64 on full logits."""
     logits = np.asarray(output.hidden_BLD, np.float64) @ np.asarray(output.head_DV, np.float64)
     if output.logit_soft_cap is not None:
         logits = output.logit_soft_cap * np.tanh(logits / output.logit_soft_cap)
@@ -57,7 +57,7 @@ def test_chunks_do_not_change_the_gradient(chunk: int) -> None:
 
 
 def largest_array(jaxpr: Jaxpr) -> int:
-    """Elements of the largest array that any equation makes, inner programs included."""
+    """Returns the size of the largest array in a jaxpr, including inner jaxprs."""
     sizes = [0]
     for equation in jaxpr.eqns:
         sizes += [int(np.prod(v.aval.shape)) for v in equation.outvars]
@@ -147,7 +147,7 @@ def test_a_summed_loss_makes_logits_once_and_never_all() -> None:
     once = program(lambda o: chunked_loss(of_token, o, targets, weights, chunk=2)[0])
     twice = program(lambda o: jnp.sum(of_token(token_logprobs(o, targets, chunk=2))))
     assert largest_array(once) == max(B * 2 * V, D * V, B * L * D)
-    assert str(once).count("dot_general") == 4  # that of the head's gradient stands there for two platforms
+    assert str(once).count("dot_general") == 4  # the head's gradient is emitted for two platforms
     assert str(twice).count("dot_general") == 5
 
 

@@ -69,7 +69,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind):
 
 def test_without_weight_it_is_cross_entropy():
     want, metrics = NextTokenConfig().build(None).loss(APPLY, PARAMS, {}, batch(), None)
-    found, ours = run(config(weight=0.0).build(None), batch())
+    found, ours = run(config(alpha=0.0).build(None), batch())
     assert float(found.value()) == pytest.approx(float(want.value()), rel=1e-6)
     assert float(ours["nll"].value()) == pytest.approx(float(metrics["nll"].value()), rel=1e-6)
 
@@ -77,7 +77,9 @@ def test_without_weight_it_is_cross_entropy():
 @pytest.mark.parametrize("chunk", [1, 7, 24, 100])
 def test_chunks_change_neither_loss_nor_gradient(chunk):
     value = lambda size: jax.value_and_grad(
-        lambda params: run(config(loss_chunk=size, weight=0.4, temperature=2.0).build(None), batch(), params)[0].total
+        lambda params: (
+            run(config(loss_chunk_size=size, alpha=0.4, temperature=2.0).build(None), batch(), params)[0].total
+        )
     )(PARAMS)
     (one, grads), (other, others) = value(chunk), value(12)
     assert float(one) == pytest.approx(float(other), rel=1e-6)
@@ -87,20 +89,20 @@ def test_chunks_change_neither_loss_nor_gradient(chunk):
 def test_what_is_masked_is_not_read():
     made = batch()
     other = made._replace(targets=np.where(made.loss_mask > 0, made.targets, 3))
-    objective = config(weight=0.5).build(None)
+    objective = config(alpha=0.5).build(None)
     assert float(run(objective, made)[0].total) == float(run(objective, other)[0].total)
     assert float(run(objective, made)[0].weight) == made.loss_mask.sum()
 
 
 def test_rows_add_up_over_microbatches():
-    objective, made = config(weight=0.5).build(None), batch()
+    objective, made = config(alpha=0.5).build(None), batch()
     parts = [TokenBatch(*(field[i : i + 2] for field in made)) for i in (0, 2)]
     total = sum(float(run(objective, part)[0].total) for part in parts)
     assert total == pytest.approx(float(run(objective, made)[0].total), rel=1e-6)
 
 
 def test_padding_of_the_vocabulary_has_no_part():
-    """A teacher's rows beyond the tokens that there are may hold anything."""
+    """The teacher's vocabulary padding is ignored."""
     filled = {**TAUGHT, "embedding": TAUGHT["embedding"].at[V:].set(50.0)}
     if "head" in TAUGHT:
         filled["head"] = TAUGHT["head"].at[:, V:].set(50.0)
@@ -133,10 +135,10 @@ def test_the_gradient_of_buckets_of_all_tokens_is_that_of_the_whole():
 @pytest.mark.parametrize(("dtype", "near"), [(CacheDtype.float32, 1e-6), (CacheDtype.float16, 2e-3)], ids=str)
 @pytest.mark.parametrize("kind", Divergence, ids=lambda kind: kind.name)
 def test_what_a_teacher_said_before_is_what_it_says(kind, dtype, near):
-    """T-9.5: equal to the error of storage, gradient and chunks included."""
+    """Equal up to the rounding of the cache, including gradients and chunking."""
     made = batch()
-    changes = dict(divergence=kind, top_k=6, cache=True, cache_dtype=dtype, temperature=2.0, weight=0.7, loss_chunk=7)
-    objective = config(**changes).build(None)
+    stored = dict(top_k=6, cache_teacher_logits=True, cache_dtype=dtype)
+    objective = config(divergence=kind, temperature=2.0, alpha=0.7, loss_chunk_size=7, **stored).build(None)
     columns = objective.columns(APPLY, {TEACHER: TEACHERS["other"]}, made)
     spec = objective.batch_spec(4, L)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), columns) == jax.tree.map(
@@ -153,11 +155,11 @@ def test_what_a_teacher_said_before_is_what_it_says(kind, dtype, near):
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"cache": True}, "objective.cache_teacher_logits=true: keeps the likeliest tokens"),
+        ({"cache_teacher_logits": True}, "objective.cache_teacher_logits=true: caches the top-k tokens"),
         ({"top_k": -1}, "objective.top_k=-1: must be at least 0"),
         (
-            {"cache": True, "top_k": 2, "match": FeatureLossConfig([[0, 0]])},
-            "leave out objective.feature_loss.layer_mapping",
+            {"cache_teacher_logits": True, "top_k": 2, "feature_loss": FeatureLossConfig([[0, 0]])},
+            "remove objective.feature_loss.layer_mapping",
         ),
         ({"teacher": None}, "objective.teacher=null"),
         ({"temperature": 0.0}, "objective.temperature=0.0: must be above 0"),
@@ -192,4 +194,4 @@ def test_divergences_equal_those_of_trl(beta, measured):
     far /= float(np.abs(given.grad.numpy()).max())
     assert apart < 1e-5 and far < 1e-4
     name = settings.divergence.name + (f", beta {beta}" if 0 < beta < 1 else "")
-    measured("Divergences of distillation beside TRL", name, loss=apart, gradient=far)
+    measured("Divergences of distillation vs. TRL", name, loss=apart, gradient=far)

@@ -1,4 +1,4 @@
-"""Hidden states and attention of chosen layers, and their distance from a teacher's."""
+"""Feature distillation: hidden states and attention maps of selected layers, and their distance from a teacher's."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def test_layers_that_are_asked_for_are_those_of_a_shorter_model(remat):
     model = dataclasses.replace(WIDE, remat=remat)
     shown = make_apply(model)(TAUGHT, made.tokens, **given, asked=CaptureSpec((3, 1), True, True)).inside
     assert shown is not None and shown.attention_PBNLS.shape[:3] == (2, 2, 6)
-    cut = {**TAUGHT, "layers": jax.tree.map(lambda x: x[:2], TAUGHT["layers"])}
+    cut = {**TAUGHT, "layer_mapping": jax.tree.map(lambda x: x[:2], TAUGHT["layers"])}
     short = dataclasses.replace(WIDE, num_layers=2)
     other = make_apply(short)(cut, made.tokens, **given, asked=CaptureSpec((1,), True, True)).inside
     np.testing.assert_allclose(shown.hidden_PBLD[1], other.hidden_PBLD[0], atol=1e-5)
@@ -95,7 +95,7 @@ def test_a_student_that_is_its_teacher_is_at_no_distance(hidden, maps):
         layer_mapping=[[0, 0], [1, 1]], hidden_loss=hidden, attention_loss=maps, attention_loss_weight=1.0
     )
     same = FrozenModel(PARAMS, make_apply(STUDENT), V)
-    value = lambda params: run(match, batch(), params, same, weight=1.0)[0].total
+    value = lambda params: run(match, batch(), params, same, alpha=1.0)[0].total
     total, grad = jax.value_and_grad(value)(PARAMS)
     assert float(total) == pytest.approx(0, abs=1e-3)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grad)) < 2e-3
@@ -112,7 +112,7 @@ def test_the_loss_is_the_weighted_sum_and_what_is_masked_has_no_part():
     added = metrics["hidden_distance"].total + 0.5 * metrics["attention_distance"].total
     assert float(found.total) == pytest.approx(float(without.total + added), rel=1e-5)
     assert float(found.weight) == made.loss_mask.sum() == float(metrics["hidden_distance"].weight)
-    # A document of which nothing is learnt may hold anything.
+    # The tokens of a document that does not contribute to the loss are irrelevant.
     silent = made._replace(loss_mask=np.where(made.segment_ids == 2, 0, made.loss_mask).astype(np.float32))
     other = silent._replace(tokens=np.where(made.segment_ids == 2, 7, made.tokens).astype(np.int32))
     assert float(run(MATCH, silent, params)[0].total) == pytest.approx(
@@ -154,10 +154,10 @@ def test_a_mesh_changes_nothing():
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"layers": [[0, 1, 2]]}, "is no pair"),
-        ({"hidden_weight": -1.0}, "objective.feature_loss.hidden_loss_weight=-1.0: must be at least 0"),
-        ({"hidden_weight": 0.0, "attention_weight": 0.0}, "nothing of them is compared"),
-        ({"layers": []}, "objective.feature_loss.layer_mapping=.*name the pairs"),
+        ({"layer_mapping": [[0, 1, 2]]}, "is not a pair"),
+        ({"hidden_loss_weight": -1.0}, "objective.feature_loss.hidden_loss_weight=-1.0: must be at least 0"),
+        ({"hidden_loss_weight": 0.0, "attention_loss_weight": 0.0}, "both loss weights are 0"),
+        ({"layer_mapping": []}, "objective.feature_loss.layer_mapping=.*no layers to compare; set pairs"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):
@@ -170,8 +170,8 @@ def test_values_that_cannot_be_are_refused(changes, said):
     "changes,said",
     [
         ({"teacher_dim": None}, "32 wide in the student and 48 in the teacher; set it to 48"),
-        ({"layers": [[0, 4]]}, "the teacher has no layer 4; it has 0 to 3"),
-        ({"layers": [[2, 1]]}, "the student has no layer 2"),
+        ({"layer_mapping": [[0, 4]]}, "the teacher has no layer 4; choose 0 to 3"),
+        ({"layer_mapping": [[2, 1]]}, "the student has no layer 2"),
     ],
 )
 def test_models_that_cannot_be_compared_are_refused(changes, said):
@@ -208,7 +208,7 @@ def test_distances_equal_those_of_torch(kind, measured):
     far = float(np.abs(grad - given.grad.numpy()).max()) / scale
     assert apart < 1e-5 and far < 1e-4
     measured(
-        "Hidden states and attention beside torch",
+        "Hidden states and attention vs. torch",
         f"{type(kind).__name__.lower()}, {kind.name}",
         loss=apart,
         gradient=far,

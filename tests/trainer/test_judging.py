@@ -1,4 +1,4 @@
-"""Rewards, classes and vectors of texts."""
+"""Reward, classification and contrastive objectives."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def pairs(count: int = 4) -> TokenBatch:
 
 
 def alone(apply, params, ids) -> np.ndarray:
-    """[D] of the last token of one text, without padding."""
+    """Returns the hidden state [D] of the last token of one text without padding."""
     ids = jnp.asarray(ids)[None]
     places = jnp.arange(ids.shape[1])[None]
     return np.asarray(apply(params, ids, positions_BL=places, segment_ids_BL=jnp.ones_like(ids)).hidden_BLD[0])
@@ -104,7 +104,7 @@ def test_packed_pairs_are_rewarded_as_padded_ones():
     padded = ColumnBatch(*made, {"margin": margins[:, None]})
     packed = ColumnBatch(*in_rows(made, rows), {"margin": margins[rows]})
 
-    def told(batch: ColumnBatch, per_row: int):
+    def evaluated(batch: ColumnBatch, per_row: int):
         objective = RewardConfig(margins=True, pairs_per_row=per_row).build(None)
         rows, _, length = batch.tokens.shape
         assert jax.tree.map(np.shape, batch) == jax.tree.map(lambda x: x.shape, objective.batch_spec(rows, length))
@@ -114,7 +114,7 @@ def test_packed_pairs_are_rewarded_as_padded_ones():
         return {"loss": total.value(), **{name: mean.value() for name, mean in metrics.items()}}, grads
 
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
-    jax.tree.map(close, told(packed, 2), told(padded, 1))
+    jax.tree.map(close, evaluated(packed, 2), evaluated(padded, 1))
 
 
 def test_a_new_reward_model_says_nothing_yet():
@@ -129,7 +129,7 @@ def test_a_new_reward_model_says_nothing_yet():
 
 
 def packed() -> tuple[TokenBatch, list[tuple[np.ndarray, int]]]:
-    """Two rows of three texts each, and the texts with their classes."""
+    """Returns two rows of three texts each, and the texts with their classes."""
     rng = np.random.default_rng(0)
     fields, there = [], []
     for _ in range(2):
@@ -243,7 +243,7 @@ def test_values_that_cannot_be_are_refused(config, said):
 
 def test_classes_must_be_named():
     for classes in (0, 1):
-        with pytest.raises(ValueError, match="name at least two"):
+        with pytest.raises(ValueError, match="needs at least two"):
             ClassificationConfig().check_classes(classes)
     with pytest.raises(ValueError, match="3 weights for 2 classes"):
         ClassificationConfig(class_weights=[1.0] * 3).check_classes(2)

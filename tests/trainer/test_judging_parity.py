@@ -1,4 +1,4 @@
-"""TRL's and transformers' models that judge, as oracles: the same weights and tokens, loss, gradient and scores."""
+"""Parity with TRL and transformers reward and classification models: loss, gradient and scores."""
 
 import json
 
@@ -51,7 +51,7 @@ def ours(folder):
 
 
 def rows(rng, count: int, length: int = 20) -> TokenBatch:
-    """Rows of one text each, padded on the right with token 0."""
+    """Returns rows of one text each, padded on the right with token 0."""
     sizes = rng.integers(3, length, count)
     inside = (np.arange(length)[None] < sizes[:, None]).astype(np.int32)
     tokens = (rng.integers(2, V, (count, length)) * inside).astype(np.int32)
@@ -72,7 +72,7 @@ def test_scores_equal_those_of_transformers_and_files_come_back(tmp_path, measur
     want /= want.sum(-1, keepdims=True)
     apart = float(np.abs(np.asarray(found) - want).max())
     assert apart < 1e-5
-    measured("Classes beside transformers", name, probabilities=apart)
+    measured("Classes vs. transformers", name, probabilities=apart)
     save_params(tmp_path / "mine", config, params, family_for(config), dtype="float32", shard_bytes=10**9)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "mine")
     assert type(loaded) is type(model) and loaded.config.num_labels == 3
@@ -121,4 +121,4 @@ def test_reward_loss_and_gradient_equal_those_of_trl(tmp_path, measured, margins
     assert apart <= 1e-4 * scale
     name = "Bradley-Terry, centred" + (", with margins" if margins else "")
     off = abs(float(found) / float(want) - 1)
-    measured("Rewards beside TRL", name, loss=off, gradient=apart / scale)
+    measured("Rewards vs. TRL", name, loss=off, gradient=apart / scale)

@@ -1,4 +1,4 @@
-"""Learning from answers that are good or not."""
+"""KTO objective."""
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +58,10 @@ def test_z0_has_no_gradient_and_answers_of_one_kind_are_no_trouble():
         grad = jax.grad(lambda p, same=same: run(same, p)[0].total)(PARAMS[0])
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grad))
     # The other answers' tokens act through z0 alone: below 0 it is cut off, and they do not act at all.
-    grad = jax.grad(lambda p: run(made, p, loss=Loss.apo_zero)[0].total)(PARAMS[0])
+    grad = jax.grad(lambda p: run(made, p, loss_type=Loss.apo_zero)[0].total)(PARAMS[0])
     tokens = made.tokens.copy()
     tokens[:, 1] = 7
-    other = jax.grad(lambda p: run(made._replace(tokens=tokens), p, loss=Loss.apo_zero)[0].total)(PARAMS[0])
+    other = jax.grad(lambda p: run(made._replace(tokens=tokens), p, loss_type=Loss.apo_zero)[0].total)(PARAMS[0])
     jax.tree.map(np.testing.assert_array_equal, grad, other)
 
 

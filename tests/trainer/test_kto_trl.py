@@ -1,4 +1,4 @@
-"""TRL's own trainer as the oracle of KTO: the same weights, tokens, labels and answers that do not belong together."""
+"""Parity with TRL's KTO trainer: the same weights, tokens, labels and mismatched answers."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ THEIRS = {Loss.kto: "kto", Loss.apo_zero: "apo_zero_unpaired"}
 
 
 def side(inputs, prefix: str, length: int):
-    """The five fields [B, L] of one of their batches."""
+    """Returns the five fields [B, L] of a TRL batch."""
     get = lambda name: inputs[prefix + name].numpy()
     pad = lambda x: np.pad(x, ((0, 0), (0, length - x.shape[1])))
     tokens, inside, said = (pad(get(name)) for name in ("input_ids", "attention_mask", "completion_mask"))
@@ -68,7 +68,7 @@ def test_loss_gradient_and_metrics_equal_those_of_trl(home, tmp_path, measured, 
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     apart = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (grad, gradient)), strict=True))
     assert float(found) == pytest.approx(want.item(), rel=1e-5) and apart <= 1e-4 * scale
-    measured("KTO beside TRL", loss.name, loss=abs(float(found) / want.item() - 1), gradient=apart / scale)
-    told = {key: float(np.mean(values)) for key, values in trainer._metrics["train"].items()}
+    measured("KTO vs. TRL", loss.name, loss=abs(float(found) / want.item() - 1), gradient=apart / scale)
+    reported = {key: float(np.mean(values)) for key, values in trainer._metrics["train"].items()}
     for mine, theirs in {"z0": "kl", "reward_good": "rewards/chosen", "reward_bad": "rewards/rejected"}.items():
-        assert float(metrics[mine].value()) == pytest.approx(told[theirs], rel=1e-4, abs=1e-5), mine
+        assert float(metrics[mine].value()) == pytest.approx(reported[theirs], rel=1e-4, abs=1e-5), mine

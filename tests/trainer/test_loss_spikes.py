@@ -152,4 +152,4 @@ def test_rollback_needs_a_checkpoint_before_the_spike():
 @pytest.mark.parametrize("wrong", [{"num_std": 0.0}, {"window": 1}, {"max_rollbacks": 0}])
 def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=f"loss_spikes.{next(iter(wrong))}="):
-        check_ranges(replace(CONFIG, **wrong), "spikes")
+        check_ranges(replace(CONFIG, **wrong), "loss_spikes")

@@ -27,7 +27,7 @@ PARAMS, APPLY = init_params(MODEL, jax.random.key(0)), make_apply(MODEL)
 
 
 def batch(rows: int = 3) -> TokenBatch:
-    """Two documents a row and two places of padding."""
+    """Returns rows with two documents and two padding tokens."""
     rng = np.random.default_rng(0)
     segments = np.tile(np.array([1] * 6 + [2] * 4 + [0] * 2, np.int32), (rows, 1))
     positions = np.tile(np.array([*range(6), *range(4), 0, 0], np.int32), (rows, 1))

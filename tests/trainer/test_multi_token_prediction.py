@@ -1,4 +1,4 @@
-"""Modules for further tokens, against their equations written out."""
+"""Multi-token prediction modules against their equations."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from models.decode.engine import generate
 from models.decode.sampling import SamplingConfig
 from models.flops import num_params
 from models.transformer import forward, init_params, make_apply
-from trainer.objectives.multi_token_prediction import MultiTokenConfig, further_targets
+from trainer.objectives.multi_token_prediction import MultiTokenConfig, mtp_targets
 from trainer.objectives.next_token import NextTokenConfig
 
 V, L = 40, 12
@@ -41,21 +41,21 @@ def rms(x: jax.Array, scale: jax.Array) -> jax.Array:
     return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5) * scale[None]
 
 
-def module_nll(made: TokenBatch, row: int, begin: int, size: int) -> list[float]:
-    """The summed loss of both modules on one document, alone, from the equations; the blocks are a model's layers."""
-    ids = jnp.asarray(made.tokens[row, begin : begin + size])
+def module_nll(made: TokenBatch, row: int, start: int, size: int) -> list[float]:
+    """Computes the loss of both modules on one document from the equations; blocks are layers of the model."""
+    ids = jnp.asarray(made.tokens[row, start : start + size])
     positions, ones = jnp.arange(size)[None], jnp.ones((1, size), jnp.int32)
     without_norm = PARAMS | {"final_norm": {"scale": jnp.ones(32)}}
 
     def layers(x, weights):
-        """Hidden states [size, D] after layers, without the last norm: it is undone by its own factor."""
+        """Returns hidden states [size, D] without the final norm, which is inverted."""
         config = dataclasses.replace(PLAIN, num_layers=len(jax.tree.leaves(weights)[0]))
         given = {"embedding": x, "final_norm": without_norm["final_norm"], "layers": weights}
         wide = dataclasses.replace(config, vocab_size=size)
         return forward(given, jnp.arange(size)[None], positions, ones, config=wide).hidden_BLD[0]
 
     embedded, found = PARAMS["embedding"], []
-    h = layers(embedded[ids], PARAMS["layers"])  # up to a factor at each place, which the next norm takes away
+    h = layers(embedded[ids], PARAMS["layers"])  # up to a factor per token, which the next norm removes
     for k in (1, 2):
         w = jax.tree.map(lambda leaf, k=k: leaf[k - 1], PARAMS["further"])
         ahead = embedded[jnp.roll(ids, -k)]
@@ -73,8 +73,8 @@ def test_the_loss_is_that_of_the_equations():
     plain, _ = NextTokenConfig().build(None).loss(APPLY, PARAMS, {}, made, None)
     sums = np.zeros(2)
     for row in range(3):
-        for begin, size in ((0, SIZES[0]), (SIZES[0], SIZES[1])):
-            sums += module_nll(made, row, begin, size)
+        for start, size in ((0, SIZES[0]), (SIZES[0], SIZES[1])):
+            sums += module_nll(made, row, start, size)
     assert [float(metrics[f"nll_{k}"].total) for k in (2, 3)] == pytest.approx(sums.tolist(), rel=1e-3)
     assert [float(metrics[f"nll_{k}"].weight) for k in (2, 3)] == [3 * (5 + 2), 3 * (4 + 1)]
     assert float(loss.weight) == float(plain.weight)
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_equations():
 def test_no_target_lies_in_another_document():
     made = batch(1)
     for k in (1, 2):
-        targets, mask = further_targets(made, k)
+        targets, mask = mtp_targets(made, k)
         for i in range(L):
             inside = i + k + 1 < L and made.segment_ids[0, i] == made.segment_ids[0, i + k + 1] > 0
             assert mask[0, i] == inside

@@ -88,7 +88,7 @@ def test_batch_spec_is_the_shape_of_a_batch() -> None:
     assert abstract.total.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("wrong", [{"loss_chunk": 0}, {"label_smoothing": 1.0}, {"z_loss": -1.0}])
+@pytest.mark.parametrize("wrong", [{"loss_chunk_size": 0}, {"label_smoothing": 1.0}, {"z_loss": -1.0}])
 def test_wrong_values_are_refused_by_name(wrong: dict) -> None:
     (key, value), *_ = wrong.items()
     with pytest.raises(ValueError, match=rf"objective\.{key}={value}: "):

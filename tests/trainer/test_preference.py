@@ -35,7 +35,7 @@ GOLDEN = {
     (Loss.apo_zero, ()): (0.96252342, 1.03747658),
     (Loss.apo_down, ()): (0.98754934, 1.01245066),
     (Loss.discopop, ()): (0.84933758, 0.78949474),
-    (Loss.simpo, (("beta", 2.0), ("gamma", 1.0))): (1.31326169, 0.04858735),
+    (Loss.simpo, (("beta", 2.0), ("simpo_gamma", 1.0))): (1.31326169, 0.04858735),
     (Loss.cpo, ()): (0.59813887, 0.79813887),
     (Loss.orpo, (("beta", 1.0),)): (0.69314718, 0.11833561),
 }
@@ -99,7 +99,7 @@ def test_log1mexp_is_right_at_both_ends():
 
 
 def batch(rng, pairs: int, length: int = L) -> TokenBatch:
-    """Pairs with a shared prompt of 5 tokens and answers of 3 to 15."""
+    """Returns pairs with a shared prompt of 5 tokens and answers of 3 to 15."""
     shape = (pairs, 2, length)
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -129,11 +129,11 @@ def run(config: PreferenceConfig, made: TokenBatch, params=PARAMS[0]):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"length_weight": 0.3}, {"loss": Loss.ipo, "nll_weight": 0.2}, {"pairs_per_row": 2}],
+    [{}, {"ld_alpha": 0.3}, {"loss_type": Loss.ipo, "nll_weight": 0.2}, {"pairs_per_row": 2}],
     ids=str,
 )
 def test_what_the_reference_said_before_is_what_it_says(changes):
-    """T-4.1, and not only to 1e-6: where both are computed alike, bit for bit."""
+    """Bit-identical, because both are computed the same way."""
     made, config = batch(np.random.default_rng(0), 4), PreferenceConfig(precompute_ref_log_probs=True, **changes)
     objective = config.build(None)
     columns = objective.columns(APPLY, {REFERENCE: PARAMS[1]}, made)
@@ -146,7 +146,7 @@ def test_what_the_reference_said_before_is_what_it_says(changes):
 
 
 def summed(params, made: TokenBatch) -> np.ndarray:
-    """[B, 2] in float64, row by row and without padding."""
+    """Reference [B, 2] in float64, row by row and without padding."""
     found = np.zeros(made.tokens.shape[:2])
     for b, s in np.ndindex(found.shape):
         size = int(made.segment_ids[b, s].sum())
@@ -181,7 +181,7 @@ def test_padding_changes_nothing():
 
 
 def in_rows(made: TokenBatch, places: list[list[int]]) -> TokenBatch:
-    """The same pairs, each row with those of one list, one behind the other."""
+    """Packs the pairs of each list into one row."""
     fields = [np.zeros((len(places), *field.shape[1:]), field.dtype) for field in longer(made, 2 * L)]
     for row, pairs in enumerate(places):
         for side in range(2):
@@ -199,17 +199,17 @@ def in_rows(made: TokenBatch, places: list[list[int]]) -> TokenBatch:
     "changes",
     [
         {},
-        {"length_weight": 0.3},
-        {"loss": Loss.aot},
-        {"loss": Loss.aot_unpaired},
-        {"loss": Loss.simpo, "nll_weight": 0.5},
-        {"loss": Loss.orpo, "nll_weight": 1.0, "nll_on_prompt": True},
-        {"wpo": True},
+        {"ld_alpha": 0.3},
+        {"loss_type": Loss.aot},
+        {"loss_type": Loss.aot_unpaired},
+        {"loss_type": Loss.simpo, "nll_weight": 0.5},
+        {"loss_type": Loss.orpo, "nll_weight": 1.0, "nll_on_prompt": True},
+        {"use_weighting": True},
     ],
     ids=str,
 )
 def test_packed_and_padded_give_the_same(changes):
-    """Loss, metrics and gradients, of rows of three, one and no pairs and pairs in another order."""
+    """Same loss, metrics and gradients with rows of three, one and no pairs, in another order."""
     made, config = batch(np.random.default_rng(3), 4), PreferenceConfig(**changes)
     packed, many = in_rows(made, [[2, 0, 3], [1], []]), dataclasses.replace(config, pairs_per_row=3)
     (plain, one), (other, two) = run(config, made), run(many, packed)
@@ -251,10 +251,13 @@ def test_tokens_beyond_the_shorter_answer_may_count_less():
     "changes,said",
     [
         ({"beta": 0.0}, "objective.beta=0.0: must be above 0"),
-        ({"loss": Loss.exo}, "above 0 with objective.loss_type=exo"),
-        ({"loss": Loss.ipo, "label_smoothing": 0.1}, "has no meaning for objective.loss_type=ipo"),
-        ({"length_weight": 2.0}, "from 0 to 1"),
-        ({"loss": Loss.nca, "f_divergence": FDivergence.forward_kl}, "is for objective.loss_type=sigmoid.*not nca"),
+        ({"loss_type": Loss.exo}, "above 0 with objective.loss_type=exo"),
+        ({"loss_type": Loss.ipo, "label_smoothing": 0.1}, "not supported with objective.loss_type=ipo"),
+        ({"ld_alpha": 2.0}, "from 0 to 1"),
+        (
+            {"loss_type": Loss.nca, "f_divergence": FDivergence.forward_kl},
+            "not supported with objective.loss_type=nca.*objective.loss_type=sigmoid",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):

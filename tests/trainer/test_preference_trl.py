@@ -1,4 +1,4 @@
-"""TRL's own trainer as the oracle of preference losses: the same weights and tokens, loss, gradient and metrics."""
+"""Parity with TRL's preference trainers: loss, gradient and metrics for the same weights and tokens."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def llama(folder, seed: int):
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).float()
-    for parameter in model.parameters():  # far enough from each other for margins that can be told from 0
+    for parameter in model.parameters():  # far enough from each other for margins that differ from 0
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
@@ -63,7 +63,7 @@ def home(tmp_path_factory):
 
 
 def as_batch(inputs) -> TokenBatch:
-    """TRL's rows, all chosen and then all rejected, as pairs."""
+    """Converts TRL's rows, all chosen then all rejected, to pairs."""
     of_pairs = lambda x: np.stack(np.split(x.numpy(), 2), axis=1)
     tokens, inside, said = (of_pairs(inputs[name]) for name in ("input_ids", "attention_mask", "completion_mask"))
     mask = np.pad(said[..., 1:], ((0, 0), (0, 0), (0, 1)))
@@ -75,7 +75,7 @@ def as_batch(inputs) -> TokenBatch:
 
 
 def theirs(home, tmp_path, **options):
-    """Their loss, its gradient as a tree of ours, their metrics, and the batch."""
+    """Returns TRL's loss, its gradient in our parameter tree, its metrics and the batch."""
     folder, tokenizer, rows = home
     policy, reference = llama(folder / "policy", 0), llama(folder / "reference", 1)
     args = trl.DPOConfig(
@@ -95,7 +95,7 @@ def theirs(home, tmp_path, **options):
 
 
 def compare(home, tmp_path, measured, name: str, config: PreferenceConfig, **options):
-    """Loss and metrics relative to theirs, the gradient to its largest entry."""
+    """Compares loss and metrics relative to TRL's, the gradient relative to its largest entry."""
     want, gradient, metrics, batch = theirs(home, tmp_path, beta=config.beta, **options)
     model, params = ours(home[0] / "policy")
     _, reference = ours(home[0] / "reference")
@@ -110,12 +110,12 @@ def compare(home, tmp_path, measured, name: str, config: PreferenceConfig, **opt
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     apart = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (grad, gradient)), strict=True))
     assert apart <= 1e-4 * scale
-    measured("Preference losses beside TRL", name, loss=abs(float(found) / want - 1), gradient=apart / scale)
-    told = {key: float(mean.value()) for key, mean in ours_metrics.items()}
+    measured("Preference losses vs. TRL", name, loss=abs(float(found) / want - 1), gradient=apart / scale)
+    reported = {key: float(mean.value()) for key, mean in ours_metrics.items()}
     for mine, other in {"reward_margin": "rewards/margins", "reward_chosen": "rewards/chosen",
                         "reward_rejected": "rewards/rejected", "reward_accuracy": "rewards/accuracies",
                         "logprob_chosen": "logps/chosen", "logprob_rejected": "logps/rejected"}.items():  # fmt: skip
-        assert told[mine] == pytest.approx(metrics[other], rel=1e-4, abs=1e-5), mine
+        assert reported[mine] == pytest.approx(metrics[other], rel=1e-4, abs=1e-5), mine
 
 
 @pytest.mark.parametrize("loss", CASES, ids=lambda loss: loss.name)
@@ -147,7 +147,7 @@ def test_f_divergences_equal_those_of_trl(home, tmp_path, measured, loss, kind, 
 
 @pytest.mark.parametrize("loss", [Loss.simpo, Loss.cpo, Loss.orpo], ids=lambda loss: loss.name)
 def test_losses_without_a_reference_equal_those_of_trl(loss, measured):
-    """TRL has them as methods over log-probabilities, per token where the loss is."""
+    """Compares with TRL's methods on log-probabilities, per token if the loss is."""
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
@@ -172,4 +172,4 @@ def test_losses_without_a_reference_equal_those_of_trl(loss, measured):
     grad, found = jax.grad(total, has_aux=True)(jnp.asarray(policy, jnp.float32))
     apart, far = np.abs(found / want.detach().numpy() - 1).max(), np.abs(grad - gradient).max() / np.abs(gradient).max()
     assert apart < 1e-5 and far < 1e-4
-    measured("Preference losses beside TRL", loss.name, loss=apart, gradient=far)
+    measured("Preference losses vs. TRL", loss.name, loss=apart, gradient=far)

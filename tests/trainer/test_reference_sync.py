@@ -1,4 +1,4 @@
-"""A reference that moves with its policy, and noise on embeddings."""
+"""Reference synchronization (TR-DPO) and NEFTune noise."""
 
 import jax
 import jax.numpy as jnp
@@ -84,13 +84,13 @@ def test_the_reference_lies_as_the_parameters_do():
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"reference_every": 2, "cache_reference": True}, "cannot be asked in advance"),
-        ({"reference_every": 2, "loss": Loss.cpo}, "objective.loss_type=cpo has no reference"),
+        ({"ref_model_sync_steps": 2, "precompute_ref_log_probs": True}, "cannot be precomputed"),
+        ({"ref_model_sync_steps": 2, "loss_type": Loss.cpo}, "objective.loss_type=cpo has no reference"),
         (
-            {"reference_share": 1.5},
+            {"ref_model_mixup_alpha": 1.5},
             "objective.ref_model_mixup_alpha=1.5: must be above 0 and at most 1; nearest valid: 1",
         ),
-        ({"wpo": True, "loss": Loss.aot}, "has no pairs to weigh"),
+        ({"use_weighting": True, "loss_type": Loss.aot}, "has no pairs to weight"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, said):

@@ -75,11 +75,11 @@ def test_a_warmup_and_a_decay_keep_their_proportion_when_they_are_shortened() ->
 @pytest.mark.parametrize("cls", ALL)
 def test_a_value_that_no_run_can_have_is_refused(cls: type[ScheduleConfig]) -> None:
     with pytest.raises(ValueError, match=r"schedule\.warmup_steps=-1: .*nearest valid: 0"):
-        cls(warmup_steps=-1).build(1.0, 10)
+        check_ranges(cls(warmup_steps=-1), "schedule")
     with pytest.raises(ValueError, match=r"schedule\.decay_steps=-9: .*nearest valid: 0"):
-        WsdConfig(warmup_steps=2, decay_steps=-9).build(1.0, 10)
+        check_ranges(WsdConfig(warmup_steps=2, decay_steps=-9), "schedule")
     with pytest.raises(ValueError, match=r"schedule\.decay_fraction=1\.9: .*nearest valid: 1"):
-        WsdConfig(warmup_steps=2, decay_fraction=1.9).build(1.0, 10)
+        check_ranges(WsdConfig(warmup_steps=2, decay_fraction=1.9), "schedule")
     with pytest.raises(ValueError, match=r"schedule\.min_lr_ratio=2"):
         check_ranges(CosineConfig(warmup_steps=2, min_lr_ratio=2), "schedule")
 

@@ -1,4 +1,4 @@
-"""Where numbers go: what was logged is read back from every place it went to."""
+"""Trackers: logged values are read back from every destination."""
 
 import io
 import json
@@ -38,7 +38,7 @@ STEP = {
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """Records of a `.wandb` file: LevelDB's log format in blocks of 32 KiB, after a header of 7 bytes."""
+    """Reads the records of a `.wandb` file: LevelDB's log format in blocks of 32 KiB, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole = path.read_bytes(), 7, b""
@@ -59,7 +59,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 
 def read_wandb(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Id, config, history and summary of an offline session."""
+    """Returns id, config, history and summary of an offline run."""
     (file,) = folder.glob("*.wandb")
     run_id, config, history, summary = "", {}, [], {}
     for record in wandb_records(file):
@@ -110,7 +110,7 @@ def test_an_offline_wandb_run_says_on_disk_what_was_logged_and_goes_on_under_one
 
 
 class Filling:
-    """A file on a disk that takes a part of what it is given, again and again, and then all."""
+    """A file on a full disk: several partial writes, then complete ones."""
 
     def __init__(self, file, times: int):
         self.file, self.times = file, times
@@ -208,7 +208,7 @@ def test_a_remote_tracker_that_fails_is_named_once_and_the_others_go_on(tmp_path
     trackers.finish(1)
     trackers.finish(1)
     assert failing.calls == 1 and len(read_rows(tmp_path / "metrics.jsonl")) == 3
-    assert said == ["tracker wandb failed and is left out from here on: no route to host"]
+    assert said == ["tracker wandb failed and is disabled: no route to host"]
 
 
 def test_a_tracker_that_cannot_be_reached_does_not_keep_a_run_from_starting(tmp_path, capsys):
@@ -222,7 +222,7 @@ def test_a_tracker_that_cannot_be_reached_does_not_keep_a_run_from_starting(tmp_
     trackers = build_trackers({"far": Unreachable()}, **options)
     trackers.log(1, STEP)
     trackers.finish()
-    assert said == ["tracker far is left out: no account"]
+    assert said == ["tracker far could not be started and is disabled: no account"]
     assert "step 1/2" in capsys.readouterr().out and read_rows(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="choose trackers with tracker="):
         build_trackers({"none": TrackerConfig()}, **options)
@@ -244,7 +244,7 @@ def test_without_a_terminal_there_is_a_line_every_so_many_steps_and_no_colour():
     assert [line.split()[1] for line in lines] == ["1/25", "10/25", "20/25", "25/25", "20"]
     assert "loss 2.5000  1.250 bits/byte  12.3k tok/s  MFU 31.4%" in lines[0]
     assert lines[1].endswith("left") and not lines[3].endswith("left")
-    assert lines[4] == "step 20  held-out a:  loss 2.0000  1.100 bits/byte"
+    assert lines[4] == "step 20  validation a:  loss 2.0000  1.100 bits/byte"
     assert "\x1b" not in out.getvalue()
 
 
@@ -291,7 +291,7 @@ def test_a_status_says_only_what_is_known_and_one_source_is_told_once():
     assert status({"train/loss": 1.0}) == "loss 1.0000"
     two = {"eval/a/loss": 1.0, "eval/b/loss": 2.0, "eval/loss": 1.5}
     assert len(evaluation_lines(5, two)) == 3
-    assert evaluation_lines(5, {"eval/a/loss": 1.0, "eval/loss": 1.0}) == ["step 5  held-out a:  loss 1.0000"]
+    assert evaluation_lines(5, {"eval/a/loss": 1.0, "eval/loss": 1.0}) == ["step 5  validation a:  loss 1.0000"]
 
 
 def test_secrets_are_hidden_by_their_names_and_tokenizers_are_not():

@@ -1,7 +1,7 @@
-"""Log-probabilities of target tokens, without ever holding the logits of a whole batch.
+"""Chunked log-probabilities of target tokens: the logits of a full batch are never materialized.
 
-Shared by every objective. Logits [B, C, V] exist for C tokens of each row at a time, in the forward pass and
-again in the backward pass, where they are computed anew.
+Shared by all objectives. Logits [B, C, V] are computed for C tokens per row at a time and recomputed in the backward
+pass.
 
 Shape letters: B batch, L length, C chunk of the length, D model, V vocab.
 """
@@ -21,17 +21,17 @@ F32 = jnp.dtype("float32")
 
 
 class TokenLogprobs(NamedTuple):
-    """Per token, [B, L]."""
+    """Statistics per token, [B, L]."""
 
-    logprob: jax.Array  # f32: natural logarithm of the probability of the target
+    logprob: jax.Array  # f32: log-probability of the target (natural logarithm)
     logsumexp: jax.Array  # f32: of the logits, for the z-loss
     mean_logit: jax.Array  # f32: over the vocabulary, for label smoothing
-    collision: jax.Array  # f32: logarithm of the sum of squared probabilities, of two samples being alike
-    correct: jax.Array  # bool: the target is the most probable token
+    collision: jax.Array  # f32: log of the sum of squared probabilities (the probability that two samples are equal)
+    correct: jax.Array  # bool: the target is the most probable token (greedy accuracy)
 
 
 def chunk_logits(hidden_BCD: jax.Array, head_DV: jax.Array, soft_cap: float | None) -> jax.Array:
-    """[B, C, V] f32."""
+    """Returns logits [B, C, V] f32."""
     return _capped(einsum_f32(HEAD, hidden_BCD, head_DV, F32), soft_cap)
 
 
@@ -45,11 +45,11 @@ def _of_logits(logits_BCV: jax.Array, targets_BC: jax.Array) -> TokenLogprobs:
     sum_BC = jnp.sum(exp_BCV, axis=-1)
     logsumexp_BC = jnp.log(sum_BC) + max_BC1[..., 0]
     collision_BC = jnp.log(jnp.sum(jnp.square(exp_BCV), axis=-1)) - 2 * jnp.log(sum_BC)
-    # Compare and sum instead of a gather: it stays where the vocabulary is cut. No constant as large as the logits: a
-    # loop would be handed it ready-made.
+    # Compare and sum instead of a gather, which keeps the vocabulary sharded. Broadcast a [1, 1, V] iota: a constant of
+    # the logits' size would be materialized outside the loop.
     token_11V = jnp.arange(logits_BCV.shape[-1], dtype=targets_BC.dtype)[None, None]
     target_BC = jnp.sum(logits_BCV * (token_11V == targets_BC[..., None]), axis=-1)
-    # The first of equals wins, as in argmax, which is slow on CPUs.
+    # The first of equal logits wins, as in argmax, which is slow on CPUs.
     earlier_BCV = (logits_BCV == max_BC1) & (token_11V < targets_BC[..., None])
     before_BC = jnp.sum(earlier_BCV.astype(F32), axis=-1)  # f32: XLA's CPU backend sums integers in windows
     correct_BC = (target_BC == max_BC1[..., 0]) & (before_BC == 0)
@@ -59,21 +59,19 @@ def _of_logits(logits_BCV: jax.Array, targets_BC: jax.Array) -> TokenLogprobs:
 
 
 def token_logprobs(output: ModelOutput, targets_BL: jax.Array, *, chunk: int) -> TokenLogprobs:
-    """`chunk`: tokens of each row whose logits exist at once; a chunk of the whole length or more is no
-    chunking.
-    """
+    """Computes log-probabilities of targets. `chunk`: tokens per row whose logits exist at once; >= L: all."""
     hidden_BLD, head_DV, soft_cap = output[:3]
-    # The head's gradient comes back in its own f32, and is summed over chunks in it.
+    # The gradient of the head is accumulated over chunks in f32.
     compute = lambda x, targets: _of_logits(chunk_logits(x, head_DV, soft_cap), targets)
     return map_chunks(compute, hidden_BLD, targets_BL, chunk)
 
 
 def map_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Array, chunk: int) -> Any:
-    """What `compute(hidden_BCD, targets_BC)` gives for C = `chunk` tokens of each row at a time, joined to [B, L, ...].
+    """Applies `compute(hidden_BCD, targets_BC)` to chunks of C = `chunk` tokens per row; joins results to [B, L, ...].
 
-    `hidden_BLD` may be several arrays. Each chunk is computed anew in the backward pass. Chunk m of M takes the tokens
-    m, M + m, 2M + m, ...: where the mesh cuts rows, a device's tokens are consecutive, so that each chunk lies on all
-    devices, and no token moves between them.
+    `hidden_BLD` may be a tuple of arrays. Each chunk is recomputed in the backward pass. Chunk m of M takes tokens
+    m, M + m, 2M + m, ...: with context parallelism a device owns consecutive tokens, so each chunk is spread over all
+    devices and no token moves between them.
     """
     length = targets_BL.shape[1]
     if chunk >= length:
@@ -82,15 +80,14 @@ def map_chunks(compute: Callable[..., Any], hidden_BLD: Any, targets_BL: jax.Arr
     def body(_: None, part: Any) -> tuple[None, Any]:
         return None, compute(*part)
 
-    # A scan keeps its steps apart, so the barriers against merging the recomputation with the first pass are
-    # waste.
+    # The steps of a scan are never merged, so barriers against common subexpression elimination are not needed.
     body = jax.checkpoint(body, prevent_cse=False)
     parts = jax.lax.scan(body, None, _split((hidden_BLD, targets_BL), length, chunk))[1]
     return _join(parts, length)
 
 
 def _split(tree: Any, length: int, chunk: int) -> Any:
-    """[B, L, ...] to [M, B, C, ...], with zeros at the ends of the last chunks where C M is more than L."""
+    """Splits [B, L, ...] into [M, B, C, ...], zero-padded if C M > L."""
     num_chunks = _num_chunks(length, chunk)
     chunk = -(-length // num_chunks)
 
@@ -102,7 +99,7 @@ def _split(tree: Any, length: int, chunk: int) -> Any:
 
 
 def _join(tree: Any, length: int) -> Any:
-    """What `_split` cut, without what it added."""
+    """Inverts `_split` and removes its padding."""
 
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
@@ -111,22 +108,22 @@ def _join(tree: Any, length: int) -> Any:
 
 
 def _num_chunks(length: int, chunk: int) -> int:
-    """Of at most `chunk` tokens each. Up to twice as many as it takes, where these need no padding."""
+    """Returns the number of chunks of at most `chunk` tokens, up to twice the minimum if that avoids padding."""
     least = -(-length // chunk)
     return next((n for n in range(least, 2 * least + 1) if length % n == 0), least)
 
 
-LossOf = Callable[[TokenLogprobs], jax.Array]  # of each token
+LossOf = Callable[[TokenLogprobs], jax.Array]  # loss per token
 
 
 def chunked_loss(
     loss_of: LossOf, output: ModelOutput, targets_BL: jax.Array, weights_BL: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, TokenLogprobs]:
-    """The sum of weight times loss over all tokens, f32, and of what it is made, which has no gradient.
+    """Returns (sum of weight times loss over all tokens in f32, statistics per token without a gradient).
 
-    The sum has one number for gradient, so those of hidden states and head are made in the pass forward, up to that
-    number, while the logits of a chunk are there: they are made once, where `token_logprobs` makes them again on the
-    way back (Hsu et al. 2024 [2410.10989], section 3.2). Weights have no gradient.
+    The incoming gradient of the sum is a scalar, so gradients of hidden states and head are computed in the forward
+    pass up to that factor, while the logits of a chunk exist. Logits are computed once, whereas `token_logprobs`
+    recomputes them in the backward pass (Hsu et al. 2024 [2410.10989], section 3.2). Weights have no gradient.
     """
     hidden_BLD, head_DV, soft_cap = output[:3]
     return _summed(loss_of, soft_cap, chunk, hidden_BLD, head_DV, targets_BL, weights_BL)
@@ -139,7 +136,7 @@ def _summed(loss_of: LossOf, soft_cap, chunk: int, hidden_BLD, head_DV, targets_
 
 
 def _summed_forward(loss_of: LossOf, soft_cap, chunk: int, hidden_BLD, head_DV, targets_BL, weights_BL):
-    cast_DV = head_DV.astype(hidden_BLD.dtype)  # once, not for each chunk
+    cast_DV = head_DV.astype(hidden_BLD.dtype)  # once, not per chunk
 
     def compute(hidden_BCD, targets_BC, weights_BC):
         def sum_of(logits_BCV):

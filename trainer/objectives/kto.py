@@ -1,8 +1,8 @@
-"""Learning from answers that are good or not, each by itself: KTO (Ethayarajh et al. 2024 [2402.01306], section 4.1).
+"""KTO on unpaired preferences (Ethayarajh et al. 2024 [2402.01306], section 4.1).
 
-Batches are [B, 2, L]: side 0 a prompt with its answer, side 1 the same prompt with another record's, which tells how
-far the policy is from its reference where nothing is meant: z0, at least 0 and without a gradient. It is a mean over
-the microbatch, all devices together, so that the size of a microbatch is part of what the loss means.
+Batches are [B, 2, L]: side 0 is a prompt with its completion, side 1 the same prompt with the completion of another
+record. The KL baseline z0 is estimated from these mismatched pairs, clipped at 0, without a gradient. It is a mean over
+the microbatch across all devices, so the loss depends on the microbatch size.
 
 Shape letters: B answers, S sides, L length.
 """
@@ -32,26 +32,27 @@ from trainer.objective import (
 )
 from trainer.objectives.cross_entropy import token_logprobs
 
-LABEL = "label"  # the column [B] f32: 1 where an answer is good
+LABEL = "label"  # column [B] f32: 1 for a desirable answer, 0 otherwise
 
 
 class Loss(enum.Enum):
     kto = "kto"
-    apo_zero = "apo_zero"  # the same with z0 = 0: raises what is good, lowers what is not [2408.06266]
+    apo_zero = "apo_zero"  # z0 = 0: raises desirable answers, lowers undesirable ones [2408.06266]
 
 
 @dataclass
 class KtoConfig(ObjectiveConfig):
     kind: str = "kto"
-    loss_type: Loss = Loss.kto  # Loss of desirable and undesirable answers
-    # how far the policy may leave the reference: larger, less far
+    loss_type: Loss = Loss.kto  # loss function
+    # strength of the KL regularization: larger values keep the policy closer to the reference
     beta: float = field(default=0.1, metadata={"above": 0})
-    # Where n answers are good and m are not, n desirable_weight / (m undesirable_weight) is best between 1 and 4/3.
+    # loss weight of desirable answers; with n desirable and m undesirable answers, choose the weights such that
+    # n desirable_weight / (m undesirable_weight) is between 1 and 4/3
     desirable_weight: float = field(default=1.0, metadata={"min": 0})
-    undesirable_weight: float = field(default=1.0, metadata={"min": 0})  # Loss weight of undesirable answers
-    # ask the reference once about each answer, before training, and keep it on disk
+    undesirable_weight: float = field(default=1.0, metadata={"min": 0})  # loss weight of undesirable answers
+    # compute reference log-probabilities once before training and cache them on disk
     precompute_ref_log_probs: bool = False
-    loss_chunk_size: int = field(default=128, metadata={"min": 1})  # tokens of each row whose logits exist at once
+    loss_chunk_size: int = field(default=128, metadata={"min": 1})  # tokens per row whose logits exist at once
 
     @property
     def data_needs(self) -> DataNeeds:
@@ -70,7 +71,7 @@ class KtoConfig(ObjectiveConfig):
 
 
 def losses(ratios_B: jax.Array, good_B: jax.Array, z0: jax.Array, config: KtoConfig) -> jax.Array:
-    """[B], of the log-ratio of each answer, whether it is good, and z0."""
+    """Returns the loss [B] of each answer from its log-ratio, its label (1: desirable) and z0."""
     z0 = z0 if config.loss_type is Loss.kto else jnp.zeros_like(z0)
     up_B, down_B = (1 - sigmoid(config.beta * sign * (ratios_B - z0)) for sign in (1, -1))
     return jnp.where(good_B > 0, config.desirable_weight * up_B, config.undesirable_weight * down_B)
@@ -78,41 +79,41 @@ def losses(ratios_B: jax.Array, good_B: jax.Array, z0: jax.Array, config: KtoCon
 
 @dataclass(frozen=True)
 class Kto(Objective):
-    """An `Objective`. The reference is a frozen model of the policy's own architecture.
+    """KTO loss. The reference is a frozen model with the policy's architecture.
 
-    Metrics: `z0`, and over good and bad answers by themselves `reward_good`, `reward_bad` (beta times the log-ratio)
-    and `logprob_good`, `logprob_bad` (summed). An answer weighs 1 in the loss, whatever its length.
+    Metrics: `z0`; over desirable and undesirable answers separately `reward_good`, `reward_bad` (beta times the
+    log-ratio) and `logprob_good`, `logprob_bad` (summed over tokens). Each answer has weight 1, regardless of length.
     """
 
     config: KtoConfig
 
     def compute_loss(self, inputs: LossInputs) -> Losses:
         c, batch, columns = self.config, inputs.batch, inputs.columns
-        known = columns if REFERENCE in columns else self.compute_columns(inputs)
-        reference_BS = jax.lax.stop_gradient(known[REFERENCE])
-        policy_B, added_B = self._answers(inputs, 0)
+        computed = columns if REFERENCE in columns else self.compute_columns(inputs)
+        reference_BS = jax.lax.stop_gradient(computed[REFERENCE])
+        policy_B, auxiliary_B = self._answers(inputs, 0)
         real_B = (batch.loss_mask[:, 0].sum(-1) > 0).astype(jnp.float32)
         mean = lambda values_B, of_B=real_B: Mean.of(values_B, of_B)
         z0 = jnp.zeros(())
         if c.loss_type is Loss.kto:
-            other_B, _ = self._answers(inputs._replace(params=jax.lax.stop_gradient(inputs.params), rng=None), 1)
-            z0 = jnp.maximum(mean(other_B - reference_BS[:, 1]).value(), 0)
+            mismatched_B, _ = self._answers(inputs._replace(params=jax.lax.stop_gradient(inputs.params), rng=None), 1)
+            z0 = jnp.maximum(mean(mismatched_B - reference_BS[:, 1]).value(), 0)
         ratios_B, good_B = policy_B - reference_BS[:, 0], columns[LABEL].astype(jnp.float32)
         metrics = {"z0": mean(jnp.broadcast_to(z0, real_B.shape))}
         for name, of_B in (("good", real_B * good_B), ("bad", real_B * (1 - good_B))):
             metrics |= {f"reward_{name}": mean(c.beta * ratios_B, of_B), f"logprob_{name}": mean(policy_B, of_B)}
-        return mean(losses(ratios_B, good_B, z0, c) + added_B), metrics
+        return mean(losses(ratios_B, good_B, z0, c) + auxiliary_B), metrics
 
     def _answers(self, inputs: LossInputs, side: int) -> tuple[jax.Array, jax.Array]:
-        """[B]: the summed log-probability of one side's answers, and what a mixture of experts adds to their loss."""
-        one = TokenBatch(*(column[:, side] for column in inputs.batch))
-        output = inputs.forward(one)
-        found = token_logprobs(output, one.targets, chunk=self.config.loss_chunk_size)
-        total_B = jnp.sum(jnp.where(one.loss_mask > 0, found.logprob, 0.0), axis=-1)
+        """Returns ([B] summed log-probability of the answers of one side, [B] auxiliary loss of MoE layers)."""
+        batch = TokenBatch(*(column[:, side] for column in inputs.batch))
+        output = inputs.forward(batch)
+        tokens = token_logprobs(output, batch.targets, chunk=self.config.loss_chunk_size)
+        total_B = jnp.sum(jnp.where(batch.loss_mask > 0, tokens.logprob, 0.0), axis=-1)
         return total_B, jnp.zeros_like(total_B) if output.auxiliary is None else output.auxiliary.loss_B
 
     def compute_columns(self, inputs: LossInputs) -> dict[str, jax.Array]:
-        """[B, S] f32: the summed log-probabilities under the reference."""
+        """Returns the summed log-probabilities under the reference, [B, S] f32."""
         sides = [self._answers(inputs.of_frozen(REFERENCE), side)[0] for side in (0, 1)]
         return {REFERENCE: jnp.stack(sides, axis=-1)}
 

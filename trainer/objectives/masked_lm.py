@@ -1,6 +1,6 @@
-"""Telling hidden tokens from all around them: masked language modelling, and masked diffusion.
+"""Masked language modeling and masked diffusion.
 
-Targets are of the same place. A model that is not causal predicts there what a mask hides.
+A bidirectional model predicts each masked token at its own position.
 
 Shape letters: B batch, L length, V vocab.
 """
@@ -19,10 +19,10 @@ from trainer.objectives.moe_losses import auxiliary_terms
 
 @dataclass
 class MaskedLMConfig(ObjectiveConfig):
-    """Cross entropy of the tokens that are hidden (Devlin et al. 2019, section 3.1)."""
+    """Cross entropy on masked tokens (BERT, Devlin et al. 2019, section 3.1)."""
 
     kind: str = "masked"
-    # Tokens of each row whose logits exist at once; the length or more: all
+    # tokens per row whose logits exist at once; >= data.seq_len: all
     loss_chunk_size: int = field(default=128, metadata={"min": 1})
 
     @property
@@ -39,8 +39,9 @@ class MaskedLMConfig(ObjectiveConfig):
 
 @dataclass
 class MaskedDiffusionConfig(MaskedLMConfig):
-    """The bound on the negative log-likelihood that masked diffusion gives (Sahoo et al. 2024, equation 10; Nie et al.
-    2025, equation 3): cross entropy of what is masked, weighed by 1 / ratio, over all tokens.
+    """Negative log-likelihood bound of masked diffusion (Sahoo et al. 2024, eq. 10; Nie et al. 2025, eq. 3).
+
+    Cross entropy on masked tokens, weighted by 1 / mask ratio and divided by the number of all tokens.
     """
 
     kind: str = "masked_diffusion"
@@ -55,8 +56,10 @@ class MaskedDiffusionConfig(MaskedLMConfig):
 
 @dataclass(frozen=True)
 class Masked(Objective):
-    """Metrics beside the loss: `nll` (cross entropy; of diffusion the bound), `accuracy` of what is hidden, and of
-    diffusion `bytes` per token where known, and those of the router where the model has experts.
+    """Loss of masked language modeling and masked diffusion.
+
+    Metrics: `nll` (cross entropy; for diffusion the bound), `accuracy` on masked tokens, for diffusion `bytes` per
+    token if known, and router metrics of MoE models.
     """
 
     config: MaskedLMConfig
@@ -67,13 +70,13 @@ class Masked(Objective):
         batch, output = inputs.batch, inputs.forward()
         tokens = token_logprobs(output, batch.targets, chunk=self.config.loss_chunk_size)
         weight_BL = batch.loss_mask.astype(jnp.float32)
-        hidden_BL = (weight_BL > 0).astype(jnp.float32)
-        counted_BL = (batch.segment_ids > 0).astype(jnp.float32) if self.bound else hidden_BL
+        masked_BL = (weight_BL > 0).astype(jnp.float32)
+        counted_BL = (batch.segment_ids > 0).astype(jnp.float32) if self.bound else masked_BL
         mean = lambda values_BL, of_BL: Mean(jnp.sum(values_BL * of_BL), jnp.sum(of_BL))
         nll = Mean(jnp.sum(-tokens.logprob * weight_BL), jnp.sum(counted_BL))
-        added_BL, router = auxiliary_terms(output, counted_BL.shape)
-        metrics = {"nll": nll, "accuracy": mean(tokens.correct.astype(jnp.float32), hidden_BL)}
+        auxiliary_BL, router = auxiliary_terms(output, counted_BL.shape)
+        metrics = {"nll": nll, "accuracy": mean(tokens.correct.astype(jnp.float32), masked_BL)}
         if self.token_bytes is not None:
             metrics["bytes"] = mean(jnp.asarray(self.token_bytes, jnp.float32)[batch.targets], counted_BL)
         metrics |= {name: mean(values_BL, counted_BL) for name, values_BL in router.items()}
-        return nll._replace(total=nll.total + jnp.sum(added_BL * counted_BL)), metrics
+        return nll._replace(total=nll.total + jnp.sum(auxiliary_BL * counted_BL)), metrics

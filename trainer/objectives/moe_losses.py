@@ -1,4 +1,4 @@
-"""What a mixture of experts adds to any loss over tokens."""
+"""Auxiliary losses and router metrics of mixture-of-experts models."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,13 @@ from models.transformer import ModelOutput
 
 
 def auxiliary_terms(output: ModelOutput, shape: tuple[int, int]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What to add to the loss of each token, and the router's metrics by name, each [B, L] as `shape` says.
+    """Returns (auxiliary loss per token, router metrics by name), each [B, L] = `shape`; zero and none without experts.
 
-    A row's terms are means over its tokens. Laid on each token of the row, they are weighed by the loss's own mask
-    and stand on its denominator: a row of which nothing is learnt adds nothing. Zero and none without experts.
+    The terms of a row are means over its tokens. Broadcasting them to tokens weights them by the loss mask and divides
+    by its denominator: a row without tokens in the loss does not contribute.
     """
-    spread = lambda values_B: jnp.broadcast_to(values_B[:, None], shape)
+    broadcast = lambda values_B: jnp.broadcast_to(values_B[:, None], shape)
     terms = output.auxiliary
     if terms is None:
         return jnp.zeros((1, 1)), {}
-    return spread(terms.loss_B), {name: spread(values_B) for name, values_B in terms.metrics.items()}
+    return broadcast(terms.loss_B), {name: broadcast(values_B) for name, values_B in terms.metrics.items()}

@@ -1,4 +1,4 @@
-"""Cross entropy on the next token: pretraining and supervised fine-tuning, which differ in the mask only."""
+"""Next-token cross entropy for pretraining and supervised fine-tuning, which differ only in the loss mask."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +18,12 @@ from trainer.objectives.moe_losses import auxiliary_terms
 @dataclass
 class NextTokenConfig(ObjectiveConfig):
     kind: str = "next_token"
-    # Times the squared logsumexp of the logits, which keeps them near 0 (PaLM: 1e-4); 0: off
+    # weight of the squared logsumexp of the logits (PaLM: 1e-4); 0 disables it
     z_loss: float = field(default=0.0, metadata={"min": 0})
-    # Share of the target's probability spread evenly over the vocabulary
+    # fraction of the target probability distributed evenly over the vocabulary
     label_smoothing: float = field(default=0.0, metadata={"min": 0, "below": 1})
-    dft: bool = False  # weigh each token by its own probability: dynamic fine-tuning (arXiv 2508.05629)
-    # Tokens of each row whose logits exist at once; the length or more: all
+    dft: bool = False  # weight each token by its probability: dynamic fine-tuning (arXiv 2508.05629)
+    # tokens per row whose logits exist at once; >= data.seq_len: all
     loss_chunk_size: int = field(default=128, metadata={"min": 1})
 
     @property
@@ -31,19 +31,21 @@ class NextTokenConfig(ObjectiveConfig):
         return ModelNeeds(is_token_wise=True, masks=(AttentionMask.causal, AttentionMask.prefix))
 
     def build(self, token_bytes: np.ndarray | None) -> "NextToken":
-        """Raises: ValueError for keys that do not go together."""
+        """Raises: ValueError if keys are incompatible."""
         if self.dft and self.label_smoothing:
             raise ValueError(
-                f"objective.label_smoothing={self.label_smoothing}: objective.dft=true weighs the target alone; leave "
-                "one of them out"
+                f"objective.label_smoothing={self.label_smoothing}: cannot be combined with objective.dft=true, which "
+                "weights only the target; remove one of them"
             )
         return NextToken(self, token_bytes)
 
 
 @dataclass(frozen=True)
 class NextToken(Objective):
-    """Metrics beside the loss: `nll` (plain cross entropy), `accuracy`, `bytes` per token where known, and those of
-    the router where the model has experts.
+    """Next-token loss.
+
+    Metrics: `nll` (cross entropy without smoothing or z-loss), `accuracy`, `bytes` per token if known, and router
+    metrics of MoE models.
     """
 
     config: NextTokenConfig
@@ -53,7 +55,7 @@ class NextToken(Objective):
         return self.of_output(inputs.forward(), inputs.batch)
 
     def of_output(self, output: ModelOutput, batch: TokenBatch) -> Losses:
-        """Loss and metrics of a forward pass over the batch."""
+        """Returns loss and metrics from the output of a forward pass."""
         mask_BL = batch.loss_mask.astype(jnp.float32)
         weight = jnp.sum(mask_BL)
         of_token = partial(_token_loss, self.config)
@@ -62,16 +64,16 @@ class NextToken(Objective):
         def mean(values_BL: jax.Array) -> Mean:
             return Mean(jnp.sum(values_BL * mask_BL), weight)
 
-        added_BL, router = auxiliary_terms(output, mask_BL.shape)
+        auxiliary_BL, router = auxiliary_terms(output, mask_BL.shape)
         metrics = {"nll": mean(-tokens.logprob), "accuracy": mean(tokens.correct.astype(jnp.float32))}
         if self.token_bytes is not None:
             metrics["bytes"] = mean(jnp.asarray(self.token_bytes, jnp.float32)[batch.targets])
         metrics |= {name: mean(values_BL) for name, values_BL in router.items()}
-        return Mean(total + mean(added_BL).total, weight), metrics
+        return Mean(total + mean(auxiliary_BL).total, weight), metrics
 
 
 def _token_loss(config: NextTokenConfig, tokens: TokenLogprobs) -> jax.Array:
-    """The loss of each."""
+    """Returns the loss per token."""
     loss = nll = -tokens.logprob
     if smoothing := config.label_smoothing:
         uniform = tokens.logsumexp - tokens.mean_logit

@@ -1,7 +1,7 @@
-"""Preference optimisation without a reward model: DPO and its relatives, one loss function each.
+"""Preference optimization without a reward model: DPO and related losses, one function each.
 
-A loss sees four summed log-probabilities for each pair, of the chosen and of the rejected answer under the policy and
-under the reference, and the lengths of the answers. Numbers in brackets are arXiv's.
+A loss receives four summed log-probabilities per pair (chosen and rejected answer, policy and reference) and the
+lengths of the answers. Numbers in brackets are arXiv identifiers.
 
 Shape letters: B rows, S sides (0 chosen, 1 rejected), L length, P pairs.
 """
@@ -35,32 +35,32 @@ from trainer.objective import (
     means_of,
 )
 from trainer.objectives.cross_entropy import TokenLogprobs, token_logprobs
-from trainer.objectives.pooling import running
+from trainer.objectives.pooling import segment_cumsum
 from trainer.objectives.segment_ops import of_rows, of_tokens, summed
 
 
 class Loss(enum.Enum):
     sigmoid = "sigmoid"  # DPO [2305.18290]; with label_smoothing conservative DPO (Mitchell)
-    robust = "robust"  # unbiased where a share label_smoothing of the labels is flipped [2403.00409]
+    robust = "robust"  # unbiased if a fraction label_smoothing of the labels is flipped [2403.00409]
     hinge = "hinge"  # SLiC and RSO [2305.10425, 2309.06657]
-    ipo = "ipo"  # of log-probabilities per token [2310.12036]
-    sigmoid_norm = "sigmoid_norm"  # DPO of log-probabilities per token [2411.15124]
-    exo = "exo"  # needs label_smoothing above 0 [2402.00856]
-    nca = "nca"  # [2402.05369]
-    bco = "bco"  # [2404.04656], with a shift of 0
-    sppo = "sppo"  # [2405.00675], hard labels
-    aot = "aot"  # sorted margins of a microbatch [2406.05882]
-    aot_unpaired = "aot_unpaired"
-    apo_zero = "apo_zero"  # raises the chosen, lowers the rejected [2408.06266]
-    apo_down = "apo_down"  # lowers both, the rejected more
-    discopop = "discopop"  # log-ratio modulated [2406.08414]
-    simpo = "simpo"  # log-probabilities per token, no reference [2405.14734]
-    cpo = "cpo"  # no reference [2401.08417]
-    orpo = "orpo"  # odds per token, no reference; goes with nll_weight=1 [2403.07691]
+    ipo = "ipo"  # IPO, on log-probabilities per token [2310.12036]
+    sigmoid_norm = "sigmoid_norm"  # DPO on log-probabilities per token [2411.15124]
+    exo = "exo"  # EXO; requires label_smoothing above 0 [2402.00856]
+    nca = "nca"  # NCA [2402.05369]
+    bco = "bco"  # BCO with a reward shift of 0 [2404.04656]
+    sppo = "sppo"  # SPPO with hard labels [2405.00675]
+    aot = "aot"  # AOT: sorted margins within a microbatch [2406.05882]
+    aot_unpaired = "aot_unpaired"  # AOT with log-ratios of chosen and rejected answers sorted separately
+    apo_zero = "apo_zero"  # APO-zero: raises chosen answers, lowers rejected ones [2408.06266]
+    apo_down = "apo_down"  # APO-down: lowers both, the rejected answer more
+    discopop = "discopop"  # DiscoPOP: log-ratio modulated loss [2406.08414]
+    simpo = "simpo"  # SimPO: log-probabilities per token, no reference [2405.14734]
+    cpo = "cpo"  # CPO, no reference [2401.08417]
+    orpo = "orpo"  # ORPO: odds ratio per token, no reference; use with nll_weight=1 [2403.07691]
 
 
 class FDivergence(enum.Enum):
-    """What keeps the policy near the reference [2309.16240]: it decides how log-ratios u count."""
+    """f-divergence that regularizes the policy toward the reference [2309.16240]: score of a log-ratio u."""
 
     reverse_kl = "reverse_kl"  # u
     forward_kl = "forward_kl"  # 1 - e^-u
@@ -74,28 +74,29 @@ FREE_OF_REFERENCE = (Loss.simpo, Loss.cpo, Loss.orpo)
 @dataclass
 class PreferenceConfig(ObjectiveConfig):
     kind: str = "preference"
-    loss_type: Loss = Loss.sigmoid  # Preference loss
-    # how far the policy may leave the reference: larger, less far
+    loss_type: Loss = Loss.sigmoid  # preference loss
+    # strength of the regularization: larger values keep the policy closer to the reference
     beta: float = field(default=0.1, metadata={"above": 0})
-    f_divergence: FDivergence = FDivergence.reverse_kl  # of losses of a margin: sigmoid, robust, hinge, ipo, exo, ...
-    # Share of labels taken for wrong: sigmoid, robust, exo, aot
+    f_divergence: FDivergence = FDivergence.reverse_kl  # f-divergence of sigmoid, robust, hinge, ipo, exo, discopop
+    # assumed fraction of flipped labels, with sigmoid, robust, exo and aot
     label_smoothing: float = field(default=0.0, metadata={"min": 0, "below": 0.5})
-    simpo_gamma: float = 1.0  # simpo: the margin to be reached, after beta
-    tau: float = field(default=0.05, metadata={"above": 0})  # discopop: temperature of the modulation
-    # Times the negative log-probability of a chosen answer, per token [2404.19733]; 0: off
+    simpo_gamma: float = 1.0  # target reward margin of simpo
+    tau: float = field(default=0.05, metadata={"above": 0})  # modulation temperature of discopop
+    # weight of the negative log-likelihood per token of chosen answers [2404.19733]; 0 disables it
     nll_weight: float = field(default=0.0, metadata={"min": 0})
-    nll_on_prompt: bool = False  # per token of prompt and answer, as TRL has it in ORPO
-    # Weight of tokens beyond the shorter answer's length; 1: full [LD-DPO, 2409.06411]
+    nll_on_prompt: bool = False  # include the prompt in the negative log-likelihood, as in TRL's ORPO
+    # weight of tokens beyond the length of the shorter answer [LD-DPO, 2409.06411]; 1 disables it
     ld_alpha: float = field(default=1.0, metadata={"min": 0, "max": 1})
-    use_weighting: bool = False  # weigh pairs by how near the policy they were sampled [2406.11827]
-    # Updates after which the reference moves towards the policy [2404.09656]; 0: it never does
+    use_weighting: bool = False  # weight pairs by their likelihood under the policy [WPO, 2406.11827]
+    # updates between synchronizations of the reference with the policy [TR-DPO, 2404.09656]; 0: never
     ref_model_sync_steps: int = field(default=0, metadata={"min": 0})
-    ref_model_mixup_alpha: float = field(default=0.6, metadata={"above": 0, "max": 1})  # of the policy in it then
-    # ask the reference once about each pair, before training, and keep it on disk
+    # weight of the policy in a synchronization
+    ref_model_mixup_alpha: float = field(default=0.6, metadata={"above": 0, "max": 1})
+    # compute reference log-probabilities once before training and cache them on disk
     precompute_ref_log_probs: bool = False
-    # At most; 1: each is padded to a row of its own
+    # maximum pairs packed into a row; 1: pad each pair to its own row
     pairs_per_row: int = field(default=1, metadata={"min": 1})
-    loss_chunk_size: int = field(default=128, metadata={"min": 1})  # tokens of each row whose logits exist at once
+    loss_chunk_size: int = field(default=128, metadata={"min": 1})  # tokens per row whose logits exist at once
 
     @property
     def data_needs(self) -> DataNeeds:
@@ -117,48 +118,51 @@ class PreferenceConfig(ObjectiveConfig):
         return FrozenNeeds({REFERENCE: FrozenModelSpec(precompute=self.precompute_ref_log_probs, sync=sync)})
 
     def build(self, token_bytes: np.ndarray | None) -> "Preference":
-        """Raises: ValueError for keys that do not go together."""
+        """Raises: ValueError if keys are incompatible."""
         smoothing, name = self.label_smoothing, self.loss_type.name
         if self.loss_type is Loss.exo and smoothing < 1e-9:
             raise ValueError(
-                f"objective.label_smoothing={smoothing}: must be above 0 with objective.loss_type=exo; its authors use 0.001"
+                f"objective.label_smoothing={smoothing}: must be above 0 with objective.loss_type=exo; the paper uses "
+                "0.001"
             )
         if smoothing and self.loss_type not in (Loss.sigmoid, Loss.robust, Loss.exo, Loss.aot, Loss.aot_unpaired):
             raise ValueError(
-                f"objective.label_smoothing={smoothing}: has no meaning for objective.loss_type={name}; use 0"
+                f"objective.label_smoothing={smoothing}: not supported with objective.loss_type={name}; use 0"
             )
         if self.f_divergence is not FDivergence.reverse_kl and self.loss_type not in OF_MARGINS:
             known = ", ".join(loss.name for loss in OF_MARGINS)
             raise ValueError(
-                f"objective.f_divergence={self.f_divergence.name}: is for objective.loss_type={known}; not {name}"
+                f"objective.f_divergence={self.f_divergence.name}: not supported with objective.loss_type={name}; use "
+                f"reverse_kl, or objective.loss_type={known}"
             )
-        for key in ("cache_reference", "reference_every"):
+        for key in ("precompute_ref_log_probs", "ref_model_sync_steps"):
             if getattr(self, key) and not self.has_reference:
                 raise ValueError(
-                    f"objective.{key}={getattr(self, key)}: objective.loss_type={name} has no reference; leave it out"
+                    f"objective.{key}={getattr(self, key)}: objective.loss_type={name} has no reference; remove the key"
                 )
         if self.precompute_ref_log_probs and self.ref_model_sync_steps:
             raise ValueError(
-                f"objective.ref_model_sync_steps={self.ref_model_sync_steps}: a reference that moves cannot be asked in advance; "
-                "use 0, or objective.precompute_ref_log_probs=false"
+                f"objective.ref_model_sync_steps={self.ref_model_sync_steps}: log-probabilities of a synchronized "
+                "reference cannot be precomputed; use 0, or objective.precompute_ref_log_probs=false"
             )
         if self.use_weighting and self.loss_type in (Loss.aot, Loss.aot_unpaired):
             raise ValueError(
-                f"objective.use_weighting=true: objective.loss_type={name} sorts, and has no pairs to weigh; use false"
+                f"objective.use_weighting=true: objective.loss_type={name} sorts log-ratios, so it has no pairs to "
+                "weight; use false"
             )
         return Preference(self)
 
 
 class Pairs(NamedTuple):
-    """[P, S] f32: summed log-probabilities of answers, and how many tokens they have."""
+    """Summed log-probabilities of answers and their lengths in tokens, [P, S] f32."""
 
     policy: jax.Array
-    reference: jax.Array  # 0 where a loss has none
+    reference: jax.Array  # 0 for losses without a reference
     lengths: jax.Array
 
     @property
     def real(self) -> jax.Array:
-        """[P] bool: which are there at all; a row may hold fewer than it could."""
+        """[P] bool: False for missing pairs of rows that are not full."""
         return jnp.all(self.lengths > 0, axis=-1)
 
     @property
@@ -175,7 +179,7 @@ def margin(values_PS: jax.Array) -> jax.Array:
 
 
 def scored(pairs: Pairs, kind: FDivergence) -> Pairs:
-    """The pairs with what their log-ratios count in the place of the policy, beside a reference of 0."""
+    """Replaces the policy by the f-divergence scores of the log-ratios, and the reference by 0."""
     if kind is FDivergence.reverse_kl:
         return pairs
     js = kind is FDivergence.jensen_shannon
@@ -229,25 +233,26 @@ def _sppo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
 
 
 def _ranked(values_P: jax.Array, real_P: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values in ascending order, and whose they were; those that are not there come last, all alike."""
+    """Returns (values in ascending order, their original indices); missing pairs come last, with equal values."""
     values_P = jnp.where(real_P, values_P, jnp.finfo(values_P.dtype).max)
     order_P = jnp.argsort(values_P)
     return values_P[order_P], order_P
 
 
-def _apart(upper_P: jax.Array, lower_P: jax.Array, real_P: jax.Array) -> jax.Array:
-    """How far values of one rank are apart, at the place of the upper one."""
+def _ranked_difference(upper_P: jax.Array, lower_P: jax.Array, real_P: jax.Array) -> jax.Array:
+    """Returns the differences between values of equal rank, at the indices of `upper_P`."""
     (upper_P, order_P), (lower_P, _) = _ranked(upper_P, real_P), _ranked(lower_P, real_P)
     return jnp.zeros_like(upper_P).at[order_P].set(upper_P - lower_P)
 
 
 def _aot(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    return smoothed(c.beta * _apart(margin(pairs.policy), margin(pairs.reference), pairs.real), c.label_smoothing)
+    margins = margin(pairs.policy), margin(pairs.reference)
+    return smoothed(c.beta * _ranked_difference(*margins, pairs.real), c.label_smoothing)
 
 
 def _aot_unpaired(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
     chosen_P, rejected_P = pairs.ratios.T
-    return smoothed(c.beta * _apart(chosen_P, rejected_P, pairs.real), c.label_smoothing)
+    return smoothed(c.beta * _ranked_difference(chosen_P, rejected_P, pairs.real), c.label_smoothing)
 
 
 def _apo_zero(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
@@ -274,7 +279,7 @@ def _cpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
 
 
 def _orpo(pairs: Pairs, c: PreferenceConfig) -> jax.Array:
-    mean_PS = jnp.minimum(pairs.per_token().policy, -1e-7)  # a probability of 1 has no odds
+    mean_PS = jnp.minimum(pairs.per_token().policy, -1e-7)  # the odds of probability 1 are infinite
     return -c.beta * log_sigmoid(margin(mean_PS) - margin(log1mexp(mean_PS)))
 
 
@@ -307,13 +312,13 @@ LOSSES: dict[Loss, Callable[[Pairs, PreferenceConfig], jax.Array]] = {
 
 @dataclass(frozen=True)
 class Preference(Objective):
-    """An `Objective` over batches [B, 2, L], each row of which holds `pairs_per_row` pairs at most.
+    """Preference loss over batches [B, 2, L] with up to `pairs_per_row` pairs per row.
 
-    The reference is a frozen model of the policy's own architecture.
+    The reference is a frozen model with the policy's architecture.
 
     Metrics, means over pairs: `reward_margin`, `reward_accuracy` (strictly larger), `reward_chosen` and
-    `reward_rejected` (beta times the log-ratio to the reference), `logprob_chosen` and `logprob_rejected` (summed),
-    `length_chosen` and `length_rejected`. A pair weighs 1 in the loss, whatever its length.
+    `reward_rejected` (beta times the log-ratio to the reference), `logprob_chosen` and `logprob_rejected` (summed over
+    tokens), `length_chosen` and `length_rejected`. Each pair has weight 1, regardless of its length.
     """
 
     config: PreferenceConfig
@@ -324,13 +329,13 @@ class Preference(Objective):
         policy_PS = self._total(policy, batch)
         reference_PS = jnp.zeros_like(policy_PS)
         if c.has_reference:
-            found = inputs.columns if REFERENCE in inputs.columns else self.compute_columns(inputs)
-            reference_PS = jax.lax.stop_gradient(found[REFERENCE]).reshape(-1, 2)
+            computed = inputs.columns if REFERENCE in inputs.columns else self.compute_columns(inputs)
+            reference_PS = jax.lax.stop_gradient(computed[REFERENCE]).reshape(-1, 2)
         pairs = Pairs(policy_PS, reference_PS, self._summed(batch.loss_mask, batch))
         mean = lambda values_P: Mean.of(values_P, pairs.real)
         loss_P = LOSSES[c.loss_type](scored(pairs, c.f_divergence), c)
         if c.use_weighting:
-            loss_P = loss_P * self._nearness(policy, batch)
+            loss_P = loss_P * self._wpo_weights(policy, batch)
         if c.nll_weight:
             loss_P = loss_P + c.nll_weight * self._nll(policy, batch)
         reward_PS = c.beta * (pairs.per_token().policy if c.loss_type is Loss.simpo else pairs.ratios)
@@ -338,15 +343,15 @@ class Preference(Objective):
         for side, name in enumerate(("chosen", "rejected")):
             of_side = {"reward": reward_PS, "logprob": policy_PS, "length": pairs.lengths}
             metrics |= {f"{key}_{name}": values_PS[:, side] for key, values_PS in of_side.items()}
-        if terms is not None:  # of the router: once a pair, not once a side
+        if terms is not None:  # router losses count once per pair, not per side
             loss_P = loss_P + of_rows(terms.loss_B, c.pairs_per_row)
             metrics |= {name: of_rows(values, c.pairs_per_row) for name, values in terms.metrics.items()}
         return mean(loss_P), means_of(metrics, pairs.real)
 
     def compute_columns(self, inputs: LossInputs) -> dict[str, jax.Array]:
-        """[B, N, S] f32: the summed log-probabilities of each pair under the reference."""
-        found, _ = self._forward(inputs.of_frozen(REFERENCE))
-        return {REFERENCE: self._total(found, inputs.batch).reshape(-1, self.config.pairs_per_row, 2)}
+        """Returns the summed log-probabilities of each pair under the reference, [B, N, S] f32."""
+        tokens, _ = self._forward(inputs.of_frozen(REFERENCE))
+        return {REFERENCE: self._total(tokens, inputs.batch).reshape(-1, self.config.pairs_per_row, 2)}
 
     def column_spec(self, seq_len: int) -> Columns:
         return {REFERENCE: ((self.config.pairs_per_row, 2), np.float32)}
@@ -355,29 +360,32 @@ class Preference(Objective):
         return {"length_weight": self.config.ld_alpha, "pairs_per_row": self.config.pairs_per_row}
 
     def _summed(self, values_BSL: jax.Array, batch: TokenBatch) -> jax.Array:
-        """[P, S]: over the tokens of each answer."""
+        """Returns sums [P, S] over the tokens of each answer."""
         return summed(values_BSL.astype(jnp.float32), batch.segment_ids, self.config.pairs_per_row)
 
-    def _total(self, found: TokenLogprobs, batch: TokenBatch) -> jax.Array:
-        """[P, S]: the log-probability of each answer."""
-        counted_BSL = batch.loss_mask.astype(jnp.float32) * self._weights(batch)
-        return self._summed(jnp.where(counted_BSL > 0, found.logprob * counted_BSL, 0.0), batch)
+    def _total(self, tokens: TokenLogprobs, batch: TokenBatch) -> jax.Array:
+        """Returns the log-probability of each answer, [P, S]."""
+        weight_BSL = batch.loss_mask.astype(jnp.float32) * self._ld_weights(batch)
+        return self._summed(jnp.where(weight_BSL > 0, tokens.logprob * weight_BSL, 0.0), batch)
 
     def _forward(self, inputs: LossInputs) -> tuple[TokenLogprobs, Auxiliary | None]:
-        """Of every target [B, S, L]; and what a mixture of experts adds, of every row [B S]."""
+        """Returns (statistics per target [B, S, L], auxiliary MoE terms per row and side [B S])."""
         shape, flat = inputs.batch.tokens.shape, flat_rows(inputs.batch)
         output = inputs.forward(flat)
-        found = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk_size)
-        return jax.tree.map(lambda x: x.reshape(shape), found), output.auxiliary
+        tokens = token_logprobs(output, flat.targets, chunk=self.config.loss_chunk_size)
+        return jax.tree.map(lambda x: x.reshape(shape), tokens), output.auxiliary
 
-    def _nearness(self, policy: TokenLogprobs, batch: TokenBatch) -> jax.Array:
-        """[P]: of both answers, how likely they are beside what the policy says itself [2406.11827, equation 2]."""
-        apart_BSL = jnp.where(batch.loss_mask > 0, policy.logprob - policy.collision, 0.0)
-        mean_PS = self._summed(apart_BSL, batch) / jnp.maximum(self._summed(batch.loss_mask, batch), 1)
+    def _wpo_weights(self, policy: TokenLogprobs, batch: TokenBatch) -> jax.Array:
+        """Returns pair weights [P]: likelihood relative to samples of the policy [2406.11827, equation 2]."""
+        relative_BSL = jnp.where(batch.loss_mask > 0, policy.logprob - policy.collision, 0.0)
+        mean_PS = self._summed(relative_BSL, batch) / jnp.maximum(self._summed(batch.loss_mask, batch), 1)
         return jax.lax.stop_gradient(jnp.exp(mean_PS.sum(-1)))
 
     def _nll(self, policy: TokenLogprobs, batch: TokenBatch) -> jax.Array:
-        """[P]: of the chosen, per token, so that pairs add up whatever microbatch they fall in."""
+        """Returns the negative log-likelihood per token [P] of chosen answers.
+
+        Normalized per pair, so that the loss does not depend on how pairs are split into microbatches.
+        """
         mask_BSL = batch.loss_mask
         if self.config.nll_on_prompt:
             segments_BSL = jnp.pad(batch.segment_ids, ((0, 0), (0, 0), (0, 1)))
@@ -386,13 +394,13 @@ class Preference(Objective):
         nll_PS = self._summed(jnp.where(mask_BSL > 0, -policy.logprob, 0.0), batch)
         return nll_PS[:, 0] / jnp.maximum(self._summed(mask_BSL, batch)[:, 0], 1)
 
-    def _weights(self, batch: TokenBatch) -> jax.Array:
-        """[B, S, L]: of tokens; those beyond the length of the shorter answer may count less."""
+    def _ld_weights(self, batch: TokenBatch) -> jax.Array:
+        """Returns token weights [B, S, L]: `ld_alpha` beyond the length of the shorter answer, else 1."""
         mask_BSL = batch.loss_mask.astype(jnp.float32)
         if self.config.ld_alpha == 1:
             return jnp.ones_like(mask_BSL)
         flat = flat_rows(batch)
-        place_BSL = running(flat.loss_mask[..., None], flat.positions).reshape(mask_BSL.shape)
+        position_BSL = segment_cumsum(flat.loss_mask[..., None], flat.positions).reshape(mask_BSL.shape)
         shorter_P = self._summed(mask_BSL, batch).min(-1)
         shorter_BSL = of_tokens(shorter_P, batch.segment_ids, self.config.pairs_per_row)
-        return jnp.where(place_BSL <= shorter_BSL, 1.0, self.config.ld_alpha)
+        return jnp.where(position_BSL <= shorter_BSL, 1.0, self.config.ld_alpha)

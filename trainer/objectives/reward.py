@@ -1,4 +1,4 @@
-"""Reward models: one number for an answer, higher for the better of two (Bradley & Terry 1952; Ouyang et al. 2022).
+"""Reward models trained on preference pairs (Bradley & Terry 1952; Ouyang et al. 2022).
 
 Numbers in brackets are arXiv's.
 
@@ -24,10 +24,10 @@ from trainer.objectives.segment_ops import of_rows, of_texts, summed
 @dataclass
 class RewardConfig(ObjectiveConfig):
     kind: str = "reward"
-    # Times the square of a pair's summed rewards, which keeps them near 0 [2312.09244]; 0: off
+    # weight of the squared sum of a pair's rewards, which centers rewards at 0 [2312.09244]; 0 disables it
     center_rewards_coefficient: float = field(default=0.01, metadata={"min": 0})
-    margins: bool = False  # records say in "margin" how much better the chosen answer is [2307.09288, section 3.2.2]
-    # At most; 1: each is padded to a row of its own
+    margins: bool = False  # read the minimum reward difference from the field "margin" [2307.09288, section 3.2.2]
+    # maximum pairs packed into a row; 1: pad each pair to its own row
     pairs_per_row: int = field(default=1, metadata={"min": 1})
 
     @property
@@ -45,17 +45,17 @@ class RewardConfig(ObjectiveConfig):
 
 
 def bradley_terry(reward_PS: jax.Array, margin_P: jax.Array) -> jax.Array:
-    """[P]: the negative logarithm of the probability that the chosen answer is preferred, by `margin_P` at least."""
+    """Returns the negative log-probability [P] that the chosen answer is preferred by at least `margin_P`."""
     return -jax.nn.log_sigmoid(reward_PS[:, 0] - reward_PS[:, 1] - margin_P)
 
 
 @dataclass(frozen=True)
 class Reward(Objective):
-    """An `Objective` over batches [B, 2, L] of a model with one output, read at the last token of an answer.
+    """Reward loss over batches [B, 2, L] of a model with one output, read at the last token of an answer.
 
     Metrics, means over pairs: `reward_margin`, `reward_accuracy` (strictly larger), `reward_chosen`, `reward_rejected`,
-    and the accuracy among the pairs whose chosen answer is the longer one, and the shorter one: far apart, they tell
-    of a model that has learnt to count.
+    and `reward_accuracy_longer`, `reward_accuracy_shorter` over pairs whose chosen answer is longer or shorter: a large
+    gap between them indicates length bias.
     """
 
     config: RewardConfig
@@ -71,24 +71,24 @@ class Reward(Objective):
         loss_P = bradley_terry(reward_PS, margin_P) + self.config.center_rewards_coefficient * jnp.square(
             reward_PS.sum(-1)
         )
-        right_P = (reward_PS[:, 0] > reward_PS[:, 1]).astype(jnp.float32)
+        correct_P = (reward_PS[:, 0] > reward_PS[:, 1]).astype(jnp.float32)
 
         mean = lambda values_P, counted_P=real_P: Mean.of(values_P, counted_P)
         metrics = {
             "reward_margin": mean(reward_PS[:, 0] - reward_PS[:, 1]),
-            "reward_accuracy": mean(right_P),
+            "reward_accuracy": mean(correct_P),
             "reward_chosen": mean(reward_PS[:, 0]),
             "reward_rejected": mean(reward_PS[:, 1]),
-            "reward_accuracy_longer": mean(right_P, real_P & (length_PS[:, 0] > length_PS[:, 1])),
-            "reward_accuracy_shorter": mean(right_P, real_P & (length_PS[:, 0] < length_PS[:, 1])),
+            "reward_accuracy_longer": mean(correct_P, real_P & (length_PS[:, 0] > length_PS[:, 1])),
+            "reward_accuracy_shorter": mean(correct_P, real_P & (length_PS[:, 0] < length_PS[:, 1])),
         }
-        if output.auxiliary is not None:  # of the router: once a pair, not once a side
+        if output.auxiliary is not None:  # router losses count once per pair, not per side
             loss_P = loss_P + of_rows(output.auxiliary.loss_B, per_row)
             metrics |= {name: mean(of_rows(values, per_row)) for name, values in output.auxiliary.metrics.items()}
         return mean(loss_P), metrics
 
     def score_texts(self, output: ModelOutput, batch: TokenBatch) -> jax.Array:
-        """[B, 1] f32: the reward of each row, which holds one text."""
+        """Returns rewards [B, 1] f32 for rows of one text each."""
         return at_end(scores(output, batch, Pooling.last), batch.segment_ids)
 
     def describe_output(self, values: list[float], classes: list[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""A distribution as its k likeliest tokens and one bucket for all the others.
+"""Distributions compressed to the top-k tokens plus one bucket for the remaining probability.
 
-Merging outcomes never makes two distributions look further apart, so that a divergence of buckets is at most that of
-the distributions, grows with k, and is the same at k = V; renormalised on k tokens it would not see the student's tail.
+Merging outcomes never increases a divergence: the divergence of buckets is a lower bound of that of the distributions,
+grows with k and is exact at k = V. Renormalizing over k tokens instead would ignore the student's tail.
 
 Shape letters: B batch, C chunk of the length, V vocab, k tokens.
 """
@@ -11,34 +11,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-NOTHING = -6e4  # the logarithm of no probability: finite, in float16 too
+NOTHING = -6e4  # log-probability of 0: finite, also in float16
 
 
 class Buckets(NamedTuple):
-    """Logarithms of probabilities."""
+    """Top-k tokens and bucket log-probabilities."""
 
-    ids: jax.Array  # [B, C, k] i32: the k tokens, the likeliest first
-    logprobs: jax.Array  # [B, C, k + 1] f32: theirs, and last that of the rest together
+    ids: jax.Array  # [B, C, k] i32: the top-k tokens, in descending order of probability
+    logprobs: jax.Array  # [B, C, k + 1] f32: log-probabilities of the tokens, then of all other tokens together
 
 
-def likeliest(logprobs_BCV: jax.Array, k: int) -> Buckets:
-    """The k likeliest tokens of each place, ties by their number, and the rest."""
+def top_k_buckets(logprobs_BCV: jax.Array, k: int) -> Buckets:
+    """Returns the buckets of each position; ties are broken by the lower token id."""
     _, ids_BCk = jax.lax.top_k(logprobs_BCV, k)
-    return Buckets(ids_BCk, in_buckets(logprobs_BCV, ids_BCk))
+    return Buckets(ids_BCk, bucket_logprobs(logprobs_BCV, ids_BCk))
 
 
-def in_buckets(logprobs_BCV: jax.Array, ids_BCk: jax.Array) -> jax.Array:
-    """[B, C, k + 1]: of these tokens, and of the rest, which is summed and not what is left of 1: exact when small."""
-    inside_BCV = jnp.put_along_axis(jnp.zeros(logprobs_BCV.shape, bool), ids_BCk, True, axis=-1, inplace=False)
-    rest_BC = jax.nn.logsumexp(jnp.where(inside_BCV, NOTHING, logprobs_BCV), axis=-1)
+def bucket_logprobs(logprobs_BCV: jax.Array, ids_BCk: jax.Array) -> jax.Array:
+    """Returns log-probabilities [B, C, k + 1] of the tokens and of the rest.
+
+    The rest is summed, not computed as 1 minus the others: exact for small values.
+    """
+    top_BCV = jnp.put_along_axis(jnp.zeros(logprobs_BCV.shape, bool), ids_BCk, True, axis=-1, inplace=False)
+    rest_BC = jax.nn.logsumexp(jnp.where(top_BCV, NOTHING, logprobs_BCV), axis=-1)
     return jnp.concatenate([jnp.take_along_axis(logprobs_BCV, ids_BCk, axis=-1), rest_BC[..., None]], axis=-1)
 
 
-def stored(buckets: Buckets, dtype: Any) -> dict[str, jax.Array]:
-    """As columns of a batch. float16 keeps 11 bits of a logarithm: a few thousandths of a probability of e^-10."""
+def buckets_to_columns(buckets: Buckets, dtype: Any) -> dict[str, jax.Array]:
+    """Converts buckets to batch columns. float16 has 11 bits: relative error below 0.5 % for probabilities of e^-10."""
     return {"top_ids": buckets.ids, "top_logprobs": jnp.maximum(buckets.logprobs, NOTHING).astype(dtype)}
 
 
-def recalled(ids_BCk: jax.Array, logprobs_BCk1: jax.Array) -> Buckets:
-    """From columns; what rounding took from or added to the sum is shared out."""
+def load_buckets(ids_BCk: jax.Array, logprobs_BCk1: jax.Array) -> Buckets:
+    """Converts batch columns to buckets, renormalized to correct for rounding."""
     return Buckets(ids_BCk, jax.nn.log_softmax(logprobs_BCk1.astype(jnp.float32), axis=-1))

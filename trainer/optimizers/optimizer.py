@@ -37,11 +37,11 @@ class OptimizerConfig:
     kind: str = ""
     learning_rate: float = 1e-3  # peak learning rate, scaled by the schedule
     weight_decay: float = 0.1  # decoupled weight decay of matrices, embeddings and the head
-    # clip gradients to this global norm; null: off
-    max_grad_norm: float | None = field(default=1.0, metadata={"above": 0, "hint": "null turns clipping off"})
-    # decay of a parameter EMA used for evaluation and export; null: off
+    # clip gradients to this global norm; null disables clipping
+    max_grad_norm: float | None = field(default=1.0, metadata={"above": 0, "hint": "null disables clipping"})
+    # decay of a parameter EMA used for evaluation and export; null disables it
     ema_decay: float | None = field(
-        default=None, metadata={"above": 0, "below": 1, "hint": "as 0.999; null turns it off"}
+        default=None, metadata={"above": 0, "below": 1, "hint": "for example 0.999; null disables it"}
     )
     lr_multipliers: dict[str, float] = field(default_factory=dict)  # learning rate factor by parameter group; default 1
     offload_state: bool = False  # store optimizer state in host memory and load it for each update
@@ -286,7 +286,7 @@ class ScheduleFreeConfig(OptimizerConfig):
         super().check()
         if self.ema_decay is not None:
             raise ValueError(
-                f"optimizer.ema_decay={self.ema_decay}: optimizer=schedule_free has an average of its own; "
+                f"optimizer.ema_decay={self.ema_decay}: optimizer=schedule_free already maintains an average; "
                 "set optimizer.ema_decay=null"
             )
 

@@ -1,4 +1,4 @@
-"""GPT-2 as one writes it in JAX by hand: unrolled layers, one loss over all logits, optax."""
+"""Hand-written GPT-2 in JAX: unrolled layers, one loss over all logits, optax."""
 
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,9 @@ F32 = jnp.float32
 
 @jax.custom_vjp
 def matmul(x, w):
-    """[T, I] times [I, O] in x's dtype, summed in f32: without its own rule, XLA's CPU backend makes the gradients of
-    all layers anew in each product.
+    """Multiplies [T, I] by [I, O] in x's dtype with f32 accumulation.
+
+    Without a custom rule, XLA's CPU backend recomputes the gradients of all layers in each matmul.
     """
     return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=F32).astype(x.dtype)
 

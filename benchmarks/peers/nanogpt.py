@@ -1,4 +1,4 @@
-"""GPT-2 as one writes it in PyTorch: plain modules, scaled_dot_product_attention, fused AdamW, autocast."""
+"""Plain PyTorch GPT-2: standard modules, scaled_dot_product_attention, fused AdamW, autocast."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A Llama as one writes it in PyTorch: plain modules, scaled_dot_product_attention, weights in bf16."""
+"""Plain PyTorch Llama: standard modules, scaled_dot_product_attention, weights in bf16."""
 
 import torch
 import torch.nn.functional as F

@@ -2,8 +2,8 @@
 
 On TPUs this is `jax.lax.ragged_dot`. The CPU and GPU backends of XLA implement that by multiplying every row with the
 matrix of every group and discarding all but one result, which multiplies the work by the number of groups. On these
-platforms each group is split into blocks of rows, and blocks are assigned to steps regardless of their group: the cost is
-that of the rows plus the padding of each group's last block, for any distribution of group sizes.
+platforms each group is split into blocks of rows, and blocks are assigned to steps regardless of their group: the cost
+is that of the rows plus the padding of each group's last block, for any distribution of group sizes.
 
 Shape letters: S rows, D and F width before and after, E groups, N blocks, T steps, W blocks per step, b rows per block.
 """

@@ -232,7 +232,7 @@ def _flash_backward(options: Options, saved, do_IBKGUW):
     and thereby the full row on each device.
     """
     queries, keys, sinks_KG, window, o_IBKGUW, logsumexp_IBKGU = saved
-    # sum_S p dp in the softmax gradient p (dp - sum_S p dp) equals the dot product of the output and its gradient.
+    # sum_S p dp in the softmax gradient p (dp - sum_S p dp) is the dot product of the output and its gradient.
     delta_IBKGU = jnp.sum(do_IBKGUW.astype(F32) * o_IBKGUW.astype(F32), axis=-1)
     zeros = lambda x: jnp.zeros(x.shape, F32)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import AttentionMask, Dispatch, MatmulPrecision, ModelConfig, Position
-from models.cpu_workarounds import keeps_rows_first
+from models.cpu_workarounds import use_transposed_weights
 from models.decode.sampling import History, SamplingConfig, Settings, sample
 from models.kv_cache import BLOCK
 from models.logical_axes import ShardingConstraint, no_constraint
@@ -155,7 +155,7 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
     That gives the numbers of `forward` over whole rows, which casts the same matrices at every use.
     """
     dtype = jnp.dtype(config.dtype.name)
-    rows_first = keeps_rows_first()
+    rows_first = use_transposed_weights()
 
     def ready(num_out, path, leaf):
         names = tuple(part.key for part in path)

@@ -60,7 +60,7 @@ class Bits(enum.Enum):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scales:
-    """Double quantization (Dettmers et al. 2023, section 3): scales of a stack of matrices, minus their mean, in 8 bits.
+    """Double quantization (Dettmers et al. 2023, section 3): scales of matrices, minus their mean, in 8 bits.
 
     The order is that of bitsandbytes: row by row of a matrix [out, in].
     """

@@ -47,7 +47,7 @@ def quantize_8bit(x: jax.Array, summed: tuple[int, ...], form: Format) -> tuple[
 
 
 def product(spec: str, a: jax.Array, b: jax.Array, form_a: Format, form_b: Format) -> jax.Array:
-    """`einsum(spec, a, b)` f32 of quantized operands; each dim of `spec` occurs in two of the three terms."""
+    """`einsum(spec, a, b)` f32 of quantized operands; dims occur in two of three terms, in order."""
     a_dims, b_dims, y_dims = spec.replace("->", ",").split(",")
     summed = set(a_dims) & set(b_dims)
     y_scale = None

@@ -26,7 +26,7 @@ def from_bits(x: jax.Array) -> jax.Array:
 def use_transposed_weights() -> bool:
     """Returns whether decoding stores matrices as [OUT, IN].
 
-    Multiplying a few rows takes half the time with the matrix first. On a mesh, sharded dims would need a transpose, too.
+    Multiplying a few rows takes half the time with the matrix first. On a mesh, the sharding would change as well.
     """
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
@@ -45,7 +45,7 @@ def matrix_first_product(matrix: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def left_transposed_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Computes `einsum(spec, a, b)` in f32 with the contracted dims of `a` first, by transposing `a` on CPUs.
+    """Computes `einsum(spec, a, b)` in f32; on CPUs `a`, whose contracted dims come first, is transposed.
 
     XLA has no bf16 matmul that reads its left operand by columns: it converts both to f32, which is slow as well.
     Without barriers it would fold the transpose, or the computation of `a`, into the matmul.
@@ -77,8 +77,8 @@ def sum_of_rows(x: jax.Array, num_dims: int) -> jax.Array:
 def transposed_weight(kernel: jax.Array) -> jax.Array:
     """Returns `kernel.T`, with a gradient that is computed first and then transposed.
 
-    Otherwise XLA folds the transpose into the preceding matmul, for which CPUs have no bf16 routine, or leaves it to the
-    readers of the gradient, each of which transposes again.
+    Otherwise XLA folds the transpose into the preceding matmul, for which CPUs have no bf16 routine, or leaves it to
+    the readers of the gradient, each of which transposes again.
     """
     return kernel.T
 

@@ -161,8 +161,8 @@ def inverse_frequencies(
 def rope_temperature(config: RopeConfig) -> float:
     """Returns the attention temperature applied to rotated queries and keys.
 
-    YaRN: 0.1 mscale ln(factor) + 1 (section 3.4), except the part in `score_temperature`. LongRoPE: sqrt(1 + ln(factor) /
-    ln(original length)) (section 3.2).
+    YaRN: 0.1 mscale ln(factor) + 1 (section 3.4), except the part in `score_temperature`. LongRoPE:
+    sqrt(1 + ln(factor) / ln(original length)) (section 3.2).
     """
     if config.scaling is RopeScaling.longrope:
         return math.sqrt(1 + math.log(max(config.factor, 1)) / math.log(config.original_max_seq_len))

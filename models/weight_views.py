@@ -1,6 +1,6 @@
 """Weight views: drop-in replacements of weight arrays for quantization, adapters, pruning and storage layouts.
 
-A layer reads `self.kernel[...]` and multiplies with `models.matmul.einsum_f32`, independently of whether its parameter is
+A layer reads `self.kernel[...]` and multiplies with `models.matmul.einsum_f32`, regardless of whether its parameter is
 an array or a view. To add a view, for example one that rounds or masks a weight:
 
 1. Subclass `Kernel` as a frozen dataclass registered with `jax.tree_util.register_dataclass`. Arrays are fields,

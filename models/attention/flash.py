@@ -237,7 +237,7 @@ def _flash_backward(options: Options, saved, do_IBKGUW):
     zeros = lambda x: jnp.zeros(x.shape, F32)
 
     def meet(dq_IBKGUH, keys: Keys):
-        """Adds the contribution of one shard of keys to dq; returns it with (dk, dv) of the shard from local queries."""
+        """Adds the contribution of a shard of keys to dq; returns it with the (dk, dv) of the shard."""
 
         def of_queries(gradient, block):
             *given, dq_BKGUH, seen_J = block

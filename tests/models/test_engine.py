@@ -202,7 +202,7 @@ def test_what_the_engine_cannot_do_is_refused():
         one.submit(Request([], settings))
     with pytest.raises(ValueError, match="300 tokens leave no room"):
         one.submit(Request([1] * 300, settings))
-    with pytest.raises(ValueError, match=f"99 is no token; they are 0 to {V - 1}"):
+    with pytest.raises(ValueError, match=f"99 is not a token id; valid: 0 to {V - 1}"):
         one.submit(Request([99], settings))
     with pytest.raises(ValueError, match="top_p=2"):
         one.submit(Request([1], SamplingConfig(top_p=2)))

@@ -119,7 +119,7 @@ def test_targets_are_parts_of_names_or_patterns():
     assert chosen("query", "value") == ["attention.query", "attention.value"]
     assert chosen("mlp") == ["mlp.down", "mlp.gate", "mlp.up"]
     assert chosen("*.o*", "mlp.up") == ["attention.out", "mlp.up"]
-    with pytest.raises(ValueError, match="'qeury' chooses nothing; there are: attention"):
+    with pytest.raises(ValueError, match="'qeury' matches no matrix; valid: attention"):
         chosen("qeury")
     assert "mlp.router" not in {short_name(p) for p in find_targets(AdapterConfig(Method.lora), param_axes(MIXTURE))}
 

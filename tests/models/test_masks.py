@@ -107,7 +107,9 @@ def test_scoring_shows_contexts_as_prompts():
 
 def test_an_encoder_does_not_write():
     config = masked(AttentionMask.bidirectional)
-    with pytest.raises(ValueError, match=r"model\.attention\.mask=bidirectional: an encoder .* writes no next token"):
+    with pytest.raises(
+        ValueError, match=r"model\.attention\.mask=bidirectional: an encoder predicts masked tokens, not the next token"
+    ):
         generate(init_params(config, jax.random.key(0)), config, [[1]], SamplingConfig())
 
 

@@ -269,7 +269,7 @@ class Engine:
             raise ValueError("prompt='': has no tokens; pass at least one character")
         if n >= self.length:
             raise ValueError(
-                f"prompt: {n} tokens leave no room for a completion; prompt and completion can have {self.length} tokens"
+                f"prompt: {n} tokens leave no room for a completion; at most {self.length} tokens in total"
             )
         outside = [t for t in request.prompt if not 0 <= t < self.vocab_size]
         if outside:

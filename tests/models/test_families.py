@@ -181,7 +181,7 @@ def test_what_is_missing_unmapped_or_of_another_shape_is_named(published):
         load_params(folder, read, abstract_params(read))
     narrow = {**config, "vocab_size": 95}
     folder.config, read = narrow, family_of(narrow).read(narrow)
-    with pytest.raises(ValueError, match=r"is \[96, 32\], and config.json says \[95, 32\]"):
+    with pytest.raises(ValueError, match=r"has shape \[96, 32\], but config.json requires \[95, 32\]"):
         load_params(folder, read, abstract_params(read))
 
 

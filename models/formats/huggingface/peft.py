@@ -106,7 +106,7 @@ def save_adapters(
     base: str,
     dtype: str,
 ) -> None:
-    """Writes the adapters; all processes call it, process 0 writes. Raises: ValueError if PEFT cannot represent them."""
+    """Writes adapters; all processes call it, process 0 writes. Raises: ValueError if PEFT cannot hold them."""
     if config.outputs:
         raise ValueError(
             "the score head is trained in full, which PEFT adapters cannot hold; export the merged model, to=hf:FOLDER"

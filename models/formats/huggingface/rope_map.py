@@ -36,9 +36,7 @@ def read_rope(hf: HFConfig, *, latent: bool = False) -> RopeConfig:
     defaults = RopeConfig()
     fraction = float(one_of(found, "partial_rotary_factor", default=hf.get("partial_rotary_factor") or 1.0))
     if fraction < 1 and hf.get("model_type", "phi3") != "phi3":
-        raise ValueError(
-            f"config.json: partial_rotary_factor={fraction}: of the supported families, transformers reads it only in Phi-3"
-        )
+        raise ValueError(f"config.json: partial_rotary_factor={fraction}: transformers supports it only in Phi-3")
     limit = hf.get("max_position_embeddings")
     first = one_of(found, "original_max_position_embeddings", default=hf.get("original_max_position_embeddings"))
     first = limit if kind == "dynamic" else first or limit

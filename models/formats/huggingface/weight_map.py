@@ -1,7 +1,7 @@
 """Mapping of published checkpoint tensors to parameters, with the order of their dims.
 
-The letters of a pattern are those of `LETTERS`; dims in parentheses are flattened into one: `(NH)D` is a matrix of N x H
-rows and D columns. Rotary pairs are halves, as in transformers, so nothing is permuted. If a format stores interleaved
+The letters of a pattern are those of `LETTERS`; dims in parentheses are flattened: `(NH)D` is a matrix of N x H rows
+and D columns. Rotary pairs are halves, as in transformers, so nothing is permuted. If a format stores interleaved
 pairs, its pattern has h instead of H: `(Nh)D`.
 """
 

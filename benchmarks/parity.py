@@ -18,9 +18,9 @@ TESTS = (
     "tests/trainer/test_judging_parity.py", "tests/models/test_lora.py",
 )  # fmt: skip
 NOTES = {
-    "Families beside transformers": "Largest difference of logits of a tiny random checkpoint in float32, relative to "
+    "Families compared with transformers": "Largest difference of logits of a tiny random checkpoint in float32, relative to "
     "the largest logit (tolerance 1e-4).",
-    "Adapters beside PEFT": "Largest difference of logits of a tiny Llama with random adapters, applied beside the base"
+    "Adapters compared with PEFT": "Largest difference of logits of a tiny Llama with random adapters, applied beside the base"
     " and merged into it (tolerance 1e-5).",
     "Preference losses beside TRL": "Loss relative to that of TRL's trainer, and the largest difference of a gradient "
     "relative to its largest entry, on the same four pairs (tolerances 1e-5 and 1e-4). `simpo`, `cpo` and `orpo` are "
@@ -30,7 +30,7 @@ NOTES = {
     "Rewards beside TRL": "Loss and gradient of its RewardTrainer on four pairs; measured as above.",
     "Classes beside transformers": "Largest difference of the probability of a class, of tiny random checkpoints of "
     "its classes with a head of scores (tolerance 1e-5).",
-    "Weights of 4 bits beside bitsandbytes": "Largest difference of a weight, relative to the largest weight. Codes "
+    "4-bit weights compared with bitsandbytes": "Largest difference of a weight, relative to the largest weight. Codes "
     "are the same; of scales in 8 bits bitsandbytes takes a neighbour of the nearest level now and then.",
     "Divergences of distillation beside TRL": "Of logits at temperature 1.5, without its square; measured as above.",
     "Hidden states and attention beside torch": "Distances of layers in float64 there, through a projection for hidden "

@@ -74,13 +74,13 @@ def _product(x_SD, kernel_EDF, sizes_E, dtype, block: int | None) -> jax.Array:
     if block is None:
         return jax.lax.ragged_dot(x_SD, kernel_EDF, sizes_E, preferred_element_type=f32).astype(dtype)
 
-    def turn(blocks: Blocks, y_SF):
+    def step(blocks: Blocks, y_SF):
         kernel_WDF = from_bits(bits_EDF[blocks.group])
         y_WbF = jnp.einsum("WbD,WDF->WbF", _at(x_SD, blocks.rows), kernel_WDF, preferred_element_type=f32)
         return y_SF.at[blocks.rows].set(to_bits(y_WbF.astype(dtype)), mode="drop", unique_indices=True)
 
     y_SF, bits_EDF = to_bits(jnp.zeros((x_SD.shape[0], kernel_EDF.shape[2]), dtype)), to_bits(kernel_EDF)
-    return from_bits(scan_blocks(turn, y_SF, len(x_SD), sizes_E, block))
+    return from_bits(scan_blocks(step, y_SF, len(x_SD), sizes_E, block))
 
 
 def _products_of_columns(x_SD, dy_SF, sizes_E, block: int | None) -> jax.Array:
@@ -92,7 +92,7 @@ def _products_of_columns(x_SD, dy_SF, sizes_E, block: int | None) -> jax.Array:
         )
         return jax.lax.ragged_dot_general(x_SD, dy_SF, sizes_E, by_group, preferred_element_type=f32)
 
-    def turn(blocks: Blocks, sum_EDF):
+    def step(blocks: Blocks, sum_EDF):
         x_WbD, dy_WbF = _at(x_SD, blocks.rows), _at(dy_SF, blocks.rows)
         part_WDF = jnp.einsum("WbD,WbF->WDF", x_WbD, dy_WbF, preferred_element_type=f32)
         # Sequential: a group may have several blocks in a step, and the order of summation must be fixed.
@@ -100,20 +100,20 @@ def _products_of_columns(x_SD, dy_SF, sizes_E, block: int | None) -> jax.Array:
         return jax.lax.fori_loop(0, len(part_WDF), add, sum_EDF)
 
     sum_EDF = jnp.zeros((len(sizes_E), x_SD.shape[1], dy_SF.shape[1]), f32)
-    return scan_blocks(turn, sum_EDF, len(x_SD), sizes_E, block)
+    return scan_blocks(step, sum_EDF, len(x_SD), sizes_E, block)
 
 
 def _at(x_SD: jax.Array, rows_Wb: jax.Array) -> jax.Array:
     return x_SD.at[rows_Wb].get(mode="fill", fill_value=0)
 
 
-def scan_blocks(turn: Callable[[Blocks, Any], Any], carry: Any, rows: int, sizes_E: jax.Array, block: int) -> Any:
-    """Runs `carry = turn(blocks, carry)` for all blocks of all groups, which have at most `rows` rows in total."""
+def scan_blocks(step: Callable[[Blocks, Any], Any], carry: Any, rows: int, sizes_E: jax.Array, block: int) -> Any:
+    """Runs `carry = step(blocks, carry)` for all blocks of all groups, which have at most `rows` rows in total."""
     E = len(sizes_E)
     W = max(1, E // SHARE)
     T = -(-(rows // block + E) // W)
     blocks, number = _schedule(sizes_E, block, T, W), _max_over_batch(_blocks_of(sizes_E, block).sum())
-    return jax.lax.fori_loop(0, (number + W - 1) // W, lambda t, c: turn(Blocks(*(a[t] for a in blocks)), c), carry)
+    return jax.lax.fori_loop(0, (number + W - 1) // W, lambda t, c: step(Blocks(*(a[t] for a in blocks)), c), carry)
 
 
 def _blocks_of(sizes_E: jax.Array, block: int) -> jax.Array:

@@ -212,12 +212,12 @@ def _flash_forward(options: Options, queries: Queries, keys: Keys, sinks_KG, win
 
         return jax.lax.scan(of_queries, None, (queries, running, block_is_visible(queries, keys, window)))[1]
 
-    def turn(carried, _):
+    def hop(carried, _):
         running, current = carried
         coming = _ppermute_next(current, options.along)  # sent before use, so that transfer and compute overlap
         return (meet(running, current), coming), None
 
-    (running, last), _ = _repeat(turn, (start, keys), _ring_size(options.along) - 1)
+    (running, last), _ = _repeat(hop, (start, keys), _ring_size(options.along) - 1)
     running = meet(running, last)
     # Named, so that a remat policy can save both and recomputation of the layer skips attention.
     o_IBKGUW = checkpoint_name_fwd("attn_out", (running.output / running.total[..., None]).astype(q_IBKGUH.dtype))
@@ -254,7 +254,7 @@ def _flash_backward(options: Options, saved, do_IBKGUW):
         gradient, dq_IBKGUH = jax.lax.scan(of_queries, (zeros(keys.keys), zeros(keys.values)), blocks)
         return dq_IBKGUH, gradient
 
-    def turn(carried, _):
+    def hop(carried, _):
         dq_IBKGUH, gradient, current = carried
         # Both are sent before the matmuls; the local contribution to the gradients is added after the hop.
         coming, gradient = _ppermute_next(current, options.along), _ppermute_next(gradient, options.along)
@@ -262,7 +262,7 @@ def _flash_backward(options: Options, saved, do_IBKGUW):
         return (dq_IBKGUH, jax.tree.map(jnp.add, gradient, more), coming), None
 
     start = zeros(queries.queries), (zeros(keys.keys), zeros(keys.values)), keys
-    (dq_IBKGUH, gradient, last), _ = _repeat(turn, start, _ring_size(options.along) - 1)
+    (dq_IBKGUH, gradient, last), _ = _repeat(hop, start, _ring_size(options.along) - 1)
     gradient = _ppermute_next(gradient, options.along)
     dq_IBKGUH, more = meet(dq_IBKGUH, last)
     dk, dv = _ppermute_next(

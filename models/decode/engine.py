@@ -100,7 +100,7 @@ class _Jitted(NamedTuple):
 
     prepare: Callable[..., Params]
     empty: Callable[..., tuple[Cache, EngineState]]
-    turn: Callable[..., Any]
+    decode: Callable[..., Any]
     fill: Callable[..., Cache]
     copy: Callable[..., Cache]
     remember: Callable[..., EngineState]
@@ -113,16 +113,17 @@ def _programs(program: _Program) -> _Jitted:
     read = partial(forward_cached, config=config, constrain=constrain)
 
     @partial(jax.jit, donate_argnums=(1, 2), static_argnums=5)
-    def turn(params, cache: Cache, memory: EngineState, settings: Settings, feed: StepInputs, num_top: int):
-        """Decodes one token per slot: (cache, memory, (tokens, logprobs, top tokens, their logprobs))."""
-        tokens_B = jnp.where(feed.tokens < 0, memory.tokens_B, feed.tokens)
-        output, cache = read(params, tokens_B[:, None], feed.positions[:, None], cache)
+    def decode(params, cache: Cache, state: EngineState, settings: Settings, inputs: StepInputs, num_top: int):
+        """Decodes one token per slot: (cache, state, (tokens, logprobs, top tokens, their logprobs))."""
+        tokens_B = jnp.where(inputs.tokens < 0, state.tokens_B, inputs.tokens)
+        output, cache = read(params, tokens_B[:, None], inputs.positions[:, None], cache)
         x_BV = logits(output)[:, 0]
         if vocab_size < x_BV.shape[1]:
             x_BV = jnp.where(jnp.arange(x_BV.shape[1])[None] < vocab_size, x_BV, -jnp.inf)
-        history = memory.history
-        tokens_B = sample(x_BV, history, settings, feed.index)
-        busy_B = jnp.asarray(feed.positions) < IDLE  # the first token of a row may come several steps after `remember`
+        history = state.history
+        tokens_B = sample(x_BV, history, settings, inputs.index)
+        # The first token of a row may come several steps after `remember`.
+        busy_B = jnp.asarray(inputs.positions) < IDLE
         counts_BV = history.counts_BV.at[jnp.arange(tokens_B.shape[0]), tokens_B].add(busy_B.astype(jnp.int32))
         normalizer_B = jax.nn.logsumexp(x_BV, axis=-1)
         logprobs_B = jnp.take_along_axis(x_BV, tokens_B[:, None], axis=-1)[:, 0] - normalizer_B
@@ -140,10 +141,10 @@ def _programs(program: _Program) -> _Jitted:
         return read(params, tokens_1L, positions_1L, cache, first_row=slot, shown=shown)[1]
 
     @partial(jax.jit, donate_argnums=0)
-    def remember(memory: EngineState, slot, prompt_V) -> EngineState:
-        prompt_BV, counts_BV = memory.history
+    def remember(state: EngineState, slot, prompt_V) -> EngineState:
+        prompt_BV, counts_BV = state.history
         history = History(prompt_BV.at[slot].set(prompt_V), counts_BV.at[slot].set(0))
-        return memory._replace(history=history)
+        return state._replace(history=history)
 
     @partial(jax.jit, static_argnums=(0, 1))
     def empty(rows: int, length: int) -> tuple[Cache, EngineState]:
@@ -152,7 +153,7 @@ def _programs(program: _Program) -> _Jitted:
         return init_cache(config, rows, length, constrain), EngineState(jnp.zeros(rows, jnp.int32), history)
 
     copy = jax.jit(copy_row, donate_argnums=0)
-    return _Jitted(jax.jit(partial(decoding_params, config=config)), empty, turn, fill, copy, remember)
+    return _Jitted(jax.jit(partial(decoding_params, config=config)), empty, decode, fill, copy, remember)
 
 
 def decoding_params(params: Params, config: ModelConfig) -> Params:
@@ -196,7 +197,7 @@ class _Slot:
     request: int | None = None
     tokens: list[int] = field(default_factory=list)  # tokens whose keys and values are cached, or will be
     filled: int = 0  # number of cached tokens
-    asked: Request | None = None
+    submitted: Request | None = None
     dispatched: int = 0  # tokens dispatched to the device
     used: int = 0  # time of the last release; the least recently used slot is reassigned first
 
@@ -239,19 +240,18 @@ class Engine:
         self.engine, self.vocab_size = engine, vocab_size or config.vocab_size
         self._jitted = _programs(_Program(config, constrain, self.vocab_size))
         self.params = self._jitted.prepare(params)
-        self._cache, self._memory = self._jitted.empty(engine.slots, self.length)
+        self._cache, self._state = self._jitted.empty(engine.slots, self.length)
         self._settings = Settings.of(engine.slots)
         self._slots = [_Slot() for _ in range(engine.slots)]
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._flying: tuple[list[tuple[int, int]], Any] | None = (
-            None  # (slot, request) pairs of a step, and its outputs
-        )
+        # (slot, request) pairs of the dispatched step, and its outputs
+        self._in_flight: tuple[list[tuple[int, int]], Any] | None = None
         self._next_id = self._clock = 0
         self.reused_tokens = self.prompt_tokens = 0  # prompt tokens found in the cache; in total
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting) or self._flying is not None or any(s.request is not None for s in self._slots)
+        return bool(self._waiting) or self._in_flight is not None or any(s.request is not None for s in self._slots)
 
     @property
     def num_waiting(self) -> int:
@@ -295,15 +295,15 @@ class Engine:
         """Prefills prompt chunks, dispatches a decoding step, and returns the events of the previous step."""
         self._admit()
         self._read_prompts()
-        flying, self._flying = self._flying, self._dispatch()
-        return [] if flying is None else self._receive(*flying)
+        in_flight, self._in_flight = self._in_flight, self._dispatch()
+        return [] if in_flight is None else self._receive(*in_flight)
 
     # Slots
 
     def _release(self, slot: _Slot) -> None:
         """Frees a slot; its cached tokens can be reused by requests with the same prefix."""
         self._clock += 1
-        slot.request, slot.asked, slot.used = None, None, self._clock
+        slot.request, slot.submitted, slot.used = None, None, self._clock
         slot.tokens = slot.tokens[: slot.filled]
 
     def _admit(self) -> None:
@@ -324,14 +324,14 @@ class Engine:
                 self._cache = self._jitted.copy(self._cache, np.int32(best), np.int32(target))
             self._waiting.remove(item)
             slot = self._slots[target]
-            slot.request, slot.asked, slot.tokens, slot.filled = number, request, prompt, found
+            slot.request, slot.submitted, slot.tokens, slot.filled = number, request, prompt, found
             slot.dispatched = 0
             self._settings.put(target, request.sampling, request.stream)
             self.reused_tokens, self.prompt_tokens = self.reused_tokens + found, self.prompt_tokens + len(prompt)
             if request.sampling.penalises:
-                seen_V = np.zeros(self._memory.history.prompt_BV.shape[1], bool)
+                seen_V = np.zeros(self._state.history.prompt_BV.shape[1], bool)
                 seen_V[prompt] = True
-                self._memory = self._jitted.remember(self._memory, np.int32(target), seen_V)
+                self._state = self._jitted.remember(self._state, np.int32(target), seen_V)
 
     def _shared(self, slot: _Slot, prompt: list[int], limit: int) -> int:
         """Returns the length of the common prefix in complete chunks, which every request computes in the same way.
@@ -367,19 +367,19 @@ class Engine:
 
     def _dispatch(self) -> tuple[list[tuple[int, int]], Any] | None:
         B = len(self._slots)
-        feed = StepInputs(np.full(B, IDLE, np.int32), np.full(B, -1, np.int32), np.zeros(B, np.int32))
+        inputs = StepInputs(np.full(B, IDLE, np.int32), np.full(B, -1, np.int32), np.zeros(B, np.int32))
         rows: list[tuple[int, int]] = []
         num_top = 0
         for i, slot in enumerate(self._slots):
-            request = slot.asked
+            request = slot.submitted
             if request is None or slot.request is None:
                 continue
             prompt = len(request.prompt)
             if slot.filled < prompt - 1 or slot.dispatched >= self._room(request):
                 continue
-            feed.positions[i], feed.index[i] = prompt - 1 + slot.dispatched, slot.dispatched
+            inputs.positions[i], inputs.index[i] = prompt - 1 + slot.dispatched, slot.dispatched
             if slot.dispatched == 0:
-                feed.tokens[i] = request.prompt[-1]
+                inputs.tokens[i] = request.prompt[-1]
             slot.dispatched += 1
             rows.append((i, slot.request))
             num_top = max(num_top, request.top_logprobs)
@@ -390,8 +390,8 @@ class Engine:
         )  # limits the number of compiled programs to two
         # A copy, because the device may read it after it was overwritten for another request.
         settings = Settings(*(x.copy() for x in self._settings))
-        args = self.params, self._cache, self._memory, settings, feed, num_top
-        self._cache, self._memory, written = self._jitted.turn(*args)
+        args = self.params, self._cache, self._state, settings, inputs, num_top
+        self._cache, self._state, written = self._jitted.decode(*args)
         return rows, written
 
     def _receive(self, rows: list[tuple[int, int]], written: Any) -> list[Event]:
@@ -399,7 +399,7 @@ class Engine:
         events = []
         for i, number in rows:
             slot = self._slots[i]
-            request = slot.asked
+            request = slot.submitted
             if slot.request != number or request is None:
                 continue  # the request ended while this step was running
             token = int(tokens[i])

@@ -1,4 +1,4 @@
-"""Writing by unmasking: what is surest comes first, and stays."""
+"""Masked diffusion: the most confident tokens are unmasked first, and stay."""
 
 import dataclasses
 

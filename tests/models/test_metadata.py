@@ -1,4 +1,4 @@
-"""GGUF files: weights that come back bit for bit, and llama.cpp, which computes the same with them."""
+"""GGUF files: bitwise equal weights after a round trip, and the same results in llama.cpp."""
 
 import importlib.util
 import json
@@ -101,7 +101,7 @@ def random_params(config: ModelConfig):
         norm = path[-1].key == "scale" and not config.norm_unit_offset
         size = spec.shape[-1] ** -0.5 if path[-1].key == "kernel" else 0.25
         if path[-1].key == "embedding" and config.scale_embeddings:
-            size = 0.05  # or a token predicts itself, whatever the layers do
+            size = 0.05  # otherwise a token predicts itself regardless of the layers
         return jnp.asarray(norm + np.round(size * rng.standard_normal(spec.shape) * 4096) / 4096, spec.dtype)
 
     return jax.tree_util.tree_map_with_path(make, abstract_params(config))
@@ -176,7 +176,7 @@ def test_smaller_types_hold_what_casts_and_blocks_make_of_the_weights(tmp_path, 
     assert first_wrong(file, config, changed, row, dtype=dtype) == "blk.2.ffn_up.weight"
 
 
-def test_experts_are_kept_in_blocks_and_their_router_is_not(tmp_path):
+def test_experts_are_quantized_and_their_router_is_not(tmp_path):
     config = CASES["qwen3 moe"]
     params = random_params(config)
     file, row = write(tmp_path / "model.gguf", config, params, "q8_0")
@@ -191,7 +191,7 @@ def test_experts_are_kept_in_blocks_and_their_router_is_not(tmp_path):
     assert np.array_equal(got, gguf.quants.dequantize(gguf.quants.quantize(theirs, kind), kind))
 
 
-def test_rows_that_are_no_whole_blocks_stay_float16(tmp_path):
+def test_rows_that_are_not_multiples_of_a_block_stay_float16(tmp_path):
     config = replace(CASES["llama"], mlp=MLPConfig(72))
     file, _ = write(tmp_path / "model.gguf", config, random_params(config), "q4_0")
     assert file.raw("blk.0.ffn_down.weight")[0] == "F16" and file.raw("blk.0.ffn_up.weight")[0] == "Q4_0"
@@ -203,7 +203,7 @@ def test_rows_that_are_no_whole_blocks_stay_float16(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama 3.1, tied", "phi3", "gpt2", "qwen3 moe"])
-def test_slices_onto_a_mesh_equal_the_whole(tmp_path, name):
+def test_slices_loaded_onto_a_mesh_equal_the_full_parameters(tmp_path, name):
     from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
 
     config = CASES[name]
@@ -235,7 +235,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED, ids=str)
-def test_what_llama_cpp_cannot_say_is_refused_with_the_reason(reason):
+def test_models_that_llama_cpp_cannot_represent_are_refused_with_the_reason(reason):
     with pytest.raises(ValueError, match="has no architecture for this model") as error:
         architecture_for(REFUSED[reason])
     assert reason in str(error.value)

@@ -107,7 +107,7 @@ GEMMA_KEYS = HEAD_KEYS | {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 # For architectures in which llama.cpp assumes num_kv_heads = num_heads.
-ALIKE_KEYS = {key: theirs for key, theirs in KEYS.items() if key != "attention.head_count_kv"}
+ALIKE_KEYS = {key: hf_key for key, hf_key in KEYS.items() if key != "attention.head_count_kv"}
 EXPERT_KEYS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 GPT2_KEYS = {
     "block_count": "n_layer",
@@ -241,7 +241,7 @@ def read_config(header: Header) -> ModelConfig:
         if key.startswith(f"{row.name}.")
     }
     hf: dict[str, Any] = {"model_type": row.model_type, **row.fixed}
-    hf |= {theirs: found[key] for key, theirs in row.keys.items() if key in found}
+    hf |= {hf_key: found[key] for key, hf_key in row.keys.items() if key in found}
     hf |= {key: tensor in header.names for key, tensor in row.biases.items()}
     hf["tie_word_embeddings"] = "output.weight" not in header.names
     needed = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
@@ -382,7 +382,7 @@ def write_header(row: Architecture, config: ModelConfig) -> Header:
     Raises: KeyError, StopIteration if the family cannot represent the config at all.
     """
     hf = write_config(row.family, config)
-    found = {key: hf[theirs] for key, theirs in row.keys.items() if hf.get(theirs) is not None}
+    found = {key: hf[hf_key] for key, hf_key in row.keys.items() if hf.get(hf_key) is not None}
     factors: dict[str, np.ndarray] = {}
     if config.position is Position.rope:
         rope, head_dim = config.rope, config.attention.head_dim

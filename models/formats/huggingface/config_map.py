@@ -134,7 +134,7 @@ def read_smollm3(hf: HFConfig) -> ModelConfig:
         tied=True,
         attention={"qkv_bias": bias, "out_bias": bias},
     )
-    config.rope.layer_pattern = _period([bool(turns) for turns in rotated[:layers]])
+    config.rope.layer_pattern = _period([bool(value) for value in rotated[:layers]])
     return config
 
 
@@ -292,8 +292,8 @@ def write_qwen2(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_smollm3(config: ModelConfig) -> dict[str, Any]:
-    turns = config.rope.layer_pattern
-    rotated = [int(turns[i % len(turns)]) for i in range(config.num_layers)]
+    pattern = config.rope.layer_pattern
+    rotated = [int(pattern[i % len(pattern)]) for i in range(config.num_layers)]
     # The default padding token of transformers, 128004, must be a row of the embedding.
     return write_qwen2(config) | {"no_rope_layers": rotated, "mlp_bias": config.mlp.bias, "pad_token_id": None}
 

@@ -67,7 +67,7 @@ def _names(module: Module, method: Method) -> dict[str, str]:
     named = dict(zip(("a", "b"), kinds, strict=True))
     if method is Method.dora:
         named["magnitude"] = "lora_magnitude_vector"
-    return {ours: f"{PREFIX}{module.name}.{theirs}" for ours, theirs in named.items()}
+    return {leaf: f"{PREFIX}{module.name}.{tensor_name}" for leaf, tensor_name in named.items()}
 
 
 def _at(tree: Any, path: str) -> Any:
@@ -76,11 +76,11 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
-def _to_theirs(ours: str, array: np.ndarray, rank: int) -> np.ndarray:
+def _to_peft(leaf: str, array: np.ndarray, rank: int) -> np.ndarray:
     """Converts A [in..., R] to [R, in], B [R, out...] to [out, R], and a magnitude to [out]."""
-    if ours == "magnitude":
+    if leaf == "magnitude":
         return array.reshape(-1)
-    return np.ascontiguousarray(array.reshape(-1, rank).T if ours == "a" else array.reshape(rank, -1).T)
+    return np.ascontiguousarray(array.reshape(-1, rank).T if leaf == "a" else array.reshape(rank, -1).T)
 
 
 def _target_modules(found: list[Module], all_names: list[str]) -> list[str]:
@@ -115,9 +115,9 @@ def save_adapters(
     tensors = {}
     for module in found:
         leaves = _at(adapters, module.path)
-        for ours, theirs in _names(module, adapter.method).items():
-            array = to_host(leaves[ours])[module.index]
-            tensors[theirs] = _to_theirs(ours, array, adapter.rank).astype(numpy_dtype)
+        for leaf, tensor_name in _names(module, adapter.method).items():
+            array = to_host(leaves[leaf])[module.index]
+            tensors[tensor_name] = _to_peft(leaf, array, adapter.rank).astype(numpy_dtype)
     if jax.process_index() != 0:
         return
     every = [name.removesuffix(".weight") for name, _, _ in WeightMap(config, family).tensors()]
@@ -148,11 +148,11 @@ def first_difference(
     stored = Folder(path)
     for module in modules(config, adapter, family):
         leaves = _at(adapters, module.path)
-        for ours, theirs in _names(module, adapter.method).items():
-            tensor = stored.tensor(theirs)
-            wanted = _to_theirs(ours, to_host(leaves[ours])[module.index], adapter.rank).astype(tensor.dtype)
+        for leaf, tensor_name in _names(module, adapter.method).items():
+            tensor = stored.tensor(tensor_name)
+            wanted = _to_peft(leaf, to_host(leaves[leaf])[module.index], adapter.rank).astype(tensor.dtype)
             if not np.array_equal(tensor.view(np.uint8), wanted.view(np.uint8)):
-                return theirs
+                return tensor_name
     return None
 
 
@@ -200,7 +200,7 @@ class Folder:
             name = short_name(path)
             try:
                 one = AdapterConfig(method, d["r"], float(d["lora_alpha"]), [name])
-                named = {theirs for m in modules(model, one, family) for theirs in _names(m, method).values()}
+                named = {tensor_name for m in modules(model, one, family) for tensor_name in _names(m, method).values()}
             except ValueError:  # no PEFT adapters for this matrix
                 continue
             if named & stored:
@@ -218,10 +218,10 @@ class Folder:
             of_path.setdefault(module.path, []).append(module)
 
         def load(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> jax.Array:
-            *parents, ours = (key.key for key in path)
+            *parents, leaf = (key.key for key in path)
             array = np.zeros(spec.shape, spec.dtype)
             for module in of_path["/".join(parents)]:
-                tensor, shape = self.tensor(_names(module, adapter.method)[ours]), array[module.index].shape
+                tensor, shape = self.tensor(_names(module, adapter.method)[leaf]), array[module.index].shape
                 if tensor.size != math.prod(shape):
                     raise ValueError(f"{self.label}: {module.name}: shape {list(tensor.shape)} does not match the base")
                 array[module.index] = tensor.T.reshape(shape)  # .T of a vector is the vector

@@ -137,14 +137,14 @@ def qwen3_moe_rules(config: ModelConfig) -> list[TensorMapping]:
 
 def gpt_oss_rules(config: ModelConfig) -> list[TensorMapping]:
     layer = "model.layers.{i}."
-    wide = lambda name, what, pattern: tensor_mapping(
-        layer + name, f"mlp.gate.{what}", pattern, f"mlp.up.{what}", pattern, axis=len(pattern) - 1, interleaved=True
+    fused = lambda name, leaf, pattern: tensor_mapping(
+        layer + name, f"mlp.gate.{leaf}", pattern, f"mlp.up.{leaf}", pattern, axis=len(pattern) - 1, interleaved=True
     )
     experts = [
         tensor_mapping(layer + "mlp.router.weight", "mlp.router.kernel", "RD"),
         tensor_mapping(layer + "mlp.router.bias", "mlp.router.bias", "R"),
-        wide("mlp.experts.gate_up_proj", "kernel", "EDF"),
-        wide("mlp.experts.gate_up_proj_bias", "bias", "EF"),
+        fused("mlp.experts.gate_up_proj", "kernel", "EDF"),
+        fused("mlp.experts.gate_up_proj_bias", "bias", "EF"),
         tensor_mapping(layer + "mlp.experts.down_proj", "mlp.down.kernel", "EFD"),
         tensor_mapping(layer + "mlp.experts.down_proj_bias", "mlp.down.bias", "ED"),
     ]

@@ -13,15 +13,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
-    "tests/models/test_huggingface.py", "tests/models/test_peft.py", "tests/trainer/test_preference_trl.py",
+    "tests/models/test_families.py", "tests/models/test_peft.py", "tests/trainer/test_preference_trl.py",
     "tests/trainer/test_distillation.py", "tests/trainer/test_matching.py", "tests/trainer/test_kto_trl.py",
     "tests/trainer/test_judging_parity.py", "tests/models/test_lora.py",
 )  # fmt: skip
 NOTES = {
-    "Families compared with transformers": "Largest difference of logits of a tiny random checkpoint in float32, relative to "
-    "the largest logit (tolerance 1e-4).",
-    "Adapters compared with PEFT": "Largest difference of logits of a tiny Llama with random adapters, applied beside the base"
-    " and merged into it (tolerance 1e-5).",
+    "Families compared with transformers": "Largest difference of logits of a tiny random checkpoint in float32, "
+    "relative to the largest logit (tolerance 1e-4).",
+    "Adapters compared with PEFT": "Largest difference of logits of a tiny Llama with random adapters, "
+    "bound to the base and merged into it (tolerance 1e-5).",
     "Preference losses beside TRL": "Loss relative to that of TRL's trainer, and the largest difference of a gradient "
     "relative to its largest entry, on the same four pairs (tolerances 1e-5 and 1e-4). `simpo`, `cpo` and `orpo` are "
     "compared from log-probabilities on. TRL leaves `label_smoothing` out of its `sigmoid`; here it makes DPO "

@@ -67,10 +67,8 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _product(x_SD, kernel_EDF, sizes_E, dtype, block: int | None) -> jax.Array:
-    f32, kernel_EDF = (
-        jnp.float32,
-        kernel_EDF.astype(x_SD.dtype),
-    )  # cast first, so that XLA gathers the smaller dtype from devices
+    f32 = jnp.float32
+    kernel_EDF = kernel_EDF.astype(x_SD.dtype)  # cast first, so that XLA gathers the smaller dtype from devices
     if block is None:
         return jax.lax.ragged_dot(x_SD, kernel_EDF, sizes_E, preferred_element_type=f32).astype(dtype)
 

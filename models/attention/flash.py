@@ -265,9 +265,8 @@ def _flash_backward(options: Options, saved, do_IBKGUW):
     (dq_IBKGUH, gradient, last), _ = _repeat(hop, start, _ring_size(options.along) - 1)
     gradient = _ppermute_next(gradient, options.along)
     dq_IBKGUH, more = meet(dq_IBKGUH, last)
-    dk, dv = _ppermute_next(
-        jax.tree.map(jnp.add, gradient, more), options.along
-    )  # the last hop returns them to their owner
+    # The last hop returns them to their owner
+    dk, dv = _ppermute_next(jax.tree.map(jnp.add, gradient, more), options.along)
     dsinks_KG = None
     if sinks_KG is not None:
         p_IBKGU = jnp.exp(sinks_KG[None, None, :, :, None] - logsumexp_IBKGU)

@@ -59,9 +59,8 @@ class Completion:
     """Generated tokens of a request."""
 
     tokens: list[int] = field(default_factory=list)  # without the prompt and the stop token
-    logprobs: list[float] = field(
-        default_factory=list
-    )  # of `tokens`, under the unmodified model: temperature 1, no filters
+    # Of `tokens`, under the unmodified model: temperature 1, no filters
+    logprobs: list[float] = field(default_factory=list)
     finish_reason: str = "length"  # length, eos or stop
     end: tuple[int, float] | None = None  # stop token and its log-probability
 
@@ -385,9 +384,8 @@ class Engine:
             num_top = max(num_top, request.top_logprobs)
         if not rows:
             return None
-        num_top = (
-            min(MAX_TOP_LOGPROBS, self.vocab_size) if num_top else 0
-        )  # limits the number of compiled programs to two
+        # Limits the number of compiled programs to two
+        num_top = min(MAX_TOP_LOGPROBS, self.vocab_size) if num_top else 0
         # A copy, because the device may read it after it was overwritten for another request.
         settings = Settings(*(x.copy() for x in self._settings))
         args = self.params, self._cache, self._state, settings, inputs, num_top

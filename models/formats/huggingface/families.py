@@ -103,9 +103,8 @@ def read_model(hf: HFConfig) -> ModelConfig:
     model = family_of(hf).read(hf)
     if not (hf.get("architectures") or [""])[0].endswith(CLASSIFIER):
         return model
-    return dataclasses.replace(
-        model, outputs=len(hf.get("id2label") or "ab")
-    )  # two labels are the default and are not stored
+    # Two labels are the default and are not stored
+    return dataclasses.replace(model, outputs=len(hf.get("id2label") or "ab"))
 
 
 def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:

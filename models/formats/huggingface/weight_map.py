@@ -20,9 +20,8 @@ class TensorMapping:
     """Mapping of a checkpoint tensor. `{i}` in its name is the layer index, `{e}` the expert index."""
 
     name: str
-    parts: tuple[
-        tuple[str, str], ...
-    ]  # (parameter path, dim pattern of the tensor); several are concatenated along `axis`
+    # (parameter path, dim pattern of the tensor); several are concatenated along `axis`
+    parts: tuple[tuple[str, str], ...]
     axis: int = 0
     interleaved: bool = False  # the parts are interleaved along `axis` instead of concatenated
     stack: str = "layers"  # layer stack (models.transformer.stacks)

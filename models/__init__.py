@@ -1,1 +1,1 @@
-"""Pure architectures and what a trained model can become."""
+"""Model architectures, decoding, adapters, quantization and published checkpoint formats."""

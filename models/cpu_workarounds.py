@@ -1,41 +1,41 @@
-"""Work-arounds for XLA's CPU backend: each changes how something is computed there, and no number anywhere.
+"""Performance workarounds for the CPU backend of XLA; none of them changes results.
 
-All have been measured on CPUs (docs/performance.md). Devices with products of their own in bf16 are not slowed down.
+All were measured on CPUs (docs/performance.md). Devices with native bf16 matmuls are not slowed down.
 """
 
 import jax
 import jax.numpy as jnp
 
-# XLA must compute its argument once, as it is. One CPU keeps to it as trainer/xla_options.py tells XLA.
+# Makes XLA compute the argument once, unfused. On a single CPU this needs the flags of trainer/xla_options.py.
 barrier = jax.lax.optimization_barrier
 
 
 def to_bits(x: jax.Array) -> jax.Array:
-    """u16 for bf16; every other dtype as it is.
+    """Returns the u16 bits of bf16 arrays; other dtypes are unchanged.
 
-    For arrays of which single rows are written or looked up: XLA would convert the whole array to f32, and back.
+    For arrays with single rows written or gathered: XLA would convert the full array to f32 and back.
     """
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def from_bits(x: jax.Array) -> jax.Array:
-    """The inverse of `to_bits`."""
+    """Inverse of `to_bits`."""
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-def keeps_rows_first() -> bool:
-    """Whether decoding stores matrices as [OUT, IN].
+def use_transposed_weights() -> bool:
+    """Returns whether decoding stores matrices as [OUT, IN].
 
-    A few rows times a matrix take half the time with the matrix first; on a mesh its cut dims would have to turn, too.
+    Multiplying a few rows takes half the time with the matrix first. On a mesh, the sharding would change as well.
     """
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def matrix_first_product(matrix: jax.Array, rows: jax.Array) -> jax.Array:
-    """[OUT, R] f32 of `matrix` [OUT, IN] and `rows` [R, IN].
+    """Multiplies `matrix` [OUT, IN] by `rows` [R, IN]: [OUT, R] f32.
 
-    XLA has no product of a bf16 matrix and a vector (a tenth of the speed), so a single row gets a second one. Without
-    the barrier it folds the transposition of the result into the product, and half the speed is lost again.
+    XLA has no fast bf16 matrix-vector product (a tenth of the speed), so a single row is padded to two. Without the
+    barrier XLA folds the transpose of the result into the matmul, which halves the speed.
     """
     single = len(rows) == 1 and rows.dtype == jnp.bfloat16
     if single:
@@ -45,10 +45,10 @@ def matrix_first_product(matrix: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def left_transposed_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`einsum(spec, a, b)` f32, where the dims that are summed over come first in `a`; `a` is transposed before.
+    """Computes `einsum(spec, a, b)` in f32; on CPUs `a`, whose contracted dims come first, is transposed.
 
-    XLA has no bf16 product that reads its left side by columns, and converts both to f32; nor is it fast in f32.
-    Without barriers it folds the transposition into the product again, or what `a` is made of into it.
+    XLA has no bf16 matmul that reads its left operand by columns: it converts both to f32, which is slow as well.
+    Without barriers it would fold the transpose, or the computation of `a`, into the matmul.
     """
     a_dims, b_dims, y_dims = spec.replace("->", ",").split(",")
     summed = "".join(d for d in a_dims if d in b_dims)
@@ -65,9 +65,9 @@ def left_transposed_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def sum_of_rows(x: jax.Array, num_dims: int) -> jax.Array:
-    """The sum f32 over the first `num_dims` dims of `x`, as a product with ones.
+    """Sums `x` over its first `num_dims` dims in f32, as a matmul with ones.
 
-    XLA sums bf16 over a batch in windows, which takes as long as an optimizer.
+    XLA reduces bf16 over a batch with window operations, which take as long as an optimizer step.
     """
     ones, rows = jnp.ones(x.shape[:num_dims], x.dtype), list(range(num_dims))
     return jnp.einsum(ones, rows, x, list(range(x.ndim)), preferred_element_type=jnp.float32)
@@ -75,10 +75,10 @@ def sum_of_rows(x: jax.Array, num_dims: int) -> jax.Array:
 
 @jax.custom_vjp
 def transposed_weight(kernel: jax.Array) -> jax.Array:
-    """`kernel.T`, whose gradient is computed as it is and then transposed.
+    """Returns `kernel.T`, with a gradient that is computed first and then transposed.
 
-    Where XLA folds the transposition into the product before it, CPUs have no such product in bf16; and where it leaves
-    it to those that read the gradient, each of them transposes again.
+    Otherwise XLA folds the transpose into the preceding matmul, for which CPUs have no bf16 routine, or leaves it to
+    the readers of the gradient, each of which transposes again.
     """
     return kernel.T
 

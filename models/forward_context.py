@@ -45,8 +45,8 @@ def layer_flags(config: ModelConfig) -> LayerFlags:
     pattern = config.attention.layer_types
     sliding = np.array([pattern[i % len(pattern)] is LayerKind.sliding for i in range(config.num_layers)])
     window = np.where(sliding, config.attention.sliding_window, UNLIMITED).astype(np.int32)
-    turns = config.rope.layer_pattern
-    rotated = np.array([turns[i % len(turns)] for i in range(config.num_layers)])
+    rope_pattern = config.rope.layer_pattern
+    rotated = np.array([rope_pattern[i % len(rope_pattern)] for i in range(config.num_layers)])
     return LayerFlags(window, sliding, rotated)
 
 

@@ -1,4 +1,4 @@
-"""The parts of a block: parameters with named dims, projections, norms, rotary positions, dropout.
+"""Building blocks of a layer: parameters with logical axes, linear layers, norms, RoPE, dropout, MLP.
 
 Shape letters: B batch, L length, D model, N heads, H head dim, R rotated pairs, F mlp.
 """
@@ -22,7 +22,7 @@ from models.weight_views import is_view
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str, ...], std: float | None, config: ModelConfig):
-    """A parameter with the names of its dims: normal with `std` at the base width, ones for None, zeros for 0."""
+    """Creates a parameter with logical axes: normal with `std` (scaled by muP), ones for None, zeros for 0."""
     dtype = jnp.dtype(config.param_dtype.name)
     if std is None:
         value = jnp.ones(shape, dtype)
@@ -35,7 +35,7 @@ def param(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str, ...], std: floa
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def add_bias(dtype: jnp.dtype, y: jax.Array, bias: jax.Array) -> jax.Array:
-    """`y + bias` in `dtype`, added in f32; bias has the last dims of y."""
+    """Returns `y + bias` in `dtype`, added in f32; bias has the last dims of y."""
     return (y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)).astype(dtype)
 
 
@@ -61,7 +61,7 @@ class Linear(nnx.Module):
 
     @property
     def num_out(self) -> int:
-        """How many of the kernel's dims are the result's: its last ones."""
+        """Number of output dims of the kernel, which are its last dims."""
         _, kernel_dims, y_dims = self.spec.replace("->", ",").split(",")
         return sum(dim in y_dims for dim in kernel_dims)
 
@@ -78,10 +78,10 @@ class Linear(nnx.Module):
 
 
 class Normalization(nnx.Module):
-    """RMS or layer normalisation over the trailing dims of `shape`, computed in f32."""
+    """RMS or layer normalization over the trailing dims of `shape`, computed in f32."""
 
     def __init__(self, rngs, config: ModelConfig, shape: Sequence[int], axes: tuple[str, ...], *, start: float = 1.0):
-        """`start`: of the scales that it multiplies by."""
+        """`start`: initial value of the effective scale."""
         self.eps, self.offset = config.norm_eps, config.norm_unit_offset
         self.center = config.norm is Norm.layer
         self.dims = tuple(range(-len(shape), 0))
@@ -92,7 +92,7 @@ class Normalization(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
-        # Made anew on the way back, where it would keep f32 copies of x.
+        # Recomputed in the backward pass; otherwise f32 copies of x would be saved.
         return jax.checkpoint(self.of, prevent_cse=False)(x, self.scale[...], bias)
 
     def of(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -121,10 +121,11 @@ ACTIVATIONS = {
 def inverse_frequencies(
     config: RopeConfig, head_dim: int, *, theta: float, scaled: bool, length: int = 0
 ) -> np.ndarray:
-    """Radians a position for each rotated pair: [rotated / 2] f64.
+    """Returns radians per position of each rotated pair: [rotated / 2] f64.
 
-    `length`: of the rows, or of the cache. Dynamic scaling and LongRoPE go by it, never by what the rows hold: a
-    document gets the same numbers whatever stands beside it. transformers goes by the last position of a batch.
+    `length`: tokens of a row, or capacity of the cache. Dynamic scaling and LongRoPE depend on it instead of on the
+    contents of rows, so the result for a document does not depend on other documents. transformers uses the last
+    position of a batch instead.
     """
     rotated = int(head_dim * config.partial_rotary_factor)
     if scaled and config.scaling is RopeScaling.dynamic:
@@ -144,7 +145,7 @@ def inverse_frequencies(
     if config.scaling is RopeScaling.llama3:
         rotations = config.original_max_seq_len / wavelength
         keep = (rotations - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
-    else:  # YaRN, appendix A.1: dims between the two numbers of rotations are blended
+    else:  # YaRN, appendix A.1: interpolates dims between beta_fast and beta_slow rotations
         dim = lambda turns: (
             rotated * math.log(config.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
         )
@@ -158,8 +159,10 @@ def inverse_frequencies(
 
 
 def rope_temperature(config: RopeConfig) -> float:
-    """YaRN multiplies both rotated vectors by 0.1 mscale ln(factor) + 1 (section 3.4), of which `score_temperature`
-    may take a part; LongRoPE by sqrt(1 + ln(factor) / ln(original length)) (section 3.2).
+    """Returns the attention temperature applied to rotated queries and keys.
+
+    YaRN: 0.1 mscale ln(factor) + 1 (section 3.4), except the part in `score_temperature`. LongRoPE:
+    sqrt(1 + ln(factor) / ln(original length)) (section 3.2).
     """
     if config.scaling is RopeScaling.longrope:
         return math.sqrt(1 + math.log(max(config.factor, 1)) / math.log(config.original_max_seq_len))
@@ -167,7 +170,7 @@ def rope_temperature(config: RopeConfig) -> float:
 
 
 def score_temperature(config: RopeConfig) -> float:
-    """What DeepSeek-V2 multiplies the scores by instead: over all dims of a head, rotated or not."""
+    """Returns the temperature that DeepSeek-V2 applies to scores, over rotated and unrotated dims of a head."""
     return _temperature(config, config.mscale_all_dim) ** 2
 
 
@@ -177,9 +180,9 @@ def _temperature(config: RopeConfig, mscale: float) -> float:
 
 
 def rotate(x_BLNH: jax.Array, angles_BLR: jax.Array, temperature, interleaved: bool = False) -> jax.Array:
-    """Rotates the first 2R dims of each head by `angles`, halves paired: (i, i + R).
+    """Applies RoPE to the first 2R dims of each head, with pairs (i, i + R).
 
-    Where neighbours are paired, (2i, 2i + 1), they are moved apart: queries and keys alike, so that no score changes.
+    `interleaved`: pairs (2i, 2i + 1). The output has halves order, in queries and keys alike, so scores are unchanged.
     """
     half = angles_BLR.shape[-1]
     cos = (jnp.cos(angles_BLR) * temperature)[:, :, None, :]
@@ -192,15 +195,16 @@ def rotate(x_BLNH: jax.Array, angles_BLR: jax.Array, temperature, interleaved: b
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
+    """Applies dropout; `rng` None: returns x."""
     if not rate or rng is None:
         return x
     return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 def neftune_noise(x_BLD: jax.Array, segments_BL: jax.Array, alpha: float, rng: jax.Array | None) -> jax.Array:
-    """Embeddings with uniform noise within plus and minus alpha / sqrt(tokens of the document * D), padding without.
+    """Adds NEFTune noise to embeddings: uniform in +-alpha / sqrt(tokens of the document * D); none for padding.
 
-    NEFTune (Jain et al. 2023 [2310.05914], algorithm 1); documents that share a row have each its own length.
+    Jain et al. 2023 [2310.05914], algorithm 1; each document of a packed row uses its own length.
     """
     if not alpha or rng is None:
         return x_BLD
@@ -211,7 +215,7 @@ def neftune_noise(x_BLD: jax.Array, segments_BL: jax.Array, alpha: float, rng: j
 
 
 def activate(mlp: MLPConfig, gate: jax.Array | None, up: jax.Array) -> jax.Array:
-    """What stands between the two products of a feed-forward layer, computed in f32. `gate` None: it has no gate."""
+    """Applies the activation and gate of an MLP between its two matmuls, in f32. `gate` None: no gate."""
     act, dtype, up = ACTIVATIONS[mlp.activation], up.dtype, up.astype(jnp.float32)
     if gate is None:
         return act(up).astype(dtype)
@@ -225,7 +229,7 @@ class MLP(nnx.Module):
     """Gated or plain feed-forward layer."""
 
     def __init__(self, rngs, config: ModelConfig, out_std: float, hidden_dim: int | None = None):
-        """`hidden_dim` None: as wide as `config.mlp` says."""
+        """`hidden_dim` None: `config.mlp.intermediate_dim`."""
         mlp: MLPConfig = config.mlp
         D, F, std, bias = config.embed_dim, hidden_dim or mlp.intermediate_dim, config.init_std, int(mlp.bias)
         self.config = mlp
@@ -236,8 +240,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, constrain) -> jax.Array:
         gate_BLF = None if self.gate is None else self.gate(x_BLD)
-        # Made anew on the way back from what the products gave: a few of them would be kept otherwise. Not together
-        # with the product after it: then two processes, one of which had its program out of a cache, came to
-        # collectives in different orders (Gloo).
+        # Recomputed in the backward pass from the matmul outputs; otherwise several intermediates would be saved. The
+        # next matmul is not included: with it, two processes, one with a cached program, reached collectives in
+        # different orders (Gloo).
         hidden_BLF = jax.checkpoint(partial(activate, self.config), prevent_cse=False)(gate_BLF, self.up(x_BLD))
         return self.down(constrain(hidden_BLF, ("batch", "length", "mlp")))

@@ -1,4 +1,4 @@
-"""Products of activations and weights: accumulated in f32, with gradients that are such products too."""
+"""Matmuls of activations and weights with f32 accumulation, forward and backward."""
 
 import itertools
 import re
@@ -13,10 +13,10 @@ from models.weight_views import Kernel
 
 
 def einsum_f32(spec: str, a: jax.Array, b: jax.Array | Kernel, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, a, b)` in a's dtype, accumulated in f32 and returned as `dtype`.
+    """Computes `einsum(spec, a, b)` in a's dtype with f32 accumulation and returns it in `dtype`.
 
-    Both gradients are such products too, each returned in the dtype of its own operand: that of f32 master
-    weights is never rounded to bf16, and no product mixes dtypes. `spec` names every dim in two of the three.
+    Gradients are computed in the same way and returned in the dtype of their operand: gradients of f32 master weights
+    are not rounded to bf16, and no matmul mixes dtypes. Each dim of `spec` occurs in two of the three terms.
     """
     if isinstance(b, Kernel):
         return b.product(spec, a, dtype)
@@ -26,10 +26,10 @@ def einsum_f32(spec: str, a: jax.Array, b: jax.Array | Kernel, dtype: jnp.dtype)
 
 
 def _with_joined_dims(spec: str, a_shape: Sequence[int], b_shape: Sequence[int]):
-    """`spec` with one dim for each run of b's dims that is one of a or of the result; the shapes of a and b for it, and
-    that of the result without.
+    """Merges adjacent dims of b that are also adjacent in a or in the result.
 
-    Over two dims XLA sums in an order of its own, and turns both operands around for it.
+    Returns the merged spec, the shapes of a and b for it, and the unmerged shape of the result. For a contraction over
+    two dims XLA would choose another order of summation and transpose both operands.
     """
     a_dims, b_dims, y_dims = re.split(",|->", spec)
     sizes = dict(zip(a_dims + b_dims, (*a_shape, *b_shape), strict=True))
@@ -59,17 +59,17 @@ def _contract_backward(spec, dtype, operands, dy):
 
 
 def gradients(spec: str, a: jax.Array, b: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Those of `einsum(spec, a, b)`: of a in its dtype, of b in f32."""
+    """Returns the gradients of `einsum(spec, a, b)`: of a in its dtype, of b in f32."""
     a_dims, b_dims, y_dims = re.split(",|->", spec)
-    # Both products below read dy: made once here, rather than anew, and transposed, inside each (half the time of
-    # an MLP on CPUs).
+    # Both matmuls below read dy. The barrier computes it once instead of recomputing and transposing it in each of them
+    # (half the time of an MLP on CPUs).
     dy = barrier(dy.astype(a.dtype))
     da = jnp.einsum(f"{y_dims},{b_dims}->{a_dims}", dy, b.astype(a.dtype), preferred_element_type=jnp.float32)
     return da.astype(a.dtype), weights_gradient(f"{a_dims},{y_dims}->{b_dims}", a, dy)
 
 
 def weights_gradient(spec: str, a: jax.Array, dy: jax.Array) -> jax.Array:
-    """`einsum(spec, a, dy)` f32."""
+    """Computes the weight gradient `einsum(spec, a, dy)` in f32."""
     return left_transposed_product(spec, a, dy)
 
 

@@ -1,12 +1,11 @@
-"""Narrower models out of wider ones: the most important heads, feed-forward units and dims of the residual stream.
+"""Structured width pruning: keeps the most important heads, feed-forward units and residual dims.
 
-What is cut together is that of Minitron (Muralidharan et al. 2024 [2407.14679], section 2): a key-value head goes with
-its queries, a unit of the feed-forward layer with its gate, and a dim of the residual stream leaves every layer, the
-embedding and the head at once. Importance needs no data: the squared L2 norm of all weights that read or write a unit
-(after Li et al. 2016 [1608.08710], section 3.1), in f64 on the host, so that every mesh chooses the same; of equals the
-first stays, and what stays keeps its order.
+Units are pruned in groups as in Minitron (Muralidharan et al. 2024 [2407.14679], section 2): a key-value head with its
+queries, a feed-forward unit with its gate, and a residual dim in every layer, the embedding and the head. Importance
+needs no data: it is the squared L2 norm of all weights that read or write a unit (Li et al. 2016 [1608.08710], section
+3.1), in f64 on the host, so the selection does not depend on the mesh. Ties keep the first unit; order is preserved.
 
-Shape letters: n layers, k kept, and those of `models.transformer`.
+Shape letters: n layers, k kept units, and those of `models.transformer`.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ KEY = "prune.width"
 
 @dataclass
 class WidthConfig:
-    """Of the student; null: as wide as where its weights come from."""
+    """Widths to prune to; null keeps the width of the source model."""
 
     embed_dim: int | None = None  # Dims of the residual stream to keep; null: all
     intermediate_dim: int | None = None  # Hidden dims of each feed-forward layer to keep; null: all
@@ -40,23 +39,23 @@ class WidthConfig:
 
 @dataclass
 class PruneConfig:
-    """What a run keeps of the weights of `init_from`."""
+    """Layers and widths of `init_from` to keep."""
 
     layers: list[int] = field(default_factory=list)  # Indices of the layers to keep, in this order; empty: all
     width: WidthConfig = field(default_factory=WidthConfig)  # Sizes to prune to, by weight norm
 
 
 def widths(model: ModelConfig) -> dict[str, int]:
-    """Of each dim that can be thinned, by its logical axis."""
+    """Returns the sizes of all prunable dims by logical axis."""
     a = model.attention
     sizes = (model.embed_dim, model.mlp.intermediate_dim, a.num_heads, a.num_kv_heads)
     return dict(zip(WIDTHS, sizes, strict=True))
 
 
 def pruned_config(model: ModelConfig, width: WidthConfig) -> ModelConfig:
-    """`model` of that width. Raises: ValueError naming the key of one that cannot be."""
+    """Returns `model` pruned to `width`. Raises: ValueError naming an invalid key."""
     if model.moe.num_experts or model.attention.mla.kv_lora_rank:
-        raise ValueError(f"{KEY}: a model with experts or latent attention cannot be thinned out; leave it out")
+        raise ValueError(f"{KEY}: width pruning does not support models with experts or latent attention; remove it")
     before, now = widths(model), {}
     for axis, key in WIDTHS.items():
         wanted = getattr(width, key)
@@ -67,13 +66,15 @@ def pruned_config(model: ModelConfig, width: WidthConfig) -> ModelConfig:
     if now["heads"] % groups or now["heads"] // groups > group:
         valid = [groups * size for size in range(1, group + 1)]
         raise ValueError(
-            f"{KEY}.num_heads={now['heads']}: {groups} key-value heads have equally many queries each, at most "
-            f"{group}; valid: {valid}, or another {KEY}.num_kv_heads"
+            f"{KEY}.num_heads={now['heads']}: {groups} key-value heads need equal numbers of queries, at most "
+            f"{group} each; valid: {valid}, or another {KEY}.num_kv_heads"
         )
     if now["embed"] < before["embed"] and (model.scale_embeddings or model.norm is Norm.layer):
-        which = "embeddings are multiplied by its root" if model.scale_embeddings else "layer norms take its mean"
+        which = (
+            "embeddings are scaled by its square root" if model.scale_embeddings else "layer norm subtracts its mean"
+        )
         raise ValueError(
-            f"{KEY}.embed_dim={now['embed']}: of this model all dims are needed, as {which}; thin the others"
+            f"{KEY}.embed_dim={now['embed']}: cannot be pruned in this model, because {which}; prune other widths"
         )
     attention = replace(model.attention, num_heads=now["heads"], num_kv_heads=now["kv_heads"])
     mlp = replace(model.mlp, intermediate_dim=now["mlp"])
@@ -82,37 +83,37 @@ def pruned_config(model: ModelConfig, width: WidthConfig) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """What stays."""
+    """Units to keep."""
 
-    indices: dict[str, np.ndarray]  # by axis: [k] of the residual stream, [n, k] of layers
-    norm_factor: float  # of RMS norms: of the energy that is written to the stream, a share stays
+    indices: dict[str, np.ndarray]  # kept units by axis: [k] for the residual stream, [n, k] for layers
+    norm_factor: float  # correction of RMS norm scales for the removed share of the residual stream
 
 
 def select_units(model: ModelConfig, thin: ModelConfig, params: Params, on_host: Callable[[Any], np.ndarray]) -> Choice:
-    """What stays of `params`, of which `on_host` gives one array at a time."""
+    """Selects the units of `params` to keep; `on_host` fetches one array at a time."""
     before, now, axes = widths(model), widths(thin), param_axes(model)
     energy: dict[str, Any] = dict.fromkeys(WIDTHS, 0.0)
     written = np.zeros(before["embed"])
     flat = zip(jax.tree.leaves(params), jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)), strict=True)
     for leaf, names in flat:
-        if len(names) - ("layers" in names) < 2:  # of vectors every unit has one like any other
+        if len(names) - ("layers" in names) < 2:  # vectors have one entry per unit and do not rank units
             continue
         square = np.square(on_host(leaf).astype(np.float64))
         for axis in WIDTHS:
             if axis in names:
-                kept = (axis,) if axis == "embed" else ("layers", axis)
-                energy[axis] = energy[axis] + square.sum(tuple(i for i, n in enumerate(names) if n not in kept))
+                dims = (axis,) if axis == "embed" else ("layers", axis)
+                energy[axis] = energy[axis] + square.sum(tuple(i for i, n in enumerate(names) if n not in dims))
         if names[-1] == "embed":
             written += square.sum(tuple(range(len(names) - 1)))
     indices = {axis: _largest(energy[axis], now[axis]) for axis in ("embed", "mlp")}
     indices |= _heads(energy["heads"], energy["kv_heads"], now["heads"], now["kv_heads"])
     share = written[indices["embed"]].sum() / max(written.sum(), 1e-300)
-    whole = now["embed"] == before["embed"]
-    return Choice(indices, 1.0 if whole else float(np.sqrt(share * before["embed"] / now["embed"])))
+    unpruned = now["embed"] == before["embed"]
+    return Choice(indices, 1.0 if unpruned else float(np.sqrt(share * before["embed"] / now["embed"])))
 
 
 def _heads(heads_nN: np.ndarray, kv_nK: np.ndarray, num_heads: int, num_kv_heads: int) -> dict[str, np.ndarray]:
-    """The best queries of each key-value head, and the best of these with them."""
+    """Selects the best queries of each key-value head, then the best key-value heads with these queries."""
     layers, K = kv_nK.shape
     of_kv_nKG = heads_nN.reshape(layers, K, -1)
     best_nKg = _largest(of_kv_nKG, num_heads // num_kv_heads)
@@ -122,15 +123,15 @@ def _heads(heads_nN: np.ndarray, kv_nK: np.ndarray, num_heads: int, num_kv_heads
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the largest along the last dim, ascending; of equals the first."""
+    """Returns the indices of the largest values along the last dim, ascending; ties keep the first."""
     return np.sort(np.argsort(-values, axis=-1, kind="stable")[..., :count], axis=-1)
 
 
 def prune_params(model: ModelConfig, choice: Choice, params: Params) -> Params:
-    """What stays of `params`.
+    """Returns `params` reduced to the selected units.
 
-    An RMS norm divides by a mean over the stream, which what was cut off had a part in: scales make up for it by the
-    share of the squared weights written to the stream that stay. But for epsilon, exact where what is cut off was 0.
+    An RMS norm divides by a mean over the residual stream, including the pruned dims. Norm scales are corrected by the
+    kept share of the squared weights written to the stream, which is exact up to epsilon if the pruned dims were 0.
     """
     lift = 1.0 if model.norm_unit_offset else 0.0
 

@@ -1,18 +1,18 @@
-"""Weights in another form than their array: the seam for quantization, adapters, pruning and storage layouts.
+"""Weight views: drop-in replacements of weight arrays for quantization, adapters, pruning and storage layouts.
 
-A layer reads `self.kernel[...]` and multiplies with `models.matmul.einsum_f32`; it does not see whether its parameter
-is an array or a view. To add a view, as one that rounds or masks a weight:
+A layer reads `self.kernel[...]` and multiplies with `models.matmul.einsum_f32`, regardless of whether its parameter is
+an array or a view. To add a view, for example one that rounds or masks a weight:
 
-1. Subclass `Kernel` as a frozen dataclass registered with `jax.tree_util.register_dataclass`: arrays are fields, all
-   else is static. Leading dims may be cut off, as the scan over layers does.
-2. Define `product` and `array`; the others where their default does not fit. `product` may be
-   `einsum_f32(spec, x, self.array(), dtype)`, in `jax.checkpoint` where the array should not be saved for the backward
+1. Subclass `Kernel` as a frozen dataclass registered with `jax.tree_util.register_dataclass`. Arrays are fields,
+   everything else is static. Leading dims can be indexed away, as the layer scan does.
+2. Define `product` and `array`, and override other methods if their default does not fit. `product` can be
+   `einsum_f32(spec, x, self.array(), dtype)`, in `jax.checkpoint` if the array should not be saved for the backward
    pass.
-3. Put it into the tree of parameters in the place of the array, as `models.adapters.lora.quantized_base`, `models.adapters.lora.bind_adapters` and
-   `models.decode.engine.decoding_params` do. `jax.tree.map` needs `is_leaf=is_view` to see a view instead of its arrays.
+3. Replace arrays in the parameter tree, as `quantized_base` and `bind_adapters` in `models.adapters.lora` and
+   `decoding_params` in `models.decode.engine` do. `jax.tree.map` needs `is_leaf=is_view` to treat a view as a leaf.
 
-Views here: `TransposedWeight` and `Table` (decoding on CPUs). Elsewhere: `models.quantization.blockwise.Quantized` (NF4, int8) and
-`models.adapters.lora.LoRAWeight` (LoRA, on any other view).
+Views in this module: `TransposedWeight` and `Table` (decoding on CPUs). In other modules:
+`models.quantization.blockwise.Quantized` (NF4, int8) and `models.adapters.lora.LoRAWeight` (LoRA, on any other view).
 """
 
 import math
@@ -27,31 +27,31 @@ from models.logical_axes import Axes
 
 
 class Kernel:
-    """A view of a weight [lead..., in..., out...]; read as a parameter is."""
+    """View of a weight [lead..., in..., out...], read like a parameter."""
 
     def __getitem__(self, _: object) -> "Kernel":
         return self
 
     def product(self, spec: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """`models.products.einsum_f32(spec, x, weight, dtype)`, with its gradients."""
+        """Computes `models.matmul.einsum_f32(spec, x, weight, dtype)`, differentiable."""
         raise NotImplementedError
 
     def array(self) -> jax.Array:
-        """The weight itself, for layers that do more with it than multiply."""
+        """Returns the weight as an array, for layers that do not only multiply with it."""
         raise NotImplementedError
 
     def transposed(self) -> "jax.Array | Kernel":
-        """[V, D] as [D, V]: an embedding that is the head, too."""
+        """Returns [V, D] as [D, V], for a tied embedding."""
         return transposed_weight(self.array())
 
     def as_head(self) -> "jax.Array | Kernel":
-        """What the output head multiplies by. An array by default: a loss reads the head once for each chunk."""
+        """Returns the weight for the output head; an array by default, because a loss reads it for each chunk."""
         return self.array()
 
     def view_axes(self, axes: Axes, num_lead: int) -> "Kernel":
-        """This view with the names of dims in place of its arrays, of a weight whose dims have the names `axes`.
+        """Returns this view with logical axes in place of its arrays, for a weight with logical axes `axes`.
 
-        Needed by views that are stored or lie on a mesh. `num_lead`: leading dims that count matrices.
+        Required for views that are checkpointed or sharded. `num_lead`: leading dims of the stack of matrices.
         """
         raise NotImplementedError
 
@@ -75,10 +75,10 @@ def as_head(weight: jax.Array | Kernel) -> jax.Array | Kernel:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TransposedWeight(Kernel):
-    """A kernel [in..., out...] as a matrix [OUT, IN], to be multiplied from the left; without a gradient."""
+    """A kernel [in..., out...] stored as a matrix [OUT, IN], multiplied from the left; not differentiable."""
 
     matrix: jax.Array
-    num_in: int = field(metadata={"static": True})  # dims of x that are summed over: its last ones
+    num_in: int = field(metadata={"static": True})  # number of contracted dims of x, its last dims
     out_shape: tuple[int, ...] = field(metadata={"static": True})
 
     @classmethod
@@ -91,13 +91,13 @@ class TransposedWeight(Kernel):
         return y.astype(dtype).T.reshape(*x.shape[: x.ndim - self.num_in], *self.out_shape)
 
     def as_head(self) -> "TransposedWeight":
-        return self  # decoding reads it once a token
+        return self  # decoding reads it once per token
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Table(Kernel):
-    """Embeddings [V, D] that are the head as well, which is then `TransposedWeight`; without a gradient."""
+    """Tied embedding [V, D], whose head is a `TransposedWeight`; not differentiable."""
 
     table: jax.Array
 

@@ -1,12 +1,11 @@
-"""Low-rank adapters: a few numbers beside each frozen matrix, which are all that trains.
+"""Low-rank adapters: small trainable matrices added to frozen weights.
 
-LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024); over a base of few bits it is QLoRA
-(Dettmers et al. 2023). The tree of adapters has, in the place of each adapted matrix [lead..., in..., out...], a dict
-of `a` [lead..., in..., R], `b` [lead..., R, out...] and, with DoRA, `magnitude` [lead..., out...]; a head of scores is
-in it whole. `bind_adapters` puts the two trees together: a tree of the model's own parameters, in which an adapted matrix is
-a `LoRAWeight` that layers read as they read any weight. Projections never form the sum W + s A B: they add s (x A) B to x
-W, so that neither the sum nor its gradient is ever held. What is no plain product (experts, the embedding, the head)
-reads the sum, a layer at a time.
+LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024); with a quantized base, QLoRA (Dettmers et
+al. 2023). For each adapted matrix [lead..., in..., out...], the adapter tree has a dict of `a` [lead..., in..., R],
+`b` [lead..., R, out...] and, for DoRA, `magnitude` [lead..., out...]; it also contains the full score head, if any.
+`bind_adapters` combines both trees into the parameter tree of the model, in which an adapted matrix is a `LoRAWeight`.
+Linear layers compute x W + s (x A) B and never materialize W + s A B or its gradient. Experts, the embedding and the
+head read the merged weight, one layer at a time.
 
 Shape letters: R rank.
 """
@@ -27,37 +26,41 @@ from models.quantization.blockwise import Bits, quantize
 from models.weight_views import Kernel, as_array, is_view
 
 Params = Any  # a nested dict of arrays
-WHOLE = ("score",)  # beside adapters these train themselves: no base has learnt them
-STACKED = ("layers", "experts")  # dims over which a parameter is many matrices
+FULLY_TRAINED = ("score",)  # parameters trained in full next to adapters, because no base model has trained them
+STACKED = ("layers", "experts")  # stack dims of a parameter
 LETTERS = "abcdefgh"
 
 
 class Method(enum.Enum):
+    """Adapter methods."""
+
     none = "none"  # all parameters train
     lora = "lora"
-    rslora = "rslora"  # scaled by the root of the rank, so that high ranks learn no slower
-    dora = "dora"  # length and direction of each column apart
+    rslora = "rslora"  # rank-stabilized: scaled by alpha / sqrt(rank)
+    dora = "dora"  # weight-decomposed: separate magnitude and direction of each column
 
 
 class QuantizeBase(enum.Enum):
-    none = "none"  # as model.param_dtype says
-    nf4 = "nf4"  # 4 bits, for the matrices of attention and feed-forward layers
-    int8 = "int8"
+    """Quantization of the frozen base."""
+
+    none = "none"  # model.param_dtype
+    nf4 = "nf4"  # 4-bit NormalFloat, attention and feed-forward matrices
+    int8 = "int8"  # 8-bit absmax, the same matrices
 
 
 @dataclass
 class AdapterConfig:
-    """Which parameters train: all, or low-rank additions to those of a frozen base, which `init_from` names."""
+    """Adapter training: all parameters train, or low-rank adapters of the frozen base in `init_from`."""
 
-    method: Method = Method.none  # Kind of adapter
+    method: Method = Method.none  # Adapter method
     rank: int = field(default=16, metadata={"min": 1})  # Rank of the low-rank matrices
-    # the addition is scaled by alpha / rank; rslora: alpha / sqrt(rank)
+    # Adapter outputs are scaled by alpha / rank; rslora: alpha / sqrt(rank)
     alpha: float = field(default=32.0, metadata={"above": 0})
-    # Parts of a matrix's name, or patterns of it: attention, query, mlp.up, "mlp.*", embedding, head
+    # Matrices to adapt, as parts or patterns of names: attention, query, mlp.up, "mlp.*", embedding, head
     target_modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})  # of the input of adapters
-    quantize_base: QuantizeBase = QuantizeBase.none  # how the frozen weights are kept
-    double_quant: bool = False  # the scales of a base of few bits take 8 bits themselves
+    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})  # Dropout rate of adapter inputs
+    quantize_base: QuantizeBase = QuantizeBase.none  # Quantization of the frozen base: QLoRA
+    double_quant: bool = False  # Double quantization: store quantization scales in 8 bits
 
     @property
     def active(self) -> bool:
@@ -68,29 +71,30 @@ class AdapterConfig:
         return self.alpha / (self.rank**0.5 if self.method is Method.rslora else self.rank)
 
     def validate(self) -> None:
-        """Raises: ValueError naming key, value, reason and fix."""
+        """Checks the configuration. Raises: ValueError naming key, value, reason and fix."""
         if self.double_quant and self.quantize_base is QuantizeBase.none:
             raise ValueError(
-                "adapter.double_quant=true: a full base has no scales; add adapter.quantize_base=nf4, or leave it out"
+                "adapter.double_quant=true: an unquantized base has no scales; "
+                "add adapter.quantize_base=nf4, or remove it"
             )
         if not self.target_modules:
-            raise ValueError("adapter.target_modules=[]: nothing would train; name some, as [attention,mlp]")
+            raise ValueError("adapter.target_modules=[]: no parameter would train; name some, e.g. [attention,mlp]")
         if not self.active and self.quantize_base is not QuantizeBase.none:
             raise ValueError(
-                f"adapter.quantize_base={self.quantize_base.name}: weights of few bits are frozen, so something beside them must train; "
-                "add adapter=qlora, or leave it out"
+                f"adapter.quantize_base={self.quantize_base.name}: quantized weights are frozen, so training needs "
+                "adapters; add adapter=qlora, or remove it"
             )
 
 
 class Split(NamedTuple):
-    """How a matrix of any rank is [lead..., in..., out...]."""
+    """Numbers of stack and input dims of a matrix [lead..., in..., out...]."""
 
     num_lead: int
     num_in: int
 
 
 def split(axes: Axes) -> Split:
-    """A matrix sums over its first dim, and over the head_dim that belongs to it."""
+    """Splits dims: input is the first dim after the stack dims, with its head_dim if one follows."""
     num_lead = sum(name in STACKED for name in axes)
     return Split(num_lead, 2 if axes[num_lead + 1 : num_lead + 2] == ("head_dim",) else 1)
 
@@ -99,7 +103,7 @@ def split(axes: Axes) -> Split:
 
 
 def _flat(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    """Leaves by path: layers/attention/query/kernel."""
+    """Returns leaves by path, e.g. layers/attention/query/kernel."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
@@ -120,43 +124,44 @@ def _nested(flat: dict[str, Any]) -> Params:
 
 
 def short_name(path: str) -> str:
-    """layers/attention/query/kernel to attention.query: what `adapter.target_modules` matches."""
+    """Returns the name that `adapter.target_modules` matches: layers/attention/query/kernel to attention.query."""
     parts = [part for part in path.split("/") if part not in ("layers", "dense_layers", "kernel")]
     return ".".join(parts)
 
 
 def matrices(axes: Params) -> dict[str, Axes]:
-    """What may be adapted, by path: the kernels of layers but the router's, the embedding and the head."""
+    """Returns the adaptable matrices by path: layer kernels except routers, the embedding and the head."""
     kernels = lambda path: path.endswith("/kernel") and "/router/" not in path
     return {path: names for path, names in _flat_axes(axes).items() if kernels(path) or path in ("embedding", "head")}
 
 
 def find_targets(config: AdapterConfig, axes: Params) -> dict[str, Axes]:
-    """The matrices that `adapter.target_modules` chooses, by path.
+    """Returns the matrices selected by `adapter.target_modules`, by path.
 
-    Raises: ValueError naming a target that chooses nothing, or that cannot be adapted here.
+    Raises: ValueError naming a target that matches nothing or cannot be adapted.
     """
-    there, chosen = matrices(axes), {}
+    available, chosen = matrices(axes), {}
     for target in config.target_modules:
-        mine = {path: names for path, names in there.items() if _matches(short_name(path), target)}
-        if target in ("head", "embedding") and "head" not in there:
+        matched = {path: names for path, names in available.items() if _matches(short_name(path), target)}
+        if target in ("head", "embedding") and "head" not in available:
             raise ValueError(
-                f"adapter.target_modules: {target}: this model's head is its embedding (model.tied_embeddings=true): an "
-                "adapter on one of them would change the other, and could not be merged or exported as one of them; "
-                "leave it out"
+                f"adapter.target_modules: {target}: the model ties its embeddings (model.tied_embeddings=true), so an "
+                "adapter of the head or the embedding would change both and could not be merged or exported; remove it"
             )
-        if not mine:
-            known = ", ".join(sorted({short_name(path) for path in there}))
-            raise ValueError(f"adapter.target_modules: {target!r} chooses nothing; there are: {known}")
-        chosen |= mine
+        if not matched:
+            known = ", ".join(sorted({short_name(path) for path in available}))
+            raise ValueError(f"adapter.target_modules: {target!r} matches no matrix; valid: {known}")
+        chosen |= matched
     if config.method is Method.dora and "embedding" in chosen:
-        raise ValueError("adapter.target_modules: embedding: adapter=dora has no meaning for a table; use adapter=lora")
-    if "head" not in there and "embedding" in chosen:
         raise ValueError(
-            "adapter.target_modules: a pattern chooses the embedding, which is the head too (model.tied_embeddings=true), so "
-            "that an adapter on it could not be exported; narrow the pattern"
+            "adapter.target_modules: embedding: not supported by adapter=dora; use adapter=lora, or remove it"
         )
-    return {path: chosen[path] for path in there if path in chosen}  # in the order of the model
+    if "head" not in available and "embedding" in chosen:
+        raise ValueError(
+            "adapter.target_modules: a pattern matches the embedding, which is tied to the head (model.tied_embeddings="
+            "true), so an adapter of it could not be exported; narrow the pattern"
+        )
+    return {path: chosen[path] for path in available if path in chosen}  # in parameter order
 
 
 def _matches(name: str, target: str) -> bool:
@@ -169,8 +174,8 @@ def _matches(name: str, target: str) -> bool:
 
 
 def adapter_axes(config: AdapterConfig, axes: Params) -> Params:
-    """The names of the dims of each adapter: those of the dims that it stands beside; the rank is never cut."""
-    flat: dict[str, Any] = {path: axes[path] for path in WHOLE if path in axes}
+    """Returns the logical axes of all adapters: those of the adapted matrix; the rank is not sharded."""
+    flat: dict[str, Any] = {path: axes[path] for path in FULLY_TRAINED if path in axes}
     for path, names in find_targets(config, axes).items():
         num_lead, num_in = split(names)
         lead, ins, outs = names[:num_lead], names[num_lead : num_lead + num_in], names[num_lead + num_in :]
@@ -181,13 +186,14 @@ def adapter_axes(config: AdapterConfig, axes: Params) -> Params:
 
 
 def init_adapters(config: AdapterConfig, axes: Params, key: jax.Array, base: Params) -> Params:
-    """Adapters that change nothing: `a` uniform within 1 / sqrt(in), `b` zero, as PEFT has them (of an embedding: `a`
-    zero, `b` normal). A magnitude is the length of its column of the base.
+    """Initializes adapters as PEFT does, so that they change nothing: `a` uniform within 1 / sqrt(in), `b` zero.
+
+    For an embedding `a` is zero and `b` normal. A DoRA magnitude is the norm of its column of the base.
     """
     weights = _flat(base, is_leaf=is_view)
-    flat: dict[str, Any] = {path: weights[path].astype(jnp.float32) for path in WHOLE if path in weights}
+    flat: dict[str, Any] = {path: weights[path].astype(jnp.float32) for path in FULLY_TRAINED if path in weights}
     for path, names in find_targets(config, axes).items():
-        of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))  # another target changes none of the others
+        of_path = jax.random.fold_in(key, zlib.crc32(path.encode()))  # independent of the other targets
         weight = as_array(weights[path])
         num_lead, num_in = split(names)
         lead, ins, outs = (
@@ -208,18 +214,18 @@ def init_adapters(config: AdapterConfig, axes: Params, key: jax.Array, base: Par
 
 
 def _lengths(weight: jax.Array, num_in: int, num_out: int) -> jax.Array:
-    """[lead..., out...] f32: of the columns of matrices [lead..., in..., out...]."""
+    """Returns column norms [lead..., out...] f32 of matrices [lead..., in..., out...]."""
     last = weight.ndim - num_out
     return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=tuple(range(last - num_in, last))))
 
 
-# Together
+# Combination of base and adapters
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoRAWeight(Kernel):
-    """W + s A B; leading dims may be cut off, as a scan over layers does."""
+    """View of W + s A B; leading dims can be indexed away, as by a layer scan."""
 
     base: Any  # an array, or a Quantized
     a: jax.Array
@@ -227,7 +233,7 @@ class LoRAWeight(Kernel):
     magnitude: jax.Array | None
     scale: float = field(metadata={"static": True})
     num_in: int = field(metadata={"static": True})
-    key: jax.Array | None = None  # [lead...] u32 of dropout, 2 each; None: nothing is dropped
+    key: jax.Array | None = None  # dropout keys, [lead..., 2] u32; None: no dropout
     dropout: float = field(default=0.0, metadata={"static": True})
 
     @property
@@ -252,11 +258,11 @@ class LoRAWeight(Kernel):
     def _dropped(self, x: jax.Array) -> jax.Array:
         if self.key is None:
             return x
-        kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
+        mask = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape)
+        return jnp.where(mask, x / (1 - self.dropout), jnp.zeros((), x.dtype))
 
     def array(self) -> jax.Array:
-        """f32, to be cast once. Nothing is dropped: there is no input."""
+        """Returns the merged weight in f32, without dropout."""
         if self.magnitude is None:
             return self._sum()
         stretch = jnp.expand_dims(self.magnitude / self._lengths(), self._in_dims())
@@ -275,26 +281,26 @@ class LoRAWeight(Kernel):
         return tuple(range(num_lead, num_lead + self.num_in))
 
     def _lengths(self) -> jax.Array:
-        """Of the columns as they are: constants to the gradient (Liu et al. 2024, section 4.3)."""
+        """Returns column norms, treated as constants by the gradient (Liu et al. 2024, section 4.3)."""
         return jax.lax.stop_gradient(_lengths(jax.lax.stop_gradient(self._sum()), self.num_in, self.num_out))
 
 
 def bind_adapters(
     config: AdapterConfig, axes: Params, base: Params, adapters: Params, rng: jax.Array | None = None
 ) -> Params:
-    """The model's own tree, to be given to its `apply`. `rng`, a typed key, for dropout; None: without."""
-    beside = find_targets(config, axes)
+    """Combines base and adapters into parameters for `apply`. `rng`: typed key for dropout; None: no dropout."""
+    targets = find_targets(config, axes)
     ours = _flat(adapters)
 
     def join(path: tuple[Any, ...], weight: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name not in beside:
+        if name not in targets:
             return ours.get(name, weight)
         a, b, magnitude = (ours.get(f"{name}/{part}") for part in ("a", "b", "magnitude"))
         assert a is not None and b is not None
-        num_lead, num_in = split(beside[name])
+        num_lead, num_in = split(targets[name])
         key = None
-        if rng is not None and config.dropout:  # a key of its own for each matrix of the stack
+        if rng is not None and config.dropout:  # a separate key for each matrix of the stack
             of_path = jax.random.fold_in(rng, zlib.crc32(name.encode()))
             key = jax.random.key_data(jax.random.split(of_path, a.shape[:num_lead]))
         return LoRAWeight(weight, a, b, magnitude, config.scale, num_in, key, config.dropout)
@@ -303,30 +309,30 @@ def bind_adapters(
 
 
 def merge(config: AdapterConfig, axes: Params, base: Params, adapters: Params, dtype: jnp.dtype) -> Params:
-    """Plain parameters: sums in f32, cast once. The base is not changed, and is what undoes it."""
-    whole = bind_adapters(config, axes, base, adapters)
-    return jax.tree.map(lambda w: as_array(w).astype(dtype), whole, is_leaf=is_view)
+    """Merges adapters into full parameters, computed in f32 and cast once to `dtype`. The base is unchanged."""
+    bound = bind_adapters(config, axes, base, adapters)
+    return jax.tree.map(lambda w: as_array(w).astype(dtype), bound, is_leaf=is_view)
 
 
 # The base
 
 
 def quantized_base(config: AdapterConfig, axes: Params, params: Params) -> Params:
-    """Frozen weights as `adapter.quantize_base` keeps them; the embedding, the head, norms, biases and routers stay."""
+    """Quantizes the base as set by `adapter.quantize_base`, except embedding, head, norms, biases and routers."""
     if config.quantize_base is QuantizeBase.none:
         return params
-    small = {path: names for path, names in matrices(axes).items() if path.endswith("/kernel")}
+    quantized = {path: names for path, names in matrices(axes).items() if path.endswith("/kernel")}
 
     def store(path: tuple[Any, ...], weight: jax.Array) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         bits, double = Bits[config.quantize_base.name], config.double_quant
-        return quantize(weight, *split(small[name]), bits, double) if name in small else weight
+        return quantize(weight, *split(quantized[name]), bits, double) if name in quantized else weight
 
     return jax.tree_util.tree_map_with_path(store, params)
 
 
 def quantized_axes_of(axes: Params, stored: Params) -> Params:
-    """The names of the dims of `quantized_base`."""
+    """Returns the logical axes of `quantized_base`."""
 
     def names_of(like: Any, names: Axes) -> Any:
         return like.view_axes(names, split(names).num_lead) if is_view(like) else names

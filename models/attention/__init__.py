@@ -1,1 +1,1 @@
-"""Attention: reference operations, blockwise and ring attention, kernels, and the module."""
+"""Attention: reference implementation, blockwise and ring attention, and accelerator kernels."""

@@ -1,12 +1,12 @@
-"""Attention block by block, on one device or around a ring of devices that hold a row in pieces.
+"""Blockwise (flash) attention in XLA operations, on one device or as ring attention over sharded rows.
 
-The scores of a whole row never exist: each block of queries meets the keys block by block, with a running maximum, sum
-and output (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023 [2307.08691], algorithms 1 and 2). The backward pass
-keeps the output and the logsumexp of the scores, and makes the scores anew. Around a ring, keys and values travel from
-device to device while each works on those it has (Ring Attention, Liu et al. 2023 [2310.01889]).
+The scores of a full row are never materialized: each block of queries processes the keys block by block, with a running
+maximum, sum and output (Milakov & Gimelshein 2018; FlashAttention-2, Dao 2023 [2307.08691], algorithms 1 and 2). The
+backward pass saves the output and the logsumexp of the scores, and recomputes the scores. In a ring, keys and values
+rotate between devices while each device computes on its current shard (Ring Attention, Liu et al. 2023 [2310.01889]).
 
-Masks are made for each pair of blocks from positions and segments, which travel with the keys: so the order in which
-tokens lie in a row does not matter, and a pair in which no query can see a key is passed over.
+Masks are computed for each pair of blocks from positions and segments, which rotate with the keys. The order of tokens
+in a row therefore does not matter, and pairs of blocks without a visible key are skipped.
 
 Shape letters: B batch, L length, S key length, N query heads, K kv heads, G queries of a kv head (N = K G), H head dim,
 W width of values, I blocks of queries of U each, J blocks of keys of T each.
@@ -26,33 +26,35 @@ from models.logical_axes import Cut, ShardingConstraint
 from models.matmul import einsum_f32
 from models.remat import checkpoint_name, checkpoint_name_fwd
 
-WHOLE = 2048  # tokens of a row up to which its scores are made at once where nothing else is asked for
-BLOCK = 1024  # else: large enough for products that keep a device busy
-PIECES, PIECE = 4, 64  # in how many such a row's queries are cut, and what each has at least
-NOBODYS = -1  # segment of what fills up the last block of keys; no token has it
+MAX_FULL_ROW = 2048  # tokens of a row up to which the default materializes all scores
+BLOCK = 1024  # default block size of longer rows; large enough for efficient matmuls
+NUM_CHUNKS, MIN_CHUNK = 4, 64  # query chunks of a full causal row, and their minimum length
+PAD_SEGMENT = -1  # segment of padding in the last block of keys; no token has it
 
 
 class Keys(NamedTuple):
-    """What queries meet: a row, or a device's piece of it."""
+    """Keys and values of a row, or of a device's shard of it."""
 
     keys: jax.Array  # [B, S, K, H]; in blocks [J, B, K, T, H]
     values: jax.Array  # [B, S, K, W]; in blocks [J, B, K, T, W]
     positions: jax.Array  # [B, S] i32; in blocks [J, B, T], and so the next two
     segments: jax.Array  # [B, S] i32
-    shown: jax.Array | None  # [B, S] bool: keys that earlier tokens of their document see as well
+    shown: jax.Array | None  # [B, S] bool: keys visible to earlier tokens of their document
 
 
 class Queries(NamedTuple):
+    """Queries in blocks."""
+
     queries: jax.Array  # [I, B, K, G, U, H], scaled
     positions: jax.Array  # [I, B, U]
     segments: jax.Array  # [I, B, U]
 
 
 class Options(NamedTuple):
-    """What a compiled program depends on."""
+    """Static options of blockwise attention."""
 
     soft_cap: float | None
-    along: tuple[str, ...]  # the mesh axes of the ring; empty: there is none
+    along: tuple[str, ...]  # mesh axes of the ring; empty: no ring
 
 
 def row_attention(
@@ -69,17 +71,17 @@ def row_attention(
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of the tokens of rows to each other, [B, L, N, W] in q's dtype; each device has the queries it holds.
+    """Self-attention of packed rows, [B, L, N, W] in q's dtype; each device computes its own queries.
 
-    `block`, `across`: see `models.config.AttentionConfig`. `kernel`, with the `windows` that layers have: what
-    computes rows that are not cut.
+    `block`, `across`: `block_size` and `context_parallel` of `models.config.AttentionConfig`. `kernel`: implementation
+    for rows that are not sharded; `windows`: the distinct windows of all layers.
     """
 
     def attend(cut: Cut, q_BLNH, k_BSKH, v_BSKW, positions_BL, segments_BL, shown_BL, sinks_N, window):
         keys = Keys(k_BSKH, v_BSKW, positions_BL, segments_BL, shown_BL)
         keys = _of_heads(keys, q_BLNH.shape[2], cut)
         along = cut.get("length", ())
-        whole = block == 0 or (block is None and keys.keys.shape[1] * _ring_size(along) <= WHOLE)
+        full_rows = block == 0 or (block is None and keys.keys.shape[1] * _ring_size(along) <= MAX_FULL_ROW)
         if along and across is ContextParallel.all_gather:
             keys, along = jax.tree.map(lambda x: jax.lax.all_gather(x, along, axis=1, tiled=True), keys), ()
         options: Any = {"scale": scale, "soft_cap": soft_cap, "sinks_N": sinks_N}
@@ -87,16 +89,16 @@ def row_attention(
             how = {"window": window, "windows": windows, "interpret": constrain.platform == "cpu"}
             out = kernel_attention(kernel, q_BLNH, keys.keys, keys.values, segments_BL, **how, **options)
             return checkpoint_name("attn_out", out)
-        if whole and not along:
+        if full_rows and not along:
             if block is None and keys.shown is None and not cut.get("length"):
-                at, pieces = (positions_BL, segments_BL), min(PIECES, q_BLNH.shape[1] // PIECE)
-                out = causal_attention(q_BLNH, keys, *at, window=window, pieces=pieces, **options)
+                at, chunks = (positions_BL, segments_BL), min(NUM_CHUNKS, q_BLNH.shape[1] // MIN_CHUNK)
+                out = causal_attention(q_BLNH, keys, *at, window=window, pieces=chunks, **options)
                 return checkpoint_name("attn_out", out)
             mask = attention_mask(positions_BL, keys.positions, segments_BL, keys.segments, window, keys.shown)
             return checkpoint_name("attn_out", attention(q_BLNH, keys.keys, keys.values, mask, **options))
-        # Balanced rows (trainer.mesh.row_order) have two stretches in each piece, which are seen or not apart.
-        stretch = max(q_BLNH.shape[1] // 2, 1) if cut.get("length") else keys.keys.shape[1]
-        size = stretch if whole else min(block or BLOCK, stretch)
+        # Rows balanced by trainer.mesh.balanced_token_order have two spans in each shard with separate visibility.
+        span = max(q_BLNH.shape[1] // 2, 1) if cut.get("length") else keys.keys.shape[1]
+        size = span if full_rows else min(block or BLOCK, span)
         at = positions_BL, segments_BL
         return blockwise_attention(q_BLNH, keys, *at, window=window, block=size, along=along, **options)
 
@@ -117,10 +119,10 @@ def causal_attention(
     pieces: int,
     **options: Any,
 ) -> jax.Array:
-    """What `models.attention.ops.attention` gives of whole rows in their order, [B, L, N, W] in q's dtype.
+    """Causal attention of full rows in token order, as `models.attention.ops.attention`: [B, L, N, W] in q's dtype.
 
-    No query sees what lies after it, so each of `pieces` stretches of queries meets the keys up to its own end: with
-    four of them, five eighths of all pairs. With fewer than two the row is not cut.
+    Each of `pieces` chunks of queries uses only the keys up to its end, since later ones are masked: with four chunks,
+    five eighths of all pairs. With fewer than two the row is not split.
     """
     L, pieces, outs = q_BLNH.shape[1], max(pieces, 1), []
     for start, end in pairwise(i * L // pieces for i in range(pieces + 1)):
@@ -131,7 +133,7 @@ def causal_attention(
 
 
 def _of_heads(keys: Keys, num_heads: int, cut: Cut) -> Keys:
-    """Where a device has some of the query heads and all kv heads: for each of its queries the head that it reads."""
+    """Selects the kv head of each local query head, if query heads are sharded and kv heads are not."""
     if cut.get("heads", ()) == cut.get("kv_heads", ()):
         return keys
     devices = jax.lax.axis_size(cut["heads"])
@@ -153,17 +155,17 @@ def blockwise_attention(
     sinks_N: jax.Array | None = None,
     along: tuple[str, ...] = (),
 ) -> jax.Array:
-    """What `models.attention.ops.attention` gives without dropout, [B, L, N, W] in q's dtype, from f32 scores.
+    """Blockwise attention, equal to `models.attention.ops.attention` without dropout: [B, L, N, W] in q's dtype.
 
-    `block`: queries, and keys, of a block; neither length need be a multiple of it. `along`, inside a `shard_map`: the
-    mesh axes along which the row is cut; `keys` are then those of this device's piece, and all pieces are of one size.
+    Scores are f32. `block`: queries and keys per block; lengths need not be multiples of it. `along`, inside a
+    `shard_map`: mesh axes that shard the row; `keys` are then this device's shard, and all shards have the same size.
     """
     B, L, N, H = q_BLNH.shape
     K = keys.keys.shape[2]
     q_BKGLH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).swapaxes(1, 2).reshape(B, K, N // K, L, H)
     queries = Queries(*_in_blocks((q_BKGLH, positions_BL, segments_BL), (3, 1, 1), (0, 0, 0), block))
     arrays = (keys.keys.swapaxes(1, 2), keys.values.swapaxes(1, 2), *keys[2:])
-    blocks = Keys(*_in_blocks(arrays, (2, 2, 1, 1, 1), (0, 0, 0, NOBODYS, False), block))
+    blocks = Keys(*_in_blocks(arrays, (2, 2, 1, 1, 1), (0, 0, 0, PAD_SEGMENT, False), block))
     sinks_KG = None if sinks_N is None else sinks_N.astype(F32).reshape(K, N // K)
     o_IBKGUW: Any = _flash(Options(soft_cap, along), queries, blocks, sinks_KG, jnp.asarray(window))
     o_BKGLW = jnp.moveaxis(o_IBKGUW, 0, 3).reshape(B, N, -1, o_IBKGUW.shape[-1])
@@ -171,7 +173,7 @@ def blockwise_attention(
 
 
 def _in_blocks(arrays: tuple, dims: tuple[int, ...], fill: tuple, block: int) -> list[Any]:
-    """Each array with its dim of the length cut in blocks, which come first; filled up with `fill`. None stays None."""
+    """Splits the length dim of each array into leading blocks, padded with `fill`. None stays None."""
 
     def cut(x: jax.Array | None, dim: int, value: Any) -> jax.Array | None:
         if x is None:
@@ -196,7 +198,7 @@ def _flash_forward(options: Options, queries: Queries, keys: Keys, sinks_KG, win
     start = OnlineSoftmax.init(q_IBKGUH.shape[:-1], keys.values.shape[-1], sinks_KG)
 
     def meet(running: OnlineSoftmax, keys: Keys) -> OnlineSoftmax:
-        """All queries of this device, and one piece of keys."""
+        """Attends from all local queries to one shard of keys."""
 
         def of_queries(_, block):
             queries_i, running_i, seen_J = block
@@ -210,32 +212,32 @@ def _flash_forward(options: Options, queries: Queries, keys: Keys, sinks_KG, win
 
         return jax.lax.scan(of_queries, None, (queries, running, block_is_visible(queries, keys, window)))[1]
 
-    def turn(carried, _):
-        running, here = carried
-        coming = _ppermute_next(here, options.along)  # sent off before it is read, so that links and cores work at once
-        return (meet(running, here), coming), None
+    def hop(carried, _):
+        running, current = carried
+        coming = _ppermute_next(current, options.along)  # sent before use, so that transfer and compute overlap
+        return (meet(running, current), coming), None
 
-    (running, last), _ = _repeat(turn, (start, keys), _ring_size(options.along) - 1)
+    (running, last), _ = _repeat(hop, (start, keys), _ring_size(options.along) - 1)
     running = meet(running, last)
-    # Named, so that a layer that is computed anew may keep both and need no attention for the second time.
+    # Named, so that a remat policy can save both and recomputation of the layer skips attention.
     o_IBKGUW = checkpoint_name_fwd("attn_out", (running.output / running.total[..., None]).astype(q_IBKGUH.dtype))
     logsumexp_IBKGU = checkpoint_name_fwd("attn_out", running.max + jnp.log(running.total))
     return o_IBKGUW, (queries, keys, sinks_KG, window, o_IBKGUW, logsumexp_IBKGU)
 
 
 def _flash_backward(options: Options, saved, do_IBKGUW):
-    """A second turn of the ring, with the gradients of keys and values travelling beside them in f32.
+    """A second pass around the ring, in which f32 gradients of keys and values rotate with them.
 
-    A rule of its own, rather than the transposition of the first turn: that would keep each piece of keys that came by,
-    and with them the whole row on each device.
+    A custom rule instead of the transposed forward pass, which would save every shard of keys that a device receives,
+    and thereby the full row on each device.
     """
     queries, keys, sinks_KG, window, o_IBKGUW, logsumexp_IBKGU = saved
-    # sum_S p dp of the softmax's gradient p (dp - sum_S p dp) is what the output had to do with its gradient.
+    # sum_S p dp in the softmax gradient p (dp - sum_S p dp) is the dot product of the output and its gradient.
     delta_IBKGU = jnp.sum(do_IBKGUW.astype(F32) * o_IBKGUW.astype(F32), axis=-1)
     zeros = lambda x: jnp.zeros(x.shape, F32)
 
     def meet(dq_IBKGUH, keys: Keys):
-        """dq with what one piece of keys adds to it, and (dk, dv) of this piece by the queries of this device."""
+        """Adds the contribution of a shard of keys to dq; returns it with the (dk, dv) of the shard."""
 
         def of_queries(gradient, block):
             *given, dq_BKGUH, seen_J = block
@@ -252,18 +254,19 @@ def _flash_backward(options: Options, saved, do_IBKGUW):
         gradient, dq_IBKGUH = jax.lax.scan(of_queries, (zeros(keys.keys), zeros(keys.values)), blocks)
         return dq_IBKGUH, gradient
 
-    def turn(carried, _):
-        dq_IBKGUH, gradient, here = carried
-        # Both set off before the products, the gradients without what these will add: it joins them one hop on.
-        coming, gradient = _ppermute_next(here, options.along), _ppermute_next(gradient, options.along)
-        dq_IBKGUH, more = meet(dq_IBKGUH, here)
+    def hop(carried, _):
+        dq_IBKGUH, gradient, current = carried
+        # Both are sent before the matmuls; the local contribution to the gradients is added after the hop.
+        coming, gradient = _ppermute_next(current, options.along), _ppermute_next(gradient, options.along)
+        dq_IBKGUH, more = meet(dq_IBKGUH, current)
         return (dq_IBKGUH, jax.tree.map(jnp.add, gradient, more), coming), None
 
     start = zeros(queries.queries), (zeros(keys.keys), zeros(keys.values)), keys
-    (dq_IBKGUH, gradient, last), _ = _repeat(turn, start, _ring_size(options.along) - 1)
+    (dq_IBKGUH, gradient, last), _ = _repeat(hop, start, _ring_size(options.along) - 1)
     gradient = _ppermute_next(gradient, options.along)
     dq_IBKGUH, more = meet(dq_IBKGUH, last)
-    dk, dv = _ppermute_next(jax.tree.map(jnp.add, gradient, more), options.along)  # the last hop brings them home
+    # The last hop returns them to their owner
+    dk, dv = _ppermute_next(jax.tree.map(jnp.add, gradient, more), options.along)
     dsinks_KG = None
     if sinks_KG is not None:
         p_IBKGU = jnp.exp(sinks_KG[None, None, :, :, None] - logsumexp_IBKGU)
@@ -277,7 +280,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def block_is_visible(queries: Queries, keys: Keys, window: jax.Array) -> jax.Array:
-    """[I, J] bool: false only where no query of block i sees a key of block j, by the ranges of both."""
+    """Returns [I, J] bool, false only if no query of block i sees a key of block j, judged by ranges of both."""
     low = lambda x: x.min(-1)
     high = lambda x: x.max(-1)
     q_segments, q_positions = queries.segments[:, None], queries.positions[:, None]
@@ -291,7 +294,7 @@ def block_is_visible(queries: Queries, keys: Keys, window: jax.Array) -> jax.Arr
 
 
 def _scores(options: Options, queries: Queries, keys: Keys, window):
-    """(scores, slope of the soft cap, mask) of a block of each: [B, K, G, U, T] f32, the mask [B, 1, 1, U, T]."""
+    """Returns (scores, derivative of the soft cap, mask) of two blocks: [B, K, G, U, T] f32; mask [B, 1, 1, U, T]."""
     s_BKGUT = einsum_f32("BKGUH,BKTH->BKGUT", queries.queries, keys.keys, F32)
     slope_BKGUT = None
     if options.soft_cap is not None:
@@ -302,13 +305,13 @@ def _scores(options: Options, queries: Queries, keys: Keys, window):
 
 
 def _merge(options: Options, running: OnlineSoftmax, queries: Queries, keys: Keys, window) -> OnlineSoftmax:
-    """The softmax of one block of queries with one more block of keys."""
+    """Updates the softmax of a block of queries with a block of keys."""
     s_BKGUT, _, mask_B11UT = _scores(options, queries, keys, window)
     return running.update(jnp.where(mask_B11UT, s_BKGUT, HIDDEN), keys.values)
 
 
 def _add_gradients(options: Options, dq_BKGUH, gradient, given, keys: Keys, window):
-    """(dq, (dk, dv)), f32, with what one block of each adds to them. `given`: of the block of queries."""
+    """Adds the contribution of two blocks to (dq, (dk, dv)), f32. `given`: tensors of the block of queries."""
     queries, do_BKGUW, logsumexp_BKGU, delta_BKGU = given
     dk_BKTH, dv_BKTW = gradient
     s_BKGUT, slope_BKGUT, mask_B11UT = _scores(options, queries, keys, window)
@@ -329,7 +332,7 @@ def _ring_size(along: tuple[str, ...]) -> int:
 
 
 def _ppermute_next(tree: Any, along: tuple[str, ...]) -> Any:
-    """What the device before this one holds."""
+    """Sends `tree` to the next device of the ring and returns that of the previous one."""
     if not along:
         return tree
     size = _ring_size(along)

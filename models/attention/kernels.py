@@ -1,8 +1,8 @@
-"""Attention in kernels of an accelerator: scores stay on the chip, and blocks of keys that nobody sees are passed over.
+"""Fused attention kernels: scores stay on the chip, and blocks without visible keys are skipped.
 
-JAX's own: splash attention on TPUs, and FlashAttention-2 in Triton on GPUs. They mask by the place in the row and by
-document, and so want each row in its order: a document's tokens one after the other, as data packs them. What they must
-equal is `models.attention.ops.attention`; `max_error_vs_reference` holds them to it on the devices themselves.
+The kernels are those of JAX: splash attention on TPUs and FlashAttention-2 in Triton on GPUs. They mask by index in the
+row and by document, so the tokens of a document must be contiguous and in order, as data packing produces them. The
+reference is `models.attention.ops.attention`; `max_error_vs_reference` compares them on the actual devices.
 
 Shape letters: B batch, L length, N query heads, K kv heads, H head dim, W width of values.
 """
@@ -18,29 +18,29 @@ import numpy as np
 from models.attention.ops import UNLIMITED, attention, attention_mask
 from models.config import AttentionImplementation, AttentionMask, LayerKind, ModelConfig
 
-LANES = 128  # of a TPU's vector unit, and the least block of keys
+LANES = 128  # lanes of a TPU vector register, and the minimum block of keys
 PLATFORMS = {
     "tpu": AttentionImplementation.splash,
     "gpu": AttentionImplementation.triton,
     "cuda": AttentionImplementation.triton,
 }
-TOLERANCE = 0.05  # of bf16 gradients relative to their largest; one that ignores documents is above 0.1
-BLOCKS = (512, 256, 128)  # of queries and of keys; the largest that divides a row
+TOLERANCE = 0.05  # of bf16 gradients, relative to the maximum; a kernel that ignores documents exceeds 0.1
+BLOCKS = (512, 256, 128)  # block sizes of queries and keys; the largest that divides a row is used
 
 
 class Decision(NamedTuple):
-    """What computes attention, and why it is not the kernel that the platform has (None: it is, or there is none)."""
+    """Selected implementation, and the reason if the kernel of the platform is not used."""
 
     kernel: AttentionImplementation
     reason: str | None = None
 
 
 def decide(config: ModelConfig, length: int, platform: str, *, rows_cut: bool = False) -> Decision:
-    """What computes attention in rows of `length` tokens on devices of `platform` (cpu, gpu, cuda, tpu).
+    """Selects the attention implementation for rows of `length` tokens on `platform` (cpu, gpu, cuda, tpu).
 
-    `rows_cut`: devices hold rows in pieces (mesh.context), which no kernel takes. With `model.attention.implementation=auto`
-    the platform's kernel is taken where it supports the case. On CPUs an explicit kernel runs interpreted, for tests.
-    Raises: ValueError where an explicit kernel does not support the model or the rows.
+    `rows_cut`: rows are sharded (mesh.context), which no kernel supports. With model.attention.implementation=auto the
+    kernel of the platform is used if it supports the case. On CPUs an explicit kernel runs interpreted, for tests.
+    Raises: ValueError if an explicit kernel does not support the model or the rows.
     """
     a = config.attention
     explicit = a.implementation is not AttentionImplementation.auto
@@ -49,9 +49,9 @@ def decide(config: ModelConfig, length: int, platform: str, *, rows_cut: bool = 
         return Decision(AttentionImplementation.xla)
     reason = unsupported_reason(kernel, config, length)
     if explicit and reason is not None:
-        raise ValueError(f"model.attention.implementation={kernel.name}: cannot do {reason}; valid: auto, xla")
+        raise ValueError(f"model.attention.implementation={kernel.name}: does not support {reason}; valid: auto, xla")
     if rows_cut:
-        reason = "rows that are cut over devices (mesh.context)"
+        reason = "rows sharded over devices (mesh.context)"
     elif not explicit and reason is None:
         if a.block_size is not None:
             reason = f"model.attention.block_size={a.block_size}"
@@ -63,36 +63,36 @@ def decide(config: ModelConfig, length: int, platform: str, *, rows_cut: bool = 
 def select_implementation(
     config: ModelConfig, length: int, platform: str, *, rows_cut: bool = False
 ) -> AttentionImplementation:
-    """That of `decide`."""
+    """Returns the implementation selected by `decide`."""
     return decide(config, length, platform, rows_cut=rows_cut).kernel
 
 
 def without_kernel(config: ModelConfig) -> ModelConfig:
-    """The model with attention in plain operations: where nothing has compared the platform's kernel with them."""
+    """Returns the model with XLA attention, for use where the kernel has not been compared with it."""
     return replace(config, attention=replace(config.attention, implementation=AttentionImplementation.xla))
 
 
 def unsupported_reason(kernel: AttentionImplementation, config: ModelConfig, length: int) -> str | None:
-    """What the kernel does not support of this model's attention to rows of `length` tokens; None: it supports all."""
+    """Returns the first unsupported feature of the model for rows of `length` tokens, or None if all are supported."""
     a = config.attention
     if a.mask is not AttentionMask.causal:
         return f"model.attention.mask={a.mask.name}"
     if length % LANES:
-        return f"rows of {length} tokens, which are no multiple of {LANES}"
+        return f"rows of {length} tokens, not a multiple of {LANES}"
     if kernel is AttentionImplementation.triton:
         if windows(config) != (UNLIMITED,):
-            return "windows (model.attention.layer_types)"
+            return "sliding windows (model.attention.layer_types)"
         for key in ("logit_softcap", "sinks", "v_head_dim"):
             value = getattr(a, key) or None
             if value is not None and value != a.head_dim:
                 return f"model.attention.{key}={value}"
         if config.dtype.name == "float32":
-            return "model.dtype=float32, whose products it rounds"
+            return "model.dtype=float32, because its matmuls round to lower precision"
     return None
 
 
 def windows(config: ModelConfig) -> tuple[int, ...]:
-    """Those of all layers, each once."""
+    """Returns the distinct attention windows of all layers."""
     a = config.attention
     return tuple(sorted({a.sliding_window if kind is LayerKind.sliding else UNLIMITED for kind in a.layer_types}))
 
@@ -111,9 +111,9 @@ def kernel_attention(
     sinks_N: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """What `models.attention.ops.attention` gives of rows in their order: [B, L, N, W] in q's dtype.
+    """Attention of rows in token order, equal to `models.attention.ops.attention`: [B, L, N, W] in q's dtype.
 
-    `window` is one of `windows`. `interpret`: as XLA's own operations, slowly, where there is no such device.
+    `window` is one of `windows`. `interpret`: run the kernel as XLA operations, slowly, without the device.
     """
     q_BLNH = q_BLNH * jnp.asarray(scale, q_BLNH.dtype)
     if kernel is AttentionImplementation.triton:
@@ -122,7 +122,7 @@ def kernel_attention(
     arrays = q_BLNH, k_BLKH, v_BLKW, segments_BL, sinks_N
     if len(windows) == 1:
         return run(windows[0], *arrays)
-    near, far = windows  # a kernel's mask is a part of its program: a layer runs one of two
+    near, far = windows  # the mask is static in a kernel, so a layer selects one of two programs
     return jax.lax.cond(window == near, partial(run, near), partial(run, far), *arrays)
 
 
@@ -142,7 +142,7 @@ def _splash(window: int, q_BLNH, k_BLKH, v_BLKW, segments_BL, sinks_N, *, soft_c
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=soft_cap,
-        residual_checkpoint_name="attn_out",  # what remat may keep, so that the kernel need not run again
+        residual_checkpoint_name="attn_out",  # can be saved by remat, so that the kernel does not run again
         interpret=interpret,
     )
 
@@ -160,15 +160,16 @@ def _triton(q_BLNH, k_BLKH, v_BLKW, segments_BL, interpret: bool):
 
     group = q_BLNH.shape[2] // k_BLKH.shape[2]
     k_BLNH, v_BLNW = (jnp.repeat(x, group, axis=2) for x in (k_BLKH, v_BLKW))
-    # Defaults of the backward pass (32) are for chips of little shared memory.
+    # The default blocks of the backward pass (32) are for GPUs with little shared memory.
     sizes = BlockSizes(block_q=128, block_k=128, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64)
     options = {"sm_scale": 1.0, "causal": True, "block_sizes": sizes, "interpret": interpret}
     return mha(q_BLNH, k_BLNH, v_BLNW, segments_BL, **options)
 
 
 def max_error_vs_reference(kernel: AttentionImplementation, config: ModelConfig, *, interpret: bool = False) -> float:
-    """Between the kernel and the plain form on the devices that are there, of a row of several documents: of the output
-    and of each gradient, relative to its largest entry.
+    """Returns the maximum error of a kernel on the present devices, for a row of several documents.
+
+    The error is the maximum over the output and each gradient, relative to the largest entry of the reference.
     """
     a, length = config.attention, 2 * LANES
     dtype, keys = jnp.dtype(config.dtype.name), jax.random.split(jax.random.key(0), 4)
@@ -191,13 +192,13 @@ def max_error_vs_reference(kernel: AttentionImplementation, config: ModelConfig,
         how = {"window": window, "windows": (window,), "interpret": interpret}
         return kernel_attention(kernel, q, k, v, jnp.asarray(segments), sinks_N=sinks, **how, **options)
 
-    def everything(attend):
+    def output_and_gradients(attend):
         total = lambda *arrays: jnp.sum((attend(*arrays) * weight).astype(jnp.float32))
         return attend(q, k, v), *jax.grad(total, argnums=(0, 1, 2))(q, k, v)
 
     @jax.jit
     def compared():
-        pairs = zip(everything(plain), everything(fused), strict=True)
+        pairs = zip(output_and_gradients(plain), output_and_gradients(fused), strict=True)
         f32 = lambda x: x.astype(jnp.float32)
         return jnp.stack([jnp.abs(f32(a) - f32(b)).max() / jnp.abs(f32(a)).max() for a, b in pairs]).max()
 
@@ -207,9 +208,9 @@ def max_error_vs_reference(kernel: AttentionImplementation, config: ModelConfig,
 def compile_rows(
     kernel: AttentionImplementation, config: ModelConfig, length: int, platform: str | None = None
 ) -> None:
-    """Compiles the kernel with its gradient for rows of `length` tokens on the devices that are there.
+    """Compiles the kernel and its gradient for rows of `length` tokens on the present devices.
 
-    With `platform` (cuda, tpu) it is only lowered for that one. Raises: what the kernel or the compiler raises.
+    With `platform` (cuda, tpu) it is only lowered for that platform. Raises: any exception of the kernel or compiler.
     """
     a, dtype = config.attention, jnp.dtype(config.dtype.name)
     row = lambda heads, width: jax.ShapeDtypeStruct((1, length, heads, width), dtype)

@@ -1,7 +1,7 @@
-"""Attention, for training on packed rows and for decoding from a cache.
+"""Reference attention for packed rows in training, and attention to the KV cache in decoding.
 
-A query sees a key when both lie in the same document, the key is not later or is one that all may see, and it is
-within the window. Positions restart with each document, so inside a document their order is the order of tokens.
+A query sees a key if both are in the same document, the key is not later (or is visible to earlier tokens), and it is
+within the window. Positions restart in each document, so their order is the order of tokens in the document.
 
 Shape letters: B batch, L length, S key length, N query heads, K kv heads, G queries of a kv head (N = K G), H head dim,
 T keys of a block, W width of values.
@@ -19,15 +19,15 @@ from models.layers import dropout
 from models.matmul import einsum_f32
 from models.remat import checkpoint_name_fwd
 
-UNLIMITED = 2**30  # a window that hides nothing
-HIDDEN = -1e30  # finite: a row that sees nothing stays free of NaN
+UNLIMITED = 2**30  # window of full attention
+HIDDEN = -1e30  # score of masked keys; finite, so that fully masked rows give no NaN
 F32 = jnp.dtype("float32")
 
 
 def attention_mask(q_positions, k_positions, q_segments, k_segments, window, shown_BS=None) -> jax.Array:
-    """[B, L, S] bool. Positions and segments are [B, L] and [B, S]; `window` is a scalar.
+    """Returns the mask [B, L, S] bool. Positions and segments are [B, L] and [B, S]; `window` is a scalar.
 
-    `shown_BS` bool: keys that earlier tokens of their document see as well.
+    `shown_BS` bool: keys visible to earlier tokens of their document.
     """
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     same = q_segments[:, :, None] == k_segments[:, None, :]
@@ -50,7 +50,7 @@ def attention(
 ) -> jax.Array:
     """Softmax attention with f32 scores: [B, L, N, width of v] in q's dtype.
 
-    `sinks_N`: logits that take part in each softmax and stand for no key (GPT-OSS; Xiao et al. 2023).
+    `sinks_N`: attention sinks, extra logits in each softmax without a key (GPT-OSS; Xiao et al. 2023).
     """
     options = {"scale": scale, "soft_cap": soft_cap, "sinks_N": sinks_N}
     p_BKGLS = attention_weights(q_BLNH, k_BSKH, mask_BLS, dtype=v_BSKH.dtype, **options)
@@ -70,10 +70,10 @@ def attention_weights(
     sinks_N: jax.Array | None = None,
     dtype: jnp.dtype = F32,
 ) -> jax.Array:
-    """What each query takes of each key: [B, K, G, L, S] in `dtype`, computed in f32, without dropout."""
+    """Attention probabilities: [B, K, G, L, S] in `dtype`, computed in f32, without dropout."""
     B, L, N, H = q_BLNH.shape
     K = k_BSKH.shape[2]
-    # Heads first, so that both products are batches of plain matrices.
+    # Heads first, so that both products are batched matmuls.
     q_BKGLH = (q_BLNH * jnp.asarray(scale, q_BLNH.dtype)).swapaxes(1, 2).reshape(B, K, N // K, L, H)
     s_BKGLS = einsum_f32("BKGLH,BKSH->BKGLS", q_BKGLH, k_BSKH.swapaxes(1, 2), jnp.dtype("float32"))
     if soft_cap is not None:
@@ -89,10 +89,10 @@ def attention_weights(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def masked_softmax(dtype: jnp.dtype, scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the last dim of f32 scores, in `dtype`; 0 for what `mask` hides, which must not be a whole row.
+    """Softmax over the last dim of f32 scores, in `dtype`; 0 for masked entries. Rows must not be fully masked.
 
-    The gradient needs only what is returned, which the product with the values keeps anyway; by JAX's own rules it
-    would keep exponentials in f32 and the mask, for each head, beside it.
+    The gradient needs only the result, which the matmul with the values saves anyway; JAX's default rule would also
+    save f32 exponentials and the mask for each head.
     """
     return jax.nn.softmax(jnp.where(mask, scores, HIDDEN), axis=-1).astype(dtype)
 
@@ -111,31 +111,31 @@ masked_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def per_head_weights(q_BLNH: jax.Array, k_BSKH: jax.Array, mask_BLS: jax.Array, **options) -> jax.Array:
-    """[B, N, L, S] f32: the weights of `attention` with these options, 0 where a query sees no key at all.
+    """Attention weights [B, N, L, S] f32 with the options of `attention`; 0 for queries that see no key.
 
-    The compiler makes them once for both.
+    The compiler computes them once for both functions.
     """
     p_BKGLS = jnp.where(mask_BLS[:, None, None], attention_weights(q_BLNH, k_BSKH, mask_BLS, **options), 0.0)
     return p_BKGLS.reshape(p_BKGLS.shape[0], -1, *p_BKGLS.shape[-2:])
 
 
 class OnlineSoftmax(NamedTuple):
-    """A softmax over the keys that a query has met so far, block by block, f32 (Milakov & Gimelshein 2018)."""
+    """Running softmax over blocks of keys, f32 (Milakov & Gimelshein 2018)."""
 
     max: jax.Array  # [..., L]
     sum: jax.Array  # [..., L]: of exp(score - max)
-    output: jax.Array  # [..., L, W]: the sum of values, weighed by exp(score - max)
+    output: jax.Array  # [..., L, W]: sum of values weighted by exp(score - max)
 
     @classmethod
     def init(cls, shape: tuple[int, ...], width: int, sinks_KG: jax.Array | None) -> "OnlineSoftmax":
-        """Of queries [..., K, G, L]. With sinks as if a key had been there that has no value."""
+        """Initial state for queries [..., K, G, L]. Sinks count as a key without a value."""
         output = jnp.zeros((*shape, width))
         if sinks_KG is None:
             return cls(jnp.full(shape, HIDDEN), jnp.zeros(shape), output)
         return cls(jnp.broadcast_to(sinks_KG.astype(F32)[..., None], shape), jnp.ones(shape), output)
 
     def update(self, s_BKGLT: jax.Array, v_BKTW: jax.Array) -> "OnlineSoftmax":
-        """With one more block of keys: their scores, `HIDDEN` where one is not seen, and values."""
+        """Adds a block of keys, given by scores (`HIDDEN` if masked) and values."""
         max_BKGL = jnp.maximum(self.max, s_BKGLT.max(-1))
         p_BKGLT = jnp.exp(s_BKGLT - max_BKGL[..., None])
         keep_BKGL = jnp.exp(self.max - max_BKGL)
@@ -145,7 +145,7 @@ class OnlineSoftmax(NamedTuple):
 
     @property
     def total(self) -> jax.Array:
-        """[..., L]: the sum, which nothing must be divided by 0 with."""
+        """Softmax denominator [..., L], clipped away from 0."""
         return jnp.maximum(self.sum, 1e-30)
 
 
@@ -161,12 +161,12 @@ def cached_attention(
     sinks_N: jax.Array | None = None,
     shown: jax.Array | int | None = None,
 ) -> jax.Array:
-    """Attention to the cached tokens of rows `first_row` onwards: [B, L, N, width of values] in q's dtype.
+    """Attention to the cached tokens of rows from `first_row`: [B, L, N, v_head_dim] in q's dtype.
 
-    Reads the cache block by block as far as the furthest row needs. A block that holds nothing for a row changes no bit
-    of its result, so that a row gets the same whatever its neighbours are. Tokens whose position lies beyond the cache
-    are padding, and get zeros or noise; a row that starts with one is idle. Of the keys the first `shown` are seen by
-    earlier ones, too; the last of them must be among `positions_BL`.
+    Reads the cache block by block up to the longest row. A block without keys of a row does not change any bit of its
+    result, so results do not depend on other rows of the batch. Tokens with positions beyond the capacity are padding,
+    and their output is unspecified; a row that starts with padding is idle. The first `shown` keys are visible to
+    earlier tokens; the last of them must be in `positions_BL`.
     """
     B, L, N, H = q_BLNH.shape
     K, S = cache.keys.shape[1:3]

@@ -1,1 +1,1 @@
-"""Generation: the continuous-batching engine, sampling, and masked diffusion."""
+"""Generation: continuous-batching engine, sampling, and masked diffusion."""

@@ -1,7 +1,7 @@
-"""Writing with a masked diffusion model (Nie et al. 2025, LLaDA, section 2.4 and algorithm 5).
+"""Generation with a masked diffusion model (Nie et al. 2025, LLaDA, section 2.4 and algorithm 5).
 
-All tokens to be written begin as masks. A pass predicts every one of them; those that the model is surest of stay, the
-others are masked again, as many a pass as brings all of them out by the last.
+All tokens of the completion start as mask tokens. Each pass predicts all masked tokens, keeps those with the highest
+confidence and masks the others again; the number kept per pass is such that none are left after the last pass.
 
 Shape letters: B rows, L length, V vocab.
 """
@@ -20,11 +20,11 @@ from models.decode.sampling import History, SamplingConfig, Settings, sample
 from models.logical_axes import ShardingConstraint, no_constraint
 from models.transformer import Params, forward, logits
 
-LENGTHS = 64  # rows are a multiple of it long: few shapes, few compilations
+LENGTHS = 64  # row lengths are multiples of this, to limit the number of compiled shapes
 
 
 class _Program(NamedTuple):
-    """What a compiled pass depends on. Configs are not hashable, so their text stands for them."""
+    """Static arguments of a compiled pass. Configs are not hashable, so their repr is hashed."""
 
     config: ModelConfig
     constrain: ShardingConstraint
@@ -41,7 +41,7 @@ def _pass(program: _Program) -> Any:
 
 
 def _unmask(program: _Program, params: Params, tokens_BL, segments_BL, left, settings: Settings, step):
-    """One pass: (tokens, log-probabilities of those that came out). `left` [B]: masks that shall remain."""
+    """One pass: returns (tokens, log-probabilities of unmasked tokens). `left` [B]: masks that remain."""
     B, L = tokens_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
     given = {"config": program.config, "constrain": program.constrain}
@@ -51,15 +51,15 @@ def _unmask(program: _Program, params: Params, tokens_BL, segments_BL, left, set
     x_BLV = jnp.where(allowed_V[None, None], x_BLV, -jnp.inf)
     flat = x_BLV.reshape(B * L, -1)
     nothing = History(jnp.zeros((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
-    index = step * L + jnp.tile(jnp.arange(L), B)  # a place in the row's stream of random numbers
+    index = step * L + jnp.tile(jnp.arange(L), B)  # index in the random stream of the row
     drawn_BL = sample(flat, nothing, settings, index).reshape(B, L)
     logprobs_BL = jnp.take_along_axis(jax.nn.log_softmax(x_BLV), drawn_BL[..., None], axis=-1)[..., 0]
     masked_BL = (tokens_BL == program.mask_id) & (segments_BL > 0)
-    sure_BL = jnp.where(masked_BL, logprobs_BL, -jnp.inf)
-    rank_BL = jnp.argsort(jnp.argsort(-sure_BL, axis=1), axis=1)  # 0: the surest; the first of equals before the next
+    confidence_BL = jnp.where(masked_BL, logprobs_BL, -jnp.inf)
+    rank_BL = jnp.argsort(jnp.argsort(-confidence_BL, axis=1), axis=1)  # 0: most confident; ties by position
     out_BL = masked_BL & (rank_BL < (masked_BL.sum(1) - left)[:, None])
-    whole = lambda x: program.constrain(x, (None, None))  # every process reads them
-    return whole(jnp.where(out_BL, drawn_BL, tokens_BL)), whole(jnp.where(out_BL, logprobs_BL, 0.0))
+    replicate = lambda x: program.constrain(x, (None, None))  # every process reads them
+    return replicate(jnp.where(out_BL, drawn_BL, tokens_BL)), replicate(jnp.where(out_BL, logprobs_BL, 0.0))
 
 
 def write_masked(
@@ -74,14 +74,14 @@ def write_masked(
     vocab_size: int | None = None,
     constrain: ShardingConstraint = no_constraint,
 ) -> list[Completion]:
-    """Completions of prompts of any lengths, each of `sampling.max_new_tokens` tokens or ended by the first stop token.
+    """Generates completions of `sampling.max_new_tokens` tokens, truncated at the first stop token.
 
-    `steps`: passes over each row; 0: one for each token. Log-probabilities are of each token when it came out. What is
-    to be written has places of its own from the beginning, so a document that would be longer is cut off.
-    Raises: ValueError for penalties, which count what was written before.
+    Prompts can have different lengths. `steps`: denoising passes; 0: one per token. Log-probabilities are those at the
+    time a token was unmasked. The number of positions is fixed at the start, so longer documents are cut off.
+    Raises: ValueError for penalties, which need a left-to-right order.
     """
     if sampling.penalises:
-        raise ValueError("repetition_penalty: a diffusion model writes its tokens in no order; leave penalties out")
+        raise ValueError("repetition_penalty: a diffusion model does not generate left to right; remove penalties")
     new = sampling.max_new_tokens
     steps = min(steps, new) if steps > 0 else new
     B, L = len(prompts), -(-(max(map(len, prompts)) + new) // LENGTHS) * LENGTHS
@@ -102,10 +102,10 @@ def write_masked(
     return [_completion(tokens[r], logprobs[r], len(prompt), new, stop_ids) for r, prompt in enumerate(prompts)]
 
 
-def _completion(tokens: np.ndarray, logprobs: np.ndarray, begin: int, size: int, stop_ids: Sequence[int]) -> Completion:
-    written, sure = tokens[begin : begin + size].tolist(), logprobs[begin : begin + size].tolist()
-    ends = [at for at, token in enumerate(written) if token in stop_ids]
+def _completion(tokens: np.ndarray, logprobs: np.ndarray, start: int, size: int, stop_ids: Sequence[int]) -> Completion:
+    new_tokens, new_logprobs = tokens[start : start + size].tolist(), logprobs[start : start + size].tolist()
+    ends = [at for at, token in enumerate(new_tokens) if token in stop_ids]
     if not ends:
-        return Completion(written, sure)
+        return Completion(new_tokens, new_logprobs)
     end = ends[0]
-    return Completion(written[:end], sure[:end], "eos", (written[end], sure[end]))
+    return Completion(new_tokens[:end], new_logprobs[:end], "eos", (new_tokens[end], new_logprobs[end]))

@@ -1,4 +1,4 @@
-"""Drawing the next token: every row of a batch has settings and a stream of random numbers of its own.
+"""Sampling of the next token, with separate settings and random streams for each row of a batch.
 
 Shape letters: B rows, V vocab.
 """
@@ -13,20 +13,20 @@ import numpy as np
 
 @dataclass
 class SamplingConfig:
-    """How the next token is drawn. Filters apply in this order: penalties, temperature, top-k, top-p, min-p."""
+    """Sampling parameters. Filters apply in this order: penalties, temperature, top-k, top-p, min-p."""
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0  # 0: the likeliest token
-    top_k: int = 0  # keep the k likeliest; 0: all
-    top_p: float = 1.0  # keep the fewest whose probabilities reach p: Holtzman et al. 2020
-    min_p: float = 0.0  # keep those of at least this share of the likeliest's probability
-    repetition_penalty: float = 1.0  # above 1: what has occurred becomes less likely (Keskar et al. 2019)
-    presence_penalty: float = 0.0  # taken off the logit of what was written already
-    frequency_penalty: float = 0.0  # taken off once for each time that it was written
-    seed: int = 0
+    max_new_tokens: int = 256  # Maximum number of generated tokens
+    temperature: float = 1.0  # Sampling temperature; 0: greedy
+    top_k: int = 0  # Sample from the k most likely tokens; 0: all
+    top_p: float = 1.0  # Nucleus sampling, smallest set with probability p: Holtzman et al. 2020; 1: all
+    min_p: float = 0.0  # Minimum probability relative to the most likely token
+    repetition_penalty: float = 1.0  # Above 1: penalize tokens of prompt and completion (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # Subtracted from the logit of tokens already generated
+    frequency_penalty: float = 0.0  # Subtracted from the logit for each earlier occurrence in the completion
+    seed: int = 0  # Random seed
 
     def validate(self, key: str = "task.") -> None:
-        """Raises: ValueError naming key, value and what would be valid."""
+        """Checks the parameters. Raises: ValueError naming key, value and valid values."""
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < np.inf, "at least 0 (0: greedy)"),
@@ -47,7 +47,7 @@ class SamplingConfig:
 
 
 class Settings(NamedTuple):
-    """Those of each row: [B] arrays."""
+    """Sampling parameters of all rows: [B] arrays."""
 
     temperature: np.ndarray
     top_k: np.ndarray
@@ -57,19 +57,20 @@ class Settings(NamedTuple):
     presence: np.ndarray
     frequency: np.ndarray
     seed: np.ndarray  # u32
-    stream: np.ndarray  # u32: rows of one seed are drawn apart by it
+    stream: np.ndarray  # u32: separates the random streams of rows with equal seeds
 
     @classmethod
     def of(cls, rows: int) -> "Settings":
-        """Greedy and without penalties, to be filled in."""
+        """Returns greedy settings without penalties for `rows` rows."""
         number = lambda value: np.full(rows, value, np.float32)
-        whole = lambda dtype: np.zeros(rows, dtype)
+        zeros = lambda dtype: np.zeros(rows, dtype)
         return cls(
-            number(0), whole(np.int32), number(1), number(0), number(1), number(0), number(0),
-            whole(np.uint32), whole(np.uint32),
+            number(0), zeros(np.int32), number(1), number(0), number(1), number(0), number(0),
+            zeros(np.uint32), zeros(np.uint32),
         )  # fmt: skip
 
     def put(self, row: int, config: SamplingConfig, stream: int) -> None:
+        """Sets the parameters of one row, in place."""
         self.temperature[row], self.top_k[row], self.top_p[row] = config.temperature, config.top_k, config.top_p
         self.min_p[row], self.repetition[row] = config.min_p, config.repetition_penalty
         self.presence[row], self.frequency[row] = config.presence_penalty, config.frequency_penalty
@@ -77,10 +78,10 @@ class Settings(NamedTuple):
 
 
 class History(NamedTuple):
-    """What penalties count."""
+    """Token occurrences used by penalties."""
 
-    prompt_BV: jax.Array  # bool: occurs in the prompt
-    counts_BV: jax.Array  # i32: times it was written
+    prompt_BV: jax.Array  # bool: token occurs in the prompt
+    counts_BV: jax.Array  # i32: occurrences in the completion
 
 
 def _penalised(x_BV: jax.Array, history: History, settings: Settings) -> jax.Array:
@@ -92,12 +93,12 @@ def _penalised(x_BV: jax.Array, history: History, settings: Settings) -> jax.Arr
 
 
 def _largest_where(holds, x_BV: jax.Array) -> jax.Array:
-    """[B, V] bool: x >= t for the largest t of each row for which `holds(x >= t)` [B], which is true for small t.
+    """Returns x >= t, [B, V] bool, for the largest t per row with `holds(x >= t)` [B], which must be monotonic in t.
 
-    Bits of t are found one by one, which costs 32 passes and no sorting.
+    Finds the bits of t by bisection: 32 passes instead of a sort.
     """
     bits = jax.lax.bitcast_convert_type(x_BV, jnp.uint32)
-    order_BV = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # as ordered as the floats are
+    order_BV = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # same order as the floats
 
     def body(i, t_B):
         candidate_B = t_B | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
@@ -108,13 +109,13 @@ def _largest_where(holds, x_BV: jax.Array) -> jax.Array:
 
 
 def _cut(x_BV: jax.Array, settings: Settings) -> jax.Array:
-    """Top-k, then top-p of what is left."""
+    """Applies top-k, then top-p to the remaining tokens."""
     k_B = jnp.where(settings.top_k > 0, settings.top_k, x_BV.shape[1])
-    x_BV = jnp.where(_largest_where(lambda kept_BV: kept_BV.sum(-1) >= k_B, x_BV), x_BV, -jnp.inf)
+    x_BV = jnp.where(_largest_where(lambda top_BV: top_BV.sum(-1) >= k_B, x_BV), x_BV, -jnp.inf)
     p_BV = jax.nn.softmax(x_BV, axis=-1)
-    mass = lambda kept_BV: jnp.where(kept_BV, p_BV, 0).sum(-1)
-    kept_BV = _largest_where(lambda kept_BV: mass(kept_BV) >= settings.top_p, x_BV)  # what crosses p is kept
-    return jnp.where(kept_BV | (jnp.asarray(settings.top_p)[:, None] >= 1), x_BV, -jnp.inf)
+    mass = lambda top_BV: jnp.where(top_BV, p_BV, 0).sum(-1)
+    top_BV = _largest_where(lambda top_BV: mass(top_BV) >= settings.top_p, x_BV)  # includes the token that crosses p
+    return jnp.where(top_BV | (jnp.asarray(settings.top_p)[:, None] >= 1), x_BV, -jnp.inf)
 
 
 def _penalising(settings: Settings) -> jax.Array:
@@ -130,9 +131,9 @@ def _cutting(settings: Settings) -> jax.Array:
 
 
 def filter_logits(logits_BV: jax.Array, history: History, settings: Settings) -> jax.Array:
-    """Logits [B, V] of the distribution to draw from; tokens that may not be drawn are -inf.
+    """Returns the logits [B, V] of the sampling distribution; excluded tokens are -inf.
 
-    Each filter costs only where a row asks for it.
+    Filters run only if a row of the batch uses them.
     """
     s = Settings(*map(jnp.asarray, settings))
     x_BV = jax.lax.cond(jnp.any(_penalising(s)), lambda x: _penalised(x, history, s), lambda x: x, logits_BV)
@@ -143,10 +144,10 @@ def filter_logits(logits_BV: jax.Array, history: History, settings: Settings) ->
 
 
 def sample(logits_BV: jax.Array, history: History, settings: Settings, index_B: jax.Array) -> jax.Array:
-    """Tokens [B] i32. `index_B`: how many each row has written, its place in its stream of random numbers.
+    """Samples tokens [B] i32. `index_B`: number of tokens generated by each row, its index in the random stream.
 
-    Rows cost what the most demanding of them asks for, and get the same. Each branch gives tokens alone: XLA copies
-    logits that a branch hands on as they are.
+    The branch for all rows is that of the most demanding row, and does not change the tokens of the others. Branches
+    return tokens only: XLA copies logits that a branch returns unchanged.
     """
     s = Settings(*map(jnp.asarray, settings))
     hot_B = s.temperature > 0

@@ -1,1 +1,1 @@
-"""Reads and writes published model formats."""
+"""Readers and writers of published model formats."""

@@ -1,9 +1,9 @@
-"""Weights in 4 or 8 bits: codes in blocks of 64, each block with its largest magnitude (Dettmers et al. 2021, 2023).
+"""Blockwise quantization of weights to 4 or 8 bits: blocks of 64 with an absmax scale (Dettmers et al. 2021, 2023).
 
-A matrix [in..., out...] is cut into blocks along what it sums over, so that codes and magnitudes are those that
-bitsandbytes makes of a published weight [out, in]: its blocks lie along the flattened weight. Dims keep their names,
-and lie on the mesh as those of the weight do, where the last dim of the input is a multiple of 64; else a matrix is one
-flat row of codes, whole on each device.
+A matrix [in..., out...] is split into blocks along its input dims, so that codes and scales equal those of bitsandbytes
+for a published weight [out, in], whose blocks follow the flattened weight. If the last input dim is a multiple of 64,
+dims keep their logical axes and the codes are sharded as the weight; otherwise a matrix is stored as one flat row of
+codes, replicated on each device.
 """
 
 import enum
@@ -21,9 +21,9 @@ from models.matmul import einsum_f32
 from models.weight_views import Kernel
 
 BLOCK = 64
-SCALES_BLOCK = 256  # scales that share one of their own, where they are quantised too
+SCALES_BLOCK = 256  # scales per block in double quantization
 
-# Dettmers et al. 2023, appendix E: equal shares of a normal distribution between neighbours, scaled to [-1, 1], with 0.
+# NF4 levels (Dettmers et al. 2023, appendix E): quantiles of a normal distribution, scaled to [-1, 1], including 0.
 NF4 = np.array(
     [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -35,8 +35,10 @@ NF4 = np.array(
 
 
 def dynamic_levels() -> np.ndarray:
-    """[256] f32: 0, 1, and for each power of ten the middles of ever more equal parts of [0.1, 1], of both signs: 8-bit
-    dynamic tree quantisation (Dettmers et al. 2021, section 1.3)."""
+    """Returns the levels of 8-bit dynamic tree quantization, [256] f32 (Dettmers et al. 2021, section 1.3).
+
+    These are 0, 1 and, for each power of ten, the midpoints of 2^i equal parts of [0.1, 1] with both signs.
+    """
     found = [0.0, 1.0]
     for exponent in range(7):
         borders = np.linspace(0.1, 1, 2**exponent + 1)
@@ -49,6 +51,8 @@ DYNAMIC = dynamic_levels()
 
 
 class Bits(enum.Enum):
+    """Quantization formats."""
+
     nf4 = "nf4"
     int8 = "int8"
 
@@ -56,18 +60,19 @@ class Bits(enum.Enum):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scales:
-    """Scales of one stack of matrices in 8 bits each, less their mean ("double quantisation", Dettmers et al. 2023,
-    section 3); in the order of bitsandbytes, those of a matrix [out, in] one after the other.
+    """Double quantization (Dettmers et al. 2023, section 3): scales of matrices, minus their mean, in 8 bits.
+
+    The order is that of bitsandbytes: row by row of a matrix [out, in].
     """
 
-    codes: jax.Array  # u8 [lead..., groups, SCALES_BLOCK], the last group filled up
-    tops: jax.Array  # f32 [lead..., groups]: the largest magnitude of each group
+    codes: jax.Array  # u8 [lead..., groups, SCALES_BLOCK], the last group padded
+    tops: jax.Array  # f32 [lead..., groups]: absmax of each group
     mean: jax.Array  # f32 [lead...]
-    shape: tuple[int, ...] = field(metadata={"static": True})  # of the scales of one matrix, out first
-    num_out: int = field(metadata={"static": True})  # dims of `shape` that are out
+    shape: tuple[int, ...] = field(metadata={"static": True})  # shape of the scales of one matrix, out first
+    num_out: int = field(metadata={"static": True})  # output dims of `shape`
 
     def array(self) -> jax.Array:
-        """[lead..., in..., out...] f32."""
+        """Dequantizes the scales: [lead..., in..., out...] f32."""
         values = jnp.asarray(DYNAMIC)[self.codes] * self.tops[..., None] + self.mean[..., None, None]
         lead, size = self.mean.ndim, math.prod(self.shape)
         scales = values.reshape(*self.mean.shape, -1)[..., :size].reshape(*self.mean.shape, *self.shape)
@@ -76,7 +81,7 @@ class Scales:
 
 
 def quantize_scales(scales: jax.Array, num_lead: int, num_out: int) -> Scales:
-    """Of scales [lead..., in..., out...]."""
+    """Quantizes scales [lead..., in..., out...] to 8 bits."""
     first_out = scales.ndim - num_out
     order = (*range(num_lead), *range(first_out, scales.ndim), *range(num_lead, first_out))
     turned = scales.transpose(order)
@@ -94,17 +99,17 @@ def quantize_scales(scales: jax.Array, num_lead: int, num_out: int) -> Scales:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized(Kernel):
-    """A stack of matrices [lead..., in..., out...]; leading dims may be cut off, as a scan over layers does."""
+    """A quantized stack of matrices [lead..., in..., out...]; leading dims can be indexed away, as by a layer scan."""
 
-    codes: jax.Array  # u8, two to a byte, the first in its upper half (nf4); i8 (int8)
-    scales: jax.Array | Scales  # f32, one for each block
+    codes: jax.Array  # u8 with two codes per byte, the first in the upper half (nf4); i8 (int8)
+    scales: jax.Array | Scales  # f32, one per block
     bits: Bits = field(metadata={"static": True})
-    dim: int | None = field(metadata={"static": True})  # counted from the end: along which blocks lie; None: flat
-    shape: tuple[int, ...] = field(metadata={"static": True})  # of a flat one: of one matrix, its input last
-    num_out: int = field(metadata={"static": True})  # of a flat one: the dims of `shape` before the input
+    dim: int | None = field(metadata={"static": True})  # dim of the blocks, counted from the end; None: flat
+    shape: tuple[int, ...] = field(metadata={"static": True})  # flat: shape of one matrix, input dims last
+    num_out: int = field(metadata={"static": True})  # flat: number of output dims in `shape`
 
     def array(self) -> jax.Array:
-        """f32."""
+        """Dequantizes the weight to f32."""
         dim = -1 if self.dim is None else self.dim
         scales = self.scales.array() if isinstance(self.scales, Scales) else self.scales
         codes, scales = jnp.moveaxis(self.codes, dim, -1), jnp.moveaxis(scales, dim, -1)
@@ -123,19 +128,19 @@ class Quantized(Kernel):
         return weight.transpose(order)
 
     def product(self, spec: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        # Else the backward pass would find every layer's whole weight among what the forward pass has kept.
+        # Otherwise the dequantized weights of all layers would be saved for the backward pass.
         return jax.checkpoint(lambda x, kernel: einsum_f32(spec, x, kernel.array(), dtype), prevent_cse=False)(x, self)
 
     def view_axes(self, axes: Axes, num_lead: int) -> "Quantized":
         names = axes if self.dim is not None else (*axes[:num_lead], None)
         scales, lead = names, axes[:num_lead]
-        if isinstance(self.scales, Scales):  # a hundredth of the weight: groups cross all borders, and lie whole
+        if isinstance(self.scales, Scales):  # 1 % of the weight; groups cross shard boundaries, so they are replicated
             scales = Scales((*lead, None, None), (*lead, None), lead, self.scales.shape, self.scales.num_out)
         return Quantized(names, scales, self.bits, self.dim, self.shape, self.num_out)
 
 
 def _encode(blocks: jax.Array, bits: Bits) -> tuple[jax.Array, jax.Array]:
-    """[..., BLOCK] to codes [..., BLOCK] and scales [...]."""
+    """Quantizes [..., BLOCK] to codes [..., BLOCK] and scales [...]."""
     scales = jnp.max(jnp.abs(blocks), axis=-1)
     shares = blocks / jnp.where(scales > 0, scales, 1.0)[..., None]
     if bits is Bits.int8:
@@ -146,9 +151,9 @@ def _encode(blocks: jax.Array, bits: Bits) -> tuple[jax.Array, jax.Array]:
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def quantize(weight: jax.Array, num_lead: int, num_in: int, bits: Bits, double: bool = False) -> Quantized:
-    """A stack of matrices, whose first `num_lead` dims are the stack's and the next `num_in` are summed over.
+    """Quantizes a stack of matrices with `num_lead` stack dims, followed by `num_in` input dims.
 
-    `double`: the scales are quantised, too.
+    `double`: also quantize the scales (double quantization).
     """
     last = num_lead + num_in - 1
     weight, shape, dim = weight.astype(jnp.float32), (), None
@@ -173,5 +178,5 @@ def quantize(weight: jax.Array, num_lead: int, num_in: int, bits: Bits, double: 
 
 
 def blocked(shape: Sequence[int], num_lead: int, num_in: int) -> bool:
-    """Whether blocks end where the last dim of the input does."""
+    """Returns whether the last input dim is a multiple of the block size."""
     return shape[num_lead + num_in - 1] % BLOCK == 0

@@ -1,12 +1,11 @@
-"""Products of a layer's weights in 8 bits, for training: int8 (TPUs, GPUs since Ampere) or float8 (GPUs since Hopper).
+"""8-bit matmuls with layer weights in training: int8 (TPUs, GPUs since Ampere) or float8 (GPUs since Hopper).
 
-Both sides of the product forward, and of the one for its input's gradient, are rounded: each row of one and each column
-of the other with a scale of its own, the largest magnitude that it has at that moment. The product for the gradient of
-the weights sums over tokens, of which a few are large; it is made in full, as are embeddings, norms, attention's own
-products, experts and the head. Weights, moments and what is saved stay what they are.
+Quantizes both operands of the forward and input-gradient matmuls dynamically, with one absmax scale per row and per
+column. The weight-gradient matmul sums over tokens, a few of which have outliers; it stays in full precision, as do
+embeddings, norms, attention scores, experts and the head. Weights, optimizer states and checkpoints are unaffected.
 
-Rows and columns of their own scales, and weight gradients in full: Wortsman et al. 2023 [2304.13013] (SwitchBack);
-the two formats of float8 for the two directions: Micikevicius et al. 2022 [2209.05433], section 3.
+Row and column scales with full-precision weight gradients: Wortsman et al. 2023 [2304.13013] (SwitchBack); the float8
+formats of the forward and backward pass: Micikevicius et al. 2022 [2209.05433], section 3.
 """
 
 from functools import partial
@@ -22,7 +21,7 @@ F32 = jnp.float32
 
 
 class Format(NamedTuple):
-    """Numbers of 8 bits: their dtype, the largest of them, and the dtype in which products of them are summed."""
+    """An 8-bit format: dtype, largest value, and accumulation dtype of matmuls."""
 
     dtype: jnp.dtype
     largest: float
@@ -35,11 +34,11 @@ E5M2 = Format(jnp.dtype("float8_e5m2"), 57344.0, jnp.dtype("float32"))
 FORMATS = {
     MatmulPrecision.int8: (INT8, INT8),
     MatmulPrecision.fp8: (E4M3, E5M2),
-}  # of inputs and weights, and of gradients
+}  # (inputs and weights, gradients)
 
 
 def quantize_8bit(x: jax.Array, summed: tuple[int, ...], form: Format) -> tuple[jax.Array, jax.Array]:
-    """(x over its scales in 8 bits, scales f32 with 1 for each of the dims `summed`)."""
+    """Returns x / scale in 8 bits, and the f32 scales with size 1 in the dims `summed`."""
     x = x.astype(F32)
     top = jnp.max(jnp.abs(x), axis=summed, keepdims=True)
     scale = jnp.where(top > 0, top / form.largest, 1.0)
@@ -48,7 +47,7 @@ def quantize_8bit(x: jax.Array, summed: tuple[int, ...], form: Format) -> tuple[
 
 
 def product(spec: str, a: jax.Array, b: jax.Array, form_a: Format, form_b: Format) -> jax.Array:
-    """`einsum(spec, a, b)` f32 of both rounded; `spec` names each dim in two of the three, those that stay in order."""
+    """`einsum(spec, a, b)` f32 of quantized operands; dims occur in two of three terms, in order."""
     a_dims, b_dims, y_dims = spec.replace("->", ",").split(",")
     summed = set(a_dims) & set(b_dims)
     y_scale = None
@@ -65,7 +64,7 @@ def product(spec: str, a: jax.Array, b: jax.Array, form_a: Format, form_b: Forma
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def quantized_einsum(kind: MatmulPrecision, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`models.products.einsum_f32(spec, a, b, a.dtype)` with both sides rounded, and its input's gradient alike."""
+    """`models.matmul.einsum_f32(spec, a, b, a.dtype)` with quantized operands, also in the input gradient."""
     form, _ = FORMATS[kind]
     return product(spec, a, b.astype(a.dtype), form, form).astype(a.dtype)
 

@@ -120,7 +120,7 @@ def test_a_chat_template_and_stop_tokens_go_in_and_out(published, tmp_path):
 
 def test_mistakes_are_named(published, tmp_path):
     _, err = meshwright(tmp_path, "convert", "from=hf:nowhere", "to=x", expect=2)
-    assert "there is no config.json" in err
+    assert "config.json not found" in err
     _, err = meshwright(tmp_path, "convert", f"from=hf:{published}", f"to=hf:{tmp_path}", expect=2)
     assert "from=hf:FOLDER to=RUN" in err
     pickled = tmp_path / "pickled"
@@ -128,5 +128,5 @@ def test_mistakes_are_named(published, tmp_path):
     (pickled / "config.json").write_text((published / "config.json").read_text())
     (pickled / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     _, err = meshwright(tmp_path, "convert", f"from=hf:{pickled}", "to=x", expect=2)
-    assert "pytorch_model.bin is a pickle, which can run code and is never opened" in err
+    assert "pytorch_model.bin is a pickle, which can execute code and is never opened" in err
     assert not (tmp_path / "runs" / "x" / "config.yaml").exists()

@@ -166,7 +166,7 @@ MISTAKES = {
         ["train", "run=wrong", *COMMON, *PHASES["reward"], "init_from=base", "run=classify"],
         "model.outputs",
     ),
-    "gguf": (["convert", "from=classify", "to=gguf:a.gguf"], "to=hf:FOLDER may do"),
+    "gguf": (["convert", "from=classify", "to=gguf:a.gguf"], "try to=hf:FOLDER"),
 }
 
 

@@ -21,7 +21,7 @@ def test_a_kernel_trains_as_plain_attention_does(tmp_path):
     out, _ = meshwright(tmp_path, "evaluate", "run=kernel", "task.eval_tasks=[pets.jsonl]", "format=json")
     assert json.loads(out)["problems"]["pets"]["n"] == 1
     _, err = meshwright(tmp_path, "train", "run=triton", "model.attention.implementation=triton", *common, expect=2)
-    assert "model.attention.implementation=triton: cannot do model.dtype=float32" in err
+    assert "model.attention.implementation=triton: does not support model.dtype=float32" in err
 
 
 def run_step(folder, only: str) -> dict:

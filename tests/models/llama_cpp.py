@@ -1,4 +1,4 @@
-"""llama.cpp as an oracle, in a process of its own: it ends the process where a file is not to its liking."""
+"""llama.cpp as a reference, in a separate process, because it aborts the process on unsupported files."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ print("ANSWERS" + json.dumps(answers), flush=True)
 
 
 def spelt(num_tokens: int) -> dict[str, Any]:
-    """A header's tokenizer whose tokens are numbers of three digits, so that none is half a character; 0 ends."""
+    """Returns a tokenizer header with three-digit numbers as tokens, so that all are full characters; 0 is EOS."""
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -39,9 +39,9 @@ def spelt(num_tokens: int) -> dict[str, Any]:
 
 
 def complete(path: Path, prompts: list[Any], num_tokens: int, *, context: int = 256) -> list[list[dict[str, Any]]]:
-    """What llama.cpp writes, greedily, after prompts (texts, or lists of ids): pieces with `id` and `logprob`.
+    """Greedy completions by llama.cpp of prompts (strings or token ids): pieces with `id` and `logprob`.
 
-    Tokens that only together are a character come as one piece, with what belongs to the last of them.
+    Tokens that form one character come as one piece, with the id and logprob of the last of them.
     """
     common = {"n_predict": num_tokens, "temperature": 0, "logprobs": 1, "n_probs": 1, "cache_prompt": False}
     requests = [{"prompt": prompt, **common} for prompt in prompts]

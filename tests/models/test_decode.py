@@ -1,4 +1,4 @@
-"""Writing: rows independent, filters exact, log-probabilities those of the model."""
+"""Generation: independent rows, exact filters, log-probabilities of the model."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def write(config, prompts=PROMPTS, **sampling):
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
 def test_greedy_is_the_argmax_of_the_full_forward_with_its_logprob(config):
     params, found = write(config, temperature=0.0)
-    rows = np.zeros((len(PROMPTS), 32), np.int32)  # causal: what follows a text does not matter
+    rows = np.zeros((len(PROMPTS), 32), np.int32)  # causal: tokens after a text do not matter
     for row, prompt, completion in zip(rows, PROMPTS, found, strict=True):
         tokens = [*prompt, *completion.tokens]
         row[: len(tokens)] = tokens
@@ -57,7 +57,7 @@ def test_equal_prompts_in_one_batch_are_drawn_apart():
     assert len({tuple(c.tokens) for c in found}) > 1
 
 
-def test_eos_and_stop_end_a_row_and_the_rest_goes_on():
+def test_eos_and_stop_end_a_row_and_the_rest_continues():
     params, free = write(BASE, temperature=0.0)
     eos = free[0].tokens[2]
     again = generate(params, BASE, PROMPTS, SamplingConfig(max_new_tokens=6, temperature=0.0), stop_ids=[eos])
@@ -75,7 +75,7 @@ def test_eos_and_stop_end_a_row_and_the_rest_goes_on():
     assert stopped[2].tokens == free[2].tokens and stopped[2].finish_reason == "length"
 
 
-def test_padded_vocabulary_is_never_written():
+def test_padded_vocabulary_is_never_generated():
     params = init_params(BASE, jax.random.key(0))
     found = generate(
         params, BASE, [[1]] * 8, SamplingConfig(max_new_tokens=20, temperature=5.0), stop_ids=(), vocab_size=5
@@ -105,7 +105,7 @@ def test_filters_equal_enumeration():
     np.testing.assert_allclose(probabilities(x, repetition_penalty=1.5), penalised / penalised.sum(), atol=1e-6)
 
 
-def test_a_token_is_the_same_whatever_the_other_rows_ask_for():
+def test_a_token_is_the_same_for_all_settings_of_other_rows():
     asked = [
         {"temperature": 0.0},
         {"temperature": 1.5},
@@ -124,9 +124,9 @@ def test_a_token_is_the_same_whatever_the_other_rows_ask_for():
             settings.put(row, SamplingConfig(seed=3, **asked[row]), stream=row)
         return np.asarray(jax.jit(sample)(x_BV, history, settings, index))
 
-    beside = tokens(range(len(asked)))
-    assert [tokens([row])[row] for row in range(len(asked))] == beside.tolist()
-    assert beside[0] == best and beside[4] != best and (tokens([0, 1])[:2] == beside[:2]).all()
+    together = tokens(range(len(asked)))
+    assert [tokens([row])[row] for row in range(len(asked))] == together.tolist()
+    assert together[0] == best and together[4] != best and (tokens([0, 1])[:2] == together[:2]).all()
 
 
 def test_sampling_draws_from_the_filtered_distribution():
@@ -145,7 +145,7 @@ def test_sampling_draws_from_the_filtered_distribution():
     np.testing.assert_allclose(counts[top] / 600, want, atol=0.08)
 
 
-def test_what_cannot_be_written_is_refused():
+def test_invalid_requests_are_refused():
     params = init_params(FAMILIES["gpt2"], jax.random.key(0))
     settings = SamplingConfig(max_new_tokens=4)
     with pytest.raises(ValueError, match="max_seq_len=64"):

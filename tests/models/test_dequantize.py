@@ -1,4 +1,4 @@
-"""Published weights in 4 and 8 bits are read as the numbers that they stand for."""
+"""Published 4- and 8-bit weights are dequantized on load."""
 
 import itertools
 import json
@@ -30,21 +30,21 @@ DEEPSEEK = COMMON | dict(
 BLOCK = (24, 32)  # divides nothing here
 
 
-def published(folder, hf, quantise):
-    """A checkpoint of random weights, some of which `quantise(name, array)` turns into tensors of its own."""
+def published(folder, hf, quantize):
+    """Saves a checkpoint of random weights, some of which `quantize(name, array)` replaces by quantized tensors."""
     family = family_of(hf)
     config = family.read(hf)
     save_params(folder, config, init_params(config, jax.random.key(0)), family, dtype="bfloat16", shard_bytes=10**9)
     path = folder / "model.safetensors"
     there = safetensors.load_file(path)
-    there = {name: array for old in there for name, array in quantise(old, there[old]).items()}
+    there = {name: array for old in there for name, array in quantize(old, there[old]).items()}
     safetensors.save_file(there, path)
     method = hf["quantization_config"]
     (folder / "config.json").write_text(json.dumps(hf | {"quantization_config": method}))
     return there
 
 
-def in_four_bits(name, array):
+def to_mxfp4(name, array):
     if not name.endswith(("gate_up_proj", "down_proj")):
         return {name: array}
     experts, ins, outs = array.shape
@@ -53,7 +53,7 @@ def in_four_bits(name, array):
     return {f"{name}_blocks": blocks, f"{name}_scales": rng.integers(118, 130, blocks.shape[:3], np.uint8)}
 
 
-def in_eight_bits(name, array):
+def to_fp8(name, array):
     if not (name.endswith("proj.weight") or "kv_a_proj" in name):
         return {name: array}
     blocks = [-(-size // block) for size, block in zip(array.shape, BLOCK, strict=True)]
@@ -64,15 +64,15 @@ def in_eight_bits(name, array):
 
 def mxfp4_by_hand(blocks, scales):
     experts, outs, groups, _ = blocks.shape
-    whole = np.zeros((experts, groups * 32, outs), np.float32)
+    full = np.zeros((experts, groups * 32, outs), np.float32)
     for e, o, g, i in itertools.product(range(experts), range(outs), range(groups), range(16)):
         for at, four in enumerate((int(blocks[e, o, g, i]) % 16, int(blocks[e, o, g, i]) // 16)):
-            whole[e, g * 32 + 2 * i + at, o] = E2M1[four] * 2.0 ** (int(scales[e, o, g]) - 127)
-    return whole
+            full[e, g * 32 + 2 * i + at, o] = E2M1[four] * 2.0 ** (int(scales[e, o, g]) - 127)
+    return full
 
 
-def test_four_bits_are_read_as_their_numbers(tmp_path):
-    there = published(tmp_path, GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, in_four_bits)
+def test_four_bits_are_dequantized(tmp_path):
+    there = published(tmp_path, GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, to_mxfp4)
     folder = Folder(tmp_path)
     config = family_of(folder.config).read(folder.config)
     params = load_params(folder, config, abstract_params(config))
@@ -84,15 +84,15 @@ def test_four_bits_are_read_as_their_numbers(tmp_path):
         np.testing.assert_array_equal(mlp["gate"]["kernel"][layer], wide[..., ::2])
         np.testing.assert_array_equal(mlp["up"]["kernel"][layer], wide[..., 1::2])
         np.testing.assert_array_equal(mlp["down"]["kernel"][layer], narrow)
-    whole = folder.slice(f"{name}gate_up_proj")
-    np.testing.assert_array_equal(whole[1:, 7:70, 5:9], wide[1:, 7:70, 5:9])
-    assert whole.get_shape() == (3, 64, 192)
+    full = folder.slice(f"{name}gate_up_proj")
+    np.testing.assert_array_equal(full[1:, 7:70, 5:9], wide[1:, 7:70, 5:9])
+    assert full.get_shape() == (3, 64, 192)
     assert first_difference(folder, config, params) is None
 
 
-def test_eight_bits_in_blocks_are_read_as_their_numbers(tmp_path):
+def test_eight_bits_in_blocks_are_dequantized(tmp_path):
     method = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "fmt": "e4m3"}
-    there = published(tmp_path, DEEPSEEK | {"quantization_config": method}, in_eight_bits)
+    there = published(tmp_path, DEEPSEEK | {"quantization_config": method}, to_fp8)
     folder = Folder(tmp_path)
     config = family_of(folder.config).read(folder.config)
     params = load_params(folder, config, abstract_params(config))
@@ -111,7 +111,7 @@ def test_eight_bits_in_blocks_are_read_as_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("method", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}])
-def test_other_ways_are_refused_with_the_way_out(method):
+def test_other_methods_are_refused_with_the_fix(method):
     with pytest.raises(ValueError, match=f"quant_method={method['quant_method']}.*dequantize=True"):
         family_of(GPT_OSS | {"quantization_config": method})
 
@@ -120,7 +120,7 @@ def test_other_ways_are_refused_with_the_way_out(method):
 def test_transformers_reads_the_same_numbers_out_of_four_bits(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the oracle needs transformers and torch")
     torch = pytest.importorskip("torch")
-    published(tmp_path, GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, in_four_bits)
+    published(tmp_path, GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, to_mxfp4)
     how = transformers.Mxfp4Config(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how, dtype=torch.bfloat16)
     folder = Folder(tmp_path)

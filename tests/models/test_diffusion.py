@@ -1,4 +1,4 @@
-"""Writing by unmasking: what is surest comes first, and stays."""
+"""Masked diffusion: the most confident tokens are unmasked first, and stay."""
 
 import dataclasses
 
@@ -67,5 +67,5 @@ def test_a_stop_token_ends_it():
 
 
 def test_penalties_are_refused():
-    with pytest.raises(ValueError, match="writes its tokens in no order"):
+    with pytest.raises(ValueError, match="does not generate left to right"):
         write_masked(PARAMS, MODEL, [[1]], SamplingConfig(repetition_penalty=1.2), mask_id=MASK)

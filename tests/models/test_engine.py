@@ -1,4 +1,4 @@
-"""The engine: every request gets what it gets alone, whatever comes and goes beside it."""
+"""The engine: the result of a request does not depend on concurrent requests."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def requests(count: int) -> list[Request]:
     return made
 
 
-def test_what_comes_and_goes_beside_a_request_changes_no_bit_of_it():
+def test_concurrent_requests_change_no_bit_of_a_result():
     rng, crowd = np.random.default_rng(1), engine()
     asked, events, cancelled = {}, [], set()
     for request in requests(24):
@@ -82,17 +82,17 @@ def test_what_comes_and_goes_beside_a_request_changes_no_bit_of_it():
     assert crowd.num_active == crowd.num_waiting == 0
 
 
-def test_a_beginning_that_is_there_is_not_read_again_and_changes_no_bit():
+def test_a_cached_prefix_is_reused_and_changes_no_bit():
     crowd, greedy = engine(), SamplingConfig(max_new_tokens=5, temperature=0.0)
-    beginning = list(range(30)) + list(range(10))
-    first, second = Request([*beginning, 7], greedy), Request([*beginning, 8, 9], greedy)
-    numbers = [crowd.submit(first), crowd.submit(second)]  # the second waits for the first to have read it
+    prefix = list(range(30)) + list(range(10))
+    first, second = Request([*prefix, 7], greedy), Request([*prefix, 8, 9], greedy)
+    numbers = [crowd.submit(first), crowd.submit(second)]  # the second waits for the prefill of the first
     found = finish(crowd, [])
-    assert crowd.reused_tokens == 32  # two whole chunks of 16
-    third = crowd.submit(dataclasses.replace(first, prompt=[*beginning, 1, 1, 1]))  # from a slot that is free again
+    assert crowd.reused_tokens == 32  # two complete chunks of 16
+    third = crowd.submit(dataclasses.replace(first, prompt=[*prefix, 1, 1, 1]))  # from a released slot
     found |= finish(crowd, [])
     assert crowd.reused_tokens == 64
-    for number, request in zip([*numbers, third], [first, second, Request([*beginning, 1, 1, 1], greedy)], strict=True):
+    for number, request in zip([*numbers, third], [first, second, Request([*prefix, 1, 1, 1], greedy)], strict=True):
         assert found[number] == alone(request)
 
 
@@ -117,7 +117,7 @@ def test_logprobs_are_those_of_training_and_top_ones_those_of_the_full_forward()
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("llama", (2, 4, 1)), ("gemma", (2, 2, 2)), ("llama", (2, 1, 2, 1, 2))])
-def test_on_a_mesh_the_same_is_written(name, sizes):
+def test_generation_on_a_mesh_is_the_same(name, sizes):
     attention = dataclasses.replace(FAMILIES[name].attention, num_heads=4, num_kv_heads=4)
     config = dataclasses.replace(FAMILIES[name], attention=attention, vocab_size=40)
     mesh, params = make_mesh(MeshConfig(*sizes)), init_params(config, jax.random.key(0))
@@ -140,7 +140,7 @@ def test_on_a_mesh_the_same_is_written(name, sizes):
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_matrix_stored_the_other_way_gives_the_same_product(spec, x, kernel, num_out, dtype):
+def test_a_transposed_weight_gives_the_same_product(spec, x, kernel, num_out, dtype):
     x, kernel = jax.random.normal(jax.random.key(0), x), jax.random.normal(jax.random.key(1), kernel)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     for rows in (x, x[:1, :1]):
@@ -151,7 +151,7 @@ def test_a_matrix_stored_the_other_way_gives_the_same_product(spec, x, kernel, n
 
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("family", ["llama", "olmo2", "latent"])
-def test_rows_first_parameters_write_the_same(monkeypatch, family, dtype):
+def test_transposed_weights_generate_the_same(monkeypatch, family, dtype):
     config = dataclasses.replace(FAMILIES[family], dtype=dtype)
     params = init_params(config, jax.random.key(0))
     settings = SamplingConfig(max_new_tokens=8, temperature=0.0)
@@ -167,12 +167,12 @@ def test_rows_first_parameters_write_the_same(monkeypatch, family, dtype):
     decode._programs.cache_clear()
     if dtype is Dtype.float32:
         assert [c.tokens for c in found] == [c.tokens for c in want]
-    first = lambda done: [c.logprobs[0] for c in done]  # beyond it rounding may choose another token
+    first = lambda done: [c.logprobs[0] for c in done]  # later tokens may differ by rounding
     np.testing.assert_allclose(first(found), first(want), atol=1e-5 if dtype is Dtype.float32 else 0.02)
 
 
-def test_a_step_in_bf16_converts_no_whole_cache():
-    """XLA's CPU backend has no scatter of bf16, and would do it in f32, there and back."""
+def test_a_step_in_bf16_does_not_convert_the_full_cache():
+    """The CPU backend of XLA has no bf16 scatter, and would convert to f32 and back."""
     cache = init_cache(dataclasses.replace(BASE, dtype=Dtype.bfloat16), 3, 256).layers[0]
     B, K, _, H = cache.keys.shape
     new = jnp.ones((B, 1, K, H), jnp.bfloat16)
@@ -180,7 +180,7 @@ def test_a_step_in_bf16_converts_no_whole_cache():
     assert "256" in text and "f32[" not in text
 
 
-def test_more_requests_than_slots_are_all_written():
+def test_more_requests_than_slots_are_all_completed():
     prompts = [[i % V] for i in range(10)]
     settings = SamplingConfig(max_new_tokens=3, temperature=0.0)
     few = generate(PARAMS, BASE, prompts, settings, max_slots=2)
@@ -188,7 +188,7 @@ def test_more_requests_than_slots_are_all_written():
     assert [c.tokens for c in few] == [c.tokens for c in many]
 
 
-def test_the_token_that_ends_a_row_is_kept_with_its_logprob():
+def test_the_stop_token_is_returned_with_its_logprob():
     settings = SamplingConfig(max_new_tokens=6, temperature=0.0)
     [free] = generate(PARAMS, BASE, [[1, 2, 3]], settings)
     [ended] = generate(PARAMS, BASE, [[1, 2, 3]], settings, stop_ids=[free.tokens[3]])
@@ -196,13 +196,13 @@ def test_the_token_that_ends_a_row_is_kept_with_its_logprob():
     assert ended.tokens == free.tokens[:n] and ended.end == (free.tokens[n], free.logprobs[n])
 
 
-def test_what_the_engine_cannot_do_is_refused():
+def test_invalid_requests_are_refused():
     one, settings = engine(), SamplingConfig()
     with pytest.raises(ValueError, match="has no tokens"):
         one.submit(Request([], settings))
     with pytest.raises(ValueError, match="300 tokens leave no room"):
         one.submit(Request([1] * 300, settings))
-    with pytest.raises(ValueError, match=f"99 is no token; they are 0 to {V - 1}"):
+    with pytest.raises(ValueError, match=f"99 is not a token id; valid: 0 to {V - 1}"):
         one.submit(Request([99], settings))
     with pytest.raises(ValueError, match="top_p=2"):
         one.submit(Request([1], SamplingConfig(top_p=2)))

@@ -1,4 +1,4 @@
-"""Published families against transformers: the same logits, and files that come back bit for bit."""
+"""Published families compared with transformers: equal logits, and bitwise equal files after a round trip."""
 
 import json
 
@@ -14,7 +14,7 @@ from models.layers import inverse_frequencies, rope_temperature
 from models.transformer import abstract_params, logits, make_apply
 
 pytestmark = pytest.mark.parity
-transformers = pytest.importorskip("transformers", reason="the oracle needs transformers and torch")
+transformers = pytest.importorskip("transformers", reason="the reference needs transformers and torch")
 torch = pytest.importorskip("torch")
 
 L = 24
@@ -98,13 +98,13 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def published(request, tmp_path_factory):
-    """A tiny random checkpoint of each family, saved by transformers, and the logits that it gives."""
+    """A tiny random checkpoint of each family, saved by transformers, and its logits."""
     name, changes = CASES[request.param]
     config = getattr(transformers, f"{name}Config")(**(changes if name == "GPT2" else SMALL | changes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too, which begin as ones and zeros
+        for parameter in model.parameters():  # also norms and biases, which are initialized to ones and zeros
             parameter.add_(0.1 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -130,10 +130,14 @@ def test_logits_equal_those_of_transformers(published, measured, request):
     output = make_apply(config)(params, tokens, positions_BL=positions, segment_ids_BL=jnp.ones_like(positions))
     apart = np.abs(logits(output) - want).max() / max(1, np.abs(want).max())
     assert apart < 1e-4
+<<<<<<< HEAD
     measured("Families vs. transformers", request.node.callspec.id, logits=apart)
+=======
+    measured("Families compared with transformers", request.node.callspec.id, logits=apart)
+>>>>>>> p-models
 
 
-def test_export_is_the_import_bit_for_bit_and_loads_in_transformers(published, tmp_path):
+def test_export_equals_the_import_bitwise_and_loads_in_transformers(published, tmp_path):
     path, tokens, want = published
     folder, config, params = load(path)
     assert first_difference(folder, config, params) is None
@@ -151,7 +155,7 @@ def test_export_is_the_import_bit_for_bit_and_loads_in_transformers(published, t
         np.testing.assert_allclose(model(torch.tensor(tokens)).logits.numpy(), want, atol=1e-5, rtol=1e-5)
 
 
-def test_slices_onto_a_mesh_equal_the_whole(published):
+def test_slices_loaded_onto_a_mesh_equal_the_full_parameters(published):
     path, _, _ = published
     _, config, whole = load(path)
     from models.transformer import param_axes
@@ -167,7 +171,7 @@ def test_slices_onto_a_mesh_equal_the_whole(published):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, cut))
 
 
-def test_what_is_missing_unmapped_or_of_another_shape_is_named(published):
+def test_missing_unexpected_and_misshapen_tensors_are_named(published):
     path, _, _ = published
     config = json.loads((path / "config.json").read_text())
     changed = "n_layer" if "n_layer" in config else "num_hidden_layers"
@@ -181,7 +185,7 @@ def test_what_is_missing_unmapped_or_of_another_shape_is_named(published):
         load_params(folder, read, abstract_params(read))
     narrow = {**config, "vocab_size": 95}
     folder.config, read = narrow, family_of(narrow).read(narrow)
-    with pytest.raises(ValueError, match=r"is \[96, 32\], and config.json says \[95, 32\]"):
+    with pytest.raises(ValueError, match=r"has shape \[96, 32\], but config.json requires \[95, 32\]"):
         load_params(folder, read, abstract_params(read))
 
 

@@ -1,4 +1,4 @@
-"""Attention block by block is attention: values and gradients, whatever the mask, the block and the mesh."""
+"""Blockwise and ring attention equal the reference in values and gradients, for all masks, block sizes and meshes."""
 
 import math
 import re
@@ -58,14 +58,14 @@ def inputs(dtype=jnp.float32, *, kv_heads=K, width=W, shown=None, sinks=False, w
 
 
 def values_and_gradients(attend, arrays, weight_BLNW):
-    """Of a sum of the output by random weights."""
-    learnt = [i for i, x in enumerate(arrays) if x is not None]
+    """Returns the output, and the gradients of its sum with random weights."""
+    trained = [i for i, x in enumerate(arrays) if x is not None]
 
     def total(*arrays):
         out = attend(*arrays)
         return jnp.sum(out.astype(jnp.float32) * weight_BLNW.astype(jnp.float32)), out
 
-    grads, out = jax.jit(jax.grad(total, argnums=learnt, has_aux=True))(*arrays)
+    grads, out = jax.jit(jax.grad(total, argnums=trained, has_aux=True))(*arrays)
     return out, grads
 
 
@@ -89,7 +89,7 @@ def check(found, wanted):
 @pytest.mark.parametrize(
     ("case", "block"), [*((case, 7) for case in CASES), *(("all of it", block) for block in (16, 48, 100))]
 )
-def test_blocks_give_what_whole_rows_give(case, block):
+def test_blocks_give_the_result_of_full_rows(case, block):
     arrays, (positions, segments, shown), window, options, weight = inputs(**CASES[case])
 
     def attend(q, k, v, sinks):
@@ -105,7 +105,7 @@ def test_blocks_give_what_whole_rows_give(case, block):
     ("case", "pieces"),
     [*((case, 4) for case in CASES if "shown" not in CASES[case]), ("window", 5), ("sinks", 48), ("packed", 0)],
 )
-def test_pieces_of_queries_give_what_whole_rows_give(case, pieces):
+def test_chunks_of_queries_give_the_result_of_full_rows(case, pieces):
     arrays, (positions, segments, _), window, options, weight = inputs(**CASES[case])
 
     def attend(q, k, v, sinks):
@@ -147,7 +147,7 @@ ALONE = MeshConfig(1, context=8)
         (MeshConfig(1, fsdp=4, context=2), "window", ContextParallel.ring, 7),
     ],
 )
-def test_rows_in_pieces_give_what_whole_rows_give(mesh, case, across, block):
+def test_sharded_rows_give_the_result_of_full_rows(mesh, case, across, block):
     arrays, (positions, segments, shown), window, options, weight = inputs(**CASES[case])
     constrain = make_constrain(make_mesh(mesh), ShardingRules())
 
@@ -159,7 +159,7 @@ def test_rows_in_pieces_give_what_whole_rows_give(mesh, case, across, block):
     check(values_and_gradients(attend, arrays, weight), plain(CASES[case]))
 
 
-def test_narrow_numbers_stay_close():
+def test_bf16_stays_close_to_f32():
     case = CASES["all of it"]
     arrays, (positions, segments, shown), window, options, weight = inputs(jnp.bfloat16, **case)
 
@@ -174,7 +174,7 @@ def test_narrow_numbers_stay_close():
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.05 * np.abs(theirs).max())
 
 
-def test_only_pairs_of_blocks_in_which_nothing_is_seen_are_passed_over():
+def test_only_pairs_of_blocks_without_a_visible_key_are_skipped():
     positions, segments = places()
     positions, segments = positions[:, :45], segments[:, :45]
     blocks = [jnp.moveaxis(jnp.asarray(x).reshape(B, 9, 5), 1, 0) for x in (positions, segments)]
@@ -193,7 +193,7 @@ def test_only_pairs_of_blocks_in_which_nothing_is_seen_are_passed_over():
             np.testing.assert_array_equal(found, np.asarray(mask).reshape(9, 5, 9, 5).any((1, 3)))
 
 
-def test_no_scores_of_a_whole_row_exist():
+def test_scores_of_a_full_row_are_never_materialized():
     q, k, v = (jax.ShapeDtypeStruct((1, 4096, heads, 8), jnp.float32) for heads in (2, 1, 1))
     at = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 
@@ -206,7 +206,7 @@ def test_no_scores_of_a_whole_row_exist():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4096 * 4096  # the scores of one head
 
 
-def test_a_layer_made_anew_keeps_what_its_attention_gave():
+def test_a_recomputed_layer_saves_its_attention_output():
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 32, 2, 8)) for i in range(3))
     at = jnp.arange(32, dtype=jnp.int32)[None], jnp.ones((1, 32), jnp.int32)
 

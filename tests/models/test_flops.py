@@ -1,4 +1,4 @@
-"""Published sizes, and FLOPs against counting."""
+"""Parameter counts of published models, and FLOPs compared with explicit counts."""
 
 from dataclasses import replace
 
@@ -40,9 +40,9 @@ PUBLISHED = {
     "qwen3_30b_a3b": 30_532_122_624,
     "olmoe_1b_7b": 6_919_161_856,
     "gpt_oss_20b": 20_914_757_184,
-    "deepseek_v3": 671_026_419_200,  # without its layer for predicting further tokens
+    "deepseek_v3": 671_026_419_200,  # without its multi-token prediction layer
 }
-# What one token meets, embeddings included: 12.9B, 3.3B, 1.3B and 37B on the models' cards.
+# Active parameters per token, including embeddings: 12.9B, 3.3B, 1.3B and 37B on the model cards.
 ACTIVE = {
     "mixtral_8x7b": 12_879_925_248,
     "qwen3_30b_a3b": 3_353_032_704,
@@ -69,11 +69,11 @@ def test_a_preset_has_the_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize("name", ACTIVE)
-def test_a_token_meets_the_published_number_of_parameters(name):
+def test_a_preset_has_the_published_number_of_active_parameters(name):
     assert num_active_params(preset(name)) == ACTIVE[name]
 
 
-def test_of_experts_a_token_costs_those_that_it_is_sent_to():
+def test_a_token_costs_only_the_experts_that_it_is_routed_to():
     config = FAMILIES["experts"]
     sparse, e = flops_per_token(config, 100), config.moe
     dense = flops_per_token(replace(config, moe=replace(e, experts_per_token=e.num_experts)), 100)

@@ -1,4 +1,4 @@
-"""Products of rows in groups, whichever way they are computed, beside float64."""
+"""Grouped matmul in all implementations, compared with float64."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ S, D, F = 70, 12, 10
 SIZES = {
     "uneven": [20, 0, 30, 14],
     "all in one": [0, 70, 0, 0],
-    "nobody's": [0, 0, 0, 0],
-    "as many as a block": [8, 16, 8, 24],
+    "empty": [0, 0, 0, 0],
+    "multiples of a block": [8, 16, 8, 24],
 }
 BLOCKS = {"at once": None, "in blocks": 8, "in one block": 72}
 
 
 def slow(x, kernel, sizes):
-    """By the definition, and zeros past the last group."""
+    """Reference by definition, with zeros past the last group."""
     y, at = np.zeros((len(x), kernel.shape[2])), 0
     for size, matrix in zip(sizes, kernel, strict=True):
         y[at : at + size] = np.asarray(x[at : at + size], np.float64) @ np.asarray(matrix, np.float64)
@@ -35,9 +35,9 @@ def given():
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_each_row_meets_the_matrix_of_its_group_and_so_do_gradients(given, sizes, block):
+def test_rows_are_multiplied_by_the_matrix_of_their_group_and_so_are_gradients(given, sizes, block):
     x, kernel, dy = given
-    real = jnp.arange(S)[:, None] < sum(sizes)  # what stands past the last group is nobody's
+    real = jnp.arange(S)[:, None] < sum(sizes)  # rows past the last group are unspecified
 
     def product(x, kernel):
         return jnp.where(real, grouped(x, kernel, jnp.array(sizes), jnp.dtype("float32"), block), 0)
@@ -52,8 +52,8 @@ def test_each_row_meets_the_matrix_of_its_group_and_so_do_gradients(given, sizes
         np.testing.assert_allclose(dkernel[e], want, atol=1e-5)
 
 
-def test_many_groups_share_turns_however_uneven(given):
-    """Of 24 groups, 3 blocks are computed in a turn, also where they are of one group."""
+def test_many_groups_share_steps_for_uneven_sizes(given):
+    """With 24 groups, a step computes 3 blocks, also if they belong to one group."""
     sizes = [0] * 24
     sizes[3], sizes[4], sizes[20] = 41, 1, 24
     x, dy = given[0], given[2]
@@ -67,14 +67,14 @@ def test_many_groups_share_turns_however_uneven(given):
 
 
 @pytest.mark.parametrize("sizes", [[8] * 24, [0] * 10 + [192] + [0] * 13, list(range(16)) + [9] * 8], ids=str)
-def test_every_row_has_one_turn_and_turns_are_as_many_as_blocks_need(sizes):
+def test_every_row_is_computed_once_in_the_minimum_number_of_steps(sizes):
     count = lambda blocks, carry: (carry[0].at[blocks.rows].add(1, mode="drop"), carry[1] + 1)
-    seen, turns = scan_blocks(count, (jnp.zeros(192, int), 0), 192, jnp.array(sizes), 8)
+    seen, steps = scan_blocks(count, (jnp.zeros(192, int), 0), 192, jnp.array(sizes), 8)
     assert np.array_equal(seen, np.arange(192) < sum(sizes))
-    assert turns == -(-sum(-(-size // 8) for size in sizes) // 3)
+    assert steps == -(-sum(-(-size // 8) for size in sizes) // 3)
 
 
-def test_programs_side_by_side_have_ends_of_their_own(given):
+def test_vmapped_programs_have_separate_group_sizes(given):
     x, kernel, _ = given
     sizes = jnp.array([SIZES["uneven"], SIZES["all in one"]])
     both = jax.vmap(lambda sizes: grouped(x, kernel, sizes, jnp.dtype("float32"), 8))(sizes)
@@ -90,7 +90,7 @@ def test_gradients_of_f32_weights_are_not_rounded_in_bf16(given, block):
     assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
 
 
-def test_a_block_is_half_of_what_a_group_has_and_tpus_need_none():
+def test_a_block_is_half_of_an_average_group_and_tpus_need_none():
     assert block_size_for(128, "gpu") == 64
     assert block_size_for(0.5, "cpu") == 8
     assert block_size_for(128, "tpu") is None

@@ -1,4 +1,4 @@
-"""Kernels of accelerators, interpreted, give what plain attention gives, and only documents see themselves."""
+"""Attention kernels, interpreted, equal the reference and do not attend across documents."""
 
 from dataclasses import replace
 
@@ -124,12 +124,12 @@ def test_a_kernel_is_chosen_by_platform_and_by_what_it_can_do():
         kernels.select_implementation(replace(with_(), dtype=Dtype.float32), 256, "gpu") is AttentionImplementation.xla
     )
     with pytest.raises(
-        ValueError, match=r"model\.attention\.implementation=triton: cannot do model\.attention\.logit_softcap=5"
+        ValueError, match=r"model\.attention\.implementation=triton: does not support model\.attention\.logit_softcap=5"
     ):
         kernels.select_implementation(
             with_(logit_softcap=5.0, implementation=AttentionImplementation.triton), 256, "gpu"
         )
-    with pytest.raises(ValueError, match="rows of 250 tokens, which are no multiple of 128"):
+    with pytest.raises(ValueError, match="rows of 250 tokens, not a multiple of 128"):
         kernels.select_implementation(with_(implementation=AttentionImplementation.splash), 250, "tpu")
 
 

@@ -1,4 +1,4 @@
-"""The parts of a block, each against its definition."""
+"""Building blocks of a layer compared with their definitions."""
 
 import re
 
@@ -13,7 +13,7 @@ SPECS = ["BLD,DF->BLF", "BLD,DNH->BLNH", "BLNH,NHD->BLD", "BKGLH,BKSH->BKGLS", "
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_contract_has_the_gradients_of_einsum(spec):
+def test_einsum_f32_has_the_gradients_of_einsum(spec):
     sizes = dict(zip("BLSDFNKGH", (2, 3, 5, 4, 6, 2, 2, 3, 4), strict=True))
     dims, (left, right) = spec.split("->")[0].split(","), jax.random.split(jax.random.key(0))
     a = jax.random.normal(left, [sizes[d] for d in dims[0]])
@@ -24,8 +24,8 @@ def test_contract_has_the_gradients_of_einsum(spec):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_heads_and_their_width_are_one_dim_of_a_product():
-    """Over the two XLA would turn both operands around."""
+def test_heads_and_head_dim_are_merged_in_a_matmul():
+    """For a contraction over two dims XLA would transpose both operands."""
     for spec in ("BLD,DNH->BLNH", "BLNH,NHD->BLD"):
         shapes = {"BLD": (2, 3, 32), "DNH": (32, 4, 8), "BLNH": (2, 3, 4, 8), "NHD": (4, 8, 32)}
         a, b = (jnp.ones(shapes[dims]) for dims in spec.split("->")[0].split(","))
@@ -34,7 +34,7 @@ def test_heads_and_their_width_are_one_dim_of_a_product():
         assert len(dots) == 2 and all(re.search(r"contracting_dims = \[\d\] x \[\d\]", line) for line in dots)
 
 
-def test_master_weights_get_gradients_that_were_never_rounded():
+def test_gradients_of_master_weights_are_not_rounded():
     x, weights = jnp.ones((1, 257, 1), jnp.bfloat16), jnp.ones((1, 1))
     grad = jax.grad(lambda w: jnp.sum(einsum_f32("BLD,DF->BLF", x, w, x.dtype).astype(jnp.float32)))(weights)
     assert grad.dtype == jnp.float32 and grad[0, 0] == 257  # bf16 has no 257

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Adapters vs. frozen matrices, and weights of few bits below them."""
+=======
+"""Low-rank adapters on frozen and quantized weights."""
+>>>>>>> p-models
 
 import dataclasses
 
@@ -57,7 +61,7 @@ def parts(adapter: AdapterConfig, model: ModelConfig = PLAIN):
 
 
 def trained(adapters, size=0.02):
-    """As if they had learnt something."""
+    """Returns adapters as after training."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + size * rng.standard_normal(x.shape).astype(np.float32), adapters)
 
@@ -68,7 +72,7 @@ def plain(base):
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 @pytest.mark.parametrize("model", [PLAIN, MIXTURE], ids=["plain", "experts"])
-def test_new_adapters_change_nothing_and_merged_ones_say_the_same_as_those_beside(method, model):
+def test_new_adapters_change_nothing_and_merged_weights_equal_bound_adapters(method, model):
     targets = ["attention", "mlp", "head"] + (["embedding"] if method != "dora" else [])
     adapter = AdapterConfig(Method[method], rank=4, target_modules=targets)
     axes, base, adapters, forward = parts(adapter, model)
@@ -77,31 +81,31 @@ def test_new_adapters_change_nothing_and_merged_ones_say_the_same_as_those_besid
     np.testing.assert_allclose(
         forward(bind_adapters(adapter, axes, base, adapters)), before, rtol=0, atol=1e-6 if method == "dora" else 0
     )
-    learnt = trained(adapters)
-    beside = forward(bind_adapters(adapter, axes, base, learnt))
-    np.testing.assert_allclose(forward(merge(adapter, axes, base, learnt, F32)), beside, atol=2e-5)
-    assert np.abs(beside - before).max() > 0.01
+    tuned = trained(adapters)
+    bound = forward(bind_adapters(adapter, axes, base, tuned))
+    np.testing.assert_allclose(forward(merge(adapter, axes, base, tuned, F32)), bound, atol=2e-5)
+    assert np.abs(bound - before).max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_base_of_few_bits_is_read_as_what_it_stands_for(kind):
+def test_a_quantized_base_is_dequantized(kind):
     adapter = AdapterConfig(Method.lora, rank=4, quantize_base=QuantizeBase[kind])
     axes, base, adapters, forward = parts(adapter)
     np.testing.assert_allclose(forward(base), forward(plain(base)), atol=1e-5)
-    learnt = trained(adapters)
-    beside = forward(bind_adapters(adapter, axes, base, learnt))
-    np.testing.assert_allclose(forward(merge(adapter, axes, base, learnt, F32)), beside, atol=2e-5)
+    tuned = trained(adapters)
+    bound = forward(bind_adapters(adapter, axes, base, tuned))
+    np.testing.assert_allclose(forward(merge(adapter, axes, base, tuned, F32)), bound, atol=2e-5)
     full = parts(dataclasses.replace(adapter, quantize_base=QuantizeBase.none))[1]
     bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree["layers"]["mlp"]))
     assert bytes_of(base) < bytes_of(full) * (0.15 if kind == "nf4" else 0.27)
 
 
-def test_merging_in_f32_and_casting_once_is_closer_than_adding_what_was_cast():
+def test_merging_in_f32_and_casting_once_is_closer_than_adding_cast_weights():
     adapter = AdapterConfig(Method.lora, rank=4)
     axes, base, adapters, _ = parts(adapter)
-    learnt = trained(adapters, 0.02)
-    exact = merge(adapter, axes, base, learnt, F32)
-    once = merge(adapter, axes, base, learnt, jnp.dtype("bfloat16"))
+    tuned = trained(adapters, 0.02)
+    exact = merge(adapter, axes, base, tuned, F32)
+    once = merge(adapter, axes, base, tuned, jnp.dtype("bfloat16"))
     low = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     twice = jax.tree.map(lambda e, b: b + (e - b.astype(F32)).astype(jnp.bfloat16), exact, low(base))
     far = lambda tree: sum(
@@ -119,7 +123,7 @@ def test_targets_are_parts_of_names_or_patterns():
     assert chosen("query", "value") == ["attention.query", "attention.value"]
     assert chosen("mlp") == ["mlp.down", "mlp.gate", "mlp.up"]
     assert chosen("*.o*", "mlp.up") == ["attention.out", "mlp.up"]
-    with pytest.raises(ValueError, match="'qeury' chooses nothing; there are: attention"):
+    with pytest.raises(ValueError, match="'qeury' matches no matrix; valid: attention"):
         chosen("qeury")
     assert "mlp.router" not in {short_name(p) for p in find_targets(AdapterConfig(Method.lora), param_axes(MIXTURE))}
 
@@ -132,7 +136,7 @@ def test_a_tied_head_takes_no_adapter(target):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"dropout": 1.0}, "adapter.dropout=1.0"),
         ({"double_quant": True}, "adapter.double_quant=true"),
@@ -141,8 +145,8 @@ def test_a_tied_head_takes_no_adapter(target):
         ({"method": Method.none, "quantize_base": QuantizeBase.nf4}, "adapter.quantize_base=nf4"),
     ],
 )
-def test_what_is_not_carried_out_is_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_configs_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         config = AdapterConfig(**({"method": Method.lora} | wrong))
         check_ranges(config, "adapter")
         config.validate()
@@ -185,21 +189,21 @@ def test_only_adapters_are_differentiated_and_have_moments():
     assert flops(step, state, {BASE: base}, batch) < 1.2 * flops(full, whole, {}, batch)
 
 
-def test_dropout_drops_what_adapters_read_and_nothing_else():
+def test_dropout_applies_to_adapter_inputs_only():
     adapter = AdapterConfig(Method.lora, rank=4, dropout=0.5)
     axes, base, adapters, forward = parts(adapter)
-    plain, learnt = forward(base), trained(adapters, 0.2)
-    with_key = lambda key: forward(bind_adapters(adapter, axes, base, learnt, key))
+    plain, tuned = forward(base), trained(adapters, 0.2)
+    with_key = lambda key: forward(bind_adapters(adapter, axes, base, tuned, key))
     assert np.array_equal(forward(bind_adapters(adapter, axes, base, adapters, jax.random.key(1))), plain)  # B is 0
     whole, one, other = (
-        forward(bind_adapters(adapter, axes, base, learnt)),
+        forward(bind_adapters(adapter, axes, base, tuned)),
         with_key(jax.random.key(1)),
         with_key(jax.random.key(2)),
     )
     assert not np.allclose(one, whole) and not np.allclose(one, other)
     assert np.array_equal(one, with_key(jax.random.key(1)))
-    # Each matrix of a stack has a mask of its own, and kept inputs are scaled up.
-    kernel = bind_adapters(adapter, axes, base, learnt, jax.random.key(1))["layers"]["attention"]["query"]["kernel"]
+    # Each matrix of a stack has a separate mask, and remaining inputs are scaled up.
+    kernel = bind_adapters(adapter, axes, base, tuned, jax.random.key(1))["layers"]["attention"]["query"]["kernel"]
     x = jnp.ones((1, 64))
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], kernel) for i in range(2)]
     dropped = [np.asarray(layer._dropped(x)) for layer in layers]
@@ -210,7 +214,7 @@ def test_dropout_drops_what_adapters_read_and_nothing_else():
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
 
 
-def test_evaluation_drops_nothing():
+def test_evaluation_has_no_dropout():
     adapter = AdapterConfig(Method.lora, rank=4, dropout=0.5)
     axes, base, adapters, _ = parts(adapter)
     join = lambda *args: bind_adapters(adapter, axes, *args)
@@ -239,7 +243,7 @@ def test_scales_in_8_bits_take_a_quarter_and_stay_near():
 @pytest.mark.filterwarnings("ignore")  # theirs
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(128, 96), (192, 300), (64, 64)])
-def test_nf4_is_that_of_bitsandbytes(shape, double, measured):
+def test_nf4_equals_bitsandbytes(shape, double, measured):
     torch = pytest.importorskip("torch")
     theirs = pytest.importorskip("bitsandbytes.functional")
     weight = 0.05 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)  # in, out
@@ -253,12 +257,16 @@ def test_nf4_is_that_of_bitsandbytes(shape, double, measured):
     back = theirs.dequantize_4bit(codes, state).numpy().T
     largest = np.abs(np.asarray(found.array()[0]) - back).max() / np.abs(weight).max()
     measured(
+<<<<<<< HEAD
         "Weights of 4 bits vs. bitsandbytes", f"{shape}{', scales in 8 bits' if double else ''}", weights=largest
+=======
+        "4-bit weights compared with bitsandbytes", f"{shape}{', scales in 8 bits' if double else ''}", weights=largest
+>>>>>>> p-models
     )
     np.testing.assert_allclose(found.array()[0], back, atol=2e-3 if double else 1e-6)
 
 
-def test_nf4_is_that_of_the_published_table():
+def test_nf4_equals_the_published_table():
     assert len(NF4) == 16 and (np.diff(NF4) > 0).all()
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((3, 2 * BLOCK, 5)).astype(np.float32)  # layers, in, out
@@ -277,7 +285,7 @@ def test_nf4_is_that_of_the_published_table():
 @pytest.mark.parametrize(
     ("shape", "num_in"), [((2, 48, 4, 16), 1), ((2, 4, 16, 48), 2), ((2, 4, 64, 8), 2), ((3, 5, 7), 1)]
 )
-def test_every_shape_comes_back_within_half_a_level(bits, shape, num_in):
+def test_every_shape_is_dequantized_within_half_a_level(bits, shape, num_in):
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     found = quantize(weight, 1, num_in, bits)
     back = np.asarray(found.array())

@@ -1,4 +1,4 @@
-"""Who sees whom: prefixes, encoders, and documents that share a row; and prompts in writing and scoring."""
+"""Attention masks: prefixes, encoders and packed documents; prompts in generation and scoring."""
 
 import dataclasses
 
@@ -52,12 +52,12 @@ def expected(rule) -> np.ndarray:
     return found
 
 
-def test_prompts_see_all_of_themselves_and_what_is_learnt_sees_what_is_before_it():
+def test_prompts_are_bidirectional_and_completions_causal():
     want = expected(lambda q, k: k <= q or bool(PREFIX[0, k]))
     assert np.array_equal(sees(masked(AttentionMask.prefix), PREFIX)[:12, :12], want[:12, :12])
 
 
-def test_an_encoder_sees_all_of_a_document_and_nothing_of_another():
+def test_an_encoder_attends_to_all_of_a_document_and_no_other():
     assert np.array_equal(sees(masked(AttentionMask.bidirectional))[:12], expected(lambda q, k: True)[:12])
 
 
@@ -79,7 +79,7 @@ def test_a_prefix_model_without_a_prefix_is_refused():
 
 
 @pytest.mark.parametrize("length", [1, 2, 20, 70])
-def test_writing_reads_a_prompt_as_training_does(length):
+def test_generation_reads_a_prompt_as_training_does(length):
     config = masked(AttentionMask.prefix)
     params = init_params(config, jax.random.key(1))
     prompts = [np.random.default_rng(s).integers(0, V, n).tolist() for s, n in enumerate((length, 5))]
@@ -105,15 +105,17 @@ def test_scoring_shows_contexts_as_prompts():
     assert score.logprob == pytest.approx(sum(float(found[t - 1, ids[t]]) for t in range(6, 10)), rel=1e-4)
 
 
-def test_an_encoder_does_not_write():
+def test_an_encoder_does_not_generate():
     config = masked(AttentionMask.bidirectional)
-    with pytest.raises(ValueError, match=r"model\.attention\.mask=bidirectional: an encoder .* writes no next token"):
+    with pytest.raises(
+        ValueError, match=r"model\.attention\.mask=bidirectional: an encoder predicts masked tokens, not the next token"
+    ):
         generate(init_params(config, jax.random.key(0)), config, [[1]], SamplingConfig())
 
 
 @pytest.mark.parametrize("mask", [AttentionMask.prefix, AttentionMask.bidirectional])
 @pytest.mark.parametrize("find", [family_for, architecture_for])
-def test_what_is_not_causal_is_not_exported(mask, find):
+def test_only_causal_models_are_exported(mask, find):
     with pytest.raises(ValueError, match=rf"model\.attention\.mask={mask.name}: .* cannot be exported"):
         find(masked(mask))
 

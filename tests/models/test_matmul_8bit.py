@@ -1,4 +1,4 @@
-"""Products in 8 bits: exact where 8 bits are enough, near elsewhere, and a model that learns with them."""
+"""8-bit matmuls: exact if 8 bits are sufficient, close otherwise, and a model that trains with them."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def sides(spec, rng):
 
 
 def by_hand(spec, a, b, kinds):
-    """In f64, with each row and column rounded by itself."""
+    """Reference in f64, with each row and column quantized separately."""
     a_dims, b_dims = spec.split("->")[0].split(",")
     rounded = []
     for x, dims, form in zip((a, b), (a_dims, b_dims), kinds, strict=True):
@@ -56,7 +56,7 @@ def test_products_and_gradients_are_those_of_rounded_sides(spec, kind):
     want = by_hand(f"{y_dims},{b_dims}->{a_dims}", dy, b, (form_of_gradients, form))
     np.testing.assert_allclose(da, want, rtol=1e-5, atol=1e-4)
     exact = jax.vjp(lambda b: einsum_f32(spec, a, b, a.dtype), b)[1](dy)[0]
-    np.testing.assert_array_equal(db, exact)  # weights learn from sides that nobody rounded
+    np.testing.assert_array_equal(db, exact)  # weight gradients use unquantized operands
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

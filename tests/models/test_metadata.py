@@ -1,4 +1,4 @@
-"""GGUF files: weights that come back bit for bit, and llama.cpp, which computes the same with them."""
+"""GGUF files: bitwise equal weights after a round trip, and the same results in llama.cpp."""
 
 import importlib.util
 import json
@@ -101,7 +101,7 @@ def random_params(config: ModelConfig):
         norm = path[-1].key == "scale" and not config.norm_unit_offset
         size = spec.shape[-1] ** -0.5 if path[-1].key == "kernel" else 0.25
         if path[-1].key == "embedding" and config.scale_embeddings:
-            size = 0.05  # or a token predicts itself, whatever the layers do
+            size = 0.05  # otherwise a token predicts itself regardless of the layers
         return jnp.asarray(norm + np.round(size * rng.standard_normal(spec.shape) * 4096) / 4096, spec.dtype)
 
     return jax.tree_util.tree_map_with_path(make, abstract_params(config))
@@ -176,7 +176,7 @@ def test_smaller_types_hold_what_casts_and_blocks_make_of_the_weights(tmp_path, 
     assert first_wrong(file, config, changed, row, dtype=dtype) == "blk.2.ffn_up.weight"
 
 
-def test_experts_are_kept_in_blocks_and_their_router_is_not(tmp_path):
+def test_experts_are_quantized_and_their_router_is_not(tmp_path):
     config = CASES["qwen3 moe"]
     params = random_params(config)
     file, row = write(tmp_path / "model.gguf", config, params, "q8_0")
@@ -191,19 +191,19 @@ def test_experts_are_kept_in_blocks_and_their_router_is_not(tmp_path):
     assert np.array_equal(got, gguf.quants.dequantize(gguf.quants.quantize(theirs, kind), kind))
 
 
-def test_rows_that_are_no_whole_blocks_stay_float16(tmp_path):
+def test_rows_that_are_not_multiples_of_a_block_stay_float16(tmp_path):
     config = replace(CASES["llama"], mlp=MLPConfig(72))
     file, _ = write(tmp_path / "model.gguf", config, random_params(config), "q4_0")
     assert file.raw("blk.0.ffn_down.weight")[0] == "F16" and file.raw("blk.0.ffn_up.weight")[0] == "Q4_0"
     assert file.raw("token_embd.weight")[0] == "Q8_0"
     huge = random_params(config)
     huge["layers"]["mlp"]["down"]["kernel"] *= 1e6
-    with pytest.raises(ValueError, match="holds numbers beyond float16; write it in bfloat16"):
+    with pytest.raises(ValueError, match=r"has values outside the float16 range; use task\.dtype=bfloat16"):
         write(tmp_path / "huge.gguf", config, huge, "q4_0")
 
 
 @pytest.mark.parametrize("name", ["llama 3.1, tied", "phi3", "gpt2", "qwen3 moe"])
-def test_slices_onto_a_mesh_equal_the_whole(tmp_path, name):
+def test_slices_loaded_onto_a_mesh_equal_the_full_parameters(tmp_path, name):
     from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
 
     config = CASES[name]
@@ -219,23 +219,23 @@ def test_slices_onto_a_mesh_equal_the_whole(tmp_path, name):
 
 
 REFUSED = {
-    "out_bias=False, which is True there": replace(LLAMA, attention=replace(HEADS, qkv_bias=True)),
-    "layer_types=['sliding', 'sliding', 'sliding'], which is": replace(
+    "out_bias=False would become True": replace(LLAMA, attention=replace(HEADS, qkv_bias=True)),
+    "layer_types=['sliding', 'sliding', 'sliding'] would become": replace(
         LLAMA, attention=replace(HEADS, layer_types=[SLIDING])
     ),
-    "layer_types holds sliding, which llama.cpp leaves out": replace(
+    "layer_types contains sliding, which llama.cpp ignores": replace(
         LLAMA, attention=replace(SQUARE, layer_types=[SLIDING])
     ),
-    "attention.scale=0.5, which is": replace(GEMMA, attention=replace(GEMMA2, scale=0.5), final_logit_softcap=30.0),
-    "beta_fast=16.0, which is 32.0 there": replace(LLAMA, rope=replace(YARN, beta_fast=16.0)),
-    "num_kv_heads=2, which is 4 there": replace(OLMOE, attention=replace(OLMOE.attention, num_kv_heads=2)),
-    "num_dense_layers=1, which is 0 there": replace(CASES["qwen3 moe"], moe=MoEConfig(8, 1, 3, 32)),
+    "attention.scale=0.5 would become": replace(GEMMA, attention=replace(GEMMA2, scale=0.5), final_logit_softcap=30.0),
+    "beta_fast=16.0 would become 32.0": replace(LLAMA, rope=replace(YARN, beta_fast=16.0)),
+    "num_kv_heads=2 would become 4": replace(OLMOE, attention=replace(OLMOE.attention, num_kv_heads=2)),
+    "num_dense_layers=1 would become 0": replace(CASES["qwen3 moe"], moe=MoEConfig(8, 1, 3, 32)),
     "mlp.activation=relu": replace(LLAMA, mlp=MLPConfig(96, activation=Activation.relu)),
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED, ids=str)
-def test_what_llama_cpp_cannot_say_is_refused_with_the_reason(reason):
+def test_models_that_llama_cpp_cannot_represent_are_refused_with_the_reason(reason):
     with pytest.raises(ValueError, match="has no architecture for this model") as error:
         architecture_for(REFUSED[reason])
     assert reason in str(error.value)
@@ -279,14 +279,14 @@ def test_bad_files_are_named_with_the_reason(tmp_path):
     empty.write_bytes(b"")
     assert File(good).model.num_layers == 1
     makes = {
-        "there is no such file": tmp_path / "nowhere.gguf",
-        "is cut off or damaged": cut,
+        "file not found": tmp_path / "nowhere.gguf",
+        "is truncated or corrupt": cut,
         "is not a GGUF file": other,
-        "does not begin with the letters": empty,
+        "does not start with the magic bytes": empty,
         "general.architecture=mamba: not supported; known: llama, qwen2": dict(architecture="mamba"),
-        "llama.block_count: is missing": dict(keys={"block_count": None}),
+        "llama.block_count: missing in the header": dict(keys={"block_count": None}),
         "rope.scaling.type=longrope: not supported": dict(keys={"rope.scaling.type": "longrope"}),
-        "token_embd.weight is of type I8, which the gguf package cannot read": dict(dtype=np.int8),
+        "token_embd.weight has type I8, which the gguf package cannot read": dict(dtype=np.int8),
         "is one of 3 parts; join them": dict(keys={"split.count": 3}),
     }
     for number, (reason, make) in enumerate(makes.items()):
@@ -299,8 +299,8 @@ def test_bad_files_are_named_with_the_reason(tmp_path):
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     makes = {
         "blk.0.attn_q.weight is missing": {"blk.0.attn_q": None},
-        "blk.0.attn_sinks.weight has no place here": {"blk.0.attn_sinks": (1,)},
-        r"blk.0.ffn_up.weight is \[16, 32\], and its header says \[32, 32\]": {"blk.0.ffn_up": (16, 32)},
+        "blk.0.attn_sinks.weight is unexpected": {"blk.0.attn_sinks": (1,)},
+        r"blk.0.ffn_up.weight has shape \[16, 32\], but its header requires \[32, 32\]": {"blk.0.ffn_up": (16, 32)},
     }
     for number, (reason, tensors) in enumerate(makes.items()):
         file = File(with_header(tmp_path / f"{number}.gguf", tensors=tensors))
@@ -309,7 +309,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 
 
 def test_scaling_factors_that_llama_3_does_not_give_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not what scaling as in Llama"):
+    with pytest.raises(ValueError, match=r"does not match Llama 3\.1 scaling"):
         File(with_header(tmp_path / "x.gguf", tensors={"rope_freqs": (16,)}, keys={"rope.scaling.llama3_factor": 8.0}))
 
 

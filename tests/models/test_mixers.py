@@ -1,4 +1,4 @@
-"""What the registry of mixers and the cache protocol promise: a mixer of another kind is one class and one row."""
+"""The mixer registry and the cache protocol: a new kind of mixer is one class and one entry."""
 
 from dataclasses import replace
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Mixture of experts against plain loops and formulas."""
+"""Mixture of experts compared with explicit loops and formulas."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Adapters against PEFT: the same logits, both ways through its files."""
+"""Adapters compared with PEFT: equal logits, after loading and after saving its files."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from models.formats.huggingface.peft import Folder as AdapterFolder
 from models.formats.huggingface.peft import first_difference, save_adapters
 from models.transformer import abstract_params, logits, make_apply, param_axes
 
-# PEFT asks transformers by a name that is going out of use.
+# PEFT uses a deprecated name of transformers.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")]
 transformers = pytest.importorskip("transformers", reason="the oracle needs transformers and torch")
 torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft", reason="the oracle of adapters")
+peft = pytest.importorskip("peft", reason="the reference of adapters")
 
 L = 16
 IDS = np.random.default_rng(0).integers(0, 96, (2, L))
@@ -69,7 +69,7 @@ def ours(folder):
     return model, family, adapter, base, found.load(model, adapter, family, abstract)
 
 
-def test_adapters_of_peft_give_its_logits_beside_the_base_and_merged(theirs, measured, request):
+def test_adapters_of_peft_give_its_logits_bound_and_merged(theirs, measured, request):
     folder, wanted = theirs
     assert str(AdapterFolder(folder / "adapters").base) == str(folder / "base")
     model, _, adapter, base, adapters = ours(folder)
@@ -80,10 +80,15 @@ def test_adapters_of_peft_give_its_logits_beside_the_base_and_merged(theirs, mea
     def forward(params):
         return logits(apply(params, IDS.astype(np.int32), positions_BL=positions, segment_ids_BL=segments))
 
-    beside = np.abs(forward(bind_adapters(adapter, axes, base, adapters)) - wanted).max()
+    bound = np.abs(forward(bind_adapters(adapter, axes, base, adapters)) - wanted).max()
     inside = np.abs(forward(merge(adapter, axes, base, adapters, jnp.dtype("float32"))) - wanted).max()
+<<<<<<< HEAD
     assert beside < 1e-5 and inside < 1e-5
     measured("Adapters vs. PEFT", request.node.callspec.id, logits=beside, merged_logits=inside)
+=======
+    assert bound < 1e-5 and inside < 1e-5
+    measured("Adapters compared with PEFT", request.node.callspec.id, logits=bound, merged_logits=inside)
+>>>>>>> p-models
 
 
 def test_what_is_written_is_loaded_by_peft_with_the_same_logits(theirs, tmp_path):
@@ -101,7 +106,7 @@ def test_what_is_written_is_loaded_by_peft_with_the_same_logits(theirs, tmp_path
 
 
 def test_gradients_are_those_of_peft(theirs):
-    """DoRA's length is a constant in the backward pass: gradients tell, logits do not."""
+    """The column norms of DoRA are constants in the backward pass, which affects gradients but not logits."""
     folder, _ = theirs
     model, _, adapter, base, adapters = ours(folder)
     axes, apply = param_axes(model), make_apply(model)

@@ -1,4 +1,4 @@
-"""Narrower models out of wider ones."""
+"""Width pruning."""
 
 import dataclasses
 
@@ -86,17 +86,17 @@ def test_the_larger_units_stay_in_their_order_and_layers_choose_for_themselves()
 
 
 @pytest.mark.parametrize(
-    "model,width,said",
+    "model,width,message",
     [
         (BASE, WidthConfig(embed_dim=33), "prune.width.embed_dim=33: the model has 32; valid: 1 to 32"),
         (BASE, WidthConfig(num_heads=3), r"prune.width.num_heads=3: 2 key-value heads .* valid: \[2, 4\]"),
         (BASE, WidthConfig(num_kv_heads=1), r"prune.width.num_heads=4: 1 key-value heads .* at most 2"),
-        (change(norm=Norm.layer), WidthConfig(embed_dim=8), "layer norms take its mean; thin the others"),
+        (change(norm=Norm.layer), WidthConfig(embed_dim=8), "layer norm subtracts its mean; prune other widths"),
         (change(moe=MoEConfig(num_experts=4)), WidthConfig(intermediate_dim=8), "with experts or latent attention"),
     ],
 )
-def test_widths_that_cannot_be_are_refused(model, width, said):
-    with pytest.raises(ValueError, match=said):
+def test_widths_that_cannot_be_are_refused(model, width, message):
+    with pytest.raises(ValueError, match=message):
         pruned_config(model, width)
 
 

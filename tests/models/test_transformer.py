@@ -1,4 +1,4 @@
-"""The decoder: causal, documents apart, the same by every road."""
+"""The decoder: causality, separation of packed documents, and equal results of all implementations."""
 
 import dataclasses
 import re

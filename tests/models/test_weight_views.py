@@ -1,4 +1,4 @@
-"""A view of a weight takes the place of its array in the tree of parameters, and layers do not see the difference."""
+"""Weight views replace arrays in the parameter tree without changes to layers."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Masked(Kernel):
 
 
 def masked(params):
-    """`params` with every matrix but those of routers as a view."""
+    """Returns `params` with a view for every matrix except routers."""
 
     def view(path, weight):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

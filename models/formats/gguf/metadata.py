@@ -1,7 +1,7 @@
-"""What llama.cpp knows: one row an architecture, read in both directions.
+"""Registry of llama.cpp architectures: GGUF headers and tensor names in both directions.
 
-A row stands on a family of `models/formats/huggingface/families.py`: it says which key of a GGUF header is which key of config.json,
-what llama.cpp takes for granted, and how it spells the tensors. The format: ggml's docs/gguf.md.
+An architecture refers to a family of `models/formats/huggingface/families.py`. It maps keys of the GGUF header to keys
+of config.json, and lists the values that llama.cpp assumes and its tensor names. Format: docs/gguf.md of ggml.
 """
 
 import dataclasses
@@ -23,37 +23,37 @@ from models.formats.huggingface.families import (
 )
 from models.layers import inverse_frequencies, rope_temperature
 
-# Constants of scaled rotary positions, not weights: [H / 2] f32, what each frequency is divided by.
+# RoPE scaling factors: [H / 2] f32 divisors of the frequencies; constants, not weights.
 LLAMA3_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"  # LongRoPE
 ROPE_TENSORS = (LLAMA3_FACTORS, SHORT_FACTORS, LONG_FACTORS)
 
 
 class Header(NamedTuple):
-    """What a file says of its model, beside the weights."""
+    """Header of a GGUF file."""
 
     metadata: Mapping[str, Any]
-    names: frozenset[str]  # of its tensors
-    rope_factors: Mapping[str, np.ndarray]  # those of `ROPE_TENSORS` that there are
+    names: frozenset[str]  # tensor names
+    rope_factors: Mapping[str, np.ndarray]  # `ROPE_TENSORS` in the file
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A row. Keys and values of config.json are those of transformers."""
+    """An architecture of llama.cpp. Keys and values of config.json are those of transformers."""
 
     name: str  # general.architecture
-    model_type: str  # of the family that it stands on
-    keys: Mapping[str, str]  # of the header, without `NAME.`: of config.json
-    tensors: Mapping[str, str]  # stem of theirs in transformers: stem in the file
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # of config.json: what llama.cpp takes for granted
-    biases: Mapping[str, str] = field(default_factory=dict)  # key of config.json: tensor that is there where it is true
-    interleaved: bool = False  # rotary pairs of queries and keys lie side by side
+    model_type: str  # family in transformers
+    keys: Mapping[str, str]  # header key without `NAME.`: key of config.json
+    tensors: Mapping[str, str]  # tensor stem in transformers: tensor stem in the file
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # values of config.json that llama.cpp assumes
+    biases: Mapping[str, str] = field(default_factory=dict)  # key of config.json: tensor present if it is true
+    interleaved: bool = False  # interleaved rotary pairs in queries and keys
     transposed: bool = False  # kernels are [in, out] in transformers
-    norm_offset: int = 0  # norm scales in the file are ours and this
-    rope_factors: tuple[str, ...] = ()  # of `ROPE_TENSORS`: those that llama.cpp reads
-    local_theta: float | None = None  # of sliding layers, where the header does not tell
-    windows: bool = True  # llama.cpp heeds them
-    large: int | None = None  # of so many layers: scores are scaled by width / heads, not by head_dim
+    norm_offset: int = 0  # added to norm scales in the file
+    rope_factors: tuple[str, ...] = ()  # `ROPE_TENSORS` that llama.cpp reads
+    local_theta: float | None = None  # RoPE base of sliding layers if not in the header
+    windows: bool = True  # llama.cpp applies sliding windows
+    large: int | None = None  # number of layers of the size whose scores are scaled by width / heads, not head_dim
 
     @property
     def family(self) -> Family:
@@ -71,22 +71,22 @@ class Architecture:
         _, layered, part = stem.partition("{i}.")
         name = f"blk.{{i}}.{self.tensors[part]}" if layered else self.tensors[stem]
         parts, axis = rule.parts, rule.axis
-        if "{e}" in part:  # one matrix an expert there, all of them stacked in the file
+        if "{e}" in part:  # one matrix per expert in transformers, stacked in the file
             parts = tuple((path, f"E{pattern}") for path, pattern in parts)
         if self.interleaved:
-            turned = ("attention.query.", "attention.key.")
-            parts = tuple((path, p.replace("H", "h") if path.startswith(turned) else p) for path, p in parts)
+            rotated = ("attention.query.", "attention.key.")
+            parts = tuple((path, p.replace("H", "h") if path.startswith(rotated) else p) for path, p in parts)
         if self.transposed and parts[0][0].endswith("kernel"):
             parts, axis = tuple((path, _reversed(pattern)) for path, pattern in parts), 1 - axis
         return TensorMapping(f"{name}.{suffix}", parts, axis)
 
     def offset(self, name: str) -> int:
-        """What a tensor holds more than our array."""
+        """Returns the offset of a stored tensor relative to the parameter."""
         return self.norm_offset if name.endswith("norm.weight") else 0
 
 
 def _reversed(pattern: str) -> str:
-    """`D(NH)` to `(NH)D`."""
+    """Reverses a pattern: `D(NH)` to `(NH)D`."""
     return pattern[1:] + pattern[0] if pattern[1:2] == "(" else pattern[-1] + pattern[:-1]
 
 
@@ -100,14 +100,14 @@ KEYS = {
     "context_length": "max_position_embeddings",
     "vocab_size": "vocab_size",
 }
-HEAD_KEYS = KEYS | {"attention.key_length": "head_dim"}  # elsewhere llama.cpp takes width / heads
+HEAD_KEYS = KEYS | {"attention.key_length": "head_dim"}  # without it llama.cpp uses width / heads
 GEMMA_KEYS = HEAD_KEYS | {
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-# Where llama.cpp takes keys and values to have as many heads as queries.
-ALIKE_KEYS = {key: theirs for key, theirs in KEYS.items() if key != "attention.head_count_kv"}
+# For architectures in which llama.cpp assumes num_kv_heads = num_heads.
+ALIKE_KEYS = {key: hf_key for key, hf_key in KEYS.items() if key != "attention.head_count_kv"}
 EXPERT_KEYS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 GPT2_KEYS = {
     "block_count": "n_layer",
@@ -166,7 +166,7 @@ GPT2_TENSORS = {
 SILU, GELU = {"hidden_act": "silu"}, {"hidden_activation": "gelu_pytorch_tanh"}
 LLAMA_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
 
-# In the order in which an export looks for one that can say what the model is.
+# In the order in which an export looks for an architecture that can represent the model.
 ARCHITECTURES = (
     Architecture(
         "llama", "llama", HEAD_KEYS, TENSORS, SILU, LLAMA_BIASES, interleaved=True, rope_factors=(LLAMA3_FACTORS,)
@@ -209,7 +209,7 @@ ARCHITECTURES = (
 
 
 def architecture_of(metadata: Mapping[str, Any]) -> Architecture:
-    """Raises: ValueError where no row reads such a file."""
+    """Returns the architecture of a file. Raises: ValueError if it is not supported."""
     name = metadata.get("general.architecture")
     experts = bool(metadata.get(f"{name}.expert_count"))
     for row in ARCHITECTURES:
@@ -220,19 +220,20 @@ def architecture_of(metadata: Mapping[str, Any]) -> Architecture:
 
 
 def known() -> str:
+    """Returns the names of all supported architectures."""
     return ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
 
 
-# From a header to our config
+# From a header to a config
 
 
 def shortest_decimal(value: Any) -> Any:
-    """A number as it was meant: the shortest decimal that is this f32."""
+    """Returns the shortest decimal that rounds to the same f32."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def read_config(header: Header) -> ModelConfig:
-    """Raises: ValueError naming the key that is missing or not supported."""
+    """Converts a header to a config. Raises: ValueError naming a missing or unsupported key."""
     row = architecture_of(header.metadata)
     found = {
         key.removeprefix(f"{row.name}."): shortest_decimal(value)
@@ -240,20 +241,22 @@ def read_config(header: Header) -> ModelConfig:
         if key.startswith(f"{row.name}.")
     }
     hf: dict[str, Any] = {"model_type": row.model_type, **row.fixed}
-    hf |= {theirs: found[key] for key, theirs in row.keys.items() if key in found}
+    hf |= {hf_key: found[key] for key, hf_key in row.keys.items() if key in found}
     hf |= {key: tensor in header.names for key, tensor in row.biases.items()}
     hf["tie_word_embeddings"] = "output.weight" not in header.names
     needed = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length")
     for key in (*needed, *(key for key in row.keys if key.endswith("_epsilon"))):
         if key not in found:
-            raise ValueError(f"{row.name}.{key}: is missing in the header, and the model cannot be built without it")
+            raise ValueError(f"{row.name}.{key}: missing in the header; the model cannot be built without it")
     for key, value in found.items():
         if isinstance(value, list) and key in row.keys:
             if len(set(value)) != 1:
                 raise ValueError(f"{row.name}.{key}={value}: differs between layers, which is not supported")
             hf[row.keys[key]] = value[0]
     if found.get("attention.value_length", (key_length := found.get("attention.key_length"))) != key_length:
-        raise ValueError(f"{row.name}.attention.value_length={found['attention.value_length']}: is not key_length")
+        raise ValueError(
+            f"{row.name}.attention.value_length={found['attention.value_length']}: must equal attention.key_length"
+        )
     if "n_layer" not in hf:
         hf |= _read_positions(row, header, found, hf)
     if row.large is not None:
@@ -264,7 +267,7 @@ def read_config(header: Header) -> ModelConfig:
     return row.family.read(hf)
 
 
-# Of YaRN; llama.cpp leaves some of them out in these architectures.
+# Neutral values of YaRN parameters, some of which llama.cpp omits for these architectures.
 FINER = {
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
@@ -275,7 +278,7 @@ FINER = {
 
 
 def _read_positions(row: Architecture, header: Header, found: Mapping[str, Any], hf: HFConfig) -> dict[str, Any]:
-    """What a header tells of rotary positions, in the words of config.json."""
+    """Converts the RoPE keys of a header to those of config.json."""
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
     kind = found.get("rope.scaling.type", "none")
     neutral = {
@@ -288,13 +291,13 @@ def _read_positions(row: Architecture, header: Header, found: Mapping[str, Any],
         if not longrope and found.get(key, value) != value:
             raise ValueError(f"{row.name}.{key}={found[key]}: not supported")
     if longrope:
-        kind = "none" if kind == "longrope" else kind  # llama.cpp goes by the tensors
+        kind = "none" if kind == "longrope" else kind  # llama.cpp reads the tensors instead
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"{row.name}.rope.scaling.type={kind}: not supported; known: none, linear, yarn")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": found.get("rope.freq_base", 10_000.0)}
     if kind != "none":
         rope |= {"rope_type": kind, "factor": found.get("rope.scaling.factor", 1.0)}
-    elif "rope.scale_linear" in found:  # its older name
+    elif "rope.scale_linear" in found:  # older name
         rope |= {"rope_type": "linear", "factor": found["rope.scale_linear"]}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = found.get("rope.scaling.original_context_length")
@@ -313,15 +316,15 @@ def _read_positions(row: Architecture, header: Header, found: Mapping[str, Any],
 
 
 def _factors(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """[H / 2] f32: what llama3 scaling divides each frequency by."""
+    """Returns the frequency divisors of llama3 scaling, [H / 2] f32."""
     with_scale, without = (inverse_frequencies(rope, head_dim, theta=rope.theta, scaled=s) for s in (True, False))
     return (without / with_scale).astype(np.float32)
 
 
 def _read_factors(row: Architecture, found: Mapping[str, Any], factors: np.ndarray, theta: float) -> dict[str, Any]:
-    """The numbers of llama3 scaling, of which a file holds the result only: those of Llama 3.1, unless it names some.
+    """Returns the parameters of llama3 scaling, from the header or those of Llama 3.1; a file has only the factors.
 
-    Raises: ValueError where they do not give these factors.
+    Raises: ValueError if the parameters do not reproduce the factors.
     """
     rope = RopeConfig(
         theta,
@@ -333,9 +336,8 @@ def _read_factors(row: Architecture, found: Mapping[str, Any], factors: np.ndarr
     )
     if not np.allclose(_factors(rope, 2 * factors.size), factors, rtol=1e-4):
         raise ValueError(
-            f"{LLAMA3_FACTORS}: is not what scaling as in Llama 3.1 gives (factor {rope.factor}, first trained on "
-            f"{rope.original_max_seq_len} tokens); other scalings cannot be told from it, and "
-            f"{row.name}.rope.scaling.* does not name them"
+            f"{LLAMA3_FACTORS}: does not match Llama 3.1 scaling (factor {rope.factor}, original context length "
+            f"{rope.original_max_seq_len}); other scalings need their parameters in {row.name}.rope.scaling.*"
         )
     return {
         "rope_type": "llama3",
@@ -347,20 +349,20 @@ def _read_factors(row: Architecture, found: Mapping[str, Any], factors: np.ndarr
 
 
 def _read_longrope(row: Architecture, header: Header, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of LongRoPE, of which a file holds the temperature where config.json has the factor.
+    """Returns the parameters of LongRoPE; a file has the attention temperature instead of the factor.
 
-    Raises: ValueError where one is missing.
+    Raises: ValueError if one is missing.
     """
     first, limit = found.get("rope.scaling.original_context_length"), found["context_length"]
     if SHORT_FACTORS not in header.rope_factors or first is None:
         missing = f"{row.name}.rope.scaling.original_context_length" if first is None else SHORT_FACTORS
-        raise ValueError(f"{missing}: is missing beside {LONG_FACTORS}")
-    factor, said = limit / first, found.get("rope.scaling.attn_factor", 1.0)
+        raise ValueError(f"{missing}: missing, but required with {LONG_FACTORS}")
+    factor, temperature = limit / first, found.get("rope.scaling.attn_factor", 1.0)
     of = lambda factor: rope_temperature(
         RopeConfig(scaling=RopeScaling.longrope, factor=factor, original_max_seq_len=first)
     )
-    if not np.isclose(of(factor), said, rtol=1e-6):
-        factor = shortest_decimal(float(np.exp((said**2 - 1) * np.log(first))))
+    if not np.isclose(of(factor), temperature, rtol=1e-6):
+        factor = shortest_decimal(float(np.exp((temperature**2 - 1) * np.log(first))))
     numbers = {name: [shortest_decimal(float(x)) for x in data] for name, data in header.rope_factors.items()}
     return {
         "rope_type": "longrope",
@@ -371,16 +373,16 @@ def _read_longrope(row: Architecture, header: Header, found: Mapping[str, Any]) 
     }
 
 
-# From our config to a header
+# From a config to a header
 
 
 def write_header(row: Architecture, config: ModelConfig) -> Header:
-    """What a file of this architecture says of `config`; whether that is all there is to say, `architecture_for` tells.
+    """Converts a config to a header of this architecture; `lossy_keys` lists what the header cannot represent.
 
-    Raises: KeyError, StopIteration where the family has no words for it at all.
+    Raises: KeyError, StopIteration if the family cannot represent the config at all.
     """
     hf = write_config(row.family, config)
-    found = {key: hf[theirs] for key, theirs in row.keys.items() if hf.get(theirs) is not None}
+    found = {key: hf[hf_key] for key, hf_key in row.keys.items() if hf.get(hf_key) is not None}
     factors: dict[str, np.ndarray] = {}
     if config.position is Position.rope:
         rope, head_dim = config.rope, config.attention.head_dim
@@ -396,7 +398,7 @@ def write_header(row: Architecture, config: ModelConfig) -> Header:
             found["rope.scaling.original_context_length"] = rope.original_max_seq_len
         if rope.scaling is RopeScaling.llama3:
             factors[LLAMA3_FACTORS] = _factors(rope, head_dim)
-            # llama.cpp reads the factors alone; with these three they can be read back as what they were made of.
+            # llama.cpp reads only the factors; these three keys make the parameters readable again.
             found["rope.scaling.llama3_factor"] = rope.factor
             found["rope.scaling.low_freq_factor"] = rope.low_freq_factor
             found["rope.scaling.high_freq_factor"] = rope.high_freq_factor
@@ -411,7 +413,7 @@ def write_header(row: Architecture, config: ModelConfig) -> Header:
 
 
 def _leaves(value: Any, path: str = "model") -> dict[str, Any]:
-    """Every number and word of a config by its path, floats as a header holds them."""
+    """Returns all values of a config by path, with floats rounded as in a header."""
     if dataclasses.is_dataclass(value):
         parts = [_leaves(getattr(value, f.name), f"{path}.{f.name}") for f in dataclasses.fields(value)]
         return {key: leaf for part in parts for key, leaf in part.items()}
@@ -423,25 +425,25 @@ def _leaves(value: Any, path: str = "model") -> dict[str, Any]:
 
 
 def lossy_keys(row: Architecture, config: ModelConfig) -> list[str]:
-    """What llama.cpp would take otherwise than `config` says, in a file of this architecture."""
+    """Lists the values of `config` that llama.cpp would interpret differently in this architecture."""
     try:
         read = read_config(write_header(row, config))
     except ValueError as error:
         return [str(error)]
     want, got = _leaves(architecture_name(config)), _leaves(architecture_name(read))
-    wrong = [f"{key}={want[key]}, which is {got[key]} there" for key in want if want[key] != got[key]]
+    wrong = [f"{key}={want[key]} would become {got[key]}" for key in want if want[key] != got[key]]
     if not row.windows and "sliding" in want["model.attention.layer_types"]:
-        wrong.append("model.attention.layer_types holds sliding, which llama.cpp leaves out there")
+        wrong.append("model.attention.layer_types contains sliding, which llama.cpp ignores for this architecture")
     return wrong
 
 
 def architecture_for(config: ModelConfig) -> Architecture:
-    """The first architecture that can say all of what `config` is.
+    """Returns the first architecture that represents `config` exactly.
 
-    Raises: ValueError where llama.cpp has none, with what keeps the nearest one from it.
+    Raises: ValueError if there is none, with the differences of the closest one.
     """
-    config.refuse_masks(*OTHER_MASKS, why="llama.cpp runs this model as a causal one, so it cannot be exported")
-    nearest: tuple[Architecture, list[str]] | None = None
+    config.refuse_masks(*OTHER_MASKS, why="llama.cpp runs this model as a causal model, so it cannot be exported")
+    closest: tuple[Architecture, list[str]] | None = None
     for row in ARCHITECTURES:
         if row.has_experts != bool(config.moe.num_experts):
             continue
@@ -451,7 +453,7 @@ def architecture_for(config: ModelConfig) -> Architecture:
             continue
         if not wrong:
             return row
-        if nearest is None or len(wrong) < len(nearest[1]):
-            nearest = row, wrong
-    why = "" if nearest is None else f"; nearest is {nearest[0].name}, but {'; '.join(nearest[1][:3])}"
-    raise ValueError(f"llama.cpp has no architecture for this model (known here: {known()}){why}; to=hf:FOLDER may do")
+        if closest is None or len(wrong) < len(closest[1]):
+            closest = row, wrong
+    why = "" if closest is None else f"; closest is {closest[0].name}, but {'; '.join(closest[1][:3])}"
+    raise ValueError(f"llama.cpp has no architecture for this model (supported: {known()}){why}; try to=hf:FOLDER")

@@ -1,6 +1,6 @@
-"""Published checkpoints on disk: safetensors straight onto the mesh and back, a slice at a time.
+"""Loads safetensors checkpoints directly onto the mesh and saves them, one slice or tensor at a time.
 
-No pickle is ever opened, and no process holds more of a checkpoint than its own shards and one tensor.
+Pickle files are never opened. A process holds only its own shards and one tensor of a checkpoint in memory.
 """
 
 import itertools
@@ -16,45 +16,50 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import ModelConfig
-from models.formats.huggingface.dequantize import BLOCKS, FACTORS, FP8, MXFP4, SCALES, mapped_fp8, whole_name
+from models.formats.huggingface.dequantize import BLOCKS, FACTORS, FP8, MXFP4, SCALES, dequantized_name, mapped_fp8
 from models.formats.huggingface.families import Family, family_of, write_config
 from models.formats.huggingface.weight_map import LETTERS, TensorMapping
 from models.transformer import Params, abstract_params, param_axes, stacks
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # of older files: constants, not weights
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # constants in older files, not weights
 BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-Progress = Callable[[int, int], None]  # done, in all
+Progress = Callable[[int, int], None]  # done, total
 
 
 class WeightNames(Protocol):
-    """How a format spells the tensors of a model."""
+    """Tensor names and layouts of a format."""
 
     @property
-    def rules(self) -> Callable[[ModelConfig], list[TensorMapping]]: ...
+    def rules(self) -> Callable[[ModelConfig], list[TensorMapping]]:
+        """Returns the mapping of all tensors of a model."""
+        ...
 
 
 class Checkpoint(Protocol):
-    """A published checkpoint that is there, whatever its format."""
+    """A published checkpoint on disk, in any format."""
 
-    label: str  # for people: hf:FOLDER, gguf:FILE
-    source: str  # what in it tells the shapes
-    further_layers: int  # beyond the decoder's, which are let be
+    label: str  # name in messages: hf:FOLDER, gguf:FILE
+    source: str  # file or header that defines the shapes, for messages
+    mtp_layers: int  # multi-token prediction layers after the decoder, which are ignored
 
     @property
     def naming(self) -> WeightNames: ...
 
-    def names(self) -> set[str]: ...
+    def names(self) -> set[str]:
+        """Returns the names of all weights."""
+        ...
 
     def slice(self, name: str) -> Any:
-        """Has `get_shape()`, and reads what it is indexed with."""
+        """Returns a lazy tensor with `get_shape()` that reads the indexed part."""
         ...
 
 
 def safetensors_library() -> Any:
+    """Imports safetensors. Raises: ValueError if it is not installed."""
     try:
         import safetensors.numpy
     except ImportError:
@@ -63,31 +68,31 @@ def safetensors_library() -> Any:
 
 
 class Folder:
-    """A checkpoint that is there: its config, and slices of its tensors by name."""
+    """A Hugging Face checkpoint folder: its config.json, and slices of its tensors by name."""
 
     source = "config.json"
 
     def __init__(self, path: Path):
-        """Raises: ValueError where there is no config.json or no safetensors, naming the way out."""
+        """Raises: ValueError if config.json or safetensors files are missing, with the fix."""
         self.path, self.label = path, f"hf:{path}"
         if not (path / "config.json").is_file():
-            raise ValueError(f"hf:{path}: there is no config.json; give the folder of a downloaded checkpoint")
+            raise ValueError(f"hf:{path}: config.json not found; pass the folder of a downloaded checkpoint")
         self.config: dict[str, Any] = json.loads((path / "config.json").read_text())
         if (path / INDEX).exists():
             named: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
             missing = sorted({file for file in named.values() if not (path / file).is_file()})
             if missing:
-                raise ValueError(f"hf:{path}: {missing[0]} is not there; the download is not whole")
+                raise ValueError(f"hf:{path}: {missing[0]} not found; the download is incomplete")
             self._files = {name: path / file for name, file in named.items()}
         elif (path / SINGLE).exists():
             self._files = dict.fromkeys(self._open(path / SINGLE).keys(), path / SINGLE)
         else:
             pickled = sorted(p.name for p in path.glob("*.bin"))
             way_out = (
-                f"{pickled[0]} is a pickle, which can run code and is never opened: save it again as safetensors with "
-                "transformers (model.save_pretrained(folder))"
+                f"{pickled[0]} is a pickle, which can execute code and is never opened; save the model as safetensors "
+                "with transformers (model.save_pretrained(folder))"
                 if pickled
-                else f"neither {SINGLE} nor {INDEX} is there"
+                else f"neither {SINGLE} nor {INDEX} found"
             )
             raise ValueError(f"hf:{path}: {way_out}")
 
@@ -96,7 +101,7 @@ class Folder:
         return family_of(self.config)
 
     @property
-    def further_layers(self) -> int:
+    def mtp_layers(self) -> int:
         return self.config.get("num_nextn_predict_layers") or 0
 
     @cached_property
@@ -111,11 +116,11 @@ class Folder:
             raise ValueError(f"hf:{file}: cannot be read: {error}") from None
 
     def names(self) -> set[str]:
-        whole = {whole_name(name, self._files) for name in self._files if not name.endswith(BUFFERS)}
-        return {name for name in whole if name is not None}
+        names = {dequantized_name(name, self._files) for name in self._files if not name.endswith(BUFFERS)}
+        return {name for name in names if name is not None}
 
     def slice(self, name: str) -> Any:
-        """Something to index: reads what is asked for and nothing else."""
+        """Returns a lazy tensor, dequantized if necessary; only the indexed part is read."""
         if name + BLOCKS in self._files:
             return MXFP4(self._slice(name + BLOCKS), self._slice(name + SCALES))
         if name + FACTORS in self._files:
@@ -127,11 +132,11 @@ class Folder:
         return self._handles[self._files[name]].get_slice(name)
 
 
-# From rules to arrays
+# Mappings to arrays
 
 
 def groups_of(pattern: str) -> list[str]:
-    """`(NH)D` to [NH, D]."""
+    """Splits a pattern into dims: `(NH)D` to [NH, D]."""
     groups, rest = [], pattern
     while rest:
         end = rest.index(")") + 1 if rest[0] == "(" else 1
@@ -141,7 +146,7 @@ def groups_of(pattern: str) -> list[str]:
 
 
 def _paired(pattern: str) -> tuple[str, bool]:
-    """`(Nh)D` to `(NH)D`, and whether there was an h: heads whose rotary pairs lie side by side."""
+    """Converts `(Nh)D` to `(NH)D`, and returns whether rotary pairs are interleaved (h)."""
     return pattern.replace("h", "H"), "h" in pattern
 
 
@@ -152,7 +157,7 @@ def _at(tree: Any, path: str) -> Any:
 
 
 class WeightMap:
-    """Where each array of ours stands in the tensors of a format."""
+    """Location of each parameter in the tensors of a format."""
 
     def __init__(self, config: ModelConfig, naming: WeightNames):
         self.config, self.rules = config, naming.rules(config)
@@ -164,32 +169,32 @@ class WeightMap:
         return f"{rule.stack}.{path}" if "{i}" in rule.name else path
 
     def sizes(self, rule: TensorMapping, path: str) -> dict[str, int]:
-        """Of our dims, by letter, in our order; without those that the name of their tensor numbers."""
+        """Returns the dim sizes of a parameter by letter, without layer and expert dims indexed by tensor names."""
         path = self._path(rule, path)
         numbered = ("layers", "experts") if "{e}" in rule.name else ("layers",)
         named = zip(_at(self._axes, path), _at(self._abstract, path).shape, strict=True)
         return {LETTERS[axis]: size for axis, size in named if axis not in numbered}
 
     def shape(self, rule: TensorMapping) -> tuple[int, ...]:
-        """Of their tensor."""
-        whole: list[int] = []
+        """Returns the shape of a checkpoint tensor."""
+        total: list[int] = []
         for path, pattern in rule.parts:
             sizes = self.sizes(rule, path)
             shape = [int(np.prod([sizes[d] for d in group])) for group in groups_of(_paired(pattern)[0])]
-            if whole:
-                whole[rule.axis] += shape[rule.axis]
+            if total:
+                total[rule.axis] += shape[rule.axis]
             else:
-                whole = shape
-        return tuple(whole)
+                total = shape
+        return tuple(total)
 
     def tensors(self) -> Iterator[tuple[str, TensorMapping, tuple[int, ...]]]:
-        """Their names, each with its rule and where it lies in the leading dims of ours."""
+        """Yields (tensor name, mapping, index in the leading dims of the parameter)."""
         for rule in self.rules:
             for index in np.ndindex(*self.numbered(rule)):
                 yield self.name(rule, index), rule, index
 
     def numbered(self, rule: TensorMapping) -> tuple[int, ...]:
-        """Sizes of the leading dims of ours that the name of their tensor numbers."""
+        """Returns the sizes of the leading parameter dims that are indexed by tensor names."""
         if "{i}" not in rule.name:
             return ()
         stack = self._stacks[rule.stack]
@@ -197,14 +202,14 @@ class WeightMap:
         return (*layers, self.config.moe.num_experts) if "{e}" in rule.name else layers
 
     def name(self, rule: TensorMapping, index: tuple[int, ...]) -> str:
-        """Of their tensor at `index` of our leading dims."""
+        """Returns the tensor name for `index` in the leading dims of the parameter."""
         if not index:
             return rule.name
         return rule.name.format(i=self._stacks[rule.stack].start + index[0], e=index[-1])
 
     def read(self, tensor: Any, rule: TensorMapping, path: str, wanted: Mapping[str, slice]) -> np.ndarray:
-        """A slice of one layer (and expert) of an array of ours, out of their tensor, in our order of dims."""
-        start, number, paired, turns = 0, 0, False, len(rule.parts) if rule.interleaved else 1
+        """Reads a slice of a parameter, for one layer and expert, from a tensor; in parameter dim order."""
+        start, number, paired, stride = 0, 0, False, len(rule.parts) if rule.interleaved else 1
         for number, (part, pattern) in enumerate(rule.parts):  # noqa: B007
             pattern, paired = _paired(pattern)
             sizes, groups = self.sizes(rule, part), groups_of(pattern)
@@ -216,20 +221,20 @@ class WeightMap:
             major, rest = group[0], int(np.prod([sizes[d] for d in group[1:]]))
             low, high, _ = wanted[major].indices(sizes[major])
             left[major] = slice(None)
-            offset, step = (start, turns) if axis == rule.axis else (0, 1)
+            offset, step = (start, stride) if axis == rule.axis else (0, 1)
             ranges.append(slice(offset + low * rest * step, offset + high * rest * step))
             dims += [high - low, *(sizes[d] for d in group[1:])]
         letters = "".join(groups)
         array = np.asarray(tensor[tuple(ranges)])
         if rule.interleaved:
-            array = array[(*[slice(None)] * rule.axis, slice(number, None, turns))]
+            array = array[(*[slice(None)] * rule.axis, slice(number, None, stride))]
         array = array.reshape(dims)
-        if paired:  # H is never the first of its brackets, so heads are whole here
+        if paired:  # H is never first in its parentheses, so it is not sliced here
             array = array.take(np.arange(sizes["H"]).reshape(-1, 2).T.ravel(), letters.index("H"))
         return array.transpose([letters.index(d) for d in sizes])[tuple(left[d] for d in sizes)]
 
     def write(self, params: Params, rule: TensorMapping, index: tuple[int, ...]) -> np.ndarray:
-        """One tensor of theirs, whole, on this host."""
+        """Returns one full checkpoint tensor on this host."""
         parts = []
         for path, pattern in rule.parts:
             array, sizes = to_host(_at(params, self._path(rule, path))[index]), self.sizes(rule, path)
@@ -248,6 +253,7 @@ class WeightMap:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
+    """Gathers a sharded array on the host; all processes call it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 
@@ -255,39 +261,39 @@ def to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _names_there(folder: Checkpoint, layout: WeightMap) -> dict[str, str]:
-    """Our spelling of each name to that in the files. Raises: ValueError where the two do not match, naming tensors."""
-    there = folder.names()
+def _stored_names(folder: Checkpoint, layout: WeightMap) -> dict[str, str]:
+    """Maps expected to stored tensor names. Raises: ValueError naming tensors that do not match."""
+    stored = folder.names()
     wanted = {name: layout.shape(rule) for name, rule, _ in layout.tensors()}
-    bare = lambda name: name.partition(".")[2]  # GPT-2's files leave the name of the whole out
-    spelt = {name: name if name in there or bare(name) not in there else bare(name) for name in wanted}
-    missing = sorted(name for name, found in spelt.items() if found not in there)
-    unmapped = sorted(there - set(spelt.values()))
-    # Layers past the last predict further tokens (DeepSeek-V3, section 2.2); the decoder itself is whole without them.
-    last, more = layout.config.num_layers, folder.further_layers
-    further = tuple(f"model.layers.{n}." for n in range(last, last + more))
-    unmapped = [name for name in unmapped if not name.startswith(further)]
+    bare = lambda name: name.partition(".")[2]  # GPT-2 files omit the "transformer." prefix
+    renamed = {name: name if name in stored or bare(name) not in stored else bare(name) for name in wanted}
+    missing = sorted(name for name, found in renamed.items() if found not in stored)
+    unmapped = sorted(stored - set(renamed.values()))
+    # Layers after the last are multi-token prediction modules (DeepSeek-V3, section 2.2), not used by the decoder.
+    last = layout.config.num_layers
+    mtp = tuple(f"model.layers.{n}." for n in range(last, last + folder.mtp_layers))
+    unmapped = [name for name in unmapped if not name.startswith(mtp)]
     if layout.config.tied_embeddings:
         unmapped = [name for name in unmapped if name != "lm_head.weight"]  # a copy of the embedding
-    problems = [f"{name} is missing" for name in missing] + [f"{name} has no place here" for name in unmapped]
-    for name, found in spelt.items():
-        if found in there and (shape := tuple(folder.slice(found).get_shape())) != wanted[name]:
-            problems.append(f"{found} is {list(shape)}, and {folder.source} says {list(wanted[name])}")
+    problems = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in unmapped]
+    for name, found in renamed.items():
+        if found in stored and (shape := tuple(folder.slice(found).get_shape())) != wanted[name]:
+            problems.append(f"{found} has shape {list(shape)}, but {folder.source} requires {list(wanted[name])}")
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{folder.label}: {'; '.join(problems[:5])}{more}")
-    return spelt
+    return renamed
 
 
 def load_params(
     folder: Checkpoint, config: ModelConfig, abstract: Params, progress: Progress = lambda *_: None
 ) -> Params:
-    """Parameters onto the shardings and dtypes of `abstract`; each process reads its own slices, in parallel.
+    """Loads parameters with the shardings and dtypes of `abstract`; each process reads its own slices, in parallel.
 
-    Raises: ValueError naming each tensor that is missing, unmapped or of another shape.
+    Raises: ValueError naming tensors that are missing, unexpected or of another shape.
     """
     layout = WeightMap(config, folder.naming)
-    spelt = _names_there(folder, layout)
+    renamed = _stored_names(folder, layout)
     done = [0]
 
     def load(path: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
@@ -297,7 +303,7 @@ def load_params(
         def read(index: tuple[slice, ...]) -> np.ndarray:
             leading, wanted = index[: len(numbered)], dict(zip(letters, index[len(numbered) :], strict=True))
             ranges = [range(*cut.indices(size)) for cut, size in zip(leading, numbered, strict=True)]
-            one = lambda at: layout.read(folder.slice(spelt[layout.name(rule, at)]), rule, part, wanted)
+            one = lambda at: layout.read(folder.slice(renamed[layout.name(rule, at)]), rule, part, wanted)
             pieces = [one(at).astype(spec.dtype) for at in itertools.product(*ranges)]
             return np.stack(pieces).reshape(*map(len, ranges), *pieces[0].shape)
 
@@ -315,14 +321,14 @@ def load_params(
 
 
 def first_difference(folder: Checkpoint, config: ModelConfig, params: Params) -> str | None:
-    """The name of the first tensor there that is not, bit for bit, the one that `params` would write; None if none."""
+    """Returns the name of the first stored tensor that is not bitwise equal to `params`, or None."""
     layout = WeightMap(config, folder.naming)
-    spelt = _names_there(folder, layout)
+    renamed = _stored_names(folder, layout)
     for name, rule, index in layout.tensors():
-        there = np.asarray(folder.slice(spelt[name])[:])
-        ours = layout.write(params, rule, index).astype(there.dtype)
-        if not np.array_equal(ours.view(np.uint8), there.view(np.uint8)):
-            return spelt[name]
+        stored = np.asarray(folder.slice(renamed[name])[:])
+        ours = layout.write(params, rule, index).astype(stored.dtype)
+        if not np.array_equal(ours.view(np.uint8), stored.view(np.uint8)):
+            return renamed[name]
     return None
 
 
@@ -336,9 +342,9 @@ def save_params(
     shard_bytes: int,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Writes config.json and the tensors, in files of at most `shard_bytes` where no tensor is larger.
+    """Writes config.json and the tensors, in files of at most `shard_bytes` unless a tensor is larger.
 
-    Every process calls it, process 0 writes, and holds one file's tensors at a time.
+    All processes call it, process 0 writes. It holds the tensors of one file in memory.
     """
     layout, numpy_dtype = WeightMap(config, family), np.dtype(jnp.dtype(dtype))
     shards: list[list[tuple[str, TensorMapping, tuple[int, ...]]]] = [[]]
@@ -350,17 +356,17 @@ def save_params(
             filled = 0
         shards[-1].append((name, rule, index))
         filled, total = filled + size, total + size
-    chief = jax.process_index() == 0
+    is_main = jax.process_index() == 0
     path.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: layout.write(params, rule, index).astype(numpy_dtype) for name, rule, index in shard}
-        if chief:
+        if is_main:
             safetensors_library().numpy.save_file(tensors, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         progress(number, len(shards))
-    if chief:
+    if is_main:
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,7 +1,4 @@
-"""config.json of published families as our config, and back.
-
-`read_*` makes our config of theirs; `write_*` gives the keys of theirs.
-"""
+"""Converts config.json of published model families to `ModelConfig` (`read_*`) and back (`write_*`)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -42,27 +39,27 @@ def _activation(hf: HFConfig) -> Activation:
 
 
 def _pattern(hf: HFConfig) -> list[LayerKind]:
-    """The shortest list that, repeated, gives every layer its kind."""
+    """Returns the shortest list of layer kinds that, repeated, covers all layers."""
     names = {"full_attention": LayerKind.full, "sliding_attention": LayerKind.sliding}
     types = hf.get("layer_types")
     if types is None:
         everywhere = hf.get("sliding_window") is not None and hf.get("use_sliding_window", True)
-        full = hf.get("max_window_layers", 0) if everywhere else hf["num_hidden_layers"]  # Qwen2: the first ones
+        full = hf.get("max_window_layers", 0) if everywhere else hf["num_hidden_layers"]  # Qwen2: the first layers
         types = ["full_attention" if i < full else "sliding_attention" for i in range(hf["num_hidden_layers"])]
     unknown = sorted(set(types) - set(names))
     if unknown:
-        raise ValueError(f"config.json: layer_types holds {unknown[0]!r}: known: {', '.join(names)}")
+        raise ValueError(f"config.json: layer_types contains {unknown[0]!r}: not supported; known: {', '.join(names)}")
     return _period([names[name] for name in types])
 
 
 def _period(values: list[Any]) -> list[Any]:
-    """The shortest list that, repeated, gives these."""
+    """Returns the shortest prefix of `values` that, repeated, equals it."""
     period = next(n for n in range(1, len(values) + 1) if all(v == values[i % n] for i, v in enumerate(values)))
     return values[:period]
 
 
 def read_common(hf: HFConfig, *, tied: bool = False, attention: Mapping[str, Any] | None = None, **changes: Any):
-    """What all families but GPT-2 call alike."""
+    """Reads the keys shared by all families except GPT-2."""
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     pattern = _pattern(hf)
     sliding = LayerKind.sliding in pattern
@@ -90,7 +87,7 @@ def read_common(hf: HFConfig, *, tied: bool = False, attention: Mapping[str, Any
 
 
 def without_windows(hf: HFConfig) -> HFConfig:
-    """Their class has none, whatever stands in the file."""
+    """Removes sliding windows, for model classes that ignore them."""
     return {**hf, "sliding_window": None, "layer_types": None}
 
 
@@ -112,7 +109,7 @@ def read_olmo2(hf: HFConfig) -> ModelConfig:
 
 def read_gemma(hf: HFConfig, qk_norm: QKNorm) -> ModelConfig:
     scale = float(hf.get("query_pre_attn_scalar") or 256) ** -0.5
-    if hf.get("layer_types") is None:  # files of before transformers 4.53 give the period only
+    if hf.get("layer_types") is None:  # before transformers 4.53 only the period is given
         period = hf.get("sliding_window_pattern") or (2 if qk_norm is QKNorm.none else 6)
         kinds = [*["sliding_attention"] * (period - 1), "full_attention"]
         hf = {**hf, "layer_types": [kinds[i % period] for i in range(hf["num_hidden_layers"])]}
@@ -137,7 +134,7 @@ def read_smollm3(hf: HFConfig) -> ModelConfig:
         tied=True,
         attention={"qkv_bias": bias, "out_bias": bias},
     )
-    config.rope.layer_pattern = _period([bool(turns) for turns in rotated[:layers]])
+    config.rope.layer_pattern = _period([bool(value) for value in rotated[:layers]])
     return config
 
 
@@ -151,7 +148,7 @@ def read_qwen3_moe(hf: HFConfig) -> ModelConfig:
     if hf.get("decoder_sparse_step", 1) != 1 or dense != list(range(len(dense))):
         raise ValueError(
             f"config.json: decoder_sparse_step={hf.get('decoder_sparse_step', 1)}, mlp_only_layers={dense}: only the "
-            "first layers can be without experts"
+            "first layers can be dense"
         )
     experts = MoEConfig(
         one_of(hf, "num_experts", "num_local_experts"),
@@ -201,7 +198,7 @@ def read_gpt_oss(hf: HFConfig) -> ModelConfig:
 
 
 def read_deepseek(hf: HFConfig) -> ModelConfig:
-    """DeepSeek-V2, whose router is a softmax, and V3, whose router is a sigmoid with a balancing bias."""
+    """Reads DeepSeek-V2 (softmax router) and V3 (sigmoid router with a balancing bias)."""
     third = hf["model_type"] == "deepseek_v3"
     grouped = third or hf.get("topk_method") == "group_limited_greedy"
     if hf.get("mlp_bias") or (not third and hf.get("norm_topk_prob")):
@@ -254,6 +251,7 @@ def read_gpt2(hf: HFConfig) -> ModelConfig:
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
+    """Returns the keys shared by all families except GPT-2."""
     a = config.attention
     act = next(name for name, kind in ACTIVATIONS.items() if kind is config.mlp.activation)
     kinds = [a.layer_types[i % len(a.layer_types)] for i in range(config.num_layers)]
@@ -283,7 +281,9 @@ def _layer_types(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_phi3(config: ModelConfig) -> dict[str, Any]:
-    return write_common(config) | {"pad_token_id": None}  # else transformers takes that of a larger vocabulary
+    return write_common(config) | {
+        "pad_token_id": None
+    }  # the default of transformers is outside of a smaller vocabulary
 
 
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:
@@ -292,9 +292,9 @@ def write_qwen2(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_smollm3(config: ModelConfig) -> dict[str, Any]:
-    turns = config.rope.layer_pattern
-    rotated = [int(turns[i % len(turns)]) for i in range(config.num_layers)]
-    # Their default for padding is token 128004, which must be a row of the embedding.
+    pattern = config.rope.layer_pattern
+    rotated = [int(pattern[i % len(pattern)]) for i in range(config.num_layers)]
+    # The default padding token of transformers, 128004, must be a row of the embedding.
     return write_qwen2(config) | {"no_rope_layers": rotated, "mlp_bias": config.mlp.bias, "pad_token_id": None}
 
 

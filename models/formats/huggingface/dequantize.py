@@ -1,7 +1,7 @@
-"""Weights that a checkpoint holds in 4 or 8 bits, read as if they were whole: a slice at a time, in bf16.
+"""Dequantizes 4- and 8-bit weights of checkpoints to bf16 on load, one slice at a time.
 
-- MXFP4 (OCP Microscaling Formats 1.0, section 5.3; GPT-OSS): groups of 32 numbers of 4 bits with one power of 2.
-- FP8 in blocks (DeepSeek-V3, section 3.3.2): numbers of 8 bits, and a factor for each square of 128 x 128.
+- MXFP4 (OCP Microscaling Formats 1.0, section 5.3; GPT-OSS): 4-bit values with one power-of-2 scale per 32 values.
+- Block-scaled FP8 (DeepSeek-V3, section 3.3.2): 8-bit values with one scale per 128 x 128 block.
 """
 
 import json
@@ -12,39 +12,39 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-GROUP = 32  # numbers of MXFP4 that share a power of 2
+GROUP = 32  # MXFP4 values per scale
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])  # the first of 4 bits is the sign
-BLOCKS, SCALES, FACTORS = "_blocks", "_scales", "_scale_inv"  # what the names of their parts end with
+E2M1 = np.concatenate([E2M1, -E2M1])  # the highest bit is the sign
+BLOCKS, SCALES, FACTORS = "_blocks", "_scales", "_scale_inv"  # name suffixes of the stored tensors
 
 
-def whole_name(name: str, there: Mapping[str, Any]) -> str | None:
-    """Of the tensor that this one is, or is the numbers of; None for what only goes with numbers."""
-    if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + SCALES in there:
+def dequantized_name(name: str, stored: Mapping[str, Any]) -> str | None:
+    """Returns the name of the dequantized tensor; None for tensors of scales."""
+    if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + SCALES in stored:
         return name.removesuffix(BLOCKS)
-    if name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS in there:
+    if name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS in stored:
         return None
-    return None if name.endswith(FACTORS) and name.removesuffix(FACTORS) in there else name
+    return None if name.endswith(FACTORS) and name.removesuffix(FACTORS) in stored else name
 
 
 def _ranges(cut: Any, shape: tuple[int, ...]) -> list[slice]:
-    """What a tensor is indexed with, a slice with both ends for each dim."""
+    """Normalizes an index to one slice with explicit ends per dim."""
     cut = cut if isinstance(cut, tuple) else (cut,)
     ends = [part.indices(size)[:2] for part, size in zip((*cut, *[slice(None)] * len(shape)), shape, strict=False)]
     return [slice(low, high) for low, high in ends]
 
 
 def _around(part: slice, size: int) -> tuple[slice, slice]:
-    """The blocks of `size` that hold a range, and where in them it lies."""
+    """Returns the range of blocks of `size` that cover `part`, and the range of `part` within them."""
     first = part.start // size
     return slice(first, -(-part.stop // size)), slice(part.start - first * size, part.stop - first * size)
 
 
 class MXFP4(NamedTuple):
-    """Kernels of experts [E, in, out], of which the file holds [E, out, in]."""
+    """MXFP4 kernels of experts [E, in, out], stored as [E, out, in]."""
 
-    blocks: Any  # [E, out, in / 32, 16] u8: two numbers each, the lower four bits first
-    scales: Any  # [E, out, in / 32] u8: exponents, 127 more than they are
+    blocks: Any  # [E, out, in / 32, 16] u8: two values per byte, lower half first
+    scales: Any  # [E, out, in / 32] u8: exponents with bias 127
 
     def get_shape(self) -> tuple[int, ...]:
         E, out, groups, _ = self.blocks.get_shape()
@@ -52,19 +52,19 @@ class MXFP4(NamedTuple):
 
     def __getitem__(self, cut: Any) -> np.ndarray:
         experts, ins, outs = _ranges(cut, self.get_shape())
-        groups, inside = _around(ins, GROUP)
+        groups, offsets = _around(ins, GROUP)
         packed, exponents = (np.asarray(x[experts, outs, groups]) for x in (self.blocks, self.scales))
-        numbers = E2M1[np.stack([packed & 15, packed >> 4], -1)].reshape(*packed.shape[:3], GROUP)
-        numbers = np.ldexp(numbers, exponents.astype(np.int32)[..., None] - 127)
-        numbers = numbers.reshape(*packed.shape[:2], -1)[..., inside]
-        return np.ascontiguousarray(numbers.swapaxes(1, 2)).astype(jnp.bfloat16)
+        values = E2M1[np.stack([packed & 15, packed >> 4], -1)].reshape(*packed.shape[:3], GROUP)
+        values = np.ldexp(values, exponents.astype(np.int32)[..., None] - 127)
+        values = values.reshape(*packed.shape[:2], -1)[..., offsets]
+        return np.ascontiguousarray(values.swapaxes(1, 2)).astype(jnp.bfloat16)
 
 
 class FP8(NamedTuple):
-    """A matrix [out, in]."""
+    """Block-scaled FP8 matrix [out, in]."""
 
     numbers: np.ndarray  # [out, in] e4m3
-    factors: Any  # [out / block, in / block] f32, rounded up
+    factors: Any  # scales [out / block, in / block] f32, sizes rounded up
     block: tuple[int, int]
 
     def get_shape(self) -> tuple[int, ...]:
@@ -74,26 +74,26 @@ class FP8(NamedTuple):
         ranges = _ranges(cut, self.get_shape())
         around = [_around(part, size) for part, size in zip(ranges, self.block, strict=True)]
         factors = np.asarray(self.factors[tuple(blocks for blocks, _ in around)], np.float32)
-        for axis, (size, (_, inside)) in enumerate(zip(self.block, around, strict=True)):
-            factors = factors.repeat(size, axis).take(range(inside.start, inside.stop), axis)
+        for axis, (size, (_, offsets)) in enumerate(zip(self.block, around, strict=True)):
+            factors = factors.repeat(size, axis).take(range(offsets.start, offsets.stop), axis)
         return (self.numbers[tuple(ranges)].astype(np.float32) * factors).astype(jnp.bfloat16)
 
 
 def mapped_fp8(file: Path, name: str) -> np.ndarray:
-    """A tensor of e4m3 in a safetensors file, which the library does not hand to NumPy."""
+    """Memory-maps an e4m3 tensor of a safetensors file, which the library does not return as NumPy."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        told = json.loads(opened.read(length))[name]
-    start = 8 + length + told["data_offsets"][0]
-    return np.memmap(file, np.uint8, "r", start, tuple(told["shape"])).view(jnp.float8_e4m3fn)
+        entry = json.loads(opened.read(length))[name]
+    start = 8 + length + entry["data_offsets"][0]
+    return np.memmap(file, np.uint8, "r", start, tuple(entry["shape"])).view(jnp.float8_e4m3fn)
 
 
-def refusal(told: Mapping[str, Any] | None) -> str | None:
-    """Why weights cannot be read that are quantised as config.json's `quantization_config` says."""
-    method = told and told.get("quant_method")
-    if not told or method == "mxfp4" or (method == "fp8" and told.get("weight_block_size")):
+def refusal(quantization: Mapping[str, Any] | None) -> str | None:
+    """Returns the error for an unsupported `quantization_config` of config.json, or None."""
+    method = quantization and quantization.get("quant_method")
+    if not quantization or method == "mxfp4" or (method == "fp8" and quantization.get("weight_block_size")):
         return None
     return (
-        f"config.json: quantization_config.quant_method={method}: the weights are quantised, not as mxfp4 nor as fp8 "
-        "with weight_block_size, which are known; load them in transformers with dequantize=True and save them again"
+        f"config.json: quantization_config.quant_method={method}: not supported; supported are mxfp4, and fp8 with "
+        "weight_block_size; load the model in transformers with dequantize=True and save it again"
     )

@@ -1,4 +1,4 @@
-"""Published families: one row each, read in both directions."""
+"""Registry of published model families: config.json and weight mappings in both directions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ CLASSIFIER = "ForSequenceClassification"
 
 @dataclass(frozen=True)
 class Family:
-    """`read` makes our config of theirs; `write` gives the keys of theirs that are not common to all families."""
+    """A model family. `read` converts config.json to `ModelConfig`; `write` returns its architecture keys."""
 
     architecture: str
     model_type: str
@@ -38,7 +38,7 @@ class Family:
 
     @property
     def classifier(self) -> str:
-        """Its class with a head of scores."""
+        """Name of its sequence classification class."""
         stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         return ("Gemma3Text" if stem == "Gemma3" else stem) + CLASSIFIER
 
@@ -48,7 +48,7 @@ _qwen2 = lambda hf: configs.read_common(hf, attention={"qkv_bias": True})
 _gemma2 = lambda hf: configs.read_gemma(hf, QKNorm.none)
 _gemma3 = lambda hf: configs.read_gemma(hf, QKNorm.head)
 
-# In the order in which an export looks for one that can say what the model is.
+# In the order in which an export looks for a family that can represent the model.
 FAMILIES = (
     Family("LlamaForCausalLM", "llama", configs.read_llama, _write_llama, rules.llama_rules),
     Family("MistralForCausalLM", "mistral", configs.read_common, configs.write_common, rules.llama_rules),
@@ -70,7 +70,7 @@ FAMILIES = (
 
 
 def family_of(hf: HFConfig) -> Family:
-    """Raises: ValueError where no family reads this config.json."""
+    """Returns the family of a config.json. Raises: ValueError if it is not supported."""
     if why := refusal(hf.get("quantization_config")):
         raise ValueError(why)
     for family in FAMILIES:
@@ -81,11 +81,13 @@ def family_of(hf: HFConfig) -> Family:
 
 
 def family_for(config: ModelConfig) -> Family:
-    """The first family that can say what `config` is: whose config.json, read back, gives it again.
+    """Returns the first family whose config.json, read back, represents `config` exactly.
 
-    Raises: ValueError where there is none.
+    Raises: ValueError if there is none.
     """
-    config.refuse_masks(*OTHER_MASKS, why="transformers runs these classes as causal models, so it cannot be exported")
+    config.refuse_masks(
+        *OTHER_MASKS, why="transformers runs these classes as causal models, so this model cannot be exported"
+    )
     for family in FAMILIES:
         try:
             if architecture_name(read_model(write_config(family, config))) == architecture_name(config):
@@ -93,24 +95,25 @@ def family_for(config: ModelConfig) -> Family:
         except (KeyError, ValueError, StopIteration):
             continue
     known = ", ".join(f.architecture for f in FAMILIES)
-    raise ValueError(f"this model is none that transformers knows by one of these classes: {known}")
+    raise ValueError(f"no supported transformers class represents this model; supported: {known}")
 
 
 def read_model(hf: HFConfig) -> ModelConfig:
-    """Our config of a config.json. Raises: ValueError where it says what we have no words for."""
+    """Converts config.json to `ModelConfig`. Raises: ValueError for unsupported values."""
     model = family_of(hf).read(hf)
     if not (hf.get("architectures") or [""])[0].endswith(CLASSIFIER):
         return model
-    return dataclasses.replace(model, outputs=len(hf.get("id2label") or "ab"))  # two are not written down
+    # Two labels are the default and are not stored
+    return dataclasses.replace(model, outputs=len(hf.get("id2label") or "ab"))
 
 
 def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json."""
-    told = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
+    """Returns the content of config.json."""
+    hf = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
     if not config.outputs:
-        return told
+        return hf
     names = {str(i): f"LABEL_{i}" for i in range(config.outputs)}
-    return told | {
+    return hf | {
         "architectures": [family.classifier],
         "id2label": names,
         "label2id": {name: int(i) for i, name in names.items()},
@@ -118,8 +121,9 @@ def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 
 def architecture_name(config: ModelConfig) -> ModelConfig:
-    """What defines the function that a model computes: without dtypes, dropout, initialisation, remat, and how
-    experts are trained and reached.
+    """Normalizes a config to the fields that define the function of the model, for comparison.
+
+    Resets dtypes, dropout, initialization, remat, and the training and dispatch of experts.
     """
     plain = ModelConfig()
     ignored = ("dtype", "param_dtype", "matmul_precision", "remat", "dropout", "init_std", "init_scaled_residual")

@@ -1,7 +1,7 @@
-"""Adapters as PEFT keeps them: a folder with adapter_config.json and adapter_model.safetensors.
+"""Reads and writes PEFT adapters: a folder with adapter_config.json and adapter_model.safetensors.
 
-PEFT's A is [rank, in] and its B [out, rank], beside a weight [out, in] of one layer; rows follow the order of the
-weight's own, heads first, so that ours are flattened and turned, and nothing is permuted.
+PEFT stores A as [rank, in] and B as [out, rank] for a weight [out, in] of one layer. The rows are ordered as in the
+weight, heads first, so parameters are flattened and transposed but not permuted.
 """
 
 import json
@@ -21,7 +21,7 @@ from models.transformer import param_axes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What a config may say beside the keys below without changing what is computed here.
+# Options of PEFT that change the adapters and are not supported.
 OTHER_METHODS = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias",
     "megatron_config", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters",
@@ -31,23 +31,23 @@ OTHER_METHODS = (
 
 
 class Module(NamedTuple):
-    """A matrix of ours that is one module of theirs."""
+    """A parameter matrix and the corresponding PEFT module."""
 
-    path: str  # ours: layers/attention/query/kernel
-    name: str  # theirs: model.layers.0.self_attn.q_proj
-    index: tuple[int, ...]  # where it lies in the leading dims of ours
-    in_first: bool  # their weight is [in, out], as in GPT-2's Conv1D
+    path: str  # parameter path, e.g. layers/attention/query/kernel
+    name: str  # module name, e.g. model.layers.0.self_attn.q_proj
+    index: tuple[int, ...]  # index in the leading dims of the parameter
+    in_first: bool  # the module's weight is [in, out], as in the Conv1D of GPT-2
 
 
 def modules(config: ModelConfig, adapter: AdapterConfig, family: Family) -> list[Module]:
-    """Raises: ValueError where a matrix of ours is only a part of a tensor of theirs."""
+    """Returns the PEFT modules of all targets. Raises: ValueError if a matrix is only a part of a tensor."""
     layout, found, axes = WeightMap(config, family), [], param_axes(config)
     for path, names in find_targets(adapter, axes).items():
         rule, part = layout.places[path.replace("/", ".")]
         if len(rule.parts) > 1 or "experts" in names:
-            what = "one tensor of experts" if "experts" in names else f"{rule.name}, which joins several matrices"
+            tensor = "a tensor of experts" if "experts" in names else f"{rule.name}, a fused tensor"
             raise ValueError(
-                f"adapter.target_modules: {path}: PEFT has no adapter for a part of {what}; export the merged model, "
+                f"adapter.target_modules: {path}: PEFT has no adapter for a part of {tensor}; export the merged model, "
                 "to=hf:FOLDER"
             )
         groups, letters = groups_of(dict(rule.parts)[part]), "".join(layout.sizes(rule, part))
@@ -60,14 +60,14 @@ def modules(config: ModelConfig, adapter: AdapterConfig, family: Family) -> list
 
 
 def _names(module: Module, method: Method) -> dict[str, str]:
-    """Their tensors of one module, by the name of ours."""
+    """Returns the tensor names of a module by adapter leaf (a, b, magnitude)."""
     kinds = ("lora_A.weight", "lora_B.weight")
     if module.path == "embedding":
         kinds = ("lora_embedding_A", "lora_embedding_B")
     named = dict(zip(("a", "b"), kinds, strict=True))
     if method is Method.dora:
         named["magnitude"] = "lora_magnitude_vector"
-    return {ours: f"{PREFIX}{module.name}.{theirs}" for ours, theirs in named.items()}
+    return {leaf: f"{PREFIX}{module.name}.{tensor_name}" for leaf, tensor_name in named.items()}
 
 
 def _at(tree: Any, path: str) -> Any:
@@ -76,15 +76,15 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
-def _to_theirs(ours: str, array: np.ndarray, rank: int) -> np.ndarray:
-    """A [in..., R] to [R, in], B [R, out...] to [out, R], a magnitude to [out]."""
-    if ours == "magnitude":
+def _to_peft(leaf: str, array: np.ndarray, rank: int) -> np.ndarray:
+    """Converts A [in..., R] to [R, in], B [R, out...] to [out, R], and a magnitude to [out]."""
+    if leaf == "magnitude":
         return array.reshape(-1)
-    return np.ascontiguousarray(array.reshape(-1, rank).T if ours == "a" else array.reshape(rank, -1).T)
+    return np.ascontiguousarray(array.reshape(-1, rank).T if leaf == "a" else array.reshape(rank, -1).T)
 
 
 def _target_modules(found: list[Module], all_names: list[str]) -> list[str]:
-    """The last words of the names, or as many more as leave out every module that is not adapted."""
+    """Returns the shortest name suffixes that match all adapted modules and no other module."""
     chosen = {module.name for module in found}
     others = [name for name in all_names if name not in chosen]
     targets = set()
@@ -106,16 +106,18 @@ def save_adapters(
     base: str,
     dtype: str,
 ) -> None:
-    """Every process calls it, process 0 writes. Raises: ValueError where PEFT has no such adapters."""
+    """Writes adapters; all processes call it, process 0 writes. Raises: ValueError if PEFT cannot hold them."""
     if config.outputs:
-        raise ValueError("its head of scores trains whole, beside the adapters; export the merged model, to=hf:FOLDER")
+        raise ValueError(
+            "the score head is trained in full, which PEFT adapters cannot hold; export the merged model, to=hf:FOLDER"
+        )
     found, numpy_dtype = modules(config, adapter, family), np.dtype(jnp.dtype(dtype))
     tensors = {}
     for module in found:
-        here = _at(adapters, module.path)
-        for ours, theirs in _names(module, adapter.method).items():
-            array = to_host(here[ours])[module.index]
-            tensors[theirs] = _to_theirs(ours, array, adapter.rank).astype(numpy_dtype)
+        leaves = _at(adapters, module.path)
+        for leaf, tensor_name in _names(module, adapter.method).items():
+            array = to_host(leaves[leaf])[module.index]
+            tensors[tensor_name] = _to_peft(leaf, array, adapter.rank).astype(numpy_dtype)
     if jax.process_index() != 0:
         return
     every = [name.removesuffix(".weight") for name, _, _ in WeightMap(config, family).tensors()]
@@ -142,86 +144,87 @@ def save_adapters(
 def first_difference(
     path: Path, config: ModelConfig, adapter: AdapterConfig, adapters: Any, family: Family
 ) -> str | None:
-    """The name of the first tensor there that is not what `adapters` would write; None if none."""
-    there = Folder(path)
+    """Returns the name of the first stored tensor that differs from `adapters`, or None."""
+    stored = Folder(path)
     for module in modules(config, adapter, family):
-        here = _at(adapters, module.path)
-        for ours, theirs in _names(module, adapter.method).items():
-            tensor = there.tensor(theirs)
-            wanted = _to_theirs(ours, to_host(here[ours])[module.index], adapter.rank).astype(tensor.dtype)
+        leaves = _at(adapters, module.path)
+        for leaf, tensor_name in _names(module, adapter.method).items():
+            tensor = stored.tensor(tensor_name)
+            wanted = _to_peft(leaf, to_host(leaves[leaf])[module.index], adapter.rank).astype(tensor.dtype)
             if not np.array_equal(tensor.view(np.uint8), wanted.view(np.uint8)):
-                return theirs
+                return tensor_name
     return None
 
 
 class Folder:
-    """Adapters that are there."""
+    """A folder of saved PEFT adapters."""
 
     def __init__(self, path: Path):
-        """Raises: ValueError where files are missing, or say what is not carried out."""
+        """Raises: ValueError if files are missing or use unsupported options."""
         self.path, self.label = path, f"peft:{path}"
         for name in (CONFIG, WEIGHTS):
             if not (path / name).is_file():
-                raise ValueError(f"{self.label}: there is no {name}; give the folder of saved adapters, as safetensors")
+                raise ValueError(f"{self.label}: {name} not found; pass a folder of adapters saved as safetensors")
         self.described: dict[str, Any] = json.loads((path / CONFIG).read_text())
         self._file = safetensors_library().safe_open(path / WEIGHTS, framework="numpy")
         kind, bias = self.described.get("peft_type"), self.described.get("bias", "none")
         if kind != "LORA" or bias != "none":
-            raise ValueError(f"{self.label}: peft_type={kind}, bias={bias}: only LORA with bias=none is read")
+            raise ValueError(f"{self.label}: peft_type={kind}, bias={bias}: only LORA with bias=none is supported")
         for key in OTHER_METHODS:
             if self.described.get(key):
-                raise ValueError(f"{self.label}: {key}={self.described[key]}: is not carried out here")
+                raise ValueError(f"{self.label}: {key}={self.described[key]}: not supported")
 
     @property
     def base(self) -> Path:
-        """The folder of the base. Raises: ValueError where it is not there."""
+        """Folder of the base model. Raises: ValueError if it does not exist."""
         name = self.described.get("base_model_name_or_path") or ""
         if not (Path(name) / "config.json").is_file():
             raise ValueError(
-                f"{self.label}: base_model_name_or_path={name!r} is no folder of a downloaded checkpoint; write its "
-                f"folder there, in {CONFIG}"
+                f"{self.label}: base_model_name_or_path={name!r} is not the folder of a downloaded checkpoint; set "
+                f"it to that folder in {CONFIG}"
             )
         return Path(name)
 
     def tensor(self, name: str) -> np.ndarray:
+        """Reads a tensor by name."""
         return np.asarray(self._file.get_tensor(name))
 
     def config(self, model: ModelConfig, family: Family) -> AdapterConfig:
-        """What `adapter` says of them here. Raises: ValueError for tensors without a place."""
-        d, there = self.described, set(self._file.keys())
+        """Returns the adapter configuration. Raises: ValueError for missing or unexpected tensors."""
+        d, stored = self.described, set(self._file.keys())
         method = Method.dora if d.get("use_dora") else Method.rslora if d.get("use_rslora") else Method.lora
         if d.get("use_dora") and d.get("use_rslora"):
-            raise ValueError(f"{self.label}: use_dora and use_rslora together are not carried out")
+            raise ValueError(f"{self.label}: use_dora together with use_rslora is not supported")
         targets, places = [], set()
         for path in matrices(param_axes(model)):
             name = short_name(path)
             try:
                 one = AdapterConfig(method, d["r"], float(d["lora_alpha"]), [name])
-                named = {theirs for m in modules(model, one, family) for theirs in _names(m, method).values()}
-            except ValueError:  # no place for adapters of PEFT
+                named = {tensor_name for m in modules(model, one, family) for tensor_name in _names(m, method).values()}
+            except ValueError:  # no PEFT adapters for this matrix
                 continue
-            if named & there:
+            if named & stored:
                 targets, places = [*targets, *([] if name in targets else [name])], places | named
-        problems = [f"{name} has no place here" for name in sorted(there - places)]
-        problems += [f"{name} is missing" for name in sorted(places - there)]
+        problems = [f"{name} is unexpected" for name in sorted(stored - places)]
+        problems += [f"{name} is missing" for name in sorted(places - stored)]
         if problems or not targets:
-            raise ValueError(f"{self.label}: {'; '.join(problems[:5]) or 'there are no tensors'}")
+            raise ValueError(f"{self.label}: {'; '.join(problems[:5]) or 'no adapter tensors found'}")
         return AdapterConfig(method, d["r"], float(d["lora_alpha"]), targets, float(d.get("lora_dropout") or 0.0))
 
     def load(self, model: ModelConfig, adapter: AdapterConfig, family: Family, abstract: Any) -> Any:
-        """Adapters onto the shapes and shardings of `abstract`."""
+        """Loads the adapters with the shapes and shardings of `abstract`."""
         of_path: dict[str, list[Module]] = {}
         for module in modules(model, adapter, family):
             of_path.setdefault(module.path, []).append(module)
 
         def load(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> jax.Array:
-            *parents, ours = (key.key for key in path)
-            whole = np.zeros(spec.shape, spec.dtype)
+            *parents, leaf = (key.key for key in path)
+            array = np.zeros(spec.shape, spec.dtype)
             for module in of_path["/".join(parents)]:
-                tensor, shape = self.tensor(_names(module, adapter.method)[ours]), whole[module.index].shape
+                tensor, shape = self.tensor(_names(module, adapter.method)[leaf]), array[module.index].shape
                 if tensor.size != math.prod(shape):
-                    raise ValueError(f"{self.label}: {module.name}: {list(tensor.shape)} does not fit the base")
-                whole[module.index] = tensor.T.reshape(shape)  # of a vector, .T is itself
-            return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: whole[index])
+                    raise ValueError(f"{self.label}: {module.name}: shape {list(tensor.shape)} does not match the base")
+                array[module.index] = tensor.T.reshape(shape)  # .T of a vector is the vector
+            return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: array[index])
 
         return jax.tree_util.tree_map_with_path(load, abstract)

@@ -1,4 +1,4 @@
-"""Rotary positions in config.json, as our config and back."""
+"""Converts the RoPE parameters of config.json to `RopeConfig` and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,14 @@ HFConfig = Mapping[str, Any]  # the content of config.json
 
 
 def one_of(hf: HFConfig, *names: str, default: Any = None) -> Any:
+    """Returns the first of these keys that is set and not null."""
     return next((hf[name] for name in names if hf.get(name) is not None), default)
 
 
 def read_rope(hf: HFConfig, *, latent: bool = False) -> RopeConfig:
-    """`latent`: of DeepSeek's attention, which has a temperature of its own.
+    """Reads the RoPE parameters. `latent`: DeepSeek attention, which supports mscale and mscale_all_dim.
 
-    Raises: ValueError for a kind of scaling, or a key of one, that is not known here.
+    Raises: ValueError for an unsupported scaling method or key.
     """
     found = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {})}
     local = hf.get("rope_local_base_freq")
@@ -35,9 +36,7 @@ def read_rope(hf: HFConfig, *, latent: bool = False) -> RopeConfig:
     defaults = RopeConfig()
     fraction = float(one_of(found, "partial_rotary_factor", default=hf.get("partial_rotary_factor") or 1.0))
     if fraction < 1 and hf.get("model_type", "phi3") != "phi3":
-        raise ValueError(
-            f"config.json: partial_rotary_factor={fraction}: transformers heeds it in Phi-3 only, of these"
-        )
+        raise ValueError(f"config.json: partial_rotary_factor={fraction}: transformers supports it only in Phi-3")
     limit = hf.get("max_position_embeddings")
     first = one_of(found, "original_max_position_embeddings", default=hf.get("original_max_position_embeddings"))
     first = limit if kind == "dynamic" else first or limit
@@ -62,7 +61,7 @@ def read_rope(hf: HFConfig, *, latent: bool = False) -> RopeConfig:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """In the words of transformers 5 and in those before it, which other tools still read."""
+    """Writes the keys of transformers 5 and the older ones, which other tools still read."""
     rope, new = config.rope, {}
     new = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.scaling is not RopeScaling.none:
@@ -85,7 +84,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     written: dict[str, Any] = {"rope_parameters": new, "rope_theta": rope.theta, "rope_scaling": old}
     if rope.partial_rotary_factor != 1:
         written["partial_rotary_factor"] = rope.partial_rotary_factor
-    if rope.scaling is RopeScaling.longrope:  # where Phi-3's own class looks for it
+    if rope.scaling is RopeScaling.longrope:  # location read by the Phi-3 class
         written["original_max_position_embeddings"] = rope.original_max_seq_len
     if rope.local_theta is not None:
         local = {"rope_type": "default", "rope_theta": rope.local_theta}

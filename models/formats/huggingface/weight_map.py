@@ -1,8 +1,8 @@
-"""Which arrays of ours stand in one tensor of a published checkpoint, and in which order of dims.
+"""Mapping of published checkpoint tensors to parameters, with the order of their dims.
 
-The letters of a pattern are those of `LETTERS`; dims in brackets are flattened into one: `(NH)D` is a matrix of N x H
-rows and D columns. Rotary halves are paired as transformers pairs them, so that nothing is permuted; where a format has
-the two numbers of a pair side by side, its pattern says h for H: `(Nh)D`.
+The letters of a pattern are those of `LETTERS`; dims in parentheses are flattened: `(NH)D` is a matrix of N x H rows
+and D columns. Rotary pairs are halves, as in transformers, so nothing is permuted. If a format stores interleaved
+pairs, its pattern has h instead of H: `(Nh)D`.
 """
 
 from dataclasses import dataclass, replace
@@ -17,17 +17,18 @@ LETTERS = {
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """One tensor of a checkpoint. `{i}` in its name is the number of the layer, `{e}` of the expert."""
+    """Mapping of a checkpoint tensor. `{i}` in its name is the layer index, `{e}` the expert index."""
 
     name: str
-    parts: tuple[tuple[str, str], ...]  # (path of ours, pattern of theirs); several: joined along `axis`
+    # (parameter path, dim pattern of the tensor); several are concatenated along `axis`
+    parts: tuple[tuple[str, str], ...]
     axis: int = 0
-    interleaved: bool = False  # the parts take turns along `axis`, instead of one after the other
-    stack: str = "layers"  # whose layers these are: models.transformer.stacks
+    interleaved: bool = False  # the parts are interleaved along `axis` instead of concatenated
+    stack: str = "layers"  # layer stack (models.transformer.stacks)
 
 
 def tensor_mapping(name: str, *parts: str, axis: int = 0, interleaved: bool = False) -> TensorMapping:
-    """`rule(name, path, pattern, path, pattern, ...)`."""
+    """Shorthand: `tensor_mapping(name, path, pattern, path, pattern, ...)`."""
     return TensorMapping(name, tuple(zip(parts[::2], parts[1::2], strict=True)), axis, interleaved)
 
 
@@ -62,10 +63,12 @@ def _attention(config: ModelConfig) -> list[TensorMapping]:
     if a.out_bias:
         rules.append(tensor_mapping(layer + "self_attn.o_proj.bias", "attention.out.bias", "D"))
     if a.qk_norm is not QKNorm.none:
-        whole = a.qk_norm is QKNorm.projection
+        all_heads = a.qk_norm is QKNorm.projection
         rules += [
-            tensor_mapping(layer + "self_attn.q_norm.weight", "attention.query_norm.scale", "(NH)" if whole else "H"),
-            tensor_mapping(layer + "self_attn.k_norm.weight", "attention.key_norm.scale", "(KH)" if whole else "H"),
+            tensor_mapping(
+                layer + "self_attn.q_norm.weight", "attention.query_norm.scale", "(NH)" if all_heads else "H"
+            ),
+            tensor_mapping(layer + "self_attn.k_norm.weight", "attention.key_norm.scale", "(KH)" if all_heads else "H"),
         ]
     return rules
 
@@ -110,7 +113,7 @@ def llama_rules(config: ModelConfig) -> list[TensorMapping]:
 def _with_experts(
     config: ModelConfig, attention: list[TensorMapping], experts: list[TensorMapping]
 ) -> list[TensorMapping]:
-    """Both kinds of layers, whose norms stand before attention and feed-forward."""
+    """Mappings of dense and MoE layers with pre-norms."""
     both = [*attention, *_norms(attention_norm="input_layernorm", mlp_norm="post_attention_layernorm")]
     dense = [*both, *_feed_forward(config)] if config.moe.first_num_dense_layers else []
     return [*_ends(config), *both, *experts, *(replace(r, stack="dense_layers") for r in dense)]
@@ -133,14 +136,14 @@ def qwen3_moe_rules(config: ModelConfig) -> list[TensorMapping]:
 
 def gpt_oss_rules(config: ModelConfig) -> list[TensorMapping]:
     layer = "model.layers.{i}."
-    wide = lambda name, what, pattern: tensor_mapping(
-        layer + name, f"mlp.gate.{what}", pattern, f"mlp.up.{what}", pattern, axis=len(pattern) - 1, interleaved=True
+    fused = lambda name, leaf, pattern: tensor_mapping(
+        layer + name, f"mlp.gate.{leaf}", pattern, f"mlp.up.{leaf}", pattern, axis=len(pattern) - 1, interleaved=True
     )
     experts = [
         tensor_mapping(layer + "mlp.router.weight", "mlp.router.kernel", "RD"),
         tensor_mapping(layer + "mlp.router.bias", "mlp.router.bias", "R"),
-        wide("mlp.experts.gate_up_proj", "kernel", "EDF"),
-        wide("mlp.experts.gate_up_proj_bias", "bias", "EF"),
+        fused("mlp.experts.gate_up_proj", "kernel", "EDF"),
+        fused("mlp.experts.gate_up_proj_bias", "bias", "EF"),
         tensor_mapping(layer + "mlp.experts.down_proj", "mlp.down.kernel", "EFD"),
         tensor_mapping(layer + "mlp.experts.down_proj_bias", "mlp.down.bias", "ED"),
     ]
@@ -205,7 +208,7 @@ def phi3_rules(config: ModelConfig) -> list[TensorMapping]:
 
 def gpt2_rules(config: ModelConfig) -> list[TensorMapping]:
     layer = "transformer.h.{i}."
-    # Their Conv1D holds [in, out].
+    # Conv1D stores [in, out].
     kernels = ("attention.query.kernel", "D(NH)", "attention.key.kernel", "D(KH)", "attention.value.kernel", "D(KH)")
     biases = ("attention.query.bias", "(NH)", "attention.key.bias", "(KH)", "attention.value.bias", "(KH)")
     return [

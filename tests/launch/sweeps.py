@@ -19,7 +19,7 @@ SECONDS = float(os.environ.get("SECONDS_OF_A_STEP", "0"))
 
 def main() -> int:
     given = dict(word.partition("=")[::2] for word in sys.argv[2:])
-    folder = Path(given["runs"]) / given["run"]
+    folder = Path(given["output_dir"]) / given["run"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "starts", "a") as starts:
         starts.write("start\n")

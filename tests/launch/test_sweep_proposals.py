@@ -18,7 +18,7 @@ WIDE: dict = {RATE: Range(1e-5, 1.0, True, False), LAYERS: Range(1, 8, False, Tr
 
 
 def study(folder: Path | None, **settings) -> Study:
-    search = SweepSearchConfig(**{"over": {"a": "b"}, "method": Method.random, "trials": 8} | settings)
+    search = SweepSearchConfig(**{"parameters": {"a": "b"}, "method": Method.random, "trials": 8} | settings)
     return Study(folder, "s", search, WIDE, num_steps=100)
 
 
@@ -122,7 +122,7 @@ def test_a_number_has_four_figures_and_stays_in_its_range():
         "~experiment": False,
     }.items(),
 )
-def test_what_varies_is_told_from_what_does_not(override, several):
+def test_sweep_overrides_are_recognized(override, several):
     assert varies(override) is several
     assert (override in split_varying_keys([override])) is not several
 
@@ -136,18 +136,18 @@ def plain():
 
 
 NO_SPACES = {
-    f"{RATE}=1e-2..1e-4": "a range goes from the smaller to the larger number",
-    f"{RATE}=log:0..1": "a logarithmic range begins above 0",
-    f"{RATE}=1e-4..big": "'big' is no number",
+    f"{RATE}=1e-2..1e-4": "the lower end of a range must be less than the upper end",
+    f"{RATE}=log:0..1": "a logarithmic range must start above 0",
+    f"{RATE}=1e-4..big": "'big' is not a number",
     f"{RATE}=interval(0,1)": f"write a range as {RATE}=LOW..HIGH",
-    f"{LAYERS}=1.5..4": "this key holds whole numbers",
-    "optimizer=1..2": "this key holds no number; give its values",
-    "model.tied_embeddings=0..1": "this key holds no number; give its values",
-    "seed=3": "seed=3: is one value; to vary it give values, seed=2,4,8, or a range",
-    "run=a,b": "run=a,b: is the same in all trials",
-    "launcher=local,slurm": "launcher=local,slurm: is the same in all trials",
-    "launcher.max_restarts=1..3": "launcher.max_restarts=1..3: is the same in all trials",
-    "task.sweep.trials=1,2": "task.sweep.trials=1,2: is the same in all trials",
+    f"{LAYERS}=1.5..4": "this key is an integer; both ends of the range must be integers",
+    "optimizer=1..2": "this key is not numeric; list its values",
+    "model.tied_embeddings=0..1": "this key is not numeric; list its values",
+    "seed=3": "seed=3: a single value; to sweep it, give values, seed=2,4,8, or a range",
+    "run=a,b": "run=a,b: must be the same in all trials",
+    "launcher=local,slurm": "launcher=local,slurm: must be the same in all trials",
+    "launcher.max_restarts=1..3": "launcher.max_restarts=1..3: must be the same in all trials",
+    "task.sweep.trials=1,2": "task.sweep.trials=1,2: must be the same in all trials",
 }
 
 
@@ -168,16 +168,16 @@ def test_a_key_tells_whether_its_range_is_of_whole_numbers(plain):
 
 def test_a_grid_is_taken_whole_and_has_no_ranges():
     seeds: Space = {"seed": Values(("1", "2", "3"))}
-    with pytest.raises(ValueError, match=r"sweep.trials=2: the grid has 3 points; leave it out for all of them"):
+    with pytest.raises(ValueError, match=r"sweep.trials=2: the grid has 3 points; remove sweep.trials to run all"):
         points_of(SweepSearchConfig(trials=2), seeds)
     ranged: Space = {RATE: Range(1e-4, 1e-2, True, False)}
-    with pytest.raises(ValueError, match=f"give its values, such as {RATE}=0.0001,0.001,0.01"):
+    with pytest.raises(ValueError, match=f"a grid needs a list of values, such as {RATE}=0.0001,0.001,0.01"):
         points_of(SweepSearchConfig(method=Method.grid), ranged)
     assert points_of(SweepSearchConfig(), ranged) == [] and len(points_of(SweepSearchConfig(), seeds)) == 3
 
 
 def test_numbers_that_have_no_sense_are_refused():
-    for key in ("trials", "parallel"):
+    for key in ("trials", "max_concurrent_trials"):
         with pytest.raises(ValueError, match=f"sweep.{key}=0: must be at least 1"):
             check_ranges(SweepSearchConfig(parameters={"seed": "1,2"}, **{key: 0}), "sweep")
 
@@ -194,10 +194,10 @@ def test_a_goal_of_max_turns_the_order_round():
 
 @pytest.mark.parametrize("pruning", [Pruning.median, Pruning.hyperband])
 def test_pruning_ends_what_is_worse_after_the_steps_that_all_get(tmp_path, pruning):
-    one, steps = study(tmp_path, trials=20, pruning=pruning, prune_after=9), []
+    one, steps = study(tmp_path, trials=20, pruning=pruning, warmup_steps=9), []
     while (trial := one.next()) is not None:
         # A handle of another process, as after a restart: nothing of it is in memory.
-        again = study(tmp_path, trials=20, pruning=pruning, prune_after=9)
+        again = study(tmp_path, trials=20, pruning=pruning, warmup_steps=9)
         step, ended = 0, False
         while step < 81 and not ended:
             step += 3

@@ -213,5 +213,10 @@ class SkypilotConfig(LauncherConfig):
 
 
 LAUNCHERS: dict[str, type[LauncherConfig]] = {
-    config.kind: config for config in (LocalConfig, SlurmConfig, K8sConfig, RayConfig, TpuVmConfig, SkypilotConfig)
+    "local": LocalConfig,
+    "slurm": SlurmConfig,
+    "k8s": K8sConfig,
+    "ray": RayConfig,
+    "tpu_vm": TpuVmConfig,
+    "skypilot": SkypilotConfig,
 }

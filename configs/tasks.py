@@ -240,4 +240,4 @@ TASKS: dict[str, type[TaskConfig]] = {
 }
 
 # Names of a task's keys that no Python field can have.
-ALIASES: dict[str, dict[str, str]] = {"convert": {"from": "origin", "to": "target"}}
+ALIASES: dict[str, dict[str, str]] = {"convert": {"from": "input", "to": "output"}}

@@ -1,7 +1,7 @@
 """The command line: `meshwright TASK [hydra overrides]`.
 
-The first bare word is the task; everything after it is plain Hydra. Exit codes: 0 done, 1 failed, 2 the config or an
-input is wrong, 75 preempted with a checkpoint written (requeue me), 130 interrupted before there was anything to save.
+The first word is the task; the rest are Hydra overrides. Exit codes: 0 success, 1 failure, 2 invalid
+config or input, 75 preempted after saving a checkpoint (requeue), 130 interrupted before anything was saved.
 """
 
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 HELP = ("-h", "--help", "help")
-# Hydra's own flags. Those with a value are followed by it.
+# Hydra's own flags, without and with a value.
 FLAGS = ("--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc")
 FLAGS_WITH_VALUE = (
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
@@ -34,9 +34,9 @@ def main() -> None:
 
 
 def use_huge_pages() -> None:
-    """Begins this program again with memory in pages of 2 MB, which glibc asks for only when it is told at the start.
+    """Re-executes the program with 2 MB huge pages, which glibc enables only through its environment at start-up.
 
-    Steps on CPUs are up to a quarter faster. One's own GLIBC_TUNABLES stay as they are.
+    Makes CPU training steps up to 25 % faster. Does nothing if GLIBC_TUNABLES is already set.
     """
     quick = {*HELP, "--version"} & set(sys.argv[1:]) or len(sys.argv) == 1
     if sys.platform != "linux" or TUNABLES in os.environ or quick:
@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
             return exit_codes.WRONG_INPUT
         arguments = [f"task={word}", *rest]
         if word == "plan" and not any(a.startswith("source=") for a in rest):
-            arguments.append("source=[]")  # it reads no text
+            arguments.append("source=[]")  # planning reads no data
     elif not completing and not word.startswith("-"):
         from launch.help import overview
 
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
     try:
         code = _run_hydra(arguments)
     finally:
-        if code not in (0, exit_codes.PREEMPTED):  # by whichever way: on leaving, JAX would wait for the others
+        if code not in (0, exit_codes.PREEMPTED):  # a regular exit would wait in JAX for the other processes
             distributed.exit_now(code)
     return code
 
@@ -101,7 +101,7 @@ def _help(task: Sequence[str], topics: Sequence[str]) -> int:
 
 
 def _is_task(word: str) -> bool:
-    """Whether there is such a task; says so where there is none."""
+    """Returns whether the task exists, and prints an error if it does not."""
     from launch.help import TASKS, overview
 
     if word not in TASKS:
@@ -112,7 +112,7 @@ def _is_task(word: str) -> bool:
 
 
 def _complete_after_the_task() -> None:
-    # Shells hand over the whole line; Hydra's completion knows overrides only, so the task becomes one.
+    # Shells pass the complete line; Hydra's completion supports overrides only, so the task becomes one.
     from configs.reference import tasks
 
     line = os.environ.get("COMP_LINE", "")
@@ -125,25 +125,23 @@ def _complete_after_the_task() -> None:
 
 
 def _run_hydra(arguments: list[str]) -> int:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise to us, we say it better
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors propagate: they are reported below
     from launch.startup_timing import startup
 
-    with startup.phase("import"):  # the classes of configs stand beside the code that they configure
+    with startup.phase("import"):  # config classes are defined next to the code that they configure
         from hydra.core.hydra_config import HydraConfig
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
         from configs.schema import RunConfig, register, to_typed
         from data.object_store import ObjectStoreError
-        from launch import config_errors as messages
-        from launch import distributed
-        from launch import safe_stdio as output
+        from launch import config_errors, distributed, safe_stdio
         from launch.launchers.registry import launch, launches
         from launch.overrides import is_override, quoted, routes_of
         from trainer.checkpoint.checkpointer import SaveFailed
 
     register()
-    task_name = messages.task_of([a for a in arguments if is_override(a)])
+    task_name = config_errors.task_of([a for a in arguments if is_override(a)])
     route = routes_of(task_name).route
     overrides = [quoted(route(a)) for a in arguments if is_override(a)]
     flags = [a for a in arguments if not is_override(a)]
@@ -152,11 +150,11 @@ def _run_hydra(arguments: list[str]) -> int:
     jobs: list[tuple[RunConfig, list[str]]] = []
 
     def task(node: "DictConfig") -> None:
-        try:  # Hydra would print the whole command line before an error
+        try:  # Hydra would print the complete command line before an error
             # Overrides of this job: in a sweep (-m) each job has its own.
             config, own = to_typed(node), list(HydraConfig.get().overrides.task)
             if launches(config):
-                jobs.append((config, own))  # those of a sweep go out together
+                jobs.append((config, own))  # jobs of a multirun are submitted together
             else:
                 codes.append(dispatch(config, own))
         except Exception as error:
@@ -170,35 +168,35 @@ def _run_hydra(arguments: list[str]) -> int:
 
             overrides = split_varying_keys(overrides)
         _check_flags(flags, task_name)
-        sys.argv = [program[0], *overrides, *flags]  # Hydra's parser wants it in this order
+        sys.argv = [program[0], *overrides, *flags]  # the order that Hydra's parser requires
         _compose(task, overrides, flags)
         if failed:
             raise failed[0]
         if jobs:
             codes.append(launch(jobs))
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"meshwright: {messages.explain(error, overrides)}", file=sys.stderr)
+        print(f"meshwright: {config_errors.explain(error, overrides)}", file=sys.stderr)
         return exit_codes.WRONG_INPUT
     except ValueError as error:
-        # What the user gave is wrong, and the message says how; a trace would bury it.
+        # Invalid input: the message explains it, and a traceback would bury it.
         if os.environ.get("MESHWRIGHT_TRACEBACK"):
             traceback.print_exc()
-        said = messages.explain(error, overrides) if str(error).startswith(messages.GROUP_VALUE) else error
-        print(f"meshwright: {said}", file=sys.stderr)
+        message = config_errors.explain(error, overrides) if str(error).startswith(config_errors.GROUP_VALUE) else error
+        print(f"meshwright: {message}", file=sys.stderr)
         return exit_codes.WRONG_INPUT
     except KeyboardInterrupt:
         print("meshwright: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED
-    except output.OutputClosed:
+    except safe_stdio.OutputClosed:
         return exit_codes.OUTPUT_CLOSED
     except (SaveFailed, ObjectStoreError) as error:
-        print(f"meshwright: {error}; the same command goes on from there", file=sys.stderr)
-        distributed.exit_now(exit_codes.PREEMPTED)  # one of several: all begin again together
+        print(f"meshwright: {error}; run the same command to resume", file=sys.stderr)
+        distributed.exit_now(exit_codes.PREEMPTED)  # with several processes, all restart together
         return exit_codes.FAILED
     except Exception as error:
         distributed.exit_if_peer_lost(error)
-        if isinstance(error, OSError) and error.errno in output.FULL:
-            print(f"meshwright: {error}; with room to write the same command goes on", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in safe_stdio.FULL:
+            print(f"meshwright: {error}; free disk space and run the same command to resume", file=sys.stderr)
         else:
             traceback.print_exc()
         return exit_codes.FAILED
@@ -210,8 +208,8 @@ def _run_hydra(arguments: list[str]) -> int:
 def _compose(task: Callable[["DictConfig"], Any], overrides: list[str], flags: list[str]) -> None:
     """Calls `task` with the composed config.
 
-    `hydra.main` composes a config twice, the first time to find its mode. So it is for its own flags alone, for
-    completion in a shell and for `hydra.KEY=`; a plain command composes once.
+    `hydra.main` composes the config twice, first to determine its mode. It is used only for Hydra's own flags, shell
+    completion and `hydra.KEY=`; a plain command composes once.
     """
     import hydra
 
@@ -230,7 +228,7 @@ def _compose(task: Callable[["DictConfig"], Any], overrides: list[str], flags: l
 
 
 def _check_flags(flags: Sequence[str], task: str) -> None:
-    """Raises: ValueError for a word that is neither a setting nor a flag of Hydra's, with what to type instead."""
+    """Raises: ValueError for a word that is neither an override nor a Hydra flag, with the correct spelling."""
     from launch.config_errors import explain_flag
 
     words = iter(enumerate(flags))
@@ -244,20 +242,20 @@ def _check_flags(flags: Sequence[str], task: str) -> None:
 
 
 def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-def]  # RunConfig, imported late
-    """Does the task in this process, together with the others that there are."""
+    """Runs the task in this process, after joining the other processes of the job."""
     from importlib import import_module
 
     from launch import distributed
     from launch.startup_timing import startup
 
     kind = config.task.kind
-    if kind in ("status", "logs", "stop"):  # of a job elsewhere: no devices here
+    if kind in ("status", "logs", "stop"):  # query a remote job: no devices are needed
         return getattr(import_module("launch.tasks.jobs"), kind)(config, overrides)
-    own_devices = kind not in ("sweep", "scaling_ladder")  # there they are for its runs
+    own_devices = kind not in ("sweep", "scaling_ladder")  # these leave the devices to the runs they start
     if own_devices:
         with startup.phase("join"):
             distributed.start(config.devices)
-    with startup.phase("import"):  # what other tasks need takes longer than a start should
+    with startup.phase("import"):  # importing only this task's modules keeps start-up short
         task = import_module(f"launch.tasks.{kind}")
     code = task.run(config, overrides)
     if own_devices:
@@ -266,17 +264,17 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
 
 
 def _check_layout() -> None:
-    # The package names are common words: another project's `data` or `models` must not stand in for ours.
+    # The package names are common words: another project's `data` or `models` must not shadow ours.
     import importlib.util
 
-    here = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent
     for name in ("trainer", "models", "data", "configs", "launch"):
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
-        if found != here:
+        if found != root:
             raise ValueError(
-                f"the package {name!r} is imported from {found}, not from {here}: another installed project shadows "
-                f"it; run `python -m launch.cli` from {here}, or use an environment of its own"
+                f"the package {name!r} is imported from {found}, not from {root}: another installed project shadows "
+                f"it; run `python -m launch.cli` from {root}, or use a separate environment"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a user reads when a config does not compose: the key, the value, the reason, and what would be valid."""
+"""Error messages for configs that do not compose: the key, the value, the reason and the valid choices."""
 
 import difflib
 import re
@@ -9,11 +9,11 @@ from configs.reference import option_names
 from launch.help import keys_of_task, owners
 from launch.key_hints import hint
 
-GROUP_VALUE = "Config group override must be"  # so begins Hydra's ValueError for `mesh=4`, which names no key
+GROUP_VALUE = "Config group override must be"  # prefix of Hydra's ValueError for `mesh=4`, which names no key
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or the known words where none is near."""
+    """Returns `; did you mean 'x'?`, or the list of known words if none is similar."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if near:
@@ -24,7 +24,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def explain(error: BaseException, overrides: list[str]) -> str:
-    """A Hydra or OmegaConf error in our words."""
+    """Rewrites a Hydra or OmegaConf error as a message for users."""
     text = str(error)
     cause = error
     while cause.__cause__ is not None:
@@ -37,7 +37,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         return _wrong_value(shown(key), overrides, text)
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
-        return f"{group}={option}: there is no such {group}{did_you_mean(option, option_names(group))}"
+        return f"{group}={option}: no such {group}{did_you_mean(option, option_names(group))}"
     if match := re.search(
         r"[Oo]verriding.*?'([^']+)'.*?No match in the defaults list|Could not override '([^']+)'", text
     ):
@@ -58,12 +58,12 @@ def explain(error: BaseException, overrides: list[str]) -> str:
 
 
 def named_keys(overrides: list[str]) -> set[str]:
-    """The keys that a command line sets."""
+    """Returns the keys set on a command line."""
     return {override.lstrip("+~").partition("=")[0] for override in overrides}
 
 
 def _given(key: str, overrides: list[str]) -> str | None:
-    for override in reversed(overrides):  # the last one counts
+    for override in reversed(overrides):  # the last one wins
         name, _, value = override.partition("=")
         if shown(name.lstrip("+~")) == key:
             return value
@@ -72,61 +72,61 @@ def _given(key: str, overrides: list[str]) -> str | None:
 
 def _wrong_value(key: str, overrides: list[str], text: str) -> str:
     value = _given(key, overrides)
-    said = f"{key}={value}" if value is not None else key
+    given = f"{key}={value}" if value is not None else key
     if match := re.search(r"expected one of \[([^\]]*)\]", text):
-        return f"{said}: must be one of {match.group(1)}{did_you_mean(value or '', match.group(1).split(', '))}"
+        return f"{given}: must be one of {match.group(1)}{did_you_mean(value or '', match.group(1).split(', '))}"
     if match := re.search(r"could not be converted to (\w+)", text):
-        wanted = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-        return f"{said}: must be {wanted.get(match.group(1), 'of type ' + match.group(1))}"
+        wanted = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+        return f"{given}: must be {wanted.get(match.group(1), 'of type ' + match.group(1))}"
     known = [k.rpartition(".")[2] for k in _known_keys(overrides) if k.rpartition(".")[0] == key]
     if known:
-        return f"{said}: holds other keys and takes no value of its own; give {key}.KEY=..., known: {', '.join(known)}"
+        return f"{given}: is a group of keys and takes no value; set {key}.KEY=..., known: {', '.join(known)}"
     reason = next(line for line in text.splitlines() if line.strip() and "Error merging" not in line)
-    return f"{said}: {reason.strip()}"
+    return f"{given}: {reason.strip()}"
 
 
 def _unknown_key(key: str, overrides: list[str]) -> str:
-    said = f"{key}: there is no such key"
+    unknown = f"{key}: no such key"
     known = _known_keys(overrides)
-    if key in known:  # an experiment's, of a group for which the command line chose another
+    if key in known:  # set by the experiment, for another option of the group
         group = key.partition(".")[0]
         value = _given(group, overrides)
         chosen = group if value is None else f"{group}={value}"
-        return f"{key}: the experiment sets it, and {chosen} has no such key; give {group} as the experiment has it"
+        return f"{key}: set by the experiment, but {chosen} has no such key; use the experiment's {group}, or remove the key"
     advice = hint(key)
     if advice is not None and _fits(advice, known):
-        return f"{said}; did you mean {_with_value(advice, key, overrides)!r}?"
+        return f"{unknown}; did you mean {_with_value(advice, key, overrides)!r}?"
     task = task_of(overrides)
     named = advice.partition("=")[0] if advice is not None else key
     others = [other for other in owners(named) if other != task]
     if others:
         instead = f"{named} is a key of {', '.join(others)}; `{task}` has no such key"
-        return instead if named == key else f"{said}; {instead}"
+        return instead if named == key else f"{unknown}; {instead}"
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    if not near:  # the right word in the wrong place
+    if not near:  # the right name in the wrong place
         leaf = key.rsplit(".", 1)[-1]
         near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:3]
         near = (
             near or [k for k in known if difflib.SequenceMatcher(None, k.rsplit(".", 1)[-1], leaf).ratio() > 0.75][:3]
         )
     if near:
-        return f"{said}; did you mean {' or '.join(repr(n) for n in near)}?"
+        return f"{unknown}; did you mean {' or '.join(repr(n) for n in near)}?"
     parent = key.rsplit(".", 1)[0] if "." in key else ""
-    beside = [k for k in known if k.rpartition(".")[0] == parent]
-    where = f"in {parent}" if parent else "at the top"
-    if beside:
-        return f"{said}; known {where}: {', '.join(k.rpartition('.')[2] for k in beside)}"
-    return f"{said}; `meshwright {task} --help all` prints all of them"
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    where = f"in {parent}" if parent else "at the top level"
+    if siblings:
+        return f"{unknown}; known {where}: {', '.join(k.rpartition('.')[2] for k in siblings)}"
+    return f"{unknown}; `meshwright {task} --help all` lists all keys"
 
 
 def _fits(advice: str, known: Collection[str]) -> bool:
-    """Whether the config of this command has what a hint names, or gets it by the hint's choice of an option."""
+    """Returns whether this command has the key of a hint, or gets it by the option that the hint selects."""
     *choices, last = advice.split()
     return bool(choices) or last.partition("=")[0] in known
 
 
 def _with_value(advice: str, key: str, overrides: list[str]) -> str:
-    """A hint that names a group, with the option that the given value is nearest to."""
+    """Completes a hint that names a group with the option closest to the given value."""
     value = _given(key, overrides)
     if advice not in option_groups() or value is None:
         return advice
@@ -136,7 +136,7 @@ def _with_value(advice: str, key: str, overrides: list[str]) -> str:
 
 
 def explain_flag(word: str, following: str | None, task: str) -> str:
-    """What to type instead of a flag, such as `--max_steps 10`, or of a word alone."""
+    """Suggests the KEY=VALUE form of a flag such as `--max_steps 10`, or of a single word."""
     key, equals, value = word.lstrip("-").partition("=")
     key = key.replace("-", "_")
     if not equals and word.startswith("-") and following is not None and not following.startswith("-"):
@@ -153,19 +153,17 @@ def explain_flag(word: str, following: str | None, task: str) -> str:
 
 
 def task_of(overrides: list[str]) -> str:
-    """The task of a command line."""
+    """Returns the task of a command line."""
     return _given("task", overrides) or "train"
 
 
 def shown(key: str) -> str:
-    """A key as a user writes it."""
+    """Returns a key as users write it, without `task.`."""
     return key.removeprefix("task.")
 
 
 def _known_keys(overrides: list[str]) -> list[str]:
-    """Every key of the config that the command's group choices give, and the groups; keys of the task as users write
-    them.
-    """
+    """Returns the group names and every key of the config composed from the command's group choices."""
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_module
@@ -186,6 +184,6 @@ def _known_keys(overrides: list[str]) -> list[str]:
     with initialize_config_module(config_module="configs", version_base="1.3"):
         try:
             node = compose("root", overrides=groups)
-        except Exception:  # a group choice is wrong as well: the plain config will do for a suggestion
+        except Exception:  # a group choice is invalid, too: suggest from the default config
             node = compose("root")
         return list(dict.fromkeys([*walk(node, ""), *option_groups()]))

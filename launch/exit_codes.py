@@ -1,12 +1,13 @@
-"""What the command's exit code says."""
+"""Exit codes of the command."""
 
-FAILED = 1  # an error that is not the user's
-WRONG_INPUT = 2
-PREEMPTED = 75  # stopped by a signal after a save: start it again to go on (EX_TEMPFAIL of sysexits.h)
+DONE = 0
+FAILED = 1  # an internal or runtime error
+WRONG_INPUT = 2  # invalid config, command line or input file
+PREEMPTED = 75  # stopped by a signal after saving a checkpoint: restart to resume (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130
-OUTPUT_CLOSED = 141  # nobody reads the output any more, as `| head` leaves it; shells say so of SIGPIPE
+OUTPUT_CLOSED = 141  # the reader closed the output pipe, as `| head` does; 128 + SIGPIPE
 
 
 def is_restartable(code: int) -> bool:
-    """Preempted, or ended by a signal: below 0 as subprocess tells it, above 128 as shells do."""
+    """Returns whether the process was preempted or killed by a signal: < 0 from subprocess, > 128 from shells."""
     return code == PREEMPTED or code < 0 or (code > 128 and code not in (INTERRUPTED, OUTPUT_CLOSED))

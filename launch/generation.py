@@ -1,4 +1,4 @@
-"""Text from a model: the one way in which training samples and `generate` write."""
+"""Text generation, shared by training samples and the `generate` task."""
 
 import json
 import time
@@ -19,36 +19,36 @@ from trainer.objective import Params
 
 
 class Unmasking(NamedTuple):
-    """How a masked diffusion model writes."""
+    """Decoding parameters of a masked diffusion model."""
 
     mask_id: int
-    steps: int  # passes; 0: one for each token
+    steps: int  # denoising steps; 0: one per token
 
 
 class StopText:
-    """Follows one row: hands out text as it becomes certain, and sees stop texts that lie across tokens."""
+    """Streams the text of one row and detects stop strings, including those that span tokens."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], show: Callable[[str], None]):
         self.decoder, self.stop, self.show = StreamDecoder(tokenizer), [s for s in stop if s], show
-        self.text = ""  # all of it that is to be kept
+        self.text = ""  # the text so far, cut at a stop string
         self.shown = 0
 
     def push(self, token: int) -> bool:
-        """Takes a token; True where a stop text is complete."""
+        """Adds a token; returns True if a stop string is complete."""
         self.text += self.decoder.push(token)
         found = [at for s in self.stop if (at := self.text.find(s, max(0, self.shown - len(s)))) >= 0]
         if found:
             self.text = self.text[: min(found)]
             self._show(len(self.text))
             return True
-        # The beginning of a stop text may be the end of what there is: hold it back.
+        # The text may end with a prefix of a stop string: hold it back.
         held = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
         self._show(len(self.text) - held)
         return False
 
     def finish(self) -> str:
-        """All of the text, what was held back included."""
-        if self.decoder.done < len(self.decoder.ids):  # half a character at the very end
+        """Returns the complete text, including the part held back."""
+        if self.decoder.done < len(self.decoder.ids):  # an incomplete character at the end
             self.text += self.decoder.flush()
         self._show(len(self.text))
         return self.text
@@ -71,9 +71,10 @@ def generate_batches(
     show: Callable[[str], None] = lambda text: None,
     unmasking: Unmasking | None = None,
 ) -> list[tuple[str, Completion]]:
-    """(text, completion) for each prompt; `show` gets the text of the first one while it is being written.
+    """Returns (text, completion) per prompt; `show` receives the text of the first one as it is generated.
 
-    A prompt is a text, or ids (of a chat) as they are. `unmasking`: how a diffusion model writes; its text comes whole.
+    A prompt is a string, or the token ids of a chat. `unmasking`: parameters of a diffusion model, whose text is not
+    streamed.
     """
     encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     rows = [StopText(tokenizer, stop, show if i == 0 else lambda text: None) for i in range(len(prompts))]
@@ -96,7 +97,7 @@ def generate_batches(
 
 
 def _until(row: StopText, completion: Completion) -> Completion:
-    """The completion as far as the first stop text; the row gets its text."""
+    """Cuts a completion at the first stop string; `row` receives the text."""
     for count, token in enumerate(completion.tokens, 1):
         if row.push(token):
             return Completion(completion.tokens[:count], completion.logprobs[:count], "stop")
@@ -104,7 +105,7 @@ def _until(row: StopText, completion: Completion) -> Completion:
 
 
 def unmasking_of(config: RunConfig, tokenizer: Tokenizer, steps: int = 0) -> Unmasking | None:
-    """How a run's model writes, where that is masked diffusion; None where it writes token by token."""
+    """Returns the decoding parameters of a masked diffusion run; None for autoregressive models."""
     if config.objective.data_needs.transform != "diffusion":
         return None
     transform = config.data.transform.build(tokenizer, config.data.seq_len)
@@ -113,22 +114,23 @@ def unmasking_of(config: RunConfig, tokenizer: Tokenizer, steps: int = 0) -> Unm
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Tokens to go on from, after BOS where the tokenizer's policy says so. An empty prompt begins a document: after
-    BOS, or after the end of another.
+    """Encodes a prompt, with BOS if the tokenizer adds it. An empty prompt becomes BOS, or else EOS.
 
-    Raises: ValueError where the tokenizer has nothing to begin a document with.
+    Raises: ValueError for an empty prompt if the tokenizer has neither BOS nor EOS.
     """
     ids = tokenizer.begin(tokenizer.encode(prompt))
     if ids:
         return ids
     first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     if first is None:
-        raise ValueError("prompt='': this tokenizer has no token that begins a document; give at least one character")
+        raise ValueError(
+            "prompt='': this tokenizer has no BOS or EOS token to start a document; give at least one character"
+        )
     return [first]
 
 
 def append_samples(path: Path, step: int, prompts: Sequence[str], texts: Sequence[str], **more: Any) -> None:
-    """One object a line: step, time, prompt, text."""
+    """Appends one JSON object per line: step, time, prompt, text."""
     with path.open("a") as file:
         for prompt, text in zip(prompts, texts, strict=True):
             row = {"step": step, "time": time.time(), "prompt": prompt, "text": text, **more}

@@ -1,9 +1,9 @@
-"""Signs of life of the processes of a run: how far each is, what it waits for, and who is gone.
+"""Heartbeats between the processes of a run: progress, what each one waits for, and which are lost.
 
-Each process writes a sign every second into the key-value store of JAX's coordination service, which process 0 holds.
-Process 0 looks through them and publishes who has given none for a while, or has left with an error; the others read
-that with each sign of theirs. Nobody leaves for silence alone, only where JAX says that it cannot go on, by a failing
-collective or an abort of its own. Then the line says who it was.
+Each process writes a heartbeat every second to the key-value store of JAX's coordination service, hosted by process 0.
+Process 0 checks them and publishes which processes are silent or have exited with an error; the others read that with
+each of their heartbeats. A missing heartbeat alone ends no process: one exits only if JAX cannot continue, after a failed
+collective or when JAX itself aborts, and then reports which process was lost.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from typing import Protocol
 
 from launch.exit_codes import PREEMPTED
 
-PAUSE = 1.0  # seconds between signs
-SILENT = 3.0  # seconds without a new sign after which a process is named
-PATIENCE = 8.0  # seconds in which somebody is named after a collective has failed
-SIGNS, NEWS = "meshwright/signs", "meshwright/news"
+HEARTBEAT_INTERVAL = 1.0  # seconds between heartbeats
+HEARTBEAT_TIMEOUT = 3.0  # seconds without a new heartbeat after which a process counts as lost
+NAMING_TIMEOUT = 8.0  # seconds to wait for the name of the lost process after a failed collective
+SIGNS, FAILURES = "meshwright/signs", "meshwright/news"
 
 
 class Store(Protocol):
-    """What is used of JAX's distributed client."""
+    """The methods used of JAX's distributed client."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
 
@@ -42,41 +42,41 @@ class Store(Protocol):
 
 @dataclass
 class Heartbeat:
-    """What a process says of itself."""
+    """State that a process reports."""
 
-    count: int = 0  # of signs: who lives counts on
+    count: int = 0  # heartbeats so far; it increases while the process lives
     step: int = 0
     doing: str = "starts"
     host: str = field(default_factory=lambda: os.uname().nodename)
     pid: int = field(default_factory=os.getpid)
-    left: int | None = None  # the exit code with which it goes
+    left: int | None = None  # the exit code, once the process ends
 
 
 class PeerStatus:
-    """What process 0 knows of all: since when each has given the same sign."""
+    """Tracks on process 0 since when each process has sent no new heartbeat."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seen: dict[int, tuple[int, float]] = {}
 
-    def news(self, signs: dict[int, Heartbeat]) -> dict[int, str]:
-        """Who is gone, and how; who has left because of another, or is done, is not."""
+    def failures(self, signs: dict[int, Heartbeat]) -> dict[int, str]:
+        """Returns the lost processes and how they failed, without those that are done or left because of another."""
         now, found = self._clock(), {}
         for process, sign in signs.items():
             count, since = self._seen.get(process, (-1, now))
             if sign.count != count:
                 self._seen[process] = sign.count, (since := now)
             if sign.left not in (None, 0, PREEMPTED):
-                found[process] = f"left with {sign.left}, its own output says why"
-            elif sign.left is None and now - since >= SILENT:
-                found[process] = f"no sign of life for {now - since:.0f} s, the last after step {sign.step}"
-        silent = {process: how for process, how in found.items() if how.startswith("no sign")}
-        # Who was killed could say nothing, and those who say 1 may have missed it.
-        return {process: f"({signs[process].host}) is gone: {how}" for process, how in (silent or found).items()}
+                found[process] = f"exited with code {sign.left}, see its output"
+            elif sign.left is None and now - since >= HEARTBEAT_TIMEOUT:
+                found[process] = f"no heartbeat for {now - since:.0f} s, the last after step {sign.step}"
+        silent = {process: how for process, how in found.items() if how.startswith("no heartbeat")}
+        # A killed process sends no exit code; those that exit with code 1 may only have missed it.
+        return {process: f"({signs[process].host}) is lost: {how}" for process, how in (silent or found).items()}
 
 
 class Peers:
-    """This process among the others. Its two threads end with the process, or with `stop`."""
+    """Heartbeats of this process. Its two daemon threads end with the process, or with `stop`."""
 
     def __init__(
         self,
@@ -85,17 +85,17 @@ class Peers:
         count: int,
         coordinator: str | None,
         *,
-        pause: float = PAUSE,
+        pause: float = HEARTBEAT_INTERVAL,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
-        """`coordinator`: host:port of process 0's service, where it is known."""
+        """`coordinator`: host:port of process 0's service, if known; `leave`: ends the process with an exit code."""
         self.index, self.count = index, count
-        self.progress: Callable[[], tuple[int, str]] = lambda: (0, "starts")  # the last step, and what is done now
+        self.progress: Callable[[], tuple[int, str]] = lambda: (0, "starts")  # the last step, and the current activity
         self._store, self._coordinator, self._pause, self._leave = store, coordinator, pause, leave
-        self._sign, self._survey = Heartbeat(), PeerStatus()
-        self._news: dict[str, str] = {}
-        self._given = time.monotonic()
-        self._end, self._told = threading.Event(), threading.Lock()
+        self._sign, self._status = Heartbeat(), PeerStatus()
+        self._failures: dict[str, str] = {}
+        self._published = time.monotonic()
+        self._end, self._exit_lock = threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._live, self._watch)]
 
     def start(self) -> None:
@@ -104,7 +104,7 @@ class Peers:
             thread.start()
 
     def stop(self, code: int = 0) -> None:
-        """The others are told that this process goes."""
+        """Stops the heartbeats and publishes that this process ends."""
         self._end.set()
         if self._threads[0].is_alive():
             self._threads[0].join(2 * self._pause)
@@ -113,43 +113,43 @@ class Peers:
             self.publish()
 
     def publish(self) -> None:
-        """One sign, and the news."""
+        """Writes one heartbeat, and publishes or reads the lost processes."""
         self._sign.count += 1
         self._sign.step, self._sign.doing = self.progress()
         self._store.key_value_set(f"{SIGNS}/{self.index}", json.dumps(vars(self._sign)), allow_overwrite=True)
         if self.index == 0:
-            text = json.dumps(self._survey.news(self.signs()))
-            self._store.key_value_set(NEWS, text, allow_overwrite=True)
+            text = json.dumps(self._status.failures(self.signs()))
+            self._store.key_value_set(FAILURES, text, allow_overwrite=True)
         else:
-            text = _or_nothing(self._store, NEWS)
-        self._news = json.loads(text)
-        self._given = time.monotonic()
+            text = _get_or_empty(self._store, FAILURES)
+        self._failures = json.loads(text)
+        self._published = time.monotonic()
 
     def signs(self) -> dict[int, Heartbeat]:
-        """The newest of each process."""
+        """Returns the newest heartbeat of each process."""
         pairs = self._store.key_value_dir_get(SIGNS + "/")
         return {int(key.rpartition("/")[2]): Heartbeat(**json.loads(value)) for key, value in pairs}
 
     def _live(self) -> None:
         while not self._end.wait(self._pause):
-            with contextlib.suppress(Exception):  # where it lasts, the other thread sees
+            with contextlib.suppress(Exception):  # the other thread handles lasting failures
                 self.publish()
 
     def _watch(self) -> None:
-        """Where the coordinator is gone the other thread's call does not come back; where JAX aborts, it goes on."""
+        """Handles a lost coordinator, where the other thread's call never returns, and aborts of JAX."""
         while not self._end.wait(self._pause):
-            silent = time.monotonic() - self._given
+            silent = time.monotonic() - self._published
             lost = silent > 2 * self._pause
             if lost and self.index and self._refused():
-                self._news = {"0": f"is gone: nobody answers at {self._coordinator}"}
+                self._failures = {"0": f"is lost: no connection to {self._coordinator}"}
                 self.exit_lost("the coordinator is lost", patience=0)
             elif (lost or self._failed_peers()) and _aborting():
                 if lost and self.index:
-                    self._news = {"0": f"is gone: no answer from it for {silent:.0f} s"}
-                self.exit_lost("JAX cannot go on without it", patience=0)
+                    self._failures = {"0": f"is lost: no answer for {silent:.0f} s"}
+                self.exit_lost("JAX is aborting without it", patience=0)
 
     def _refused(self) -> bool:
-        """Whether nobody takes calls where the coordinator was; asked twice."""
+        """Returns whether two connections to the coordinator were refused."""
         if self._answers():
             return False
         time.sleep(self._pause / 2)
@@ -165,28 +165,28 @@ class Peers:
             return False
         return True
 
-    def exit_lost(self, why: str, *, patience: float = PATIENCE) -> None:
-        """Says who is gone, and leaves with 75. `why`: how this process learnt that it cannot go on."""
+    def exit_lost(self, why: str, *, patience: float = NAMING_TIMEOUT) -> None:
+        """Reports the lost processes and exits with code 75. `why`: the error that shows it; `patience`: seconds."""
         deadline = time.monotonic() + patience
         while not self._failed_peers() and time.monotonic() < deadline and not self._end.is_set():
             time.sleep(self._pause / 4)
-        with self._told:  # threads may learn it at the same time
+        with self._exit_lock:  # several threads may get here at the same time
             who = "; ".join(f"process {process} {how}" for process, how in self._failed_peers().items())
             print(
                 f"meshwright: process {self.index} of {self.count}, {time.strftime('%F %T')}: "
-                f"{who or 'another process is gone'} ({why}); leaving with {PREEMPTED}, to go on from the newest "
-                "checkpoint",
+                f"{who or 'another process is lost'} ({why}); exiting with code {PREEMPTED}, to resume from the "
+                "newest checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
             self.go(PREEMPTED)
 
     def go(self, code: int) -> None:
-        """Ends this process at once; process 0 when the others have had time to read the news."""
+        """Ends this process at once; process 0 after the others have had time to read the lost processes."""
         self._end.set()
         self._sign.left = code
-        if time.monotonic() - self._given < 2 * self._pause:  # else the store is gone
-            last = threading.Thread(target=self._last_sign, daemon=True)  # which may not come back
+        if time.monotonic() - self._published < 2 * self._pause:  # else the store is unreachable
+            last = threading.Thread(target=self._last_sign, daemon=True)  # may never return
             last.start()
             last.join(3 * self._pause)
         sys.stdout.flush()
@@ -200,34 +200,34 @@ class Peers:
                 time.sleep(2 * self._pause)
 
     def _failed_peers(self) -> dict[str, str]:
-        return {process: how for process, how in self._news.items() if process != str(self.index)}
+        return {process: how for process, how in self._failures.items() if process != str(self.index)}
 
     def compared(self) -> str:
-        """Where all processes are, those that are behind first: `process 2 (node7) after step 41: waits for data`."""
+        """Lists the progress of all processes, the slowest first: `process 2 (node7) after step 41: waiting for data`."""
         try:
             signs = self.signs()
         except Exception:
-            return "the others cannot be asked"
+            return "the heartbeats of the other processes cannot be read"
         groups: dict[tuple[int, bool, str], list[int]] = defaultdict(list)
         for process, sign in sorted(signs.items()):
-            groups[sign.step, "its devices" in sign.doing, sign.doing].append(process)
-        told = [
+            groups[sign.step, sign.doing.startswith("waiting for devices"), sign.doing].append(process)
+        lines = [
             f"{_named(processes, signs, self.count)} after step {step}: {doing}"
             for (step, _, doing), processes in sorted(groups.items())
         ]
-        return "; ".join(told)
+        return "; ".join(lines)
 
 
 def _named(processes: list[int], signs: dict[int, Heartbeat], count: int) -> str:
     if len(processes) == count:
         return f"all {count} processes"
     if len(processes) > 4:
-        return f"{len(processes)} processes, {processes[0]} among them,"
+        return f"{len(processes)} processes, including {processes[0]},"
     names = ", ".join(f"{process} ({signs[process].host})" for process in processes)
     return f"process {names}" if len(processes) == 1 else f"processes {names}"
 
 
-def _or_nothing(store: Store, key: str) -> str:
+def _get_or_empty(store: Store, key: str) -> str:
     try:
         return store.key_value_try_get(key)
     except Exception as error:
@@ -237,12 +237,12 @@ def _or_nothing(store: Store, key: str) -> str:
 
 
 def _aborting() -> bool:
-    """Whether a thread of this process stands in the handler of `_delay_aborts`, where the system tells.
+    """Returns whether a thread of this process is in the handler of `_delay_aborts`, if /proc exists.
 
-    It then blocks SIGABRT, and not what only a thread that is just being made blocks: everything.
+    Such a thread blocks SIGABRT, but not all signals, as a thread that is just being created does.
     """
     for status in Path("/proc/self/task").glob("*/status"):
-        with contextlib.suppress(OSError):  # that thread has ended
+        with contextlib.suppress(OSError):  # the thread has ended
             blocked = re.search(r"^SigBlk:\s*(\w+)", status.read_text(), re.M)
             mask = int(blocked[1], 16) if blocked else 0
             if mask >> (signal.SIGABRT - 1) & 1 and not mask >> (signal.SIGFPE - 1) & 1:
@@ -251,14 +251,14 @@ def _aborting() -> bool:
 
 
 def _delay_aborts() -> None:
-    """Time for last words: JAX's client ends a process by SIGABRT in the moment in which the coordinator is lost.
+    """Delays aborts so that the lost process can be reported: JAX aborts as soon as the coordinator is lost.
 
-    The handler is C's `sleep`, which may be called by one, and whose argument is the number of the signal: the thread
-    that aborts stands still for 6 seconds while the others go on, and then goes the way of all aborts.
+    Installs C's async-signal-safe `sleep` as the handler of SIGABRT. Its argument is the signal number, so the aborting
+    thread sleeps for 6 seconds while the other threads continue, and then aborts.
     """
     try:
         c = ctypes.CDLL(None)
         c.signal.argtypes, c.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
         c.signal(int(signal.SIGABRT), ctypes.cast(c.sleep, ctypes.c_void_p))
-    except (OSError, AttributeError, TypeError):  # no such C library: it is without the line
+    except (OSError, AttributeError, TypeError):  # no such C library: aborts are not delayed
         pass

@@ -16,7 +16,7 @@ TRAINING = (
     "experiment", "phase", "model", "source", "tokenizer", "transform", "objective", "optimizer", "schedule", "adapter",
     "mesh", "checkpoint", "tracker", "launcher",
 )  # fmt: skip
-OF_RUN = ("run", "runs", "devices")  # keys of a task that reads a run
+OF_RUN = ("run", "output_dir", "fake_devices")  # keys of a task that reads a run
 
 
 class Task(NamedTuple):
@@ -34,7 +34,7 @@ TASKS = {
         "Train a model; the same run name again resumes the run",
         (
             "run", "num_steps", "data.batch_size", "data.seq_len", "optimizer.learning_rate", "schedule.warmup_steps",
-            "init_from", "model.dtype", "evaluate_every", "checkpoint.save_interval_steps",
+            "init_from", "model.dtype", "eval_every", "checkpoint.save_interval_steps",
         ),
         (
             "meshwright train experiment=hello num_steps=500",
@@ -47,12 +47,12 @@ TASKS = {
     "plan": Task(
         "Estimate memory, speed and cost of a run on devices that need not be present",
         (
-            "target", "search", "compile", "tokens", "price", "law", "num_microbatches", "data.batch_size",
+            "target", "search", "compile", "num_tokens", "price_per_device_hour", "scaling_law", "gradient_accumulation_steps", "data.batch_size",
             "data.seq_len", "model.remat",
         ),
         (
             "meshwright plan model=llama3_70b target=v5p-512",
-            "meshwright plan model=llama3_8b target=h100x64 search=true tokens=1e12",
+            "meshwright plan model=llama3_8b target=h100x64 search=true num_tokens=1e12",
             "meshwright plan phase=sft adapter=lora model=qwen3_8b target=h100x8 format=json",
         ),
         TRAINING,
@@ -89,13 +89,13 @@ TASKS = {
     "scaling_ladder": Task(
         "Train runs of several sizes, fit a scaling law, and recommend a size for a compute budget",
         (
-            "run", "widths", "aspect", "tokens_per_param", "budget", "output", "format", "data.batch_size",
+            "run", "widths", "aspect_ratio", "tokens_per_param", "compute_budget", "output", "format", "data.batch_size",
             "data.seq_len", "optimizer.learning_rate",
         ),
         (
-            "meshwright scaling_ladder budget=1e18",
+            "meshwright scaling_ladder compute_budget=1e18",
             "meshwright scaling_ladder widths=[64,96,128] tokens_per_param=[10,20] run=small",
-            "meshwright scaling_ladder experiment=hello budget=1e17 format=json",
+            "meshwright scaling_ladder experiment=hello compute_budget=1e17 format=json",
         ),
         TRAINING,
         None,
@@ -103,7 +103,7 @@ TASKS = {
     "prepare": Task(
         "Tokenize the sources into shards ahead of training",
         (
-            "run", "runs", "seed", "data.seq_len", "data.packing", "data.format", "data.max_bad_fraction",
+            "run", "output_dir", "seed", "data.seq_len", "data.packing", "data.format", "data.max_bad_fraction",
             "data.cache_dir", "tokenizer.vocab_size", "init_from",
         ),
         (
@@ -116,11 +116,11 @@ TASKS = {
     ),
     "evaluate": Task(
         "Measure loss, perplexity and bits per byte of a run, or its accuracy on problems",
-        ("run", "step", "batches", "problems", "limit", "limit_each", "prefix", "dtype", "format", "data.max_eval_batches"),
+        ("run", "step", "max_eval_batches", "eval_tasks", "limit", "limit_per_group", "prefix", "dtype", "format", "data.max_eval_batches"),
         (
             "meshwright evaluate run=hello",
             "meshwright evaluate run=hello source=[text] data.sources.text.paths=[DIR]",
-            "meshwright evaluate run=hello problems=[FILE.jsonl] format=json",
+            "meshwright evaluate run=hello eval_tasks=[FILE.jsonl] format=json",
         ),
         ("source", "transform", "mesh", "launcher"),
         (*OF_RUN, "seed", "data"),
@@ -138,17 +138,17 @@ TASKS = {
     ),
     "serve": Task(
         "Serve a run over HTTP with OpenAI's API and a chat page",
-        ("run", "step", "host", "port", "api_key_env", "slots", "max_length", "max_queue", "timeout", "grace"),
+        ("run", "step", "host", "port", "api_key_env", "max_num_seqs", "max_model_len", "max_queue_size", "timeout", "shutdown_timeout"),
         (
             "meshwright serve run=hello",
-            "meshwright serve run=tuned port=8080 slots=32",
+            "meshwright serve run=tuned port=8080 max_num_seqs=32",
             "meshwright serve run=tuned host=0.0.0.0 api_key_env=SERVE_KEY",
         ),
         ("mesh", "launcher"),
     ),
     "predict": Task(
         "Compute rewards, class probabilities or embeddings of texts",
-        ("run", "texts", "files", "output", "batch_size", "step", "runs", "devices"),
+        ("run", "texts", "files", "output", "batch_size", "step", "output_dir", "fake_devices"),
         (
             "meshwright predict run=spam texts=['Win a prize']",
             "meshwright predict run=reward files=[ANSWERS.jsonl]",
@@ -158,7 +158,7 @@ TASKS = {
     ),
     "inspect": Task(
         "Print the contents of a checkpoint: step, sizes, mesh, hashes, data position",
-        ("run", "step", "format", "runs", "devices"),
+        ("run", "step", "format", "output_dir", "fake_devices"),
         (
             "meshwright inspect run=hello",
             "meshwright inspect run=hello step=60",
@@ -168,51 +168,51 @@ TASKS = {
     ),
     "convert": Task(
         "Convert a published checkpoint to a run, or a run to a published format",
-        ("from", "to", "dtype", "shard_gigabytes", "step", "tokenizer.chat_template", "model.dtype", "runs"),
+        ("from", "to", "dtype", "max_shard_size_gb", "step", "tokenizer.chat_template", "model.dtype", "output_dir"),
         (
             "meshwright convert from=hf:FOLDER to=base",
             "meshwright convert from=tuned to=gguf:tuned.gguf dtype=q8_0",
             "meshwright convert from=tuned@500 to=hf:FOLDER",
         ),
         ("model", "tokenizer", "mesh"),
-        ("runs", "devices"),
+        ("output_dir", "fake_devices"),
     ),
     "runs": Task(
         "List the runs in a folder",
-        ("runs", "format"),
+        ("output_dir", "format"),
         ("meshwright runs", "meshwright runs output_dir=s3://BUCKET/runs", "meshwright runs format=json"),
         (),
-        ("runs",),
+        ("output_dir",),
     ),
     "replay": Task(
         "Repeat the updates before a rollback and find the rows that caused the spike",
-        ("run", "incident", "rows", "format", "runs", "devices"),
+        ("run", "rollback", "rows", "format", "output_dir", "fake_devices"),
         (
             "meshwright replay run=hello",
-            "meshwright replay run=hello incident=120-0",
+            "meshwright replay run=hello rollback=120-0",
             "meshwright replay run=hello rows=10 format=json",
         ),
     ),
     "status": Task(
         "Print the state of the newest job of a run",
-        ("run", "runs"),
+        ("run", "output_dir"),
         ("meshwright status run=hello", "meshwright status run=mine output_dir=DIR", "meshwright status"),
         (),
-        ("run", "runs"),
+        ("run", "output_dir"),
     ),
     "logs": Task(
         "Print the log of the newest job of a run",
-        ("run", "follow", "runs"),
+        ("run", "follow", "output_dir"),
         ("meshwright logs run=hello", "meshwright logs run=hello follow=true", "meshwright logs run=mine output_dir=DIR"),
         (),
-        ("run", "runs"),
+        ("run", "output_dir"),
     ),
     "stop": Task(
         "Stop the newest job of a run, with a checkpoint",
-        ("run", "runs"),
+        ("run", "output_dir"),
         ("meshwright stop run=hello", "meshwright stop run=mine output_dir=DIR", "meshwright stop"),
         (),
-        ("run", "runs"),
+        ("run", "output_dir"),
     ),
 }  # fmt: skip
 

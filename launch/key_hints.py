@@ -1,7 +1,7 @@
-"""Keys of other trainers, and the ones that do the same here.
+"""Maps config keys of other trainers to the equivalent Meshwright keys.
 
-Hugging Face Transformers, TRL and PEFT, MaxText, torchtitan, Levanter, LitGPT, and common slips. A hint is a key, or
-one or several settings where a value belongs to it.
+Covers Hugging Face Transformers, TRL and PEFT, MaxText, torchtitan, Levanter, LitGPT, and common misspellings. A hint is
+a key, or one or more KEY=VALUE settings.
 """
 
 HINTS: dict[str, str] = {
@@ -31,8 +31,7 @@ HINTS: dict[str, str] = {
     "training.local_batch_size": "data.batch_size",
     "training.global_batch_size": "data.batch_size",
     "trainer.train_batch_size": "data.batch_size",
-    "gradient_accumulation_steps": "num_microbatches",
-    "gradient_accumulation_iters": "num_microbatches",
+    "gradient_accumulation_iters": "gradient_accumulation_steps",
     "seq_len": "data.seq_len",
     "sequence_length": "data.seq_len",
     "block_size": "data.seq_len",
@@ -162,9 +161,8 @@ HINTS: dict[str, str] = {
     "neftune_noise_alpha": "objective.neftune_alpha",
     "teacher_model_name_or_path": "objective.teacher",
     # run folder, logs, checkpoints
-    "output_dir": "runs",
-    "out_dir": "runs",
-    "base_output_directory": "runs",
+    "out_dir": "output_dir",
+    "base_output_directory": "output_dir",
     "run_name": "run",
     "name": "run",
     "id": "run",
@@ -175,9 +173,8 @@ HINTS: dict[str, str] = {
     "save_total_limit": "checkpoint.max_to_keep",
     "checkpoint.keep_latest_k": "checkpoint.max_to_keep",
     "resume_from_checkpoint": "resume=must",
-    "eval_steps": "evaluate_every",
-    "eval_every": "evaluate_every",
-    "eval_interval": "evaluate_every",
+    "eval_steps": "eval_every",
+    "eval_interval": "eval_every",
     "eval_batches": "data.max_eval_batches",
     "logging_steps": "log_every",
     "log_interval": "log_every",
@@ -185,8 +182,7 @@ HINTS: dict[str, str] = {
     "report_to": "tracker=[wandb]",
     "tracker.type": "tracker=[wandb]",
     "wandb_project": "tracker=[wandb] trackers.wandb.project",
-    "early_stopping_patience": "patience",
-    # writing
+    # generation
     "max_tokens": "max_new_tokens",
     "do_sample": "temperature",
     "num_return_sequences": "num_samples",
@@ -195,5 +191,5 @@ HINTS: dict[str, str] = {
 
 
 def hint(key: str) -> str | None:
-    """What a key of another trainer is here; None for one that nobody has. A last part alone counts as well."""
+    """Returns the hint for a key, or for its last component; None if there is no equivalent."""
     return HINTS.get(key) or HINTS.get(key.rsplit(".", 1)[-1])

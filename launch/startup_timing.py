@@ -1,4 +1,4 @@
-"""What starting costs, of each process beside the others, and whether the compiled program was found and why not."""
+"""Start-up times of each process by phase, and reasons for compilation cache misses."""
 
 import hashlib
 import json
@@ -13,42 +13,42 @@ from typing import Any
 from trainer.reliability.goodput import duration
 
 PHASES = ("import", "join", "config", "data", "state", "compile", "first step")
-KEPT = 32  # programs of which something is remembered
-PROGRAMS = "programs.json"  # in the folder of the compilation cache
+MAX_PROGRAMS = 32  # programs recorded in PROGRAMS
+PROGRAMS = "programs.json"  # in the compilation cache folder
 
 
 class Startup:
-    """Seconds by phase, from the beginning of the process; what falls between phases is `config`."""
+    """Seconds by phase since the process started; time between phases counts as `config`."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter() - _seconds_of_process()
+        self._start = time.perf_counter() - _seconds_of_process()
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.cache = ""  # of the compiled step: found, or why not
+        self.cache = ""  # cache hit of the train step, or the reason for a miss
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        begin, inner = time.perf_counter(), sum(self.seconds.values())
+        start, inner = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - begin - (sum(self.seconds.values()) - inner)
+            self.seconds[name] += time.perf_counter() - start - (sum(self.seconds.values()) - inner)
 
     def again(self) -> None:
-        """What follows is another start in the same process."""
-        self._began, self.seconds, self.cache = time.perf_counter(), dict.fromkeys(PHASES, 0.0), ""
+        """Resets the times for another start in the same process."""
+        self._start, self.seconds, self.cache = time.perf_counter(), dict.fromkeys(PHASES, 0.0), ""
 
     def first_step_done(self, seconds: float) -> None:
         self.seconds["first step"] = seconds
-        self.seconds["config"] = max(0.0, time.perf_counter() - self._began - sum(self.seconds.values()))
+        self.seconds["config"] = max(0.0, time.perf_counter() - self._start - sum(self.seconds.values()))
 
-    def told(self, of_processes: list[list[float]]) -> str:
-        """A line, or a table with a column for each process. `of_processes`: seconds of `PHASES`."""
+    def summary(self, of_processes: list[list[float]]) -> str:
+        """Returns a line for one process, or a table with a column per process. `of_processes`: seconds by `PHASES`."""
         cache = f"; {self.cache}" if self.cache else ""
         totals = [sum(seconds) for seconds in of_processes]
         if len(of_processes) == 1:
             parts = ", ".join(f"{name} {s:.1f}" for name, s in zip(PHASES, of_processes[0], strict=True) if s >= 0.05)
             return f"start-up {duration(totals[0])}: {parts}{cache}"
-        shown = of_processes[:8]  # of more, who took longest matters
+        shown = of_processes[:8]  # the column `longest` covers the others
         columns = [*(f"process {i}" for i in range(len(shown))), "longest"]
         lines = [f"{'start-up':<12}{''.join(f'{column:>12}' for column in columns)}{cache}"]
         for index, name in enumerate(PHASES):
@@ -61,7 +61,7 @@ def _row(name: str, seconds: list[float], shown: int) -> str:
 
 
 def began(pid: int) -> str | None:
-    """When a process began, in the clock ticks of its machine: numbers of processes are used again."""
+    """Returns the start time of a process in clock ticks since boot, to detect reused process ids."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -69,7 +69,7 @@ def began(pid: int) -> str | None:
 
 
 def _seconds_of_process() -> float:
-    """How long this process has been there, where the system tells."""
+    """Returns the age of this process in seconds; 0 if the system does not report it."""
     ticks = began(os.getpid())
     if ticks is None:
         return 0.0
@@ -85,31 +85,31 @@ startup = Startup()
 # The compilation cache
 
 
-def compile_watched(lowered: Any, about: Mapping[str, Any], *, tell: bool) -> Any:
-    """`lowered.compile()`. `tell`: with what became of it in `startup.cache`, and noted for the next time.
+def compile_watched(lowered: Any, about: Mapping[str, Any], *, report: bool) -> Any:
+    """Runs `lowered.compile()`. `report`: sets `startup.cache` and records the program for later comparisons.
 
-    `about`: what a person would tell programs by.
+    `about`: named config values that distinguish programs.
     """
     import jax
 
     counts: Counter[str] = Counter()
-    event = lambda name, **more: counts.update({name.rpartition("/")[2]: 1})
-    lasted = lambda name, seconds, **more: counts.update({name.rpartition("/")[2]: seconds})
-    jax.monitoring.register_event_listener(event)
-    jax.monitoring.register_event_duration_secs_listener(lasted)
+    record_event = lambda name, **more: counts.update({name.rpartition("/")[2]: 1})
+    record_duration = lambda name, seconds, **more: counts.update({name.rpartition("/")[2]: seconds})
+    jax.monitoring.register_event_listener(record_event)
+    jax.monitoring.register_event_duration_secs_listener(record_duration)
     try:
         compiled = lowered.compile()
     finally:
-        jax.monitoring.unregister_event_listener(event)
-        jax.monitoring.unregister_event_duration_listener(lasted)
-    if tell:
+        jax.monitoring.unregister_event_listener(record_event)
+        jax.monitoring.unregister_event_duration_listener(record_duration)
+    if report:
         folder = jax.config.values["jax_compilation_cache_dir"]
         startup.cache = log_cache_misses(counts, program_parts(lowered.as_text(), about), folder)
     return compiled
 
 
 def program_parts(lowered_text: str, about: Mapping[str, Any]) -> dict[str, str]:
-    """What decides whether a program is found: `about` it, versions, flags, devices, and the program itself."""
+    """Returns the parts of the cache key: `about`, versions, flags, devices, and a hash of the program."""
     import jax
     import jaxlib
 
@@ -124,30 +124,27 @@ def program_parts(lowered_text: str, about: Mapping[str, Any]) -> dict[str, str]
 
 
 def log_cache_misses(counts: Mapping[str, float], parts: dict[str, str], folder: str | None) -> str:
-    """Whether the compilation cache in `folder` had a program, and what differs from the nearest one before it.
-
-    The program is noted there.
-    """
+    """Describes a cache hit or miss, with the difference from the closest earlier program. Records it in `folder`."""
     if not folder:
         return "compilation cache: off (JAX_COMPILATION_CACHE_DIR)"
     file = Path(folder) / PROGRAMS
-    before = _read(file)
+    earlier = _read(file)
     if "://" not in folder:
-        _write(file, [*(p for p in before if p != parts), parts][-KEPT:])
+        _write(file, [*(p for p in earlier if p != parts), parts][-MAX_PROGRAMS:])
     if counts.get("cache_hits"):
         return f"compilation cache: hit, {max(0.0, counts.get('compile_time_saved_sec', 0.0)):.1f} s saved"
     if not counts.get("compile_requests_use_cache"):
-        return "compilation cache: not asked; this platform or program has none"
-    if not before:
-        return "compilation cache: miss, the first program here"
-    nearest = max(before, key=lambda p: sum(p.get(name) == value for name, value in parts.items()))
-    differing = [name for name, value in parts.items() if nearest.get(name) != value]
+        return "compilation cache: not used; unsupported by this platform or program"
+    if not earlier:
+        return "compilation cache: miss, the first program"
+    closest = max(earlier, key=lambda p: sum(p.get(name) == value for name, value in parts.items()))
+    differing = [name for name, value in parts.items() if closest.get(name) != value]
     if not differing:
-        return "compilation cache: miss, though compiled before: its entry is gone, or was too quick to be kept"
+        return "compilation cache: miss, although compiled earlier: its entry is gone, or it compiled too quickly to be cached"
     if differing == ["program"]:
-        return "compilation cache: miss, the program differs in its code or another key of the config"
-    why = [f"{name} was {nearest.get(name, 'not told')!r}" for name in differing if name != "program"]
-    return f"compilation cache: miss, {'; '.join(why)} in the nearest"
+        return "compilation cache: miss, the program differs in its code or in another config key"
+    why = [f"{name} was {closest.get(name, 'not recorded')!r}" for name in differing if name != "program"]
+    return f"compilation cache: miss, {'; '.join(why)} in the closest entry"
 
 
 def _read(file: Path) -> list[dict[str, str]]:
@@ -163,5 +160,5 @@ def _write(file: Path, programs: list[dict[str, str]]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(programs, indent=1) + "\n")
-    except OSError:  # a note is not worth a run
+    except OSError:  # a failed write must not end a run
         pass

@@ -9,15 +9,15 @@ MISTAKES = {
     "a key in the wrong place": (["learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
     "a key of another option": (
         ["experiment=hello", "tokenizer=bytes"],
-        "tokenizer.vocab_size: the experiment sets it",
+        "tokenizer.vocab_size: set by the experiment",
     ),
-    "a misspelt group option": (["model=tinny"], "model=tinny: there is no such model; did you mean 'tiny'"),
-    "a misspelt option in a list": (["source=[txt]"], "source=txt: there is no such source; did you mean 'text'?"),
-    "a word for a number": (["data.batch_size=many"], "data.batch_size=many: must be a whole number"),
-    "a value for a group of keys": (["data=my.jsonl"], "data=my.jsonl: holds other keys"),
+    "a misspelt group option": (["model=tinny"], "model=tinny: no such model; did you mean 'tiny'"),
+    "a misspelt option in a list": (["source=[txt]"], "source=txt: no such source; did you mean 'text'?"),
+    "a word for a number": (["data.batch_size=many"], "data.batch_size=many: must be an integer"),
+    "a value for a group of keys": (["data=my.jsonl"], "data=my.jsonl: is a group of keys"),
     "a number for a group of keys": (
         ["mesh=4"],
-        "mesh=4: holds other keys and takes no value of its own; give mesh.KEY",
+        "mesh=4: is a group of keys and takes no value; set mesh.KEY",
     ),
     "adapters and products in 8 bits": (
         ["adapter=lora", "model.matmul_precision=int8"],
@@ -33,7 +33,7 @@ MISTAKES = {
     "a folder that is not there": (["source=[text]", "data.sources.text.paths=[nowhere]"], "'nowhere' does not exist"),
     "a source without its path": (["source=[text]"], "data.sources.text.paths=???"),
     "a negative warm-up": (["schedule.warmup_steps=-5", "num_steps=10"], "schedule.warmup_steps=-5: must not be"),
-    "a key of another trainer": (["max_steps=10"], "max_steps: there is no such key; did you mean 'num_steps'?"),
+    "a key of another trainer": (["max_steps=10"], "max_steps: no such key; did you mean 'num_steps'?"),
     "an option of another name": (["optimiser=adam"], "did you mean 'optimizer=adamw'?"),
     "a flag": (["--max_steps", "10"], "--max_steps: keys are written KEY=VALUE: num_steps=10"),
     "an option without its group": (["hello"], "did you mean 'experiment=hello'?"),
@@ -107,8 +107,8 @@ def test_a_tokenizer_is_made_anew_until_a_checkpoint_depends_on_it(tmp_path):
     (tmp_path / "a.txt").write_text("one two three. " * 500)
     arguments = ["source=[text]", f"data.sources.text.paths=[{tmp_path / 'a.txt'}]", "tokenizer=sentencepiece"]
     out, _ = meshwright(tmp_path, "prepare", *arguments, "tokenizer.vocab_size=300")
-    assert "making the tokenizer" in out
+    assert "building the tokenizer" in out
     out, _ = meshwright(tmp_path, "prepare", *arguments, "tokenizer.vocab_size=300")
-    assert "making the tokenizer" not in out
+    assert "building the tokenizer" not in out
     out, _ = meshwright(tmp_path, "prepare", *arguments, "tokenizer.vocab_size=310")
-    assert "making the tokenizer" in out
+    assert "building the tokenizer" in out

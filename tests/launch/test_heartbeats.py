@@ -1,4 +1,4 @@
-"""Who is gone is found out from signs of life, and told in one line."""
+"""Lost processes are detected from heartbeats and reported in one line."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ from launch.heartbeats import Heartbeat, Peers, PeerStatus, _aborting
 
 
 class Store(dict):
-    """What processes write, in this one; `broken` as when the coordinator refuses."""
+    """An in-process key-value store; `broken`: the error raised by writes."""
 
     broken = ""
 
@@ -39,32 +39,32 @@ class Time:
         return self.now
 
 
-def test_who_stands_still_is_silent_and_who_counts_on_is_not():
+def test_a_process_without_new_heartbeats_is_lost_and_one_that_counts_on_is_not():
     clock = Time()
     survey, signs = PeerStatus(clock), {0: Heartbeat(1), 1: Heartbeat(1, step=7, host="node7"), 2: Heartbeat(1)}
-    assert survey.news(signs) == {}
+    assert survey.failures(signs) == {}
     clock.now += 2
     signs[0].count = signs[2].count = 2
-    assert survey.news(signs) == {}
+    assert survey.failures(signs) == {}
     clock.now += 2
     signs[0].count = signs[2].count = 3
-    assert survey.news(signs) == {1: "(node7) is gone: no sign of life for 4 s, the last after step 7"}
+    assert survey.failures(signs) == {1: "(node7) is lost: no heartbeat for 4 s, the last after step 7"}
     signs[1].count = 2  # it was only slow
-    assert survey.news(signs) == {}
+    assert survey.failures(signs) == {}
 
 
-def test_who_leaves_with_an_error_is_named_but_not_before_one_who_could_say_nothing():
+def test_a_process_that_leaves_with_an_error_is_reported_but_not_before_one_that_was_killed():
     clock = Time()
     survey, signs = (
         PeerStatus(clock),
         {0: Heartbeat(1), 1: Heartbeat(1, left=1, host="a"), 2: Heartbeat(1, left=75), 3: Heartbeat(1, left=0)},
     )
-    assert survey.news(signs) == {1: "(a) is gone: left with 1, its own output says why"}
+    assert survey.failures(signs) == {1: "(a) is lost: exited with code 1, see its output"}
     signs[4] = Heartbeat(1, host="b")
-    survey.news(signs)
+    survey.failures(signs)
     clock.now += 3
     signs[0].count = 2
-    assert [*survey.news(signs)] == [4]
+    assert [*survey.failures(signs)] == [4]
 
 
 @pytest.fixture
@@ -74,34 +74,34 @@ def three():
     return store, made, left
 
 
-def test_all_learn_from_process_0_who_is_gone(three, capsys, monkeypatch):
-    monkeypatch.setattr("launch.heartbeats.SILENT", 0.1)
+def test_all_processes_receive_the_lost_ones_from_process_0(three, capsys, monkeypatch):
+    monkeypatch.setattr("launch.heartbeats.HEARTBEAT_TIMEOUT", 0.1)
     store, peers, left = three
     for peer in reversed(peers):
-        peer.give_sign()
+        peer.publish()
     time.sleep(0.15)
-    for peer in (peers[0], peers[1], peers[0], peers[1]):  # the third gives none any more
-        peer.give_sign()
-    peers[1].leave_alone("a collective failed", patience=1)
+    for peer in (peers[0], peers[1], peers[0], peers[1]):  # the third one stops
+        peer.publish()
+    peers[1].exit_lost("a collective failed", patience=1)
     assert left == [75]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "process 1 of 3" in said and "process 2 (" in said
-    assert "no sign of life" in said and "(a collective failed); leaving with 75" in said
-    assert Heartbeat(**json.loads(store["meshwright/signs/1"])).left == 75  # and is not taken for lost
+    assert "no heartbeat" in said and "(a collective failed); exiting with code 75" in said
+    assert Heartbeat(**json.loads(store["meshwright/signs/1"])).left == 75  # a clean exit, not a lost process
 
 
-def test_nobody_to_name_is_said_after_the_patience(three, capsys):
+def test_an_unknown_peer_is_reported_after_the_timeout(three, capsys):
     _, peers, left = three
     for peer in peers:
-        peer.give_sign()
-    peers[1].leave_alone("a collective failed", patience=0.1)
-    assert left == [75] and "another process is gone (a collective failed)" in capsys.readouterr().err
+        peer.publish()
+    peers[1].exit_lost("a collective failed", patience=0.1)
+    assert left == [75] and "another process is lost (a collective failed)" in capsys.readouterr().err
 
 
 def test_a_call_that_fails_is_nothing_until_jax_aborts(three, capsys, monkeypatch):
     store, peers, left = three
     for peer in peers:
-        peer.give_sign()
+        peer.publish()
     store.broken = "DEADLINE_EXCEEDED"
     peers[1].start()
     time.sleep(0.5)
@@ -112,10 +112,10 @@ def test_a_call_that_fails_is_nothing_until_jax_aborts(three, capsys, monkeypatc
         time.sleep(0.02)
     peers[1].stop()
     said = capsys.readouterr().err
-    assert left[:1] == [75] and "process 0 is gone: no answer from it for" in said and "JAX cannot go on" in said
+    assert left[:1] == [75] and "process 0 is lost: no answer for" in said and "JAX is aborting" in said
 
 
-def test_a_lost_coordinator_is_told_although_calls_to_it_never_return(capsys):
+def test_a_lost_coordinator_is_reported_although_calls_to_it_never_return(capsys):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         left = []
@@ -127,18 +127,18 @@ def test_a_lost_coordinator_is_told_although_calls_to_it_never_return(capsys):
     while not left and time.monotonic() < until:
         time.sleep(0.02)
     peer.stop()
-    assert left[:1] == [75] and f"process 0 is gone: nobody answers at 127.0.0.1:{port}" in capsys.readouterr().err
+    assert left[:1] == [75] and f"process 0 is lost: no connection to 127.0.0.1:{port}" in capsys.readouterr().err
 
 
-def test_who_is_behind_is_told_first(three):
+def test_processes_that_are_behind_are_listed_first(three):
     _, peers, _ = three
-    for peer, step, doing in zip(peers, (42, 41, 42), ("its devices", "data", "its devices"), strict=True):
-        peer.progress = lambda step=step, doing=doing: (step, f"waits for {doing}")
-        peer.give_sign()
+    for peer, step, doing in zip(peers, (42, 41, 42), ("devices", "data", "devices"), strict=True):
+        peer.progress = lambda step=step, doing=doing: (step, f"waiting for {doing}")
+        peer.publish()
     host = Heartbeat().host
     assert peers[0].compared() == (
-        f"process 1 ({host}) after step 41: waits for data; "
-        f"processes 0 ({host}), 2 ({host}) after step 42: waits for its devices"
+        f"process 1 ({host}) after step 41: waiting for data; "
+        f"processes 0 ({host}), 2 ({host}) after step 42: waiting for devices"
     )
 
 
@@ -159,7 +159,7 @@ def test_a_thread_that_is_being_made_is_no_abort():
     assert not found
 
 
-def test_an_abort_leaves_time_for_last_words():
+def test_an_abort_leaves_time_for_a_last_message():
     code = """
 import ctypes, os, threading, time
 from launch import heartbeats as peers

@@ -85,11 +85,11 @@ def test_bounds_are_read_from_the_call_that_makes_a_field(tmp_path, monkeypatch)
 def test_every_key_has_a_doc(key):
     assert key.doc and len(key.doc.splitlines()) == 1
     if not MODULES_OF_OTHERS.match(key.path):
-        assert key.doc[0].isupper(), "begins with a capital"
+        assert key.doc[0].isupper(), "starts with a capital letter"
 
 
 MODULES_OF_OTHERS = re.compile(
-    r"(data|tokenizer|model|adapter|objective|optimizer|schedule|mesh|sharding|checkpoint|spikes|integrity|trackers)\."
+    r"(data|tokenizer|model|adapter|objective|optimizer|schedule|mesh|sharding|checkpoint|loss_spikes|sdc_check|trackers)\."
 )
 
 
@@ -143,7 +143,7 @@ def test_a_wrong_topic_is_named():
 
 def test_help_imports_neither_jax_nor_hydra():
     code = (
-        "import sys\nfrom launch.run import run\n"
+        "import sys\nfrom launch.cli import run\n"
         "assert run(['train', '--help', 'all']) == 0 and run(['--help']) == 0 and run(['train', '--help', 'x']) == 2\n"
         "assert not {'jax', 'hydra', 'omegaconf', 'numpy'} & set(sys.modules)"
     )
@@ -185,7 +185,7 @@ ROUTED = {
     ("generate", "prompt=num_steps=1, [a] b"): "task.prompt=num_steps=1, [a] b",
     ("generate", "num_steps=1"): "num_steps=1",
     ("convert", "from=hf:x"): "task.input=hf:x",
-    ("convert", "to=y"): "task.target=y",
+    ("convert", "to=y"): "task.output=y",
     ("nonsense", "num_steps=1"): "num_steps=1",
 }
 

@@ -48,11 +48,11 @@ def results(runs: Path, name: str) -> list[dict]:
 
 MISTAKES = {
     "a misspelt key": (["optimizer.lerning_rate=log:1e-4..1e-2"], "did you mean 'optimizer.learning_rate'"),
-    "a misspelt value": (["optimizer=adamw,moun"], "optimizer=moun: there is no such optimizer; did you mean 'muon'"),
-    "a value of another type": ([f"{LAYERS}=2,many"], "model.num_layers=many: must be a whole number"),
+    "a misspelt value": (["optimizer=adamw,moun"], "optimizer=moun: no such optimizer; did you mean 'muon'"),
+    "a value of another type": ([f"{LAYERS}=2,many"], "model.num_layers=many: must be an integer"),
     "a key of some choices alone": (
         ["optimizer=adamw,sgd", "optimizer.b2=0.9,0.99"],
-        "optimizer.b2: there is no such key",
+        "optimizer.b2: no such key",
     ),
     "a schedule that does not fit": (["seed=1,2", "schedule=wsd", "schedule.decay_fraction=3"], "decay_fraction=3"),
     "nothing that varies": ([], "sweep: no key varies"),

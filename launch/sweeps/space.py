@@ -38,7 +38,7 @@ def varies(override: str) -> bool:
     key, _, value = override.partition("=")
     if key.startswith("~") or key in ("task.sample_prompt", "launcher.env", "task.sweep.parameters"):
         return False
-    if ranged(value) is not None:
+    if parse_range(value) is not None:
         return True
     try:
         return OverridesParser.create().parse_override(override).is_sweep_override()
@@ -63,7 +63,7 @@ def split_varying_keys(overrides: Sequence[str]) -> list[str]:
     return [*rest, "++task.sweep.parameters={" + ",".join(f"{key}:'{value}'" for key, value in escaped.items()) + "}"]
 
 
-def ranged(text: str) -> tuple[str, str, bool] | None:
+def parse_range(text: str) -> tuple[str, str, bool] | None:
     """Parses `log:LOW..HIGH` as (LOW, HIGH, True); None if the text is not a numeric range."""
     found = RANGE.fullmatch(text.strip())
     if found is None or not (_is_number(found["low"]) or _is_number(found["high"])):
@@ -90,7 +90,7 @@ def _read(key: str, text: str, node: Any) -> Values | Range:
     given = f"{key}={text}"
     if SHARED.fullmatch(key):
         raise ValueError(f"{given}: must be the same in all trials of a sweep; remove it or give a single value")
-    ends = ranged(text)
+    ends = parse_range(text)
     if ends is not None:
         return _read_range(given, *ends, node)
     try:
@@ -133,7 +133,7 @@ def _node(config: DictConfig, key: str) -> Any:
     return node
 
 
-def spelt(space: Values | Range, value: Any) -> str:
+def format_value(space: Values | Range, value: Any) -> str:
     """Formats a value for an override; numbers of a range are rounded to four significant digits."""
     if isinstance(space, Values):
         return str(value)
@@ -161,13 +161,13 @@ def grid(space: Space) -> Iterator[dict[str, str]]:
 
 def _examples(part: Range) -> list[str]:
     middle = math.sqrt(part.low * part.high) if part.log else (part.low + part.high) / 2
-    return list(dict.fromkeys(spelt(part, value) for value in (part.low, middle, part.high)))
+    return list(dict.fromkeys(format_value(part, value) for value in (part.low, middle, part.high)))
 
 
 def kinds(space: Space) -> Iterator[dict[str, str]]:
     """Yields combinations that contain every listed value and the ends of every range, for validation up front."""
     options = {
-        key: part.values if isinstance(part, Values) else (spelt(part, part.low), spelt(part, part.high))
+        key: part.values if isinstance(part, Values) else (format_value(part, part.low), format_value(part, part.high))
         for key, part in space.items()
     }
     first = {key: values[0] for key, values in options.items()}

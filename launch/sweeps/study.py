@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
-from launch.sweeps.space import Range, Space, grid, spelt
+from launch.sweeps.space import Range, Space, format_value, grid
 
 DONE, PRUNED, FAILED, RUNNING, WAITING = "done", "pruned", "failed", "running", "waiting"
 TWINS = 100  # consecutive duplicate proposals after which the search space counts as exhausted
@@ -144,7 +144,9 @@ class Study:
             number=found.number,
             run=f"{self.name}-{found.number:03d}",
             state=states[found.state.name],
-            params={key: spelt(part, found.params[key]) for key, part in self.space.items() if key in found.params},
+            params={
+                key: format_value(part, found.params[key]) for key, part in self.space.items() if key in found.params
+            },
             value=found.value if found.state.name == "COMPLETE" else None,
             reports=dict(found.intermediate_values),
             seconds=attributes.get("seconds", 0.0),

@@ -33,7 +33,7 @@ WAYS = {"gpu": GPU, "tpu": TPU, "one": ONE}
 @pytest.mark.parametrize("way", WAYS)
 def test_the_manifest_and_its_commands_are_as_recorded(way):
     one = job(*WAYS[way])
-    same_as_recorded(f"k8s_{way}.txt", K8S.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded(f"k8s_{way}.txt", K8S.recipe([one]).render(one.folder) + "\n")
 
 
 def published(kind: str):
@@ -143,11 +143,11 @@ def conditions(*true, **more):
 
 
 def test_states_are_told_in_a_few_words():
-    assert k8s.described({}) == "starting"
-    assert k8s.described(conditions("Suspended")) == "queued"
-    assert k8s.described(conditions(replicatedJobsStatus=[{"ready": 1}], restarts=2)) == "running, restart 2"
-    assert k8s.described(conditions("Completed")) == "completed"
-    assert k8s.described(conditions("Failed")) == "failed (why)"
+    assert k8s.state_text({}) == "starting"
+    assert k8s.state_text(conditions("Suspended")) == "queued"
+    assert k8s.state_text(conditions(replicatedJobsStatus=[{"ready": 1}], restarts=2)) == "running, restart 2"
+    assert k8s.state_text(conditions("Completed")) == "completed"
+    assert k8s.state_text(conditions("Failed")) == "failed (why)"
 
 
 def test_a_jobset_is_submitted_looked_at_and_deleted(tmp_path, monkeypatch, capfd):

@@ -18,7 +18,7 @@ OPTIONS = [
 
 def test_the_drivers_and_the_actors_commands_are_as_recorded():
     one = job(*OPTIONS)
-    same_as_recorded("ray.txt", RAY.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("ray.txt", RAY.recipe([one]).render(one.folder) + "\n")
 
 
 def test_without_ray_the_way_to_it_is_said(monkeypatch):

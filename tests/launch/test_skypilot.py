@@ -19,7 +19,7 @@ SECRET = "sentinel-1848"
 
 def test_the_task_and_its_launch_are_as_recorded():
     one = job(*OPTIONS)
-    same_as_recorded("skypilot.txt", SKYPILOT.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("skypilot.txt", SKYPILOT.recipe([one]).render(one.folder) + "\n")
 
 
 def test_a_run_is_launched_looked_at_and_stopped_without_a_secret_in_sight(tmp_path, monkeypatch, capfd):

@@ -15,7 +15,7 @@ OPTIONS += ["launcher.partition=main", "launcher.options=[--exclusive]", "launch
 
 
 def shown(*jobs):
-    return LAUNCHERS["slurm"].recipe(jobs).shown(jobs[0].folder) + "\n"
+    return LAUNCHERS["slurm"].recipe(jobs).render(jobs[0].folder) + "\n"
 
 
 def test_the_script_and_its_submission_are_as_recorded():
@@ -86,7 +86,7 @@ def test_the_script_is_queued_again_where_that_helps(tmp_path, code, restarts, s
     ],
 )
 def test_states_are_told_in_a_few_words(line, said):
-    assert slurm.described(line) == said
+    assert slurm.state_text(line) == said
 
 
 def test_without_slurm_the_reason_is_said_and_no_job_is_left(monkeypatch, tmp_path):

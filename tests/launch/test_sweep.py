@@ -309,7 +309,7 @@ def queued(tmp_path, monkeypatch):
     program(tmp_path, "scontrol", {"show": "echo JobState=RUNNING NodeList=n1"})
     one = job("launcher=slurm", folder=tmp_path / "runs" / "s-000" / "jobs" / "1")
     one.folder.mkdir(parents=True)
-    one.noted(id="17", log=str(one.log))
+    one.update_handle(id="17", log=str(one.log))
     monkeypatch.setattr(trials, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
     config = composed("launcher=slurm", "run=s-000", "output_dir=runs")
     return Trial(0, "s-000", "running", {}, process={"pid": 1}), config, calls

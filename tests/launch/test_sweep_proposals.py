@@ -10,7 +10,7 @@ from configs.ranges import check_ranges
 from configs.schema import register
 from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
 from launch.plotting import draw_sweep
-from launch.sweeps.space import Range, Space, Values, grid, kinds, read_space, spelt, split_varying_keys, varies
+from launch.sweeps.space import Range, Space, Values, format_value, grid, kinds, read_space, split_varying_keys, varies
 from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, points_of, ranked
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
@@ -101,10 +101,10 @@ def test_kinds_hold_each_value_and_both_ends():
 
 
 def test_a_number_has_four_figures_and_stays_in_its_range():
-    assert spelt(Range(1e-4, 1.0, True, False), 0.000316227766) == "0.0003162"
-    assert spelt(Range(0.123456, 1.0, False, False), 0.123457) == "0.1235"
-    assert spelt(Range(0.0, 0.99999, False, False), 0.99998) == "0.99998"  # else 1
-    assert spelt(Range(1, 8, False, True), 3.0) == "3"
+    assert format_value(Range(1e-4, 1.0, True, False), 0.000316227766) == "0.0003162"
+    assert format_value(Range(0.123456, 1.0, False, False), 0.123457) == "0.1235"
+    assert format_value(Range(0.0, 0.99999, False, False), 0.99998) == "0.99998"  # else 1
+    assert format_value(Range(1, 8, False, True), 3.0) == "3"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ SECRET = "sentinel=4711 '$HOME'"
 
 def test_the_script_and_the_commands_are_as_recorded():
     one = job(*OPTIONS, "launcher.project=mine")
-    same_as_recorded("tpu_vm.txt", TPU_VM.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("tpu_vm.txt", TPU_VM.recipe([one]).render(one.folder) + "\n")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a job is, when it starts again, and what is never written down."""
+"""Jobs: snapshots, restarts, and secrets that must never be written to disk."""
 
 import json
 import os
@@ -35,7 +35,7 @@ KILLED, PREEMPTED = Ended(-9, "process 1 was killed by SIGKILL"), Ended(75, "pro
 
 
 def supervised(ends, steps=(), **settings):
-    """The exit code, the counts of the starts, and what was said."""
+    """Returns the exit code, the number of processes of each attempt, and the messages."""
     ends, steps, counts, said = iter(ends), iter(steps), [], []
 
     def attempt(count):
@@ -94,7 +94,7 @@ def test_who_was_killed_went_first_whatever_the_others_said():
 
 
 def test_local_processes_start_again_and_the_mark_reaches_them(tmp_path, capfd):
-    python = tmp_path / "python"  # what the job calls so; it is killed the first time
+    python = tmp_path / "python"  # the job's interpreter; kills itself the first time
     python.write_text(f'#!/bin/sh\necho "${MARK} $GREETING" >> tries\n[ $(wc -l < tries) -gt 1 ] || kill -9 $$\n')
     python.chmod(0o755)
     one = job("launcher.max_restarts=1", "launcher.env=[GREETING=hello]", folder=tmp_path / "a" / "jobs" / "1")
@@ -129,7 +129,7 @@ def test_a_job_freezes_the_code_the_commit_and_the_config(tmp_path):
         assert (folder / "code" / name).read_bytes() == (ROOT / name).read_bytes()
     assert not list(folder.rglob("*.pyc"))
     assert pack_code(folder / "code") == pack_code(folder / "code")
-    # The frozen code is what runs, though it is called from the checkout, and it knows its commit.
+    # The snapshot runs, even when started from the checkout, and knows its commit.
     seen = subprocess.run(
         [sys.executable, "-P", "-c", "import launch.run_folder as r; print(r.__file__, r.git_state())"],
         cwd=ROOT, env=os.environ | one.environment(), capture_output=True, text=True, check=True,
@@ -222,7 +222,7 @@ def test_a_supervisor_is_known_by_more_than_its_number(tmp_path):
     assert "asked process" in LOCAL.stop(one)
     assert child.wait() == -signal.SIGTERM
     assert not supervisor.alive(one) and "ended without an exit code" in LOCAL.status(one)
-    another = one.update_handle(pid=os.getpid())  # the number went to another process
+    another = one.update_handle(pid=os.getpid())  # the process ID was reused
     assert not supervisor.alive(another)
     with pytest.raises(ValueError, match="was started on elsewhere"):
         LOCAL.stop(one.update_handle(host="elsewhere"))

@@ -1,4 +1,4 @@
-"""What Kubernetes is given: JobSets as recorded, as their published schema has them, and what each exit code does."""
+"""Kubernetes launcher: recorded JobSets, validation against published schemas, and exit code policies."""
 
 import os
 from dataclasses import replace
@@ -37,9 +37,9 @@ def test_the_manifest_and_its_commands_are_as_recorded(way):
 
 
 def published(kind: str):
-    """The published schema of a kind, out of a folder of CustomResourceDefinitions.
+    """Returns the published schema of a kind from the folder of CustomResourceDefinitions in MESHWRIGHT_CRDS.
 
-    They are files of config/components/crd/bases in kubernetes-sigs/jobset and kubernetes-sigs/kueue.
+    The files are in config/components/crd/bases of kubernetes-sigs/jobset and kubernetes-sigs/kueue.
     """
     folder = os.environ.get("MESHWRIGHT_CRDS")
     if folder is None:
@@ -55,7 +55,7 @@ def published(kind: str):
 
 
 def closed(schema):
-    """A schema that refuses fields it does not know, as `kubectl apply --validate=strict` does."""
+    """Returns a schema that rejects unknown fields, like `kubectl apply --validate=strict`."""
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):

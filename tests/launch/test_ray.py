@@ -1,4 +1,4 @@
-"""What a Ray cluster is asked for; a real one is in tests/end_to_end/test_ray.py."""
+"""Ray launcher: recorded commands and errors. tests/end_to_end/test_ray.py uses a real cluster."""
 
 import sys
 

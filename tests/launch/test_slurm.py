@@ -1,4 +1,4 @@
-"""What SLURM is given, and what its answers mean; a real one is in tests/end_to_end/test_slurm.py."""
+"""SLURM launcher: recorded scripts and parsed states. tests/end_to_end/test_slurm.py uses a real SLURM."""
 
 import subprocess
 from dataclasses import replace
@@ -44,7 +44,7 @@ def test_the_script_is_bash(tmp_path, overrides):
 
 
 RUNNING, CANCELLED = "JobState=RUNNING", "JobState=CANCELLED"
-ENDS = [  # code of the processes, restarts before, state, wish to stop: is it queued again, and what is noted
+ENDS = [  # exit code, earlier restarts, state, stop requested: requeued, recorded exit code
     (0, 0, RUNNING, False, False, "0"),
     (75, 0, RUNNING, False, True, None),
     (137, 2, RUNNING, False, True, None),

@@ -1,4 +1,4 @@
-"""Sweeps as a command: how trials start and end, what is refused, and that a sweep goes on as if never cut off."""
+"""The sweep command: starts and outcomes of trials, invalid input, and exact resumption."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.launch.programs import program
 from trainer.tracker import read_rows
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
-# Trials are forked from a worker in which other tests have used JAX, and become another program at once.
+# Trials are forked from a worker in which other tests have used JAX, and call exec immediately.
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 
 TINY = ["model=tiny", "schedule=constant", "schedule.warmup_steps=0", "task.num_steps=6", "sweep.seed=1"]
@@ -31,7 +31,7 @@ TINY = ["model=tiny", "schedule=constant", "schedule.warmup_steps=0", "task.num_
 
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
-    """Trials by the stand-in; gives the folder of runs."""
+    """Runs trials with the substitute program. Returns the folder of runs."""
     monkeypatch.setattr(trials, "PROGRAM", (sys.executable, sweeps.__file__))
     monkeypatch.setattr("launch.sweeps.runner.PAUSE", 0.02)
     monkeypatch.chdir(tmp_path)
@@ -217,7 +217,7 @@ def test_measured_values_are_those_of_the_file(tmp_path):
     evaluated, trained = MetricReader(file, "eval/loss", 100), MetricReader(file, "train/loss", 100)
     evaluated.update()
     assert evaluated.reports() == {} and evaluated.value() is None
-    file.write_text("".join(lines[:60]) + lines[60][:10])  # a row that is half written
+    file.write_text("".join(lines[:60]) + lines[60][:10])  # an incomplete row
     for one in (evaluated, trained):
         one.update()
     assert evaluated.reports() == {50: 3.0} and evaluated.step == 60
@@ -301,7 +301,7 @@ def test_launchers_that_could_not_tell_trials_apart_are_refused(options, paralle
 
 @pytest.fixture
 def queued(tmp_path, monkeypatch):
-    """A trial whose job is in SLURM's queue, and the calls of SLURM's programs."""
+    """Returns a trial whose job runs in SLURM, its config, and the log of scancel calls."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["meshwright"])
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

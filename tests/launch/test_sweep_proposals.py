@@ -1,4 +1,4 @@
-"""What a sweep proposes, what ends early, and how it is drawn."""
+"""Sweep proposals, pruning and plots."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def bowl(trial: Trial) -> float:
 
 
 def carried_out(one: Study, most: int = 1000) -> list[dict[str, str]]:
-    """Proposes and tells, and returns what was proposed."""
+    """Runs the study with a quadratic objective. Returns the proposed parameters."""
     found = []
     while len(found) < most and (trial := one.next()) is not None:
         found.append(trial.params)
@@ -84,7 +84,7 @@ def test_a_grid_is_every_combination_in_order(tmp_path):
     wanted = [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}, {"a": "2", "b": "y"}]
     assert list(grid(space)) == wanted
     search, found = SweepSearchConfig(), []
-    for _ in range(2):  # the second start goes on
+    for _ in range(2):  # the second iteration resumes the study
         one = Study(tmp_path, "g", search, space, num_steps=10)
         while len(found) < 3 and (trial := one.next()) is not None:
             found.append(trial.params)
@@ -129,7 +129,7 @@ def test_sweep_overrides_are_recognized(override, several):
 
 @pytest.fixture(scope="module")
 def plain():
-    """The config of a run, as it is composed."""
+    """Returns a composed config of a run."""
     register()
     with initialize_config_module(config_module="configs", version_base="1.3"):
         return compose("root", overrides=["model=tiny"])
@@ -196,7 +196,7 @@ def test_a_goal_of_max_turns_the_order_round():
 def test_pruning_ends_what_is_worse_after_the_steps_that_all_get(tmp_path, pruning):
     one, steps = study(tmp_path, trials=20, pruning=pruning, warmup_steps=9), []
     while (trial := one.next()) is not None:
-        # A handle of another process, as after a restart: nothing of it is in memory.
+        # A second Study object, as after a restart, with nothing in memory.
         again = study(tmp_path, trials=20, pruning=pruning, warmup_steps=9)
         step, ended = 0, False
         while step < 81 and not ended:

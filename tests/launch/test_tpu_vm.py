@@ -1,4 +1,4 @@
-"""gcloud's commands as recorded, in their order, and the script that runs on each worker."""
+"""Cloud TPU launcher: recorded gcloud commands and the script that runs on each worker."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def test_the_script_and_the_commands_are_as_recorded():
 
 @pytest.fixture
 def gcloud(tmp_path, monkeypatch):
-    """A gcloud whose slice has two workers and is there after it was asked for."""
+    """A fake gcloud whose slice has two workers and becomes active once created."""
     workers = json.dumps({"networkEndpoints": [{}, {}]})
     answers = {
         "queued-resources create": f"touch {tmp_path}/made",

@@ -254,7 +254,7 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
     own_devices = kind not in ("sweep", "scaling_ladder")  # these leave the devices to the runs they start
     if own_devices:
         with startup.phase("join"):
-            distributed.start(config.devices)
+            distributed.start(config.fake_devices)
     with startup.phase("import"):  # importing only this task's modules keeps start-up short
         task = import_module(f"launch.tasks.{kind}")
     code = task.run(config, overrides)

@@ -160,11 +160,11 @@ def test_finished_rungs_are_kept_and_make_a_law(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(ladder.subprocess, "Popen", child)
     monkeypatch.setattr(ladder, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=512))
-    command = ["scaling_ladder", *TINY, "task.widths=[32,64,128]", "run=l", "budget=1e13", "task.aspect_ratio=null"]
+    command = ["scaling_ladder", *TINY, "task.widths=[32,64,128]", "run=l", "compute_budget=1e13", "task.aspect_ratio=null"]
     assert run(command) == 0 and len(started) == 9
-    told = json.loads((tmp_path / "runs/ladders/l.json").read_text())
-    assert told["law"] == pytest.approx(HOFFMANN._asdict(), rel=1e-3)
-    assert told["recommendation"]["flops"] == 1e13
+    report = json.loads((tmp_path / "runs/ladders/l.json").read_text())
+    assert report["law"] == pytest.approx(HOFFMANN._asdict(), rel=1e-3)
+    assert report["recommendation"]["flops"] == 1e13
     assert (tmp_path / "runs/ladders/l.png").stat().st_size > 10_000
     assert read_law(tmp_path / "runs/ladders/l.json") == pytest.approx(HOFFMANN, rel=1e-3)
     assert run(command) == 0 and len(started) == 9 and "(kept)" in capsys.readouterr().out
@@ -200,10 +200,10 @@ def test_coordinates_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["coord_check", *TINY, "task.widths=[32,64]", "model.num_layers=1", "task.num_steps=2", "run=c"]
     assert run([*command, "optimizer.learning_rate=1e-2"]) == 0
-    told = json.loads((tmp_path / "runs/coordinates/c.json").read_text())
-    assert set(told["slopes"]) == {"base_width=32", "standard"}
-    assert told["moved"]["base_width=32"][0] == told["moved"]["standard"][0]  # at the base they are one
-    assert told["slopes"]["standard"]["logits"] > told["slopes"]["base_width=32"]["logits"]
-    assert (tmp_path / "runs/coordinates/c.png").stat().st_size > 10_000
+    report = json.loads((tmp_path / "runs/coord_check/c.json").read_text())
+    assert set(report["slopes"]) == {"base_width=32", "standard"}
+    assert report["moved"]["base_width=32"][0] == report["moved"]["standard"][0]  # at the base they are one
+    assert report["slopes"]["standard"]["logits"] > report["slopes"]["base_width=32"]["logits"]
+    assert (tmp_path / "runs/coord_check/c.png").stat().st_size > 10_000
     assert "slope" in capsys.readouterr().out
     assert run([*command, "task.widths=[32]"]) == 2 and "two widths" in capsys.readouterr().err

@@ -160,7 +160,14 @@ def test_finished_rungs_are_kept_and_make_a_law(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(ladder.subprocess, "Popen", child)
     monkeypatch.setattr(ladder, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=512))
-    command = ["scaling_ladder", *TINY, "task.widths=[32,64,128]", "run=l", "compute_budget=1e13", "task.aspect_ratio=null"]
+    command = [
+        "scaling_ladder",
+        *TINY,
+        "task.widths=[32,64,128]",
+        "run=l",
+        "compute_budget=1e13",
+        "task.aspect_ratio=null",
+    ]
     assert run(command) == 0 and len(started) == 9
     report = json.loads((tmp_path / "runs/ladders/l.json").read_text())
     assert report["law"] == pytest.approx(HOFFMANN._asdict(), rel=1e-3)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.launchers import supervisor
-from launch.launchers.job import joined
+from launch.launchers.job import distributed_env
 from launch.launchers.local import free_port
 from trainer.checkpoint.checksums import DIGESTS, verify_digests
 
@@ -120,7 +120,7 @@ class Job:
 
     def process(self, index: int, port: int, log: object) -> subprocess.Popen:
         inside = [f"{f.kind}:{f.step}:{f.victim}" for f in self.faults if f.kind in INSIDE]
-        settings = joined(self.count, index, f"127.0.0.1:{port}") if self.count > 1 else {}
+        settings = distributed_env(self.count, index, f"127.0.0.1:{port}") if self.count > 1 else {}
         return subprocess.Popen(
             [sys.executable, str(Path(__file__)), "child", *self.arguments()],
             cwd=self.folder,

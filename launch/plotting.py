@@ -448,7 +448,7 @@ class _Sweep:
             placed = [(float(trial.params[key]), trial) for trial in self.trials]
             if part.log:
                 axes.set_xscale("log")
-            elif part.whole:
+            elif part.is_integer:
                 _whole_ticks(axes)
         else:
             seen: dict[str, int] = {}

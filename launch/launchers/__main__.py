@@ -12,7 +12,7 @@ def main() -> None:
     job = Job.load(Path(sys.argv[1]))
     launcher = LAUNCHERS[job.launcher.kind]
     assert isinstance(launcher, SupervisedLauncher)
-    sys.exit(launcher.carry_out(job))
+    sys.exit(launcher.run(job))
 
 
 if __name__ == "__main__":

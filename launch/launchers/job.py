@@ -75,9 +75,9 @@ class Job(Generic[Config]):
 
     def pack(self) -> int:
         """Writes the code snapshot to `code.tar.gz` for machines without shared storage. Returns its size in bytes."""
-        return (self.folder / PACKED).write_bytes(packed(self.code))
+        return (self.folder / PACKED).write_bytes(pack_code(self.code))
 
-    def noted(self, **handle: Any) -> "Job[Config]":
+    def update_handle(self, **handle: Any) -> "Job[Config]":
         """Adds to the handle and saves job.json. Returns the updated job."""
         job = dataclasses.replace(self, handle={**self.handle, **handle})
         job.save()
@@ -103,7 +103,7 @@ class Recipe:
     files: dict[str, str] = field(default_factory=dict)  # text by absolute path, or by name in the first job's folder
     commands: list[list[str]] = field(default_factory=list)
 
-    def shown(self, folder: Path) -> str:
+    def render(self, folder: Path) -> str:
         texts = [f"# {folder / name}\n{text.rstrip()}" for name, text in self.files.items()]
         return "\n\n".join([*texts, *(f"$ {shlex.join(command)}" for command in self.commands)])
 
@@ -112,7 +112,7 @@ class Recipe:
             (folder / name).write_text(text)
 
 
-def job_of(config: RunConfig, overrides: list[str], folder: Path) -> Job:
+def make_job(config: RunConfig, overrides: list[str], folder: Path) -> Job:
     given = [o for o in overrides if not o.startswith(("task=", "launcher.dry_run="))]
     arguments = [*cli_flags(sys.argv[1:]), *given]
     return Job(folder, config.run, config.task.kind, arguments, config.launcher, sys.executable, os.getcwd())
@@ -173,7 +173,7 @@ def secrets(launcher: LauncherConfig, environ: Mapping[str, str]) -> dict[str, s
     return {name: environ[name] for name in names}
 
 
-def joined(count: int, index: int, coordinator: str) -> dict[str, str]:
+def distributed_env(count: int, index: int, coordinator: str) -> dict[str, str]:
     """Returns the variables by which JAX joins process `index` of `count`. `coordinator`: HOST:PORT of process 0."""
     if count == 1:
         return {}
@@ -231,7 +231,7 @@ def _git(root: Path, *arguments: str) -> str | None:
     return found.stdout if found.returncode == 0 else None
 
 
-def packed(code: Path) -> bytes:
+def pack_code(code: Path) -> bytes:
     """Returns the folder as a reproducible tar.gz: equal files give equal bytes."""
     import gzip
 
@@ -256,13 +256,13 @@ def assignments(variables: Mapping[str, str]) -> list[str]:
     return [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
 
 
-def worth_another_start(code: str) -> str:
+def restart_condition(code: str) -> str:
     """Returns `exit_codes.is_restartable` as a bash condition on a word such as `$code`."""
     killed = f"[ {code} -gt 128 ] && [ {code} -ne {exit_codes.INTERRUPTED} ]"
     return f"{{ [ {code} -eq {exit_codes.PREEMPTED} ] || {{ {killed}; }}; }}"
 
 
-def restarted(process: str, max_restarts: int) -> list[str]:
+def restart_loop(process: str, max_restarts: int) -> list[str]:
     """Returns bash lines that run `process` and restart it per `is_restartable`, unless `$job/stop` exists.
 
     SIGTERM is forwarded to the process and prevents further restarts. `$code` holds the last exit code.
@@ -275,7 +275,7 @@ def restarted(process: str, max_restarts: int) -> list[str]:
         '  pid=$!; echo $pid > "$job/pid"',
         "  wait $pid; code=$?",
         "  while kill -0 $pid 2> /dev/null; do wait $pid; code=$?; done  # a signal interrupts wait",
-        f'  [ ! -e "$job/stop" ] && [ $restarts -lt {max_restarts} ] && {worth_another_start("$code")} || break',
+        f'  [ ! -e "$job/stop" ] && [ $restarts -lt {max_restarts} ] && {restart_condition("$code")} || break',
         "  restarts=$((restarts + 1))",
         f'  echo "meshwright: ended with $code; restart $restarts of {max_restarts}"',
         "done",

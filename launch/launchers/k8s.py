@@ -161,7 +161,7 @@ def _resources(launcher: K8sConfig) -> dict[str, Any]:
     return {part: found for part, found in (("requests", {**requests, **limits}), ("limits", limits)) if found}
 
 
-def described(jobset: dict[str, Any]) -> str:
+def state_text(jobset: dict[str, Any]) -> str:
     """Returns the state of a JobSet, given as kubectl's JSON, as short text."""
     status = jobset.get("status", {})
     true = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
@@ -203,7 +203,7 @@ class K8sLauncher(ClusterLauncher[K8sConfig]):
         for command in recipe.commands:
             check_output(command)
         for job in jobs:
-            yield job.noted(name=name(job)), f"is the {self.label(job)}"
+            yield job.update_handle(name=name(job)), f"is the {self.label(job)}"
 
     def follow(self, jobs: Sequence[Job[K8sConfig]]) -> int:
         """Follows the JobSets one after another, with the log of each."""
@@ -220,7 +220,7 @@ class K8sLauncher(ClusterLauncher[K8sConfig]):
         found = run_command([*kubectl(job), "get", "jobset", name(job), "--output=json"])
         if found.returncode:
             return "gone" if "NotFound" in found.stderr else f"unknown: {found.stderr.strip()}"
-        return described(json.loads(found.stdout))
+        return state_text(json.loads(found.stdout))
 
     def logs(self, job: Job[K8sConfig], *, follow: bool) -> int:
         """Prints the log of the first pod of the first slice."""

@@ -12,7 +12,7 @@ from configs.launchers import LocalConfig
 from launch import exit_codes
 from launch.launchers import supervisor
 from launch.launchers.base import say
-from launch.launchers.job import Job, Recipe, assignments, joined, python_path
+from launch.launchers.job import Job, Recipe, assignments, distributed_env, python_path
 from launch.launchers.supervisor import Ended, SupervisedLauncher, supervise_job
 
 
@@ -25,11 +25,11 @@ class LocalLauncher(SupervisedLauncher[LocalConfig]):
         for job in jobs:
             launcher = job.launcher
             for index in range(launcher.num_processes):
-                settings = joined(launcher.num_processes, index, f"127.0.0.1:{launcher.port or 'PORT'}")
+                settings = distributed_env(launcher.num_processes, index, f"127.0.0.1:{launcher.port or 'PORT'}")
                 commands.append(["env", *assignments({**job.environment(), **settings}), *job.command()])
         return Recipe(commands=commands)
 
-    def carry_out(self, job: Job[LocalConfig]) -> int:
+    def run(self, job: Job[LocalConfig]) -> int:
         return supervise_job(job, lambda count: attempt(job, count), job.launcher.num_processes)
 
     def logs(self, job: Job[LocalConfig], *, follow: bool) -> int:
@@ -47,7 +47,11 @@ def attempt(job: Job[LocalConfig], count: int) -> Ended:
     port = job.launcher.port or free_port()
     children = []
     for index in range(count):
-        env = {**os.environ, **job.environment(python_path(job.code)), **joined(count, index, f"127.0.0.1:{port}")}
+        env = {
+            **os.environ,
+            **job.environment(python_path(job.code)),
+            **distributed_env(count, index, f"127.0.0.1:{port}"),
+        }
         output = None if index == 0 else open(process_log(job, index), "ab")  # noqa: SIM115
         children.append(subprocess.Popen(job.command(), cwd=job.workdir, env=env, stdout=output, stderr=output))
         if output is not None:

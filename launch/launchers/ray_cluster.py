@@ -12,7 +12,7 @@ from typing import Any
 from configs.launchers import RayConfig
 from launch.launchers import supervisor
 from launch.launchers.base import LogTail
-from launch.launchers.job import Job, Recipe, assignments, joined, secrets
+from launch.launchers.job import Job, Recipe, assignments, distributed_env, secrets
 from launch.launchers.local import process_log
 from launch.launchers.supervisor import Ended, SupervisedLauncher, supervise_job
 
@@ -31,18 +31,18 @@ class RayLauncher(SupervisedLauncher[RayConfig]):
         for job in jobs:
             commands.append(["env", *assignments(job.environment()), *supervisor.supervisor_command(job)])
             for index in range(job.launcher.hosts):
-                variables = {**job.environment(), **joined(job.launcher.hosts, index, "HOST:PORT")}
+                variables = {**job.environment(), **distributed_env(job.launcher.hosts, index, "HOST:PORT")}
                 commands.append(["env", *assignments(variables), *job.command()])
         return Recipe(commands=commands)
 
     def submit(self, jobs: Sequence[Job[RayConfig]], recipe: Recipe) -> int:
         """Raises ValueError if Ray is not installed."""
-        imported()
+        import_ray()
         return super().submit(jobs, recipe)
 
-    def carry_out(self, job: Job[RayConfig]) -> int:
+    def run(self, job: Job[RayConfig]) -> int:
         """Connects to the cluster, or starts a local one, and supervises the actors."""
-        ray, launcher = imported(), job.launcher
+        ray, launcher = import_ray(), job.launcher
         cpus = max(1, round(launcher.hosts * launcher.cpus_per_host))
         options = {"num_cpus": cpus, "include_dashboard": False} if launcher.address == "local" else {}
         ray.init(address=launcher.address, log_to_driver=False, logging_level="error", **options)
@@ -53,7 +53,7 @@ class RayLauncher(SupervisedLauncher[RayConfig]):
             ray.shutdown()
 
 
-def imported() -> Any:
+def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -64,7 +64,7 @@ def imported() -> Any:
 
 def attempt(job: Job[RayConfig], count: int, tail: LogTail) -> Ended:
     """Creates `count` actors, starts their processes and waits until all have ended."""
-    ray = imported()
+    ray = import_ray()
     group = _group(job, count)
     actors = [_actor(job, group, index) for index in range(count)]
     try:
@@ -73,7 +73,7 @@ def attempt(job: Job[RayConfig], count: int, tail: LogTail) -> Ended:
         started = []
         for index, actor in enumerate(actors):
             log = job.log if index == 0 else process_log(job, index)
-            own = {**variables, **joined(count, index, host)}
+            own = {**variables, **distributed_env(count, index, host)}
             started.append(actor.start.remote(job.command(), own, job.workdir, str(log)))
         ray.get(started, timeout=START_SECONDS)
         ended: dict[int, int] = {}
@@ -109,7 +109,7 @@ def attempt(job: Job[RayConfig], count: int, tail: LogTail) -> Ended:
 
 
 def _answer(method: Any) -> int | None:
-    ray = imported()
+    ray = import_ray()
     try:
         return ray.get(method.remote(), timeout=ANSWER_SECONDS)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
@@ -121,7 +121,7 @@ def _group(job: Job[RayConfig], count: int) -> Any:
     launcher = job.launcher
     if launcher.address == "local":
         return None
-    ray = imported()
+    ray = import_ray()
     from ray.util.placement_group import placement_group
 
     bundle = {"CPU": launcher.cpus_per_host, "GPU": launcher.gpus_per_host, **launcher.resources}
@@ -132,7 +132,7 @@ def _group(job: Job[RayConfig], count: int) -> Any:
 
 
 def _actor(job: Job[RayConfig], group: Any, index: int) -> Any:
-    launcher, ray = job.launcher, imported()
+    launcher, ray = job.launcher, import_ray()
     options: dict[str, Any] = {
         "num_cpus": launcher.cpus_per_host,
         "num_gpus": launcher.gpus_per_host,

@@ -9,7 +9,7 @@ from configs.launchers import LocalConfig
 from configs.schema import RunConfig
 from launch import distributed
 from launch.launchers.base import Launcher
-from launch.launchers.job import MARK, Job, cli_flags, freeze, job_of, jobs_folder, next_folder, secrets, take_folder
+from launch.launchers.job import MARK, Job, cli_flags, freeze, jobs_folder, make_job, next_folder, secrets, take_folder
 from launch.launchers.k8s import K8sLauncher
 from launch.launchers.local import LocalLauncher
 from launch.launchers.ray_cluster import RayLauncher
@@ -68,14 +68,14 @@ def launch(requests: Sequence[tuple[RunConfig, list[str]]]) -> int:
             "settings to the command line"
         )
     if launcher.dry_run:
-        jobs = [job_of(*one, next_folder(jobs_folder(one[0].output_dir, one[0].run))) for one in requests]
-        print(backend.recipe(jobs).shown(jobs[0].folder))
+        jobs = [make_job(*one, next_folder(jobs_folder(one[0].output_dir, one[0].run))) for one in requests]
+        print(backend.recipe(jobs).render(jobs[0].folder))
         return 0
     if backend.local_secrets:
         secrets(launcher, os.environ)  # fails before anything is written
     jobs: list[Job] = []
     for config, overrides in requests:
-        job = job_of(config, overrides, take_folder(jobs_folder(config.output_dir, config.run)))
+        job = make_job(config, overrides, take_folder(jobs_folder(config.output_dir, config.run)))
         freeze(job, config)
         jobs.append(job)
     recipe = backend.recipe(jobs)

@@ -13,7 +13,7 @@ import yaml
 from configs.launchers import SkypilotConfig
 from launch.distributed import FIRST_PORT
 from launch.launchers.base import Launcher
-from launch.launchers.job import Job, Recipe, check_output, public_name, restarted, run_command
+from launch.launchers.job import Job, Recipe, check_output, public_name, restart_loop, run_command
 
 FILE = "task.yaml"
 HOME = "~/meshwright"  # working directory of the processes on a node
@@ -87,7 +87,7 @@ def _run(job: Job[SkypilotConfig]) -> str:
         'export PYTHONPATH="$PWD"',
         *(f"export {name}={value}" for name, value in distributed.items()),
         f'job={HOME}/jobs/{public_name(job.run, job.number)}; mkdir -p "$job"; cd {HOME}',
-        *restarted(shlex.join(job.command(launcher.python)), launcher.max_restarts),
+        *restart_loop(shlex.join(job.command(launcher.python)), launcher.max_restarts),
         "exit $code",
     ]
     return "\n".join(lines) + "\n"
@@ -107,7 +107,7 @@ class SkypilotLauncher(Launcher[SkypilotConfig]):
         """Raises ValueError if sky fails."""
         for job, command in zip(jobs, recipe.commands, strict=True):
             check_output(command)
-            job = job.noted(cluster=cluster(job))
+            job = job.update_handle(cluster=cluster(job))
             print(f"run {job.run!r}: job {job.number} runs on the cluster {cluster(job)}", flush=True)
         return self.logs(jobs[0], follow=True) if jobs[0].launcher.follow and len(jobs) == 1 else 0
 

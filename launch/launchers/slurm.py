@@ -19,8 +19,8 @@ from launch.launchers.job import (
     assignments,
     check_output,
     public_name,
+    restart_condition,
     run_command,
-    worth_another_start,
 )
 
 SCRIPT = "job.sbatch"
@@ -61,7 +61,7 @@ def script(jobs: Sequence[Job[SlurmConfig]]) -> str:
         "code=$?",
         "",
         f'if [ -e "$job/{STOP}" ]; then end $code; fi',
-        f"if {worth_another_start('$code')} && running; then",
+        f"if {restart_condition('$code')} && running; then",
         f'  if [ "$restarts" -lt {launcher.max_restarts} ]; then',
         f'    echo "meshwright: ended with $code; restart $((restarts + 1)) of {launcher.max_restarts}"',
         '    scontrol requeue "$SLURM_JOB_ID"',
@@ -126,7 +126,7 @@ def _srun(job: Job[SlurmConfig]) -> list[str]:
     return [*words, shlex.join(["apptainer", "exec", *gpus, *binds])]
 
 
-def described(output: str) -> str:
+def state_text(output: str) -> str:
     """Returns the job state from the output of `scontrol show job --oneliner` as short text."""
     fields = dict(re.findall(r"(\w+)=(\S*)", output))
     state = fields.get("JobState", "unknown")
@@ -154,7 +154,7 @@ class SlurmLauncher(ClusterLauncher[SlurmConfig]):
         number = check_output(recipe.commands[0]).split(";")[0]  # NUMBER;CLUSTER
         suffixes = [f"_{i}" for i in range(len(jobs))] if len(jobs) > 1 else [""]
         submitted = [
-            job.noted(id=number + suffix, log=f"{jobs[0].log}{suffix}")
+            job.update_handle(id=number + suffix, log=f"{jobs[0].log}{suffix}")
             for job, suffix in zip(jobs, suffixes, strict=True)
         ]
         for job in submitted:
@@ -173,7 +173,7 @@ class SlurmLauncher(ClusterLauncher[SlurmConfig]):
         found = run_command(["scontrol", "show", "job", "--oneliner", job.handle["id"]])
         if found.returncode:
             return "GONE" if "Invalid job id" in found.stderr else f"unknown: {found.stderr.strip()}"
-        return described(found.stdout)
+        return state_text(found.stdout)
 
     def exit_code(self, job: Job[SlurmConfig], state: str) -> int:
         """Returns the exit code written by the batch script, or else the one implied by the state."""

@@ -94,7 +94,7 @@ def watch(
             found = codes()
             failed = {i: code for i, code in enumerate(found) if code}
             if failed and first is None:
-                first, kill_time = first_end(failed), time.monotonic() + GRACE_SECONDS
+                first, kill_time = first_failure(failed), time.monotonic() + GRACE_SECONDS
                 if first[1] not in (exit_codes.PREEMPTED, exit_codes.WRONG_INPUT):
                     end_all()  # on preemption or wrong input all processes exit without being asked
             if None not in found:
@@ -132,7 +132,7 @@ def exit_description(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-def first_end(codes: Mapping[int, int]) -> tuple[int, int]:
+def first_failure(codes: Mapping[int, int]) -> tuple[int, int]:
     """Returns index and exit code of the process that most likely failed first, from those found at the same time.
 
     Prefers processes killed by a signal: the others may exit with 1 because they lost that peer.
@@ -163,7 +163,7 @@ def supervise_job(job: Job[LocalConfig] | Job[RayConfig], attempt: Attempt, coun
         saved_step=saved_step_of(job),
         say=say,
     )
-    job.noted(code=code)
+    job.update_handle(code=code)
     return code
 
 
@@ -171,7 +171,7 @@ class SupervisedLauncher(Launcher[Config]):
     """A launcher whose jobs are supervised on this machine, by this process or a background process."""
 
     @abstractmethod
-    def carry_out(self, job: Job[Config]) -> int:
+    def run(self, job: Job[Config]) -> int:
         """Starts the processes and restarts them on recoverable failures. Returns the exit code."""
 
     def submit(self, jobs: Sequence[Job[Config]], recipe: Recipe) -> int:
@@ -179,7 +179,7 @@ class SupervisedLauncher(Launcher[Config]):
         codes = []
         for job in jobs:
             if job.launcher.follow:
-                codes.append(self.carry_out(job.noted(**identity(os.getpid()))))
+                codes.append(self.run(job.update_handle(**identity(os.getpid()))))
             else:
                 detach(job, secrets(job.launcher, os.environ))
                 print(f"run {job.run!r}: job {job.number} runs in the background, log: {job.log}")
@@ -222,7 +222,7 @@ def detach(job: Job, variables: Mapping[str, str]) -> None:
             stderr=log,
             start_new_session=True,
         )
-    job.noted(**identity(child.pid))
+    job.update_handle(**identity(child.pid))
 
 
 def alive(job: Job) -> bool:

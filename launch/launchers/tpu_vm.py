@@ -21,7 +21,7 @@ from launch.launchers.job import (
     assignments,
     check_output,
     public_name,
-    restarted,
+    restart_loop,
     run_command,
     secrets,
 )
@@ -96,7 +96,7 @@ def script(job: Job[TpuVmConfig]) -> str:
             "while IFS= read -r -d '' secret; do export \"$secret\"; done",
             f'export PYTHONPATH="$job/code" {" ".join(assignments(given))}',
             "work() {",
-            *(f"  {line}" for line in restarted(shlex.join(job.command(launcher.python)), launcher.max_restarts)),
+            *(f"  {line}" for line in restart_loop(shlex.join(job.command(launcher.python)), launcher.max_restarts)),
             '  echo $code > "$job/exit_code"',
             "}",
             "trap '' HUP  # keep running after the ssh connection closes",
@@ -196,7 +196,7 @@ class TpuVmLauncher(Launcher[TpuVmConfig]):
             )
         [job] = jobs
         job.pack()
-        job = job.noted(tpu=tpu(job))
+        job = job.update_handle(tpu=tpu(job))
         if not job.launcher.follow:
             start(job)
             print(f"run {job.run!r}: job {job.number} runs on the TPU {tpu(job)}")

@@ -1,1 +1,1 @@
-"""What follows from size: the coordinate check across widths, and the law that a ladder of sizes is fitted by."""
+"""Scaling laws: model sizes and training lengths of a scaling ladder, the fitted law and its recommendations."""

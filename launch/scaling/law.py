@@ -1,10 +1,10 @@
-"""A scaling law: its fit to finished runs, how sure that is, and what it recommends for a budget.
+"""Fits scaling laws to finished runs and computes compute-optimal sizes.
 
-    L(N, D) = E + A / N^alpha + B / D^beta        nats a token, of N parameters on D tokens
+    L(N, D) = E + A / N^alpha + B / D^beta        nats per token, for N parameters and D tokens
 
-The fit is that of Hoffmann et al. 2022 [2203.15556], section 3.3: the sum of Huber losses (delta 1e-3) of log L, by
-L-BFGS from many starts. Of their grid of starts the best so many are followed. Where all runs have the same number of
-tokens for a parameter, N and D cannot be told apart, and the law is one of compute, L(C) = E + A / C^alpha.
+The fit follows Hoffmann et al. 2022 [2203.15556], section 3.3: it minimizes the sum of Huber losses (delta 1e-3) of
+log L by L-BFGS from a grid of starts, of which only the best are optimized. If all runs have the same ratio of tokens
+to parameters, N and D cannot be separated, and the law is one of compute, L(C) = E + A / C^alpha.
 """
 
 import itertools
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 DELTA = 1e-3
-FOLLOWED, TO_THE_END = 20, 3  # starts of the grid that a fit goes on from, and that it follows to the end
+NUM_STARTS, NUM_REFINED = 20, 3  # best grid points that are optimized briefly, and to convergence
 LOG_A = LOG_B = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
 LOG_E = (-1.0, -0.5, 0.0, 0.5, 1.0)
 EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 class Law(NamedTuple):
-    """Of parameters and tokens. Without `B`, of compute: `A / C^alpha` in FLOPs."""
+    """A law of parameters and tokens, or, without `B`, a law of compute: `A / C^alpha` with C in FLOPs."""
 
     E: float
     A: float
@@ -36,14 +36,14 @@ class Law(NamedTuple):
         return not self.B
 
     def loss(self, x: Any, tokens: Any = 1.0) -> Any:
-        """Of `x` parameters (of a law of compute: FLOPs) and so many tokens."""
+        """Returns the loss for `x` parameters (law of compute: FLOPs) and the number of tokens."""
         return self.E + self.A / x**self.alpha + (self.B / tokens**self.beta if self.B else 0.0)
 
 
 class Optimum(NamedTuple):
     parameters: float
     tokens: float
-    loss: float  # nats a token, on the text of the law
+    loss: float  # nats per token, on the validation text of the law
 
 
 # Hoffmann et al. 2022 [2203.15556], section 3.3, in the corrected fit of Besiroglu et al. 2024 [2404.10102], table 1.
@@ -52,7 +52,7 @@ CHINCHILLA_SOURCE = "Hoffmann et al. 2022 (2203.15556), approach 3, refitted by 
 
 
 def compute_optimal(flops: float, law: Law = CHINCHILLA) -> Optimum:
-    """The size and the number of tokens with the least loss for so many training FLOPs, 6 N D = C."""
+    """Returns the parameters and tokens with the lowest loss for a training budget in FLOPs, 6 N D = C."""
     E, A, alpha, B, beta = law
     n = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (flops / 6) ** (beta / (alpha + beta))
     d = flops / 6 / n
@@ -60,15 +60,19 @@ def compute_optimal(flops: float, law: Law = CHINCHILLA) -> Optimum:
 
 
 def read_law(path: Path) -> Law:
-    """Of a ladder's JSON. Raises: ValueError where it holds no law of parameters and tokens that has an optimum."""
-    told = json.loads(path.read_text()).get("law", {}) if path.is_file() else None
-    if told is None:
-        raise ValueError(f"task.scaling_law={path}: there is no such file; meshwright scaling_ladder writes it")
-    if set(told) != set(Law._fields) or min(told["alpha"], told["beta"]) <= 0:
+    """Reads the law from the JSON report of a scaling ladder.
+
+    Raises: ValueError if the file is missing or its law has no compute-optimal size.
+    """
+    constants = json.loads(path.read_text()).get("law", {}) if path.is_file() else None
+    if constants is None:
+        raise ValueError(f"task.scaling_law={path}: file not found; create it with meshwright scaling_ladder")
+    if set(constants) != set(Law._fields) or min(constants["alpha"], constants["beta"]) <= 0:
         raise ValueError(
-            f"task.scaling_law={path}: holds no law of parameters and tokens by which the loss falls with both"
+            f"task.scaling_law={path}: must contain a law of parameters and tokens with positive exponents; run "
+            "meshwright scaling_ladder with several task.widths and task.tokens_per_param"
         )
-    return Law(**told)
+    return Law(**constants)
 
 
 class Point(NamedTuple):
@@ -81,21 +85,21 @@ class Point(NamedTuple):
 
 
 def fit_law(points: Sequence[Point], near: Law | None = None) -> Law:
-    """`near`: a law of nearly the same points, to begin at instead of at all starts.
+    """Fits a law to finished runs. `near`: a law of similar points, used as start instead of the grid.
 
-    Raises: ValueError where there are too few points for the law's constants.
+    Raises: ValueError if there are too few points for the law's constants.
     """
     ratios = [p.tokens / p.parameters for p in points]
     if max(ratios) < 1.1 * min(ratios):
-        _enough(points, 4, "constants E, A and alpha")
+        _check_count(points, 4, "constants E, A and alpha")
         x = np.log([[p.flops] for p in points])
     else:
-        _enough(points, 6, "constants E, A, alpha, B and beta")
+        _check_count(points, 6, "constants E, A, alpha, B and beta")
         for name in ("parameters", "tokens"):
             if len({round(np.log(getattr(p, name)), 1) for p in points}) < 3:
                 raise ValueError(
-                    f"a law of sizes and tokens needs three different numbers of {name} at least; give more "
-                    "task.widths and task.tokens_per_param, or a single task.tokens_per_param for a law of compute"
+                    f"a law of parameters and tokens needs at least three different numbers of {name}; add values to "
+                    "task.widths and task.tokens_per_param, or use a single task.tokens_per_param for a law of compute"
                 )
         x = np.log([[p.parameters, p.tokens] for p in points])
     found = _fit(x, np.log([p.loss for p in points]), near)
@@ -107,30 +111,33 @@ def _b(rest: Sequence[float]) -> tuple[float, ...]:
     return (float(np.exp(rest[0])), float(rest[1])) if rest else ()
 
 
-def _enough(points: Sequence[Point], least: int, what: str) -> None:
+def _check_count(points: Sequence[Point], least: int, what: str) -> None:
     if len(points) < least:
         raise ValueError(
-            f"{len(points)} finished runs: {what} need {least} at least, one more than they are; give more task.widths "
-            "or task.tokens_per_param"
+            f"{len(points)} finished runs: fitting the {what} requires at least {least}; add values to task.widths or "
+            "task.tokens_per_param"
         )
 
 
 def _fit(x: np.ndarray, y: np.ndarray, near: Law | None) -> np.ndarray:
-    """(e, a, alpha, [b, beta]) of log L = logsumexp(e, a - alpha log x, ...). `x` [points, 1 or 2] and `y` are logs."""
+    """Fits (e, a, alpha, [b, beta]) of log L = logsumexp(e, a - alpha log x, ...).
+
+    `x` [points, 1 or 2] and `y` [points] are logarithms.
+    """
     from scipy.optimize import minimize
 
     grid = np.array(list(itertools.product(LOG_E, *[LOG_A, EXPONENTS] * x.shape[1])))
-    # Around the middle of the points, where a factor and its exponent say different things.
-    middle = x.mean(0)
-    x = x - middle
-    grid[:, 1::2] -= grid[:, 2::2] * middle
+    # Centers x, which decorrelates factors and exponents.
+    center = x.mean(0)
+    x = x - center
+    grid[:, 1::2] -= grid[:, 2::2] * center
     order = np.argsort(_value(grid, x, y)[0], kind="stable")
-    starts = list(grid[order[:FOLLOWED]])
+    starts = list(grid[order[:NUM_STARTS]])
     if near is not None and near.of_compute == (x.shape[1] == 1):
         factors, exponents = (near.A, near.B)[: x.shape[1]], (near.alpha, near.beta)
         terms = [v for factor, power in zip(factors, exponents, strict=False) for v in (_log(factor), power)]
         theta = np.array([_log(near.E), *terms])
-        theta[1::2] -= theta[2::2] * middle
+        theta[1::2] -= theta[2::2] * center
         starts = [theta, starts[0]]
     objective = lambda theta: tuple(part[0] for part in _value(theta[None], x, y))
 
@@ -138,10 +145,10 @@ def _fit(x: np.ndarray, y: np.ndarray, near: Law | None) -> np.ndarray:
         options = {"maxiter": turns, "maxfun": 2 * turns, "ftol": 1e-13, "gtol": 1e-10}
         return minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
 
-    begun = sorted((descend(start, 50) for start in starts), key=lambda end: end.fun)
-    ends = [descend(end.x, 500) for end in begun[: TO_THE_END if near is None else 1]]
+    candidates = sorted((descend(start, 50) for start in starts), key=lambda end: end.fun)
+    ends = [descend(end.x, 500) for end in candidates[: NUM_REFINED if near is None else 1]]
     best = np.array(min(ends, key=lambda end: end.fun).x)
-    best[1::2] += best[2::2] * middle
+    best[1::2] += best[2::2] * center
     return best
 
 
@@ -150,7 +157,7 @@ def _log(value: float) -> float:
 
 
 def _value(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of Huber losses over DELTA^2 and their gradients, of each row of `theta` [S, 3 or 5]."""
+    """Returns the sum of Huber losses divided by DELTA^2, and its gradient, for each row of `theta` [S, 3 or 5]."""
     terms = [np.broadcast_to(theta[:, :1], (len(theta), len(y)))]
     for i in range(x.shape[1]):
         a, exponent = theta[:, 1 + 2 * i, None], theta[:, 2 + 2 * i, None]
@@ -168,7 +175,7 @@ def _value(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray,
 
 
 def left_out(points: Sequence[Point], law: Law) -> list[Law]:
-    """`law` without each of its points in turn; without those whose absence leaves too few."""
+    """Returns refits of `law` with each point left out in turn, skipping fits with too few points."""
     found = []
     for i in range(len(points)):
         try:
@@ -179,6 +186,6 @@ def left_out(points: Sequence[Point], law: Law) -> list[Law]:
 
 
 def spread(laws: Sequence[Law], of: Callable[[Law], float]) -> tuple[float, float] | None:
-    """The least and the largest of a number over the laws; None where there are none."""
+    """Returns the minimum and maximum of a number over the laws; None if there are no laws."""
     values = [of(law) for law in laws]
     return (min(values), max(values)) if values else None

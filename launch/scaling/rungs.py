@@ -1,4 +1,4 @@
-"""The sizes of a ladder, and what a law recommends within such a family of sizes."""
+"""Model sizes of a scaling ladder, and the size that a law recommends for a compute budget."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,21 +13,21 @@ from models.config import ModelConfig
 from models.flops import flops_per_token, num_params
 from models.mup import width_keys
 
-GROWTH = 1.15  # between the sizes that a recommendation is chosen from
+GROWTH = 1.15  # ratio between the widths considered for a recommendation
 
 
 class Rung(NamedTuple):
-    """A run of the ladder, before it is run."""
+    """A planned run of the ladder."""
 
-    run: str  # its name
-    keys: dict[str, int]  # of the model, that differ from the config's
-    parameters: int  # without embeddings and head
+    run: str  # run name
+    keys: dict[str, int]  # model keys that differ from the config
+    parameters: int  # excluding embeddings and head
     num_steps: int
     tokens: int
 
 
 class Size(NamedTuple):
-    """A model of the family, as costs see it."""
+    """Model keys, parameters and cost of one size of the family."""
 
     keys: dict[str, int]
     parameters: int
@@ -45,7 +45,7 @@ class Recommendation(NamedTuple):
 
 
 def model_keys(model: ModelConfig, embed_dim: int, aspect: float | None) -> dict[str, int]:
-    """Keys below `model`. Raises: ValueError where there is no such width."""
+    """Returns the model keys for a width. Raises: ValueError if the width is invalid for the model."""
     keys = width_keys(model, embed_dim)
     return keys if aspect is None else keys | {"num_layers": max(1, round(embed_dim / aspect))}
 
@@ -58,13 +58,13 @@ def with_keys(model: ModelConfig, keys: dict[str, int]) -> ModelConfig:
 
 
 def counted_params(model: ModelConfig) -> int:
-    """Without embeddings and head, which need no vocabulary to be known."""
+    """Returns the number of parameters excluding embeddings and head, which does not require the vocabulary size."""
     counts = num_params(replace(model, vocab_size=1))
     return counts["total"] - counts["embedding"] - counts["head"]
 
 
 def rungs(config: RunConfig) -> list[Rung]:
-    """The smallest first. Raises: ValueError naming the key of what cannot be."""
+    """Returns the runs of the ladder, smallest first. Raises: ValueError with the invalid key."""
     task = config.task
     assert isinstance(task, ScalingLadderConfig)
     found, tokens_per_step = [], config.data.batch_size * config.data.seq_len
@@ -81,14 +81,17 @@ def rungs(config: RunConfig) -> list[Rung]:
 
 
 def sizes(config: RunConfig, model: ModelConfig, budget: float) -> list[Size]:
-    """Of the family, those that `budget` FLOPs train on a token for each parameter at least; the vocabulary known."""
+    """Returns the sizes that `budget` FLOPs can train on at least one token per parameter.
+
+    `model` must have its final vocabulary size.
+    """
     task = config.task
     assert isinstance(task, ScalingLadderConfig)
     found, width = [], 1.0
     while True:
         try:
             keys = model_keys(model, round(width), task.aspect_ratio)
-        except ValueError:  # no whole heads: the next one that has them
+        except ValueError:  # width not divisible into heads: try the next one
             width = round(width) + 1
             continue
         grown = with_keys(model, keys)
@@ -102,16 +105,18 @@ def sizes(config: RunConfig, model: ModelConfig, budget: float) -> list[Size]:
 def recommend(
     law: Law, others: Sequence[Law], family: Sequence[Size], budget: float, ratio: float | None = None
 ) -> Recommendation:
-    """The size with the least loss for `budget` FLOPs. `ratio`: of tokens to parameters, for a law of compute.
+    """Returns the size with the lowest predicted loss for `budget` FLOPs.
 
-    Raises: ValueError where by the law the loss does not fall.
+    `others`: laws with one run left out, for the spread. `ratio`: tokens per parameter, for a law of compute.
+
+    Raises: ValueError if the fitted loss does not decrease with size and tokens.
     """
     if law.alpha <= 0 or (not law.of_compute and law.beta <= 0):
         raise ValueError(
-            f"by the fitted law (alpha {law.alpha:.3g}, beta {law.beta:.3g}) the loss does not fall with size and "
-            "tokens; the runs are too few, too alike or too noisy: give more task.widths and task.tokens_per_param"
+            f"the fitted law (alpha {law.alpha:.3g}, beta {law.beta:.3g}) does not decrease with size and tokens; the "
+            "runs are too few, too similar or too noisy: add values to task.widths and task.tokens_per_param"
         )
-    sound = [other for other in others if other.alpha > 0 and (other.of_compute or other.beta > 0)]
+    valid = [other for other in others if other.alpha > 0 and (other.of_compute or other.beta > 0)]
     size, loss = _best(law, family, budget, ratio)
     return Recommendation(
         size.keys,
@@ -119,8 +124,8 @@ def recommend(
         budget / size.flops_per_token,
         budget,
         loss,
-        spread(sound, lambda other: float(_best(other, family, budget, ratio)[0].parameters)),
-        spread(sound, lambda other: _best(other, family, budget, ratio)[1]),
+        spread(valid, lambda other: float(_best(other, family, budget, ratio)[0].parameters)),
+        spread(valid, lambda other: _best(other, family, budget, ratio)[1]),
     )
 
 

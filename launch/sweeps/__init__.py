@@ -1,1 +1,1 @@
-"""Sweeps: what varies, which values come next, how trials run, and what is shown of them."""
+"""Hyperparameter sweeps: search space, Optuna study, trial execution and progress display."""

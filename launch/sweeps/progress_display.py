@@ -1,4 +1,4 @@
-"""What a sweep shows: a bar and a line for each end on a terminal, lines elsewhere, and the table at its end."""
+"""Sweep output: a progress bar on terminals, one line per trial event, and the final table."""
 
 import shlex
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from launch.sweeps.study import DONE, FAILED, PRUNED, Trial, best_of, ranked
 from launch.sweeps.trials import Running, num_steps
 from trainer.reliability.goodput import duration
 
-SHOWN, FAILURES = 40, 5  # trials in the table, and messages below it
+SHOWN, FAILURES = 40, 5  # maximum number of trials in the table, and of failure messages below it
 
 
 class ProgressDisplay:
-    """The terminal while a sweep runs; to be entered as a context."""
+    """Shows progress while a sweep runs. Used as a context manager."""
 
     def __init__(self, name: str, search: SweepSearchConfig, console: Console | None = None):
         self._name, self._search = name, search
@@ -45,7 +45,7 @@ class ProgressDisplay:
             self._bar.stop()
 
     def show(self, trials: Sequence[Trial], wanted: int, running: Sequence[Running]) -> None:
-        """How far all are, where there is a terminal."""
+        """Updates the progress bar, if the output is a terminal."""
         if self._bar is None:
             return
         best = best_of(trials, self._search)
@@ -54,21 +54,21 @@ class ProgressDisplay:
         ended = sum(trial.ended for trial in trials)
         self._bar.update(self._task, completed=ended, total=wanted, status="  ".join(parts))
 
-    def tell(self, trial: Trial, what: str) -> None:
-        self._print(f"{trial.run} {what}: {' '.join(trial.arguments)}")
+    def announce(self, trial: Trial, event: str) -> None:
+        self._print(f"{trial.run} {event}: {' '.join(trial.arguments)}")
 
     def ended(self, trial: Trial, trials: Sequence[Trial], log: Path) -> None:
         metric = self._search.metric
         if trial.state == DONE:
             best = best_of(trials, self._search)
-            said = f"done: {metric} {trial.value:.5g}" + (", the best" if best and best.run == trial.run else "")
+            outcome = f"done: {metric} {trial.value:.5g}" + (", new best" if best and best.run == trial.run else "")
         elif trial.state == PRUNED:
             latest = "" if trial.latest is None else f": {metric} {trial.latest:.5g}"
-            said = f"pruned at step {max(trial.reports, default=0)}{latest}"
+            outcome = f"pruned at step {max(trial.reports, default=0)}{latest}"
         else:
-            said = f"failed: {trial.message}; its log: {log}"
+            outcome = f"failed: {trial.message}; log: {log}"
         self._print(
-            f"{trial.run} {said}, {duration(trial.seconds)}" if trial.state != FAILED else f"{trial.run} {said}"
+            f"{trial.run} {outcome}, {duration(trial.seconds)}" if trial.state != FAILED else f"{trial.run} {outcome}"
         )
 
     def _print(self, line: str) -> None:
@@ -78,7 +78,7 @@ class ProgressDisplay:
 
 
 def print_table(trials: Sequence[Trial], search: SweepSearchConfig, console: Console | None = None) -> None:
-    """All trials, the best first."""
+    """Prints all trials, best first."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=200, highlight=False)
@@ -89,9 +89,9 @@ def print_table(trials: Sequence[Trial], search: SweepSearchConfig, console: Con
     found = ranked(trials, search)
     for trial in found[:SHOWN]:
         latest = "" if trial.latest is None else f"{trial.latest:.5g}"
-        said = {PRUNED: f"pruned at step {max(trial.reports, default=0)}", DONE: ""}.get(trial.state, trial.state)
+        state = {PRUNED: f"pruned at step {max(trial.reports, default=0)}", DONE: ""}.get(trial.state, trial.state)
         cells = [Text(trial.params.get(key, "")) for key in keys]
-        table.add_row(trial.run, *cells, latest, said, duration(trial.seconds) if trial.seconds else "")
+        table.add_row(trial.run, *cells, latest, state, duration(trial.seconds) if trial.seconds else "")
     console.print(table)
     if len(found) > SHOWN:
         console.print(f"and {len(found) - SHOWN} more, in results.jsonl")
@@ -101,7 +101,7 @@ def print_table(trials: Sequence[Trial], search: SweepSearchConfig, console: Con
 
 
 def short(key: str, keys: Sequence[str]) -> str:
-    """The last word of a key, where no other key has it."""
+    """Returns the last component of a key, or the full key if another one ends the same."""
     last = key.rsplit(".", 1)[-1]
     return last if sum(other.rsplit(".", 1)[-1] == last for other in keys) == 1 else key
 
@@ -111,7 +111,7 @@ def spelt_command(words: Sequence[str]) -> str:
 
 
 def as_row(trial: Trial, words: Sequence[str]) -> dict[str, Any]:
-    """A line of results.jsonl."""
+    """Returns the record of a trial for results.jsonl."""
     return {
         "trial": trial.number,
         "run": trial.run,

@@ -1,4 +1,4 @@
-"""The loop of a sweep: starts trials while there is room, reads how they do, ends those that promise nothing."""
+"""Main loop of a sweep: starts trials as slots become free, reads their metrics and prunes unpromising ones."""
 
 import signal
 import time
@@ -20,34 +20,34 @@ from launch.sweeps.progress_display import ProgressDisplay
 from launch.sweeps.study import DONE, FAILED, PRUNED, RUNNING, Study, Trial, best_of
 from launch.sweeps.trials import STARTS, Running, num_steps, start, wait_for_orphan
 
-PAUSE = 0.5  # seconds between looks at the trials
-GIVE_UP = 3  # trials that all failed, with none that did not
+PAUSE = 0.5  # polling interval in seconds
+GIVE_UP = 3  # the sweep ends when its first trials, this many, have all failed
 
 
 @dataclass
 class SweepRunner:
-    """What a sweep needs to run its trials, and what it remembers while it does."""
+    """Runs the trials of a sweep."""
 
     study: Study
     search: SweepSearchConfig
-    arguments: Sequence[str]  # of every trial
-    compose: Callable[[Sequence[str]], RunConfig]  # a trial's config from its arguments
+    arguments: Sequence[str]  # common to all trials
+    compose: Callable[[Sequence[str]], RunConfig]  # returns a trial's config for its arguments
     logs: Path
-    code: Path  # the packages as they were when the sweep began
-    shares: Sequence[Sequence[str]]  # GPUs of each place
+    code: Path  # snapshot of the packages, taken when the sweep started
+    shares: Sequence[Sequence[str]]  # GPUs of each slot
     on_end: Callable[[Trial], None]  # called after each trial
     screen: ProgressDisplay
-    running: dict[int, Running] = field(default_factory=dict)  # by place
-    unfinished: list[Trial] = field(default_factory=list)  # begun, to go on with
-    starts: dict[int, int] = field(default_factory=dict)
+    running: dict[int, Running] = field(default_factory=dict)  # by slot
+    unfinished: list[Trial] = field(default_factory=list)  # interrupted trials to resume
+    starts: dict[int, int] = field(default_factory=dict)  # restarts by trial number
     pruned: set[int] = field(default_factory=set)
-    proven: bool = False  # a trial has measured something
-    signal: int | None = None  # that asked the sweep to end
-    gave_up: str = ""
-    exit_code: int = 0  # where it gave up
+    proven: bool = False  # at least one trial has reported a metric
+    signal: int | None = None  # signal that requested the stop
+    gave_up: str = ""  # reason
+    exit_code: int = 0  # set when giving up
 
     def conduct(self) -> int:
-        """Runs trials until there are enough. Returns the exit code."""
+        """Runs trials until the requested number has ended. Returns the exit code."""
         self.unfinished = [trial for trial in self.study.trials() if trial.state == RUNNING]
         for trial in self.unfinished:
             wait_for_orphan(trial, say)
@@ -55,8 +55,8 @@ class SweepRunner:
         self.proven = any(trial.state in (DONE, PRUNED) for trial in self.study.trials())
         with self._signals(), self.screen:
             while True:
-                for place in list(self.running):
-                    self._look(place)
+                for slot in list(self.running):
+                    self._poll(slot)
                 if self.signal is None and not self.gave_up:
                     self._fill(rejoin)
                 self.screen.show(self.study.trials(), self.study.wanted, list(self.running.values()))
@@ -72,7 +72,7 @@ class SweepRunner:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGTERM or Ctrl-C lets the trials save, the second one kills them."""
+        """Handles SIGTERM and Ctrl-C: the first lets the trials save a checkpoint, the second kills them."""
 
         def handle(number: int, frame: Any) -> None:
             if self.signal is not None:
@@ -88,7 +88,7 @@ class SweepRunner:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            for one in self.running.values():  # an error of ours: no trial is left alone
+            for one in self.running.values():  # after an internal error: leave no trial running
                 one.stop()
 
     def _stop_all(self) -> None:
@@ -96,42 +96,42 @@ class SweepRunner:
             one.stop()
 
     def _fill(self, rejoin: set[int]) -> None:
-        for place, gpus in enumerate(self.shares):
-            while place not in self.running and not self.gave_up:
-                if self.running and not self.proven:  # the first prepares the text, and shows whether all is right
+        for slot, gpus in enumerate(self.shares):
+            while slot not in self.running and not self.gave_up:
+                if self.running and not self.proven:  # the first trial tokenizes the data and validates the setup
                     return
                 trial = self.unfinished.pop(0) if self.unfinished else self.study.next()
                 if trial is None:
                     return
-                self._begin(place, gpus, trial, trial.number in rejoin)
+                self._start(slot, gpus, trial, trial.number in rejoin)
                 rejoin.discard(trial.number)
 
-    def _begin(self, place: int, gpus: Sequence[str], trial: Trial, rejoin: bool) -> None:
+    def _start(self, slot: int, gpus: Sequence[str], trial: Trial, rejoin: bool) -> None:
         try:
             config = self.compose([*self.arguments, *trial.arguments, f"run={trial.run}"])
-        except (ValueError, HydraException, OmegaConfBaseException) as error:  # values that do not go together
+        except (ValueError, HydraException, OmegaConfBaseException) as error:  # incompatible values
             message = str(error).splitlines()[0]
             self._close(self.study.tell(trial, FAILED, message=message), exit_codes.WRONG_INPUT)
             return
         log = self._log(trial)
         one = start(trial, config, self.arguments, self.search, log=log, code=self.code, gpus=gpus, rejoin=rejoin)
-        self.running[place] = one
+        self.running[slot] = one
         self.study.note(trial, process=identity(one.child.pid))
-        self.screen.tell(trial, "goes on" if trial.process else "begins")
-        if self.signal is not None:  # it came while the trial began
+        self.screen.announce(trial, "resumed" if trial.process else "started")
+        if self.signal is not None:  # received while the trial was starting
             one.stop()
 
-    def _look(self, place: int) -> None:
-        one = self.running[place]
+    def _poll(self, slot: int) -> None:
+        one = self.running[slot]
         ended = one.child.poll() is not None
-        one.measured.look()
+        one.measured.update()
         self.proven = self.proven or one.measured.step > 0
         prune = self.study.report(one.trial, one.measured.reports()) and self.search.pruning is not Pruning.none
         if prune and not ended and not one.asked and one.measured.step < num_steps(one.config):
             self.pruned.add(one.trial.number)
             one.stop()
         if ended:
-            del self.running[place]
+            del self.running[slot]
             self._end(one)
 
     def _end(self, one: Running) -> None:
@@ -142,7 +142,7 @@ class SweepRunner:
             ended = self.study.tell(one.trial, DONE, value=outcome.value)
         elif one.trial.number in self.pruned:
             ended = self.study.tell(one.trial, PRUNED)
-        elif outcome.again and self._goes_on(one):
+        elif outcome.again and self._requeue(one):
             return
         else:
             ended = self.study.tell(one.trial, FAILED, message=outcome.message)
@@ -157,10 +157,10 @@ class SweepRunner:
     def _log(self, trial: Trial) -> Path:
         return self.logs / f"{trial.run}.log"
 
-    def _goes_on(self, one: Running) -> bool:
-        """Whether a trial that was cut off is to be started again; it waits for its turn then."""
+    def _requeue(self, one: Running) -> bool:
+        """Queues an interrupted trial for a restart, at most STARTS times. Returns whether it remains open."""
         trial = self.study.trial(one.trial.number)
-        if one.asked:  # with the sweep
+        if one.asked:  # the sweep itself is stopping
             return True
         if not one.rejoined:
             self.starts[trial.number] = self.starts.get(trial.number, 0) + 1
@@ -176,6 +176,6 @@ class SweepRunner:
         wrong = code == exit_codes.WRONG_INPUT
         if wrong or len(ended) >= GIVE_UP:
             self.exit_code = exit_codes.WRONG_INPUT if wrong else exit_codes.FAILED
-            many = "the first trial" if len(ended) == 1 else f"the first {len(ended)} trials"
-            self.gave_up = f"sweep ends: {many} failed, {trial.run} with: {trial.message}"
+            first = "the first trial" if len(ended) == 1 else f"the first {len(ended)} trials"
+            self.gave_up = f"sweep stopped: {first} failed, {trial.run} with: {trial.message}"
             self._stop_all()

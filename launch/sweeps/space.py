@@ -1,4 +1,4 @@
-"""What varies in a sweep, and over which values: `KEY=2,4,8`, `KEY=1e-4..1e-2`, `KEY=log:1e-4..1e-2`."""
+"""Search space of a sweep, in command-line syntax: `KEY=2,4,8`, `KEY=1e-4..1e-2`, `KEY=log:1e-4..1e-2`."""
 
 import itertools
 import math
@@ -11,51 +11,51 @@ from hydra.errors import HydraException
 from omegaconf import BooleanNode, DictConfig, EnumNode, FloatNode, IntegerNode, ListConfig, StringNode
 
 RANGE = re.compile(r"(?P<log>log:)?(?P<low>[^:,]+?)\.\.(?P<high>[^:,]+)")
-SHARED = re.compile(r"(task|sweep|run|runs|resume|launcher|launcher\..*|task\.(kind|sweep.*))")
-WAYS = "give values, KEY=2,4,8, or a range, KEY=1e-4..1e-2 or KEY=log:1e-4..1e-2"
+SHARED = re.compile(r"(task|sweep|run|output_dir|resume|launcher|launcher\..*|task\.(kind|sweep.*))")
+SYNTAX = "give values, KEY=2,4,8, or a range, KEY=1e-4..1e-2 or KEY=log:1e-4..1e-2"
 
 
 class Values(NamedTuple):
-    """A list of values, as the command line has them."""
+    """A list of values in command-line syntax."""
 
     values: tuple[str, ...]
 
 
 class Range(NamedTuple):
-    """All numbers from `low` to `high`, both included."""
+    """All numbers from `low` to `high`, inclusive."""
 
     low: float
     high: float
-    log: bool
-    whole: bool
+    log: bool  # logarithmic scale
+    is_integer: bool
 
 
 Space = dict[str, Values | Range]  # by key
 
 
 def varies(override: str) -> bool:
-    """Whether an override of the command line gives several values."""
+    """Returns whether a command-line override specifies several values."""
     key, _, value = override.partition("=")
     if key.startswith("~") or key in ("task.sample_prompt", "launcher.env", "task.sweep.parameters"):
         return False
-    if ranged(value) is not None:
+    if parse_range(value) is not None:
         return True
     try:
         return OverridesParser.create().parse_override(override).is_sweep_override()
     except HydraException:
-        return False  # Hydra will say it
+        return False  # Hydra reports the error later
 
 
 def split_varying_keys(overrides: Sequence[str]) -> list[str]:
-    """A command line on which keys that vary stand together: `++task.sweep.parameters={KEY:'VALUES',...}`.
+    """Moves overrides with several values into `++task.sweep.parameters={KEY:'VALUES',...}`.
 
-    Raises: ValueError where a key that varies is added by +, which Hydra's grammar has no place for.
+    Raises: ValueError if such a key has a prefix like +, which Hydra does not support here.
     """
     given = {o.partition("=")[0]: o.partition("=")[2] for o in overrides if varies(o)}
     for key in given:
         if not re.fullmatch(r"[\w.@/]+", key):
-            raise ValueError(f"{key}={given[key]}: a key that varies is one that the config has, without {key[0]!r}")
-    # ++, as the keys of a dict are new ones.
+            raise ValueError(f"{key}={given[key]}: a swept key must exist in the config; remove the {key[0]!r}")
+    # ++, because the dict has no such keys yet.
     rest = [f"++{o}" if o.startswith("task.sweep.parameters=") else o for o in overrides if not varies(o)]
     if not given:
         return rest
@@ -63,8 +63,8 @@ def split_varying_keys(overrides: Sequence[str]) -> list[str]:
     return [*rest, "++task.sweep.parameters={" + ",".join(f"{key}:'{value}'" for key, value in escaped.items()) + "}"]
 
 
-def ranged(text: str) -> tuple[str, str, bool] | None:
-    """`log:LOW..HIGH` as (LOW, HIGH, True); None where it is no range of numbers."""
+def parse_range(text: str) -> tuple[str, str, bool] | None:
+    """Parses `log:LOW..HIGH` as (LOW, HIGH, True); None if the text is not a numeric range."""
     found = RANGE.fullmatch(text.strip())
     if found is None or not (_is_number(found["low"]) or _is_number(found["high"])):
         return None
@@ -79,9 +79,9 @@ def _is_number(text: str) -> bool:
 
 
 def read_space(over: Mapping[str, str], config: DictConfig) -> Space:
-    """`config`: a composed run, which knows what each key holds.
+    """Parses the values of the swept keys. `config`: a composed config, which provides the type of each key.
 
-    Raises: ValueError naming key, value, reason and fix.
+    Raises: ValueError with key, value, reason and fix.
     """
     return {key: _read(key, str(text), _node(config, key)) for key, text in over.items()}
 
@@ -89,8 +89,8 @@ def read_space(over: Mapping[str, str], config: DictConfig) -> Space:
 def _read(key: str, text: str, node: Any) -> Values | Range:
     given = f"{key}={text}"
     if SHARED.fullmatch(key):
-        raise ValueError(f"{given}: is the same in all trials of a sweep; leave it out, or give one value")
-    ends = ranged(text)
+        raise ValueError(f"{given}: must be the same in all trials of a sweep; remove it or give a single value")
+    ends = parse_range(text)
     if ends is not None:
         return _read_range(given, *ends, node)
     try:
@@ -98,76 +98,76 @@ def _read(key: str, text: str, node: Any) -> Values | Range:
         interval = override.is_interval_sweep()
         found = [] if interval or not override.is_sweep_override() else list(override.sweep_string_iterator())
     except HydraException as error:
-        raise ValueError(f"{given}: {str(error).splitlines()[0]}; {WAYS}") from None
+        raise ValueError(f"{given}: {str(error).splitlines()[0]}; {SYNTAX}") from None
     values = tuple(dict.fromkeys(found))
     if interval:
         raise ValueError(f"{given}: write a range as {key}=LOW..HIGH, or {key}=log:LOW..HIGH")
     if len(values) < 2:
-        raise ValueError(f"{given}: is one value; to vary it {WAYS}".replace("KEY", key))
+        raise ValueError(f"{given}: a single value; to sweep it, {SYNTAX}".replace("KEY", key))
     return Values(values)
 
 
 def _read_range(given: str, low: str, high: str, log: bool, node: Any) -> Range:
     for end in (low, high):
         if not _is_number(end):
-            raise ValueError(f"{given}: {end!r} is no number; a range goes from one to another")
+            raise ValueError(f"{given}: {end!r} is not a number; write a range as LOW..HIGH")
     first, last = float(low), float(high)
     if isinstance(node, StringNode | BooleanNode | EnumNode | DictConfig | ListConfig):
-        raise ValueError(f"{given}: this key holds no number; give its values, with commas")
+        raise ValueError(f"{given}: this key is not numeric; list its values, separated by commas")
     if first >= last:
-        raise ValueError(f"{given}: a range goes from the smaller to the larger number")
+        raise ValueError(f"{given}: the lower end of a range must be less than the upper end")
     if log and first <= 0:
-        raise ValueError(f"{given}: a logarithmic range begins above 0; leave log: out, or begin at {last / 1000:g}")
+        raise ValueError(f"{given}: a logarithmic range must start above 0; remove log:, or start at {last / 1000:g}")
     literal = all(re.fullmatch(r"[+-]?\d+", end) for end in (low, high))
-    whole = isinstance(node, IntegerNode) or (literal and not isinstance(node, FloatNode))
-    if whole and not (first.is_integer() and last.is_integer()):
-        raise ValueError(f"{given}: this key holds whole numbers; let the range begin and end with such")
-    return Range(first, last, log, whole)
+    is_integer = isinstance(node, IntegerNode) or (literal and not isinstance(node, FloatNode))
+    if is_integer and not (first.is_integer() and last.is_integer()):
+        raise ValueError(f"{given}: this key is an integer; both ends of the range must be integers")
+    return Range(first, last, log, is_integer)
 
 
 def _node(config: DictConfig, key: str) -> Any:
-    """What holds the value of a key; None where there is none, as of a group."""
+    """Returns the config node of a key; None if there is none, as for config groups."""
     node: Any = config
     for part in key.split("."):
         node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
     return node
 
 
-def spelt(space: Values | Range, value: Any) -> str:
-    """A value of the space as an override has it; numbers of a range with four figures."""
+def format_value(space: Values | Range, value: Any) -> str:
+    """Formats a value for an override; numbers of a range are rounded to four significant digits."""
     if isinstance(space, Values):
         return str(value)
-    if space.whole:
+    if space.is_integer:
         return str(int(value))
     short = f"{value:.4g}"
     return short if space.low <= float(short) <= space.high else repr(float(value))
 
 
 def grid(space: Space) -> Iterator[dict[str, str]]:
-    """Every combination, the last key fastest.
+    """Yields every combination; the last key varies fastest.
 
-    Raises: ValueError naming a key with a range, which has no end of values.
+    Raises: ValueError for a key with a range, which has infinitely many values.
     """
     for key, part in space.items():
         if isinstance(part, Range):
             raise ValueError(
-                f"sweep.method=grid: {key} has a range, which no grid ends; give its values, such as "
-                f"{key}={','.join(_some(part))}, or sweep.method=random"
+                f"sweep.method=grid: {key} has a range; a grid needs a list of values, such as "
+                f"{key}={','.join(_examples(part))}; or use sweep.method=random"
             )
     columns = [part.values for part in space.values() if isinstance(part, Values)]
     for values in itertools.product(*columns):
         yield dict(zip(space, values, strict=True))
 
 
-def _some(part: Range) -> list[str]:
+def _examples(part: Range) -> list[str]:
     middle = math.sqrt(part.low * part.high) if part.log else (part.low + part.high) / 2
-    return list(dict.fromkeys(spelt(part, value) for value in (part.low, middle, part.high)))
+    return list(dict.fromkeys(format_value(part, value) for value in (part.low, middle, part.high)))
 
 
 def kinds(space: Space) -> Iterator[dict[str, str]]:
-    """Values of each key at least once, the ends of ranges: what is refused in one of these is refused at once."""
+    """Yields combinations that contain every listed value and the ends of every range, for validation up front."""
     options = {
-        key: part.values if isinstance(part, Values) else (spelt(part, part.low), spelt(part, part.high))
+        key: part.values if isinstance(part, Values) else (format_value(part, part.low), format_value(part, part.high))
         for key, part in space.items()
     }
     first = {key: values[0] for key, values in options.items()}

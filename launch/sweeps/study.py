@@ -1,7 +1,7 @@
-"""The record of a sweep: an Optuna study in a journal file. What comes next follows from it and from the seed.
+"""Record of a sweep: an Optuna study in a journal file, which determines the next trial.
 
-Each trial's choice depends on the sweep's seed, the trial's number and the trials before it, never on what this process
-has drawn: a sweep that was cut off proposes what an unbroken one does.
+The parameters of a trial depend only on the sweep's seed, the trial number and earlier trials, not on the state of this
+process. A resumed sweep therefore proposes the same trials as an uninterrupted one.
 """
 
 import json
@@ -14,32 +14,32 @@ from typing import Any
 import numpy as np
 
 from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
-from launch.sweeps.space import Range, Space, grid, spelt
+from launch.sweeps.space import Range, Space, format_value, grid
 
 DONE, PRUNED, FAILED, RUNNING, WAITING = "done", "pruned", "failed", "running", "waiting"
-TWINS = 100  # proposals in a row that were tried before, after which the space counts as used up
-FEW = 3  # finished trials of which a median is taken
-TRIALS = 20  # where nothing says how many
-RANDOM_SHARE, MOST_RANDOM = 3, 10  # bayes begins with a third at random, at most so many
+TWINS = 100  # consecutive duplicate proposals after which the search space counts as exhausted
+FEW = 3  # minimum number of finished trials for the median pruner
+TRIALS = 20  # default number of trials
+RANDOM_SHARE, MOST_RANDOM = 3, 10  # tpe starts with a third of the trials at random, but at most 10
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as the record has it."""
+    """A trial as recorded in the study."""
 
     number: int
     run: str
     state: str
-    params: dict[str, str]  # by key, as an override has them
-    value: float | None = None  # of the metric, where the trial is done
-    reports: dict[int, float] = field(default_factory=dict)  # of the metric, by step
-    seconds: float = 0.0  # of all its starts
+    params: dict[str, str]  # values by key, in override syntax
+    value: float | None = None  # final metric of a finished trial
+    reports: dict[int, float] = field(default_factory=dict)  # metric by step
+    seconds: float = 0.0  # total over all starts
     message: str = ""
-    process: dict[str, Any] = field(default_factory=dict)  # of the newest start
+    process: dict[str, Any] = field(default_factory=dict)  # identity of the latest process
 
     @property
     def latest(self) -> float | None:
-        """The value, or how far it came."""
+        """The final value, or the last reported one."""
         if self.value is not None or not self.reports:
             return self.value
         return self.reports[max(self.reports)]
@@ -60,31 +60,31 @@ def chosen_method(search: SweepSearchConfig, space: Space) -> Method:
 
 
 def points_of(search: SweepSearchConfig, space: Space) -> list[dict[str, str]]:
-    """Of a grid; none of another method.
+    """Returns the points of a grid search, or none for other methods.
 
-    Raises: ValueError where the grid has no end, or more points than are wanted.
+    Raises: ValueError if a key has a range, or the grid has more points than sweep.trials.
     """
     points = list(grid(space)) if chosen_method(search, space) is Method.grid else []
     if search.trials is not None and search.trials < len(points):
         raise ValueError(
-            f"sweep.trials={search.trials}: the grid has {len(points)} points; leave it out for all of them, or "
-            "take some with sweep.method=random"
+            f"sweep.trials={search.trials}: the grid has {len(points)} points; remove sweep.trials to run all, or "
+            "sample them with sweep.method=random"
         )
     return points
 
 
 def imported() -> Any:
-    """Raises: ValueError where Optuna is not installed."""
+    """Imports Optuna. Raises: ValueError if it is not installed."""
     try:
         import optuna
     except ImportError as error:
-        raise ValueError("sweep: needs Optuna; install it with: pip install -e '.[sweep]'") from error
+        raise ValueError("sweep: Optuna is not installed; install it with: pip install -e '.[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
 
 class Study:
-    """The trials of one sweep. `folder` None: nothing is written."""
+    """The trials of one sweep. With `folder` None, nothing is written."""
 
     def __init__(self, folder: Path | None, name: str, search: SweepSearchConfig, space: Space, num_steps: int):
         optuna = self._optuna = imported()
@@ -105,26 +105,26 @@ class Study:
             load_if_exists=True,
         )
         known = len(self._study.get_trials(deepcopy=False))
-        for point in points[known:]:  # a kill between two of them leaves the rest to the next start
+        for point in points[known:]:  # if interrupted here, the next start adds the rest
             self._study.enqueue_trial(point)
         if search.retry_failed:
             self._retry()
-        again = sum("again" in trial.user_attrs for trial in self._all())
-        asked = sum(trial.state.name != "WAITING" for trial in self._all())
-        self.wanted = max((len(points) or search.trials or TRIALS) + again, asked)
+        retries = sum("again" in trial.user_attrs for trial in self._all())
+        started = sum(trial.state.name != "WAITING" for trial in self._all())
+        self.wanted = max((len(points) or search.trials or TRIALS) + retries, started)
         self._opened: dict[int, Any] = {}
 
     @property
     def num_random(self) -> int:
-        """Trials with which bayes begins."""
+        """Number of random trials before tpe uses its model."""
         return min(MOST_RANDOM, max(1, self.wanted // RANDOM_SHARE))
 
     def _all(self) -> Sequence[Any]:
-        """Optuna's trials, without those that stand for an earlier one."""
+        """Returns Optuna's trials, without duplicates of earlier ones."""
         return [t for t in self._study.get_trials(deepcopy=False) if "same_as" not in t.user_attrs]
 
     def _retry(self) -> None:
-        """Queues failed trials once more, under numbers of their own."""
+        """Enqueues failed trials again, under new numbers."""
         known = self._all()
         done = {trial.user_attrs.get("again") for trial in known}
         for trial in known:
@@ -144,7 +144,9 @@ class Study:
             number=found.number,
             run=f"{self.name}-{found.number:03d}",
             state=states[found.state.name],
-            params={key: spelt(part, found.params[key]) for key, part in self.space.items() if key in found.params},
+            params={
+                key: format_value(part, found.params[key]) for key, part in self.space.items() if key in found.params
+            },
             value=found.value if found.state.name == "COMPLETE" else None,
             reports=dict(found.intermediate_values),
             seconds=attributes.get("seconds", 0.0),
@@ -153,11 +155,11 @@ class Study:
         )
 
     def next(self) -> Trial | None:
-        """Proposes a trial; None where there are as many as were wanted, or no others."""
-        asked = [trial for trial in self.trials() if trial.state != WAITING]
-        if len(asked) >= self.wanted:
+        """Proposes the next trial; None if enough trials were started or the search space is exhausted."""
+        started = [trial for trial in self.trials() if trial.state != WAITING]
+        if len(started) >= self.wanted:
             return None
-        before = {json.dumps(trial.params): trial.number for trial in asked}
+        before = {json.dumps(trial.params): trial.number for trial in started}
         for _ in range(TWINS):
             everything = self._study.get_trials(deepcopy=False)
             waiting = [trial for trial in everything if trial.state.name == "WAITING"]
@@ -165,14 +167,14 @@ class Study:
                 return None
             number = min((trial.number for trial in waiting), default=len(everything))
             self._study.sampler = self._sampler(number)
-            asked_for = self._study.ask(self._distributions())
-            found = self.trial(asked_for.number)
+            proposal = self._study.ask(self._distributions())
+            found = self.trial(proposal.number)
             twin = before.get(json.dumps(found.params))
             if twin is None or waiting:
-                self._opened[found.number] = asked_for
+                self._opened[found.number] = proposal
                 return found
-            asked_for.set_user_attr("same_as", twin)
-            self._study.tell(asked_for, state=self._optuna.trial.TrialState.FAIL)
+            proposal.set_user_attr("same_as", twin)
+            self._study.tell(proposal, state=self._optuna.trial.TrialState.FAIL)
         return None
 
     def _sampler(self, number: int) -> Any:
@@ -181,7 +183,7 @@ class Study:
         if self.method is not Method.tpe:
             return samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what Optuna may change
+            warnings.simplefilter("ignore")  # ExperimentalWarning
             return samplers.TPESampler(
                 seed=seed, n_startup_trials=self.num_random, multivariate=True, constant_liar=True
             )
@@ -192,28 +194,29 @@ class Study:
         for key, part in self.space.items():
             if not isinstance(part, Range):
                 found[key] = kinds.CategoricalDistribution(part.values)
-            elif part.whole:
+            elif part.is_integer:
                 found[key] = kinds.IntDistribution(int(part.low), int(part.high), log=part.log)
             else:
                 found[key] = kinds.FloatDistribution(part.low, part.high, log=part.log)
         return found
 
     def _open(self, trial: Trial) -> Any:
-        """Optuna's handle of a trial that runs, also of one that an earlier process asked for."""
+        """Returns Optuna's handle of a running trial, including one proposed by an earlier process."""
         if trial.number not in self._opened:
-            self._study.sampler = self._optuna.samplers.RandomSampler()  # the handle of a joint one would draw anew
+            # Creating the handle with a joint sampler would sample again.
+            self._study.sampler = self._optuna.samplers.RandomSampler()
             found = self._study.get_trials(deepcopy=False)[trial.number]
             self._opened[trial.number] = self._optuna.trial.Trial(self._study, found._trial_id)
         return self._opened[trial.number]
 
     def note(self, trial: Trial, **values: Any) -> None:
-        """Keeps further values of a trial that runs."""
+        """Stores attributes of a running trial."""
         opened = self._open(trial)
         for key, value in values.items():
             opened.set_user_attr(key, value)
 
     def report(self, trial: Trial, reports: Mapping[int, float]) -> bool:
-        """Notes values by step, and says whether the trial is to end."""
+        """Records metric values by step. Returns whether the trial should be pruned."""
         opened, known = self._open(trial), self.trial(trial.number).reports
         prune = False
         for step, value in sorted(reports.items()):
@@ -223,12 +226,12 @@ class Study:
         return prune
 
     def tell(self, trial: Trial, state: str, *, value: float | None = None, message: str = "") -> Trial:
-        """The end of a trial."""
+        """Records the end of a trial. Returns the updated trial."""
         if message:
             self.note(trial, message=message)
         states = self._optuna.trial.TrialState
-        told = {DONE: states.COMPLETE, PRUNED: states.PRUNED, FAILED: states.FAIL}[state]
-        self._study.tell(trial.number, value, state=told, skip_if_finished=True)
+        final = {DONE: states.COMPLETE, PRUNED: states.PRUNED, FAILED: states.FAIL}[state]
+        self._study.tell(trial.number, value, state=final, skip_if_finished=True)
         return self.trial(trial.number)
 
 
@@ -242,12 +245,12 @@ def _pruner(optuna: Any, search: SweepSearchConfig, num_steps: int) -> Any:
 
 
 def better(search: SweepSearchConfig, value: float) -> float:
-    """The value so that smaller is better."""
+    """Returns the value with its sign chosen so that smaller is better."""
     return value if search.mode is Mode.min else -value
 
 
 def ranked(trials: Sequence[Trial], search: SweepSearchConfig) -> list[Trial]:
-    """Done ones from the best, then pruned ones by how far they were, then the others."""
+    """Sorts trials: finished ones by value, pruned ones by their last value, then all others."""
     order = (DONE, PRUNED, RUNNING, FAILED, WAITING)
 
     def key(trial: Trial) -> tuple[int, float, int]:

@@ -1,4 +1,4 @@
-"""A trial that runs: a `meshwright train` of its own, through any launcher, and what its run folder tells of it."""
+"""Runs a trial as a separate `meshwright train` command with any launcher, and reads its metrics and outcome."""
 
 import json
 import math
@@ -24,39 +24,39 @@ from launch.sweeps.study import Trial
 from trainer.hooks import STOPPED_EARLY
 from trainer.loop import DONE
 
-PROGRAM = (sys.executable, "-P", "-m", "launch.cli")  # -P: as a job's; the working folder is no place for packages
+PROGRAM = (sys.executable, "-P", "-m", "launch.cli")  # -P: keeps the working directory off sys.path, as for jobs
 WITH_THE_COMMAND = ("local", "ray")  # launchers whose processes end with the command that started them
-PARTS = 50  # of a run: of train/... a value is the mean over one
-STARTS = 3  # of a trial that is preempted without being asked
-GRACE = 600.0  # seconds that the process of an earlier sweep gets to save
+PARTS = 50  # train/... metrics are averaged over windows of 1/50 of a run
+STARTS = 3  # maximum number of starts of a trial that is preempted
+GRACE = 600.0  # seconds for a trial of an earlier sweep to save a checkpoint and exit
 
 
-class Measured:
-    """The values of one metric in a `metrics.jsonl` that grows, by step."""
+class MetricReader:
+    """Reads the values of one metric by step from a growing `metrics.jsonl`."""
 
     def __init__(self, path: Path, metric: str, num_steps: int):
         self._path, self._metric = path, metric
         self._width = max(1, num_steps // PARTS) if metric.startswith("train/") else 1
-        self._file: tuple[int, int] | None = None  # which file, and how much of it was read
+        self._file: tuple[int, int] | None = None  # inode and read offset
         self._rows: dict[int, float | None] = {}
         self.names: set[str] = set()
         self.step = 0
 
-    def look(self) -> None:
-        """Reads what has come. A file that a resumed run has cut is read anew."""
+    def update(self) -> None:
+        """Reads new rows. A file truncated by a resumed run is read again from its start."""
         try:
             with open(self._path, "rb") as file:
                 found = os.fstat(file.fileno())
-                which, at = self._file or (found.st_ino, 0)
-                if which != found.st_ino or found.st_size < at:
-                    self._rows, at = {}, 0
-                file.seek(at)
+                inode, offset = self._file or (found.st_ino, 0)
+                if inode != found.st_ino or found.st_size < offset:
+                    self._rows, offset = {}, 0
+                file.seek(offset)
                 text = file.read()
         except FileNotFoundError:
             return
-        whole = text.rfind(b"\n") + 1  # a row that is being written is for the next look
-        self._file = (found.st_ino, at + whole)
-        for line in text[:whole].splitlines():
+        complete = text.rfind(b"\n") + 1  # an incomplete row is read with the next update
+        self._file = (found.st_ino, offset + complete)
+        for line in text[:complete].splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
@@ -67,7 +67,7 @@ class Measured:
                 self._rows[row["step"]] = row[self._metric]
 
     def reports(self) -> dict[int, float]:
-        """Values by step: of train/... means over parts of the run that are over; none where one is not finite."""
+        """Returns values by step; train/... metrics as means over complete windows. Skips non-finite values."""
         parts: dict[int, list[float | None]] = {}
         for step, value in self._rows.items():
             parts.setdefault(math.ceil(step / self._width) * self._width, []).append(value)
@@ -75,7 +75,7 @@ class Measured:
         return {at: sum(v) / len(v) for at, v in over.items() if None not in v}  # type: ignore[arg-type]
 
     def value(self) -> float | None:
-        """The last value; None where there is none, or it is not finite."""
+        """Returns the last value; None if there is none or it is not finite."""
         if not self._rows:
             return None
         last = max(self._rows)
@@ -85,10 +85,10 @@ class Measured:
 
 @dataclass
 class Outcome:
-    """How the command of a trial ended."""
+    """Outcome of a trial's command."""
 
     done: bool
-    again: bool = False  # it was cut off: another start goes on with it
+    again: bool = False  # interrupted; another start resumes it
     value: float | None = None
     message: str = ""
     code: int = 0
@@ -96,23 +96,23 @@ class Outcome:
 
 @dataclass
 class Running:
-    """A trial whose command runs."""
+    """A running trial."""
 
     trial: Trial
-    config: RunConfig  # its own, composed
+    config: RunConfig  # composed config of the trial
     child: subprocess.Popen
     log: Path
-    measured: Measured
-    rejoined: bool  # the command only follows a job that an earlier sweep left
+    measured: MetricReader
+    rejoined: bool  # the command only follows a job submitted by an earlier sweep
     since: float = field(default_factory=time.monotonic)
-    asked: bool = False  # to save and end
+    asked: bool = False  # a stop was requested
 
     @property
     def seconds(self) -> float:
         return self.trial.seconds + time.monotonic() - self.since
 
     def stop(self) -> str:
-        """Asks it to save and end, once. Returns what was done."""
+        """Asks the trial, once, to save a checkpoint and exit. Returns a message for the user."""
         if self.asked:
             return ""
         self.asked = True
@@ -121,25 +121,25 @@ class Running:
         if job is None:
             if self.child.poll() is None:
                 self.child.send_signal(signal.SIGTERM)
-            return "told to save and end"
+            return "asked to save a checkpoint and exit"
         try:
             return LAUNCHERS[kind].stop(job)
-        except ValueError as error:  # the command that follows it ends all the same
+        except ValueError as error:  # the job cannot be stopped, but the command that follows it can
             self.child.send_signal(signal.SIGTERM)
-            return f"is not stopped: {error}"
+            return f"not stopped: {error}"
 
     def outcome(self, search: SweepSearchConfig) -> Outcome:
-        """Of a command that has ended."""
+        """Returns the outcome of a command that has ended."""
         code = self.child.wait()
-        self.measured.look()
+        self.measured.update()
         folder = run_folder(self.config)
         if finished(folder):
             return self._measured(search)
         if self.asked or self.rejoined or code == exit_codes.PREEMPTED:
             return Outcome(False, again=True, code=code, message=exit_description(code))
         if code == 0 and not folder.config.exists():
-            where = f"{folder.path} is not there: run folders must be seen from where the sweep runs"
-            return Outcome(False, message=where, code=exit_codes.FAILED)
+            message = f"{folder.path} not found: run folders must be on a file system visible to the sweep"
+            return Outcome(False, message=message, code=exit_codes.FAILED)
         if code == 0:
             return Outcome(False, again=True, message="was interrupted")
         killed = code < 0 or code > 128
@@ -152,12 +152,12 @@ class Running:
         if search.metric in self.measured.names:
             return Outcome(False, message=f"{search.metric} is not finite", code=exit_codes.FAILED)
         hint = did_you_mean(search.metric, sorted(self.measured.names))
-        why = f"sweep.metric={search.metric}: the run measured no such thing{hint}"
+        why = f"sweep.metric={search.metric}: the run did not log this metric{hint}"
         return Outcome(False, message=why, code=exit_codes.WRONG_INPUT)
 
 
 def finished(folder: RunFolder) -> bool:
-    """Whether a run came to its end."""
+    """Returns whether a run has finished training."""
     try:
         return json.loads(folder.summary.read_text()).get("ended") in (DONE, STOPPED_EARLY)
     except (OSError, json.JSONDecodeError):
@@ -165,7 +165,7 @@ def finished(folder: RunFolder) -> bool:
 
 
 def command(arguments: Sequence[str], trial: Trial) -> list[str]:
-    """The words of a trial after `meshwright`."""
+    """Returns the arguments of a trial after `meshwright`."""
     return ["train", *cli_flags(sys.argv[1:]), *arguments, *trial.arguments, f"run={trial.run}"]
 
 
@@ -180,9 +180,10 @@ def start(
     gpus: Sequence[str] = (),
     rejoin: bool = False,
 ) -> Running:
-    """Starts the command of a trial. `code`: the packages that run, else these.
+    """Starts the command of a trial.
 
-    `rejoin`: where an earlier sweep left a job of it in a cluster, the command follows that.
+    `code`: folder with the packages to run; None: the current ones. `rejoin`: follow the cluster job submitted by an
+    earlier sweep, if there is one.
     """
     words = command(arguments, trial)
     rejoin = (
@@ -203,10 +204,10 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C is for the sweep, which tells its trials
+            start_new_session=True,  # Ctrl-C reaches only the sweep, which stops its trials
             preexec_fn=_end_with_the_sweep if sys.platform == "linux" else None,
         )
-    measured = Measured(run_folder(config).metrics, search.metric, num_steps(config))
+    measured = MetricReader(run_folder(config).metrics, search.metric, num_steps(config))
     return Running(trial, config, child, log, measured, rejoined=rejoin)
 
 
@@ -218,28 +219,28 @@ def num_steps(config: RunConfig) -> int:
 def _end_with_the_sweep() -> None:
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it saves and ends
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the sweep dies
 
 
 def wait_for_orphan(trial: Trial, say: Callable[[str], None]) -> None:
-    """Waits for the process of a trial that outlived its sweep.
+    """Stops the process of a trial that outlived its sweep and waits for it to exit.
 
-    Raises: ValueError where it does not end.
+    Raises: ValueError if it does not exit within GRACE seconds.
     """
     if not is_alive(trial.process):
         return
     pid = trial.process["pid"]
-    say(f"{trial.run} still runs, process {pid}; it is told to save and end")
+    say(f"{trial.run} is still running as process {pid}; asking it to save a checkpoint and exit")
     os.kill(pid, signal.SIGTERM)
     until = time.monotonic() + GRACE
     while is_alive(trial.process):
         if time.monotonic() > until:
-            raise ValueError(f"run={trial.run}: process {pid} of it does not end; end it, then give the command again")
+            raise ValueError(f"run={trial.run}: its process {pid} does not exit; kill it, then repeat the command")
         time.sleep(0.2)
 
 
 def last_words(log: Path) -> str:
-    """What a log says of its end: the last line of ours, else the last one."""
+    """Returns the last Meshwright message of a log, or else its last line."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
@@ -249,28 +250,30 @@ def last_words(log: Path) -> str:
 
 
 def gpu_shares(search: SweepSearchConfig, kind: str) -> list[list[str]]:
-    """The GPUs of each place of a trial; empty lists where all are for all.
+    """Returns the GPUs of each trial slot; empty lists if all trials share all GPUs.
 
-    Raises: ValueError where there are too few.
+    Raises: ValueError if there are too few GPUs.
     """
     if not search.gpus_per_trial:
         return [[] for _ in range(search.max_concurrent_trials)]
     if kind != "local":
         raise ValueError(
-            f"sweep.gpus_per_trial={search.gpus_per_trial}: is of this machine's; launcher={kind} has keys of its own"
+            f"sweep.gpus_per_trial={search.gpus_per_trial}: applies only to launcher=local; set the GPU keys of "
+            f"launcher={kind} instead"
         )
-    seen = gpus_here()
-    if len(seen) < search.gpus_per_trial * search.max_concurrent_trials:
+    visible = visible_gpus()
+    needed = search.gpus_per_trial * search.max_concurrent_trials
+    if len(visible) < needed:
         raise ValueError(
-            f"sweep.gpus_per_trial={search.gpus_per_trial}: {search.max_concurrent_trials} trials at once need "
-            f"{search.gpus_per_trial * search.max_concurrent_trials} GPUs, and this machine shows {len(seen)}; lower sweep.max_concurrent_trials"
+            f"sweep.gpus_per_trial={search.gpus_per_trial}: {search.max_concurrent_trials} concurrent trials need "
+            f"{needed} GPUs, but this machine has {len(visible)}; lower sweep.max_concurrent_trials"
         )
     share = search.gpus_per_trial
-    return [seen[place * share : (place + 1) * share] for place in range(search.max_concurrent_trials)]
+    return [visible[slot * share : (slot + 1) * share] for slot in range(search.max_concurrent_trials)]
 
 
-def gpus_here() -> list[str]:
-    """Numbers of the GPUs that a process started here would see."""
+def visible_gpus() -> list[str]:
+    """Returns the IDs of the GPUs visible to child processes."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [device for device in visible.split(",") if device]

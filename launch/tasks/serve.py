@@ -82,7 +82,7 @@ def check(task: ServeConfig, environ: Mapping[str, str]) -> str | None:
             f"serve: runs in one process, and this job has {jax.process_count()}: requests come to one of them, and "
             "the others would not know; start it once, on one host with all its devices"
         )
-    least = {"port": 0, "slots": 1, "max_queue": 0, "max_request_bytes": 1000, "grace": 0}
+    least = {"port": 0, "max_num_seqs": 1, "max_queue_size": 0, "max_request_bytes": 1000, "shutdown_timeout": 0}
     for name, value in least.items():
         if getattr(task, name) < value:
             raise ValueError(f"task.{name}={getattr(task, name)}: must be at least {value}")

@@ -1,4 +1,4 @@
-"""Jobs as a command line would make them, for tests of launchers."""
+"""Jobs built from command-line overrides, for tests of launchers."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def job(*overrides: str, folder: str | Path = "/home/me/runs/a/jobs/1") -> Job:
-    """A job of the run `a` that knows no name of this machine."""
+    """Returns a job of run `a` with paths that do not depend on this machine."""
     config = composed("run=a", *overrides)
     return Job(
         folder=Path(folder),
@@ -34,9 +34,9 @@ RECORDED = Path(__file__).parent / "recorded"
 
 
 def same_as_recorded(name: str, text: str) -> None:
-    """Compares with `recorded/NAME`. A meant change is recorded with MESHWRIGHT_RECORD=1 and read before it is kept."""
+    """Compares `text` with `recorded/NAME`. After an intended change, set MESHWRIGHT_RECORD=1 and review the diff."""
     file = RECORDED / name
     if os.environ.get("MESHWRIGHT_RECORD"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
-    assert text == file.read_text(), f"{file} differs; look at the difference, then record it with MESHWRIGHT_RECORD=1"
+    assert text == file.read_text(), f"{file} differs; if intended, record it with MESHWRIGHT_RECORD=1 and review"

@@ -1,11 +1,11 @@
-"""Processes of this machine, for tests that kill some."""
+"""Finds processes on this machine, for tests that kill them."""
 
 import os
 from pathlib import Path
 
 
 def children(pid: int) -> list[int]:
-    """Those that a process has started, the first one first."""
+    """Returns the child processes, oldest first."""
     try:
         return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
     except OSError:
@@ -21,7 +21,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def holding(path: Path) -> list[int]:
-    """Those that have a file open."""
+    """Returns the processes that have a file open."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -33,7 +33,7 @@ def holding(path: Path) -> list[int]:
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """What a process was given when it began; empty where it is gone."""
+    """Returns the initial environment of a process; empty if it has ended."""
     try:
         entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
     except OSError:
@@ -42,7 +42,7 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 def called_in(folder: Path, word: str) -> list[int]:
-    """Those whose working folder this is and in whose command the word stands."""
+    """Returns the processes with this working directory whose command contains `word`."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,12 +1,13 @@
-"""Programs of clusters that are not there: scripts that note how they are called and answer as told."""
+"""Fake cluster commands: scripts that log their calls and print predefined answers."""
 
 from pathlib import Path
 
 
 def program(folder: Path, name: str, answers: dict[str, str] | None = None) -> Path:
-    """Puts a program into `folder` and returns the file of its calls.
+    """Creates a program in `folder`. Returns the file that logs its calls.
 
-    `answers`: lines of sh by a part of the call. What it is given as input is kept in FILE.input, null bytes as lines.
+    `answers`: shell lines by a substring of the call. Standard input is saved to FILE.input, with null bytes as
+    newlines.
     """
     calls = folder / f"{name}.calls"
     cases = "".join(f"  *'{part}'*)\n{lines}\n  ;;\n" for part, lines in (answers or {}).items())
@@ -17,6 +18,6 @@ def program(folder: Path, name: str, answers: dict[str, str] | None = None) -> P
 
 
 def files_with(folder: Path, text: str, but: tuple[Path, ...] = ()) -> list[Path]:
-    """Files below a folder in which a text stands."""
+    """Returns the files below a folder that contain a text."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path not in but]
     return [path for path in paths if text.encode() in path.read_bytes()]

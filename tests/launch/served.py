@@ -1,4 +1,4 @@
-"""Servers to ask in tests: a tiny model with random weights, or an engine that plays back what a test wrote for it."""
+"""Test servers: a tiny model with random weights, or an engine that replays scripted tokens."""
 
 import socket
 import threading
@@ -43,7 +43,7 @@ def engine(slots: int) -> Engine:
 
 
 class Scripted:
-    """Writes the given tokens for every request, one a step; while `hold` is set it writes none."""
+    """Generates the given tokens for every request, one per step; pauses while `hold` is set."""
 
     def __init__(self, tokens: Sequence[int], slots: int = 2):
         self.tokens, self.slots = list(tokens), slots
@@ -92,7 +92,7 @@ class Scripted:
 
 @contextmanager
 def serving(engine: EngineLike, slots: int, max_queue: int = 64, **changes: Any) -> Iterator[httpx.Client]:
-    """A client of a real server on a free port; `client.scheduler` is the server's."""
+    """Yields a client of a real server on a free port; `client.scheduler` is the server's scheduler."""
     changes = {"tokenizer": tokenizer(), "length": LENGTH, **changes}
     served = Served(name="tiny", step=3, created=0, **changes)
     scheduler = Scheduler(engine, slots=slots, max_queue=max_queue)
@@ -117,7 +117,7 @@ def serving(engine: EngineLike, slots: int, max_queue: int = 64, **changes: Any)
 def until(holds: Any, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, f"condition not met within {seconds} seconds"
         time.sleep(0.01)
 
 

@@ -1,4 +1,4 @@
-"""What a job is, when it starts again, and what is never written down."""
+"""Jobs: snapshots, restarts, and secrets that must never be written to disk."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from launch.launchers.job import (
     code_files,
     freeze,
     jobs_folder,
-    packed,
+    pack_code,
     public_name,
     secrets,
     take_folder,
@@ -35,7 +35,7 @@ KILLED, PREEMPTED = Ended(-9, "process 1 was killed by SIGKILL"), Ended(75, "pro
 
 
 def supervised(ends, steps=(), **settings):
-    """The exit code, the counts of the starts, and what was said."""
+    """Returns the exit code, the number of processes of each attempt, and the messages."""
     ends, steps, counts, said = iter(ends), iter(steps), [], []
 
     def attempt(count):
@@ -87,20 +87,20 @@ def test_an_elastic_job_halves_on_where_the_mesh_does_not_divide():
 
 
 def test_who_was_killed_went_first_whatever_the_others_said():
-    assert supervisor.first_end({0: 1, 1: -9}) == (1, -9)
-    assert supervisor.first_end({0: 75, 1: 2}) == (1, 2)
-    assert supervisor.first_end({0: 75, 1: 75}) == (0, 75)
+    assert supervisor.first_failure({0: 1, 1: -9}) == (1, -9)
+    assert supervisor.first_failure({0: 75, 1: 2}) == (1, 2)
+    assert supervisor.first_failure({0: 75, 1: 75}) == (0, 75)
     assert [code for code in (0, 1, 2, 75, 130, 137, 143, -9) if is_restartable(code)] == [75, 137, 143, -9]
 
 
 def test_local_processes_start_again_and_the_mark_reaches_them(tmp_path, capfd):
-    python = tmp_path / "python"  # what the job calls so; it is killed the first time
+    python = tmp_path / "python"  # the job's interpreter; kills itself the first time
     python.write_text(f'#!/bin/sh\necho "${MARK} $GREETING" >> tries\n[ $(wc -l < tries) -gt 1 ] || kill -9 $$\n')
     python.chmod(0o755)
     one = job("launcher.max_restarts=1", "launcher.env=[GREETING=hello]", folder=tmp_path / "a" / "jobs" / "1")
     one = replace(one, python=str(python), workdir=str(tmp_path))
     one.folder.mkdir(parents=True)
-    assert LOCAL.carry_out(one) == 0
+    assert LOCAL.run(one) == 0
     assert (tmp_path / "tries").read_text() == "1 hello\n1 hello\n"
     assert "was killed by SIGKILL; restart 1 of 1 with 1 process, from step 0" in capfd.readouterr().err
     assert Job.load(one.folder).handle["code"] == 0
@@ -113,7 +113,7 @@ def test_an_elastic_job_on_this_machine_goes_on_with_one_process(tmp_path, capfd
     options = ["launcher.num_processes=2", "launcher.max_restarts=2", "launcher.elastic=true"]
     one = replace(job(*options, folder=tmp_path / "a" / "jobs" / "1"), python=str(python), workdir=str(tmp_path))
     one.folder.mkdir(parents=True)
-    assert LOCAL.carry_out(one) == 0
+    assert LOCAL.run(one) == 0
     assert "restart 2 of 2 with 1 process, from step 0" in capfd.readouterr().err
 
 
@@ -128,8 +128,8 @@ def test_a_job_freezes_the_code_the_commit_and_the_config(tmp_path):
     for name in code_files(ROOT):
         assert (folder / "code" / name).read_bytes() == (ROOT / name).read_bytes()
     assert not list(folder.rglob("*.pyc"))
-    assert packed(folder / "code") == packed(folder / "code")
-    # The frozen code is what runs, though it is called from the checkout, and it knows its commit.
+    assert pack_code(folder / "code") == pack_code(folder / "code")
+    # The snapshot runs, even when started from the checkout, and knows its commit.
     seen = subprocess.run(
         [sys.executable, "-P", "-c", "import launch.run_folder as r; print(r.__file__, r.git_state())"],
         cwd=ROOT, env=os.environ | one.environment(), capture_output=True, text=True, check=True,
@@ -217,12 +217,12 @@ def test_a_supervisor_is_known_by_more_than_its_number(tmp_path):
     tmp_path = tmp_path / "1"
     tmp_path.mkdir()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    one = job(folder=tmp_path).noted(pid=child.pid, began=supervisor.began(child.pid), host=os.uname().nodename)
+    one = job(folder=tmp_path).update_handle(pid=child.pid, began=supervisor.began(child.pid), host=os.uname().nodename)
     assert supervisor.alive(one) and "running" in LOCAL.status(one)
     assert "asked process" in LOCAL.stop(one)
     assert child.wait() == -signal.SIGTERM
     assert not supervisor.alive(one) and "ended without an exit code" in LOCAL.status(one)
-    another = one.noted(pid=os.getpid())  # the number went to another process
+    another = one.update_handle(pid=os.getpid())  # the process ID was reused
     assert not supervisor.alive(another)
     with pytest.raises(ValueError, match="was started on elsewhere"):
-        LOCAL.stop(one.noted(host="elsewhere"))
+        LOCAL.stop(one.update_handle(host="elsewhere"))

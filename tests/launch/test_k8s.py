@@ -1,4 +1,4 @@
-"""What Kubernetes is given: JobSets as recorded, as their published schema has them, and what each exit code does."""
+"""Kubernetes launcher: recorded JobSets, validation against published schemas, and exit code policies."""
 
 import os
 from dataclasses import replace
@@ -33,13 +33,13 @@ WAYS = {"gpu": GPU, "tpu": TPU, "one": ONE}
 @pytest.mark.parametrize("way", WAYS)
 def test_the_manifest_and_its_commands_are_as_recorded(way):
     one = job(*WAYS[way])
-    same_as_recorded(f"k8s_{way}.txt", K8S.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded(f"k8s_{way}.txt", K8S.recipe([one]).render(one.folder) + "\n")
 
 
 def published(kind: str):
-    """The published schema of a kind, out of a folder of CustomResourceDefinitions.
+    """Returns the published schema of a kind from the folder of CustomResourceDefinitions in MESHWRIGHT_CRDS.
 
-    They are files of config/components/crd/bases in kubernetes-sigs/jobset and kubernetes-sigs/kueue.
+    The files are in config/components/crd/bases of kubernetes-sigs/jobset and kubernetes-sigs/kueue.
     """
     folder = os.environ.get("MESHWRIGHT_CRDS")
     if folder is None:
@@ -55,7 +55,7 @@ def published(kind: str):
 
 
 def closed(schema):
-    """A schema that refuses fields it does not know, as `kubectl apply --validate=strict` does."""
+    """Returns a schema that rejects unknown fields, like `kubectl apply --validate=strict`."""
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
@@ -143,11 +143,11 @@ def conditions(*true, **more):
 
 
 def test_states_are_told_in_a_few_words():
-    assert k8s.described({}) == "starting"
-    assert k8s.described(conditions("Suspended")) == "queued"
-    assert k8s.described(conditions(replicatedJobsStatus=[{"ready": 1}], restarts=2)) == "running, restart 2"
-    assert k8s.described(conditions("Completed")) == "completed"
-    assert k8s.described(conditions("Failed")) == "failed (why)"
+    assert k8s.state_text({}) == "starting"
+    assert k8s.state_text(conditions("Suspended")) == "queued"
+    assert k8s.state_text(conditions(replicatedJobsStatus=[{"ready": 1}], restarts=2)) == "running, restart 2"
+    assert k8s.state_text(conditions("Completed")) == "completed"
+    assert k8s.state_text(conditions("Failed")) == "failed (why)"
 
 
 def test_a_jobset_is_submitted_looked_at_and_deleted(tmp_path, monkeypatch, capfd):

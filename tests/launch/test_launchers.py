@@ -1,4 +1,4 @@
-"""What launchers share: following jobs of a cluster, and showing a log that grows."""
+"""Launcher base classes: following cluster jobs and tailing logs."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from tests.launch.jobs import job
 
 
 class Scripted(ClusterLauncher):
-    """A cluster whose jobs go through these states; a state that is an exception is raised."""
+    """A cluster whose jobs go through the given states; exceptions among them are raised."""
 
     over, pause = ("done", "failed"), 0.0
 

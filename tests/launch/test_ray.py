@@ -1,4 +1,4 @@
-"""What a Ray cluster is asked for; a real one is in tests/end_to_end/test_ray.py."""
+"""Ray launcher: recorded commands and errors. tests/end_to_end/test_ray.py uses a real cluster."""
 
 import sys
 
@@ -18,7 +18,7 @@ OPTIONS = [
 
 def test_the_drivers_and_the_actors_commands_are_as_recorded():
     one = job(*OPTIONS)
-    same_as_recorded("ray.txt", RAY.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("ray.txt", RAY.recipe([one]).render(one.folder) + "\n")
 
 
 def test_without_ray_the_way_to_it_is_said(monkeypatch):

@@ -80,9 +80,9 @@ def test_one_ratio_of_tokens_gives_a_law_of_compute():
 @pytest.mark.parametrize(
     ("which", "said"),
     [
-        (points(HOFFMANN, sizes=(1e7, 1e8), ratios=(5.0, 20.0)), "6 at least"),
-        (points(HOFFMANN, sizes=(1e7, 1e8)), "three different numbers of parameters"),
-        (points(HOFFMANN, ratios=(20.0,))[:3], "4 at least"),
+        (points(HOFFMANN, sizes=(1e7, 1e8), ratios=(5.0, 20.0)), "requires at least 6"),
+        (points(HOFFMANN, sizes=(1e7, 1e8)), "at least three different numbers of parameters"),
+        (points(HOFFMANN, ratios=(20.0,))[:3], "requires at least 4"),
     ],
 )
 def test_too_few_runs_are_refused(which, said):
@@ -91,7 +91,7 @@ def test_too_few_runs_are_refused(which, said):
 
 
 def test_a_law_by_which_nothing_falls_recommends_nothing():
-    with pytest.raises(ValueError, match="does not fall"):
+    with pytest.raises(ValueError, match="does not decrease with size and tokens"):
         recommend(HOFFMANN._replace(beta=-0.1), [], [], 1e20)
 
 
@@ -160,11 +160,18 @@ def test_finished_rungs_are_kept_and_make_a_law(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(ladder.subprocess, "Popen", child)
     monkeypatch.setattr(ladder, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=512))
-    command = ["scaling_ladder", *TINY, "task.widths=[32,64,128]", "run=l", "budget=1e13", "task.aspect_ratio=null"]
+    command = [
+        "scaling_ladder",
+        *TINY,
+        "task.widths=[32,64,128]",
+        "run=l",
+        "compute_budget=1e13",
+        "task.aspect_ratio=null",
+    ]
     assert run(command) == 0 and len(started) == 9
-    told = json.loads((tmp_path / "runs/ladders/l.json").read_text())
-    assert told["law"] == pytest.approx(HOFFMANN._asdict(), rel=1e-3)
-    assert told["recommendation"]["flops"] == 1e13
+    report = json.loads((tmp_path / "runs/ladders/l.json").read_text())
+    assert report["law"] == pytest.approx(HOFFMANN._asdict(), rel=1e-3)
+    assert report["recommendation"]["flops"] == 1e13
     assert (tmp_path / "runs/ladders/l.png").stat().st_size > 10_000
     assert read_law(tmp_path / "runs/ladders/l.json") == pytest.approx(HOFFMANN, rel=1e-3)
     assert run(command) == 0 and len(started) == 9 and "(kept)" in capsys.readouterr().out
@@ -200,10 +207,10 @@ def test_coordinates_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["coord_check", *TINY, "task.widths=[32,64]", "model.num_layers=1", "task.num_steps=2", "run=c"]
     assert run([*command, "optimizer.learning_rate=1e-2"]) == 0
-    told = json.loads((tmp_path / "runs/coordinates/c.json").read_text())
-    assert set(told["slopes"]) == {"base_width=32", "standard"}
-    assert told["moved"]["base_width=32"][0] == told["moved"]["standard"][0]  # at the base they are one
-    assert told["slopes"]["standard"]["logits"] > told["slopes"]["base_width=32"]["logits"]
-    assert (tmp_path / "runs/coordinates/c.png").stat().st_size > 10_000
+    report = json.loads((tmp_path / "runs/coord_check/c.json").read_text())
+    assert set(report["slopes"]) == {"base_width=32", "standard"}
+    assert report["moved"]["base_width=32"][0] == report["moved"]["standard"][0]  # at the base they are one
+    assert report["slopes"]["standard"]["logits"] > report["slopes"]["base_width=32"]["logits"]
+    assert (tmp_path / "runs/coord_check/c.png").stat().st_size > 10_000
     assert "slope" in capsys.readouterr().out
     assert run([*command, "task.widths=[32]"]) == 2 and "two widths" in capsys.readouterr().err

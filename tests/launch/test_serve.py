@@ -1,4 +1,4 @@
-"""Serving: what clients of OpenAI's API ask for, they get, and what they get is what the model writes alone."""
+"""Serving: OpenAI-compatible responses that equal generation without a server."""
 
 import dataclasses
 import json
@@ -139,7 +139,7 @@ def test_a_stop_text_across_tokens_never_shows_its_beginning():
         assert "".join(c["choices"][0]["text"] for c in chunks) == "so it goes."
         assert not any("E" in c["choices"][0]["text"] for c in chunks)
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-        near = complete(client, max_tokens=13, stop=" ENDING")  # it ends while a stop text might have begun
+        near = complete(client, max_tokens=13, stop=" ENDING")  # ends within a possible stop string
         assert near["choices"][0]["text"] == "so it goes. E" and near["choices"][0]["finish_reason"] == "length"
 
 
@@ -152,11 +152,11 @@ def test_half_a_character_is_never_sent():
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
         tokens = [t for c in chunks for t in (c["choices"][0]["logprobs"] or {"content": []})["content"]]
         assert bytes(b for t in tokens for b in t["bytes"]) == text.encode()
-        for chunk in chunks:  # bytes come with the character that they make
+        for chunk in chunks:  # the bytes of a character are sent together with it
             if found := (chunk["choices"][0]["logprobs"] or {}).get("content"):
                 assert bytes(b for t in found for b in t["bytes"]).decode() == chunk["choices"][0]["delta"]["content"]
         broken = complete(client, max_tokens=4)["choices"][0]
-        assert broken["text"] == "ab \ufffd"  # cut off inside a character, at the very end
+        assert broken["text"] == "ab \ufffd"  # truncated within a character
 
 
 def test_parameters_reach_the_engine_and_no_seed_is_a_random_one():

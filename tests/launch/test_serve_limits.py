@@ -1,4 +1,4 @@
-"""Serving under bad input, full queues, clients that leave and failing engines: errors in words, and nothing leaks."""
+"""Serving under invalid input, full queues, disconnecting clients and engine failures: clear errors and no leaks."""
 
 import asyncio
 import gc
@@ -240,7 +240,7 @@ def test_settings_that_are_wrong_or_unsafe_are_refused_at_the_start():
             listen("127.0.0.1", taken.getsockname()[1])
 
 
-# A crowd
+# Load test
 
 
 def asked(i: int, rng: random.Random) -> dict:
@@ -281,7 +281,7 @@ def test_64_clients_that_come_and_go_get_what_each_gets_alone_and_nothing_leaks(
         return found
 
     async def everything(url: str) -> tuple[list, list, list]:
-        # No connection twice: the server may close one that was idle for 5 s in the moment in which it is used again.
+        # No connection reuse: the server may close a connection idle for 5 s just as the client reuses it.
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
             alone = [await answer(client, body, None) for body in bodies]

@@ -1,4 +1,4 @@
-"""The task and the commands that SkyPilot is given, as recorded."""
+"""SkyPilot launcher: recorded task files and commands."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ SECRET = "sentinel-1848"
 
 def test_the_task_and_its_launch_are_as_recorded():
     one = job(*OPTIONS)
-    same_as_recorded("skypilot.txt", SKYPILOT.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("skypilot.txt", SKYPILOT.recipe([one]).render(one.folder) + "\n")
 
 
 def test_a_run_is_launched_looked_at_and_stopped_without_a_secret_in_sight(tmp_path, monkeypatch, capfd):
@@ -37,7 +37,7 @@ def test_a_run_is_launched_looked_at_and_stopped_without_a_secret_in_sight(tmp_p
     assert lines[0][-3:] == ["--secret", "WANDB_API_KEY", str(one.folder / "task.yaml")]
     said = capfd.readouterr()
     assert files_with(tmp_path, SECRET) == [] and SECRET not in said.out + said.err
-    assert (one.code / "pyproject.toml").exists()  # what its setup installs
+    assert (one.code / "pyproject.toml").exists()  # installed by the setup command
 
 
 def test_each_job_of_a_sweep_has_its_task_and_cluster(tmp_path, monkeypatch):

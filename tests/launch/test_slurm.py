@@ -1,4 +1,4 @@
-"""What SLURM is given, and what its answers mean; a real one is in tests/end_to_end/test_slurm.py."""
+"""SLURM launcher: recorded scripts and parsed states. tests/end_to_end/test_slurm.py uses a real SLURM."""
 
 import subprocess
 from dataclasses import replace
@@ -15,7 +15,7 @@ OPTIONS += ["launcher.partition=main", "launcher.options=[--exclusive]", "launch
 
 
 def shown(*jobs):
-    return LAUNCHERS["slurm"].recipe(jobs).shown(jobs[0].folder) + "\n"
+    return LAUNCHERS["slurm"].recipe(jobs).render(jobs[0].folder) + "\n"
 
 
 def test_the_script_and_its_submission_are_as_recorded():
@@ -44,7 +44,7 @@ def test_the_script_is_bash(tmp_path, overrides):
 
 
 RUNNING, CANCELLED = "JobState=RUNNING", "JobState=CANCELLED"
-ENDS = [  # code of the processes, restarts before, state, wish to stop: is it queued again, and what is noted
+ENDS = [  # exit code, earlier restarts, state, stop requested: requeued, recorded exit code
     (0, 0, RUNNING, False, False, "0"),
     (75, 0, RUNNING, False, True, None),
     (137, 2, RUNNING, False, True, None),
@@ -86,7 +86,7 @@ def test_the_script_is_queued_again_where_that_helps(tmp_path, code, restarts, s
     ],
 )
 def test_states_are_told_in_a_few_words(line, said):
-    assert slurm.described(line) == said
+    assert slurm.state_text(line) == said
 
 
 def test_without_slurm_the_reason_is_said_and_no_job_is_left(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Sweeps as a command: how trials start and end, what is refused, and that a sweep goes on as if never cut off."""
+"""The sweep command: starts and outcomes of trials, invalid input, and exact resumption."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from launch.cli import run
 from launch.launchers.supervisor import identity
 from launch.sweeps import trials
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial
-from launch.sweeps.trials import Measured, Running, command, gpu_shares, start
+from launch.sweeps.trials import MetricReader, Running, command, gpu_shares, start
 from launch.tasks.sweep import check_launcher, grouped, refuse_drift
 from tests.launch import sweeps
 from tests.launch.jobs import composed, job
@@ -23,7 +23,7 @@ from tests.launch.programs import program
 from trainer.tracker import read_rows
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
-# Trials are forked from a worker in which other tests have used JAX, and become another program at once.
+# Trials are forked from a worker in which other tests have used JAX, and call exec immediately.
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 
 TINY = ["model=tiny", "schedule=constant", "schedule.warmup_steps=0", "task.num_steps=6", "sweep.seed=1"]
@@ -31,7 +31,7 @@ TINY = ["model=tiny", "schedule=constant", "schedule.warmup_steps=0", "task.num_
 
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
-    """Trials by the stand-in; gives the folder of runs."""
+    """Runs trials with the substitute program. Returns the folder of runs."""
     monkeypatch.setattr(trials, "PROGRAM", (sys.executable, sweeps.__file__))
     monkeypatch.setattr("launch.sweeps.runner.PAUSE", 0.02)
     monkeypatch.chdir(tmp_path)
@@ -113,7 +113,7 @@ def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(qu
 def test_what_would_not_compare_is_refused():
     begun = {"over": {RATE: "log:1e-5..1"}, "method": "random", "seed": 0, "arguments": ["model=tiny", "seed=1"]}
     for change, said in {
-        ("method", "bayes"): "sweep.method=tpe: the sweep 'a' was begun with sweep.method=random",
+        ("method", "tpe"): "sweep.method=tpe: the sweep 'a' was begun with sweep.method=random",
         ("over", RATE): f"{RATE}=2,4: the sweep 'a' was begun with {RATE}=log:1e-5..1",
         ("over", LAYERS): f"{LAYERS}=2,4: the sweep 'a' was begun without it",
         ("arguments", "seed=2"): "seed=2: the sweep 'a' was begun with seed=1",
@@ -165,7 +165,7 @@ def test_a_trial_may_fail_or_be_preempted_and_the_others_go_on(quick, capfd):
     assert [row["state"] for row in rows] == [DONE, FAILED, DONE, FAILED, DONE]
     assert rows[1]["message"] == "model.num_layers=3: is not wanted here"
     assert rows[3]["message"] == "eval/loss is not finite"
-    assert "a-001 failed: model.num_layers=3: is not wanted here; its log:" in capfd.readouterr().out
+    assert "a-001 failed: model.num_layers=3: is not wanted here; log:" in capfd.readouterr().out
     assert (quick / "a-002" / "starts").read_text() == "start\n" * 2  # preempted once
     assert swept(*given, "sweep.retry_failed=true") == 0
     again = results(quick, "a")
@@ -183,20 +183,20 @@ def test_values_that_do_not_go_together_are_a_failed_trial(quick):
 
 def test_a_wrong_command_ends_a_sweep_at_its_first_trial_and_the_same_goes_on_with_the_others(quick, capfd):
     assert swept("run=a", f"{RATE}=1e-2", f"{LAYERS}=4,1,2") == 2
-    assert "sweep ends: the first trial failed, a-000 with: model.num_layers=4: is not" in capfd.readouterr().err
+    assert "sweep stopped: the first trial failed, a-000 with: model.num_layers=4: is not" in capfd.readouterr().err
     assert [row["state"] for row in results(quick, "a")] == [FAILED]
     assert swept("run=a", f"{RATE}=1e-2", f"{LAYERS}=4,1,2") == 0
 
 
 def test_a_sweep_of_which_nothing_succeeds_ends_soon(quick, capfd):
     assert swept("run=a", f"{LAYERS}=3,6", f"{RATE}=1e-2,1e-3,1e-4,1e-5") == 1
-    assert "sweep ends: the first 3 trials failed" in capfd.readouterr().err
+    assert "sweep stopped: the first 3 trials failed" in capfd.readouterr().err
     assert [row["state"] for row in results(quick, "a")] == [FAILED] * 3
 
 
 def test_a_metric_that_no_run_measures_is_named(quick, capfd):
     assert swept("run=a", f"{RATE}=1e-2,1e-3", "sweep.metric=eval/los") == 2
-    assert "sweep.metric=eval/los: the run measured no such thing; did you mean 'eval/loss'" in capfd.readouterr().err
+    assert "sweep.metric=eval/los: the run did not log this metric; did you mean 'eval/loss'" in capfd.readouterr().err
 
 
 def test_trials_that_promise_nothing_are_pruned(quick, monkeypatch):
@@ -214,23 +214,23 @@ def test_measured_values_are_those_of_the_file(tmp_path):
     rows = [{"step": step, "time": 0.0, "train/loss": 10.0 / step} for step in range(1, 101)]
     rows[49]["eval/loss"], rows[99]["eval/loss"] = 3.0, 2.0
     lines = [json.dumps(row) + "\n" for row in rows]
-    evaluated, trained = Measured(file, "eval/loss", 100), Measured(file, "train/loss", 100)
-    evaluated.look()
+    evaluated, trained = MetricReader(file, "eval/loss", 100), MetricReader(file, "train/loss", 100)
+    evaluated.update()
     assert evaluated.reports() == {} and evaluated.value() is None
-    file.write_text("".join(lines[:60]) + lines[60][:10])  # a row that is half written
+    file.write_text("".join(lines[:60]) + lines[60][:10])  # an incomplete row
     for one in (evaluated, trained):
-        one.look()
+        one.update()
     assert evaluated.reports() == {50: 3.0} and evaluated.step == 60
     assert trained.reports()[60] == (10 / 59 + 10 / 60) / 2 and len(trained.reports()) == 30
     half = tmp_path / "half"
     half.write_text("".join(lines[:40]))  # as a resumed run does, which drops rows
     half.replace(file)
-    evaluated.look()
+    evaluated.update()
     assert evaluated.reports() == {} and evaluated.step == 40
     with file.open("a") as more:
         more.write("".join(lines[40:]))
     for one in (evaluated, trained):
-        one.look()
+        one.update()
     assert evaluated.reports() == {50: 3.0, 100: 2.0} and evaluated.value() == 2.0
     assert trained.value() == (10 / 99 + 10 / 100) / 2
 
@@ -241,7 +241,7 @@ def test_keys_of_the_task_vary_without_a_prefix(quick, capfd):
         "output_dir=runs",
         "run=a",
         "num_steps=4,6",
-        "sweep.parameters={patience:'1,2'}",
+        "sweep.parameters={early_stopping_patience:'1,2'}",
         "launcher.dry_run=true",
     ]
     assert run(["sweep", *given[:3], given[3], given[5]]) == 0 and run(["sweep", *given[:3], *given[4:]]) == 0
@@ -273,9 +273,9 @@ def test_gpus_are_shared_out_among_the_places(monkeypatch):
     search = SweepSearchConfig(max_concurrent_trials=2, gpus_per_trial=2)
     assert gpu_shares(search, "local") == [["4", "5"], ["6", "7"]]
     search.max_concurrent_trials = 3
-    with pytest.raises(ValueError, match="3 trials at once need 6 GPUs, and this machine shows 4"):
+    with pytest.raises(ValueError, match="3 concurrent trials need 6 GPUs, but this machine has 4"):
         gpu_shares(search, "local")
-    with pytest.raises(ValueError, match="launcher=slurm has keys of its own"):
+    with pytest.raises(ValueError, match="applies only to launcher=local; set the GPU keys of launcher=slurm"):
         gpu_shares(search, "slurm")
 
 
@@ -301,7 +301,7 @@ def test_launchers_that_could_not_tell_trials_apart_are_refused(options, paralle
 
 @pytest.fixture
 def queued(tmp_path, monkeypatch):
-    """A trial whose job is in SLURM's queue, and the calls of SLURM's programs."""
+    """Returns a trial whose job runs in SLURM, its config, and the log of scancel calls."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["meshwright"])
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -309,7 +309,7 @@ def queued(tmp_path, monkeypatch):
     program(tmp_path, "scontrol", {"show": "echo JobState=RUNNING NodeList=n1"})
     one = job("launcher=slurm", folder=tmp_path / "runs" / "s-000" / "jobs" / "1")
     one.folder.mkdir(parents=True)
-    one.noted(id="17", log=str(one.log))
+    one.update_handle(id="17", log=str(one.log))
     monkeypatch.setattr(trials, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
     config = composed("launcher=slurm", "run=s-000", "output_dir=runs")
     return Trial(0, "s-000", "running", {}, process={"pid": 1}), config, calls
@@ -347,4 +347,4 @@ def test_a_trial_is_a_plain_command(monkeypatch):
 def test_without_optuna_the_way_to_it_is_said(quick, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert swept("seed=1,2") == 2
-    assert "sweep: needs Optuna; install it with: pip install -e '.[sweep]'" in capfd.readouterr().err
+    assert "sweep: Optuna is not installed; install it with: pip install -e '.[sweep]'" in capfd.readouterr().err

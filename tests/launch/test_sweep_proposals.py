@@ -1,4 +1,4 @@
-"""What a sweep proposes, what ends early, and how it is drawn."""
+"""Sweep proposals, pruning and plots."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from configs.ranges import check_ranges
 from configs.schema import register
 from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
 from launch.plotting import draw_sweep
-from launch.sweeps.space import Range, Space, Values, grid, kinds, read_space, spelt, split_varying_keys, varies
+from launch.sweeps.space import Range, Space, Values, format_value, grid, kinds, read_space, split_varying_keys, varies
 from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, points_of, ranked
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
@@ -18,7 +18,7 @@ WIDE: dict = {RATE: Range(1e-5, 1.0, True, False), LAYERS: Range(1, 8, False, Tr
 
 
 def study(folder: Path | None, **settings) -> Study:
-    search = SweepSearchConfig(**{"over": {"a": "b"}, "method": Method.random, "trials": 8} | settings)
+    search = SweepSearchConfig(**{"parameters": {"a": "b"}, "method": Method.random, "trials": 8} | settings)
     return Study(folder, "s", search, WIDE, num_steps=100)
 
 
@@ -27,7 +27,7 @@ def bowl(trial: Trial) -> float:
 
 
 def carried_out(one: Study, most: int = 1000) -> list[dict[str, str]]:
-    """Proposes and tells, and returns what was proposed."""
+    """Runs the study with a quadratic objective. Returns the proposed parameters."""
     found = []
     while len(found) < most and (trial := one.next()) is not None:
         found.append(trial.params)
@@ -84,7 +84,7 @@ def test_a_grid_is_every_combination_in_order(tmp_path):
     wanted = [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}, {"a": "2", "b": "y"}]
     assert list(grid(space)) == wanted
     search, found = SweepSearchConfig(), []
-    for _ in range(2):  # the second start goes on
+    for _ in range(2):  # the second iteration resumes the study
         one = Study(tmp_path, "g", search, space, num_steps=10)
         while len(found) < 3 and (trial := one.next()) is not None:
             found.append(trial.params)
@@ -101,10 +101,10 @@ def test_kinds_hold_each_value_and_both_ends():
 
 
 def test_a_number_has_four_figures_and_stays_in_its_range():
-    assert spelt(Range(1e-4, 1.0, True, False), 0.000316227766) == "0.0003162"
-    assert spelt(Range(0.123456, 1.0, False, False), 0.123457) == "0.1235"
-    assert spelt(Range(0.0, 0.99999, False, False), 0.99998) == "0.99998"  # else 1
-    assert spelt(Range(1, 8, False, True), 3.0) == "3"
+    assert format_value(Range(1e-4, 1.0, True, False), 0.000316227766) == "0.0003162"
+    assert format_value(Range(0.123456, 1.0, False, False), 0.123457) == "0.1235"
+    assert format_value(Range(0.0, 0.99999, False, False), 0.99998) == "0.99998"  # else 1
+    assert format_value(Range(1, 8, False, True), 3.0) == "3"
 
 
 @pytest.mark.parametrize(
@@ -122,32 +122,32 @@ def test_a_number_has_four_figures_and_stays_in_its_range():
         "~experiment": False,
     }.items(),
 )
-def test_what_varies_is_told_from_what_does_not(override, several):
+def test_sweep_overrides_are_recognized(override, several):
     assert varies(override) is several
     assert (override in split_varying_keys([override])) is not several
 
 
 @pytest.fixture(scope="module")
 def plain():
-    """The config of a run, as it is composed."""
+    """Returns a composed config of a run."""
     register()
     with initialize_config_module(config_module="configs", version_base="1.3"):
         return compose("root", overrides=["model=tiny"])
 
 
 NO_SPACES = {
-    f"{RATE}=1e-2..1e-4": "a range goes from the smaller to the larger number",
-    f"{RATE}=log:0..1": "a logarithmic range begins above 0",
-    f"{RATE}=1e-4..big": "'big' is no number",
+    f"{RATE}=1e-2..1e-4": "the lower end of a range must be less than the upper end",
+    f"{RATE}=log:0..1": "a logarithmic range must start above 0",
+    f"{RATE}=1e-4..big": "'big' is not a number",
     f"{RATE}=interval(0,1)": f"write a range as {RATE}=LOW..HIGH",
-    f"{LAYERS}=1.5..4": "this key holds whole numbers",
-    "optimizer=1..2": "this key holds no number; give its values",
-    "model.tied_embeddings=0..1": "this key holds no number; give its values",
-    "seed=3": "seed=3: is one value; to vary it give values, seed=2,4,8, or a range",
-    "run=a,b": "run=a,b: is the same in all trials",
-    "launcher=local,slurm": "launcher=local,slurm: is the same in all trials",
-    "launcher.max_restarts=1..3": "launcher.max_restarts=1..3: is the same in all trials",
-    "task.sweep.trials=1,2": "task.sweep.trials=1,2: is the same in all trials",
+    f"{LAYERS}=1.5..4": "this key is an integer; both ends of the range must be integers",
+    "optimizer=1..2": "this key is not numeric; list its values",
+    "model.tied_embeddings=0..1": "this key is not numeric; list its values",
+    "seed=3": "seed=3: a single value; to sweep it, give values, seed=2,4,8, or a range",
+    "run=a,b": "run=a,b: must be the same in all trials",
+    "launcher=local,slurm": "launcher=local,slurm: must be the same in all trials",
+    "launcher.max_restarts=1..3": "launcher.max_restarts=1..3: must be the same in all trials",
+    "task.sweep.trials=1,2": "task.sweep.trials=1,2: must be the same in all trials",
 }
 
 
@@ -168,16 +168,16 @@ def test_a_key_tells_whether_its_range_is_of_whole_numbers(plain):
 
 def test_a_grid_is_taken_whole_and_has_no_ranges():
     seeds: Space = {"seed": Values(("1", "2", "3"))}
-    with pytest.raises(ValueError, match=r"sweep.trials=2: the grid has 3 points; leave it out for all of them"):
+    with pytest.raises(ValueError, match=r"sweep.trials=2: the grid has 3 points; remove sweep.trials to run all"):
         points_of(SweepSearchConfig(trials=2), seeds)
     ranged: Space = {RATE: Range(1e-4, 1e-2, True, False)}
-    with pytest.raises(ValueError, match=f"give its values, such as {RATE}=0.0001,0.001,0.01"):
+    with pytest.raises(ValueError, match=f"a grid needs a list of values, such as {RATE}=0.0001,0.001,0.01"):
         points_of(SweepSearchConfig(method=Method.grid), ranged)
     assert points_of(SweepSearchConfig(), ranged) == [] and len(points_of(SweepSearchConfig(), seeds)) == 3
 
 
 def test_numbers_that_have_no_sense_are_refused():
-    for key in ("trials", "parallel"):
+    for key in ("trials", "max_concurrent_trials"):
         with pytest.raises(ValueError, match=f"sweep.{key}=0: must be at least 1"):
             check_ranges(SweepSearchConfig(parameters={"seed": "1,2"}, **{key: 0}), "sweep")
 
@@ -194,10 +194,10 @@ def test_a_goal_of_max_turns_the_order_round():
 
 @pytest.mark.parametrize("pruning", [Pruning.median, Pruning.hyperband])
 def test_pruning_ends_what_is_worse_after_the_steps_that_all_get(tmp_path, pruning):
-    one, steps = study(tmp_path, trials=20, pruning=pruning, prune_after=9), []
+    one, steps = study(tmp_path, trials=20, pruning=pruning, warmup_steps=9), []
     while (trial := one.next()) is not None:
-        # A handle of another process, as after a restart: nothing of it is in memory.
-        again = study(tmp_path, trials=20, pruning=pruning, prune_after=9)
+        # A second Study object, as after a restart, with nothing in memory.
+        again = study(tmp_path, trials=20, pruning=pruning, warmup_steps=9)
         step, ended = 0, False
         while step < 81 and not ended:
             step += 3

@@ -1,4 +1,4 @@
-"""gcloud's commands as recorded, in their order, and the script that runs on each worker."""
+"""Cloud TPU launcher: recorded gcloud commands and the script that runs on each worker."""
 
 import json
 import os
@@ -21,12 +21,12 @@ SECRET = "sentinel=4711 '$HOME'"
 
 def test_the_script_and_the_commands_are_as_recorded():
     one = job(*OPTIONS, "launcher.project=mine")
-    same_as_recorded("tpu_vm.txt", TPU_VM.recipe([one]).shown(one.folder) + "\n")
+    same_as_recorded("tpu_vm.txt", TPU_VM.recipe([one]).render(one.folder) + "\n")
 
 
 @pytest.fixture
 def gcloud(tmp_path, monkeypatch):
-    """A gcloud whose slice has two workers and is there after it was asked for."""
+    """A fake gcloud whose slice has two workers and becomes active once created."""
     workers = json.dumps({"networkEndpoints": [{}, {}]})
     answers = {
         "queued-resources create": f"touch {tmp_path}/made",

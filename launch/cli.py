@@ -135,9 +135,7 @@ def _run_hydra(arguments: list[str]) -> int:
 
         from configs.schema import RunConfig, register, to_typed
         from data.object_store import ObjectStoreError
-        from launch import config_errors
-        from launch import distributed
-        from launch import safe_stdio
+        from launch import config_errors, distributed, safe_stdio
         from launch.launchers.registry import launch, launches
         from launch.overrides import is_override, quoted, routes_of
         from trainer.checkpoint.checkpointer import SaveFailed
@@ -256,7 +254,7 @@ def dispatch(config, overrides: list[str]) -> int:  # type: ignore[no-untyped-de
     own_devices = kind not in ("sweep", "scaling_ladder")  # these leave the devices to the runs they start
     if own_devices:
         with startup.phase("join"):
-            distributed.start(config.devices)
+            distributed.start(config.fake_devices)
     with startup.phase("import"):  # importing only this task's modules keeps start-up short
         task = import_module(f"launch.tasks.{kind}")
     code = task.run(config, overrides)

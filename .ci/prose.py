@@ -40,6 +40,8 @@ WORDS = re.compile(r"\b(?:" + "|".join(f"(?P<w{i}>{pattern})" for i, pattern in 
 NAMES = re.compile(r"^_*(?:told|beside|further_|thin_|begin(?:ning)?$|origins$|bodies$|anew|dealt)", re.I)
 ALLOWED = {  # a term of the field, or text that is data
     "begin": re.compile(r"begin_(?:of|token)|fim_begin|<\W*\w*begin|begin of|BEGIN|-----|begin(?:ning)?_of", re.I),
+    "began": re.compile(r'^"began"$'),  # key of a job's handle in job.json
+    "beside": re.compile(r'^"beside"$'),  # saved name of the objective's parameters in checkpoints
 }
 
 

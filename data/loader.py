@@ -169,9 +169,9 @@ def make_rows(
     """Builds the rows of the source `name`, for an objective with these needs."""
     if config.format is DataFormat.unpaired_preference:
         return UnpairedRows(corpus, seq_len=config.seq_len)
-    rules = config.encoding(needs)
-    if rules is not None and rules.examples_per_record > 1:
-        how = {"sides": rules.examples_per_record, "per_row": needs.pairs_per_row, "valued": rules.margins}
+    encoding = config.encoding(needs)
+    if encoding is not None and encoding.examples_per_record > 1:
+        how = {"sides": encoding.examples_per_record, "per_row": needs.pairs_per_row, "valued": encoding.margins}
         return PairRows(corpus, seq_len=config.seq_len, **how)
     how = {"seq_len": config.seq_len, "packing": config.packing, "transform": transform}
     return PackedRows(corpus, **how, seed=source_seed(seed, name))

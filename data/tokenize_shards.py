@@ -30,8 +30,6 @@ from data.object_store import Store, is_url, stored
 from data.records.encoding import (
     DataFormat,
     EncodingConfig,
-    LossMask,
-    OnOverflow,
     examples_per_record,
     read_examples,
 )
@@ -44,18 +42,6 @@ MANIFEST = "manifest.json"
 VERSION = 1
 EXAMPLES_VERSION = 1  # version of the record encoding
 BATCH_CHARACTERS = 1 << 22  # characters tokenized per batch
-# Names saved in manifests differ from the config's: changing them would discard every prepared folder.
-SAVED_KEYS = {"validation_fraction": "heldout_fraction"}
-SAVED_FORMATS = {
-    DataFormat.text: "documents",
-    DataFormat.chat: "conversations",
-    DataFormat.unpaired_preference: "completions",
-    DataFormat.preference: "pairs",
-    DataFormat.classification: "labelled",
-    DataFormat.retrieval: "matches",
-}
-SAVED_LOSS_MASKS = {LossMask.assistant: "assistant", LossMask.last_turn: "last", LossMask.all: "all"}
-SAVED_OVERFLOWS = {OnOverflow.truncate_turns: "whole_turns", OnOverflow.truncate: "cut", OnOverflow.drop: "drop"}
 Progress = Callable[[int, int, int], None]  # (shards done, total shards, tokens so far)
 
 
@@ -87,30 +73,30 @@ class Manifest(NamedTuple):
         return self.content["counts"][split][kind]
 
 
-def settings(source: SourceConfig, tokenizer: Tokenizer, rules: EncodingConfig | None = None) -> dict[str, Any]:
+def settings(source: SourceConfig, tokenizer: Tokenizer, encoding: EncodingConfig | None = None) -> dict[str, Any]:
     """Returns everything that determines the tokens except the file contents.
 
     For formats other than text this includes the chat template and the maximum example length.
     """
     plain = {
-        SAVED_KEYS.get(f.name, f.name): v.name if isinstance(v := getattr(source, f.name), enum.Enum) else v
+        f.name: v.name if isinstance(v := getattr(source, f.name), enum.Enum) else v
         for f in dataclasses.fields(source)
         if f.name not in ("weight", "chat_format")
     }
     found = {"version": VERSION, "source": plain, "tokenizer": fingerprint(tokenizer)}
-    if rules is None:
+    if encoding is None:
         return found
     return found | {
         "examples": {
             "version": EXAMPLES_VERSION,
-            "records": SAVED_FORMATS[rules.records],
-            "format": source.chat_format.name,
-            "loss_on": SAVED_LOSS_MASKS[rules.loss_on],
-            "overlong": SAVED_OVERFLOWS[rules.overlong],
-            "max_length": rules.max_length,
+            "format": encoding.format.name,
+            "chat_format": source.chat_format.name,
+            "loss_mask": encoding.loss_mask.name,
+            "on_overflow": encoding.on_overflow.name,
+            "max_length": encoding.max_length,
             "chat_template": tokenizer.chat_template,
             "stop_ids": list(tokenizer.stop_ids),
-            **{key: value for key in ("classes", "margins", "negatives") if (value := _plain(getattr(rules, key)))},
+            **{key: value for key in ("classes", "margins", "negatives") if (value := _plain(getattr(encoding, key)))},
         }
     }
 
@@ -120,10 +106,10 @@ def _plain(value: Any) -> Any:
 
 
 def shard_folder(
-    root: Path, name: str, source: SourceConfig, tokenizer: Tokenizer, rules: EncodingConfig | None = None
+    root: Path, name: str, source: SourceConfig, tokenizer: Tokenizer, encoding: EncodingConfig | None = None
 ) -> Path:
     """Returns the shard folder of a source; its name contains a hash of the settings."""
-    return root / f"{name}-{_sha(settings(source, tokenizer, rules))[:12]}"
+    return root / f"{name}-{_sha(settings(source, tokenizer, encoding))[:12]}"
 
 
 def prepare_source(
@@ -132,23 +118,23 @@ def prepare_source(
     folder: Path,
     progress: Progress = lambda *_: None,
     *,
-    rules: EncodingConfig | None = None,
+    encoding: EncodingConfig | None = None,
     max_bad_share: float = 1.0,
 ) -> Manifest:
-    """Tokenizes the missing shards and returns the manifest. `rules` None: records are plain documents.
+    """Tokenizes the missing shards and returns the manifest. `encoding` None: records are plain documents.
 
     Raises: ValueError if the source has no usable record or more than `max_bad_share` bad ones, with the reasons.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = settings(source, tokenizer, rules)
-    units, per_record = source.units(), 1 if rules is None else rules.examples_per_record
+    wanted = settings(source, tokenizer, encoding)
+    units, per_record = source.units(), 1 if encoding is None else encoding.examples_per_record
     shards, tokens = [], 0
     left = source.max_documents
     for index, unit in enumerate(units):
         made_of = {"settings": _sha(wanted), "unit": _state_of(unit), "left": left}
         shard = _finished(folder, index, made_of)
         if shard is None:
-            shard = _make_shard(source, tokenizer, unit, folder / f"shard_{index:05d}", made_of, left, rules)
+            shard = _make_shard(source, tokenizer, unit, folder / f"shard_{index:05d}", made_of, left, encoding)
         shards.append(shard)
         documents = sum(shard["counts"][split]["documents"] for split in SPLITS)
         left = None if left is None else left - documents // per_record
@@ -268,14 +254,14 @@ def _examples(
     unit: SourceShard,
     bad: BadRecords,
     left: int | None,
-    rules: EncodingConfig,
+    encoding: EncodingConfig,
 ) -> Iterator[_Document]:
     # Templates are programs, and some read the date, so the fingerprint hashes the encoded examples.
-    for record, examples in itertools.islice(read_examples(source, unit, bad, tokenizer, rules), left):
+    for record, examples in itertools.islice(read_examples(source, unit, bad, tokenizer, encoding), left):
         content = json.dumps(record, sort_keys=True).encode()
         for example in examples:  # examples of one record are adjacent and in the same split
             encoded = example.ids.astype("<i4").tobytes() + example.loss_mask.tobytes()
-            encoded += np.array(example.value, "<f4").tobytes() if rules.margins else b""
+            encoded += np.array(example.value, "<f4").tobytes() if encoding.margins else b""
             hashes = hashlib.sha256(content).digest(), hashlib.sha256(encoded).digest()
             yield _Document(*hashes, len(content), *example)
 
@@ -287,7 +273,7 @@ def _make_shard(
     stem: Path,
     made_of: dict[str, Any],
     left: int | None,
-    rules: EncodingConfig | None,
+    encoding: EncodingConfig | None,
 ) -> dict[str, Any]:
     bad, content = BadRecords(), hashlib.sha256()
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
@@ -295,10 +281,10 @@ def _make_shard(
     masks: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     values: dict[str, list[float]] = {split: [] for split in SPLITS}
     sizes, truncated = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    if rules is None:
+    if encoding is None:
         found = _documents(source, tokenizer, unit, bad, left)
     else:
-        found = _examples(source, tokenizer, unit, bad, left, rules)
+        found = _examples(source, tokenizer, unit, bad, left, encoding)
     for document in found:
         content.update(document.content)
         # Split by content: a document stays in its split regardless of its position and its neighbors.
@@ -315,14 +301,14 @@ def _make_shard(
         save = lambda kind, array, split=split: _save(stem.with_name(f"{stem.name}.{split}.{kind}.npy"), array)
         save("tokens", np.concatenate([np.zeros(0, dtype), *arrays[split]]))
         save("offsets", np.cumsum(lengths))
-        if rules is not None:
+        if encoding is not None:
             save("learnt", np.concatenate([np.zeros(0, bool), *masks[split]]))
-        if rules is not None and rules.margins:
+        if encoding is not None and encoding.margins:
             save("values", np.array(values[split], np.float32))
     counts: dict[str, dict[str, int]] = {
         s: {"documents": len(arrays[s]), "tokens": int(sum(map(len, arrays[s]))), "bytes": sizes[s]} for s in SPLITS
     }
-    if rules is not None:
+    if encoding is not None:
         for split in SPLITS:
             targets = sum(int(mask[1:].sum()) for mask in masks[split])
             counts[split] |= {"learnt": targets, "shortened": truncated[split]}
@@ -420,11 +406,10 @@ class TokenCorpus:
         )
         self._tokens = [load(name, "tokens") for name in shards]
         examples = manifest.content["settings"].get("examples", {})
-        saved = examples.get("records", SAVED_FORMATS[DataFormat.text])
-        records = next(format for format, name in SAVED_FORMATS.items() if name == saved)
-        self.examples_per_record = examples_per_record(records, examples.get("negatives", 0))
+        format = DataFormat[examples.get("format", DataFormat.text.name)]
+        self.examples_per_record = examples_per_record(format, examples.get("negatives", 0))
         # A class label follows the last token: it is a target, never an input.
-        self._num_labels = int(records is DataFormat.classification)
+        self._num_labels = int(format is DataFormat.classification)
         self._loss_masks = [load(name, "learnt") for name in shards] if manifest.masked else None
         offsets = [load(name, "offsets") for name in shards]
         self._shard = np.concatenate([np.full(len(o) - 1, i, np.int32) for i, o in enumerate(offsets)])
@@ -432,7 +417,7 @@ class TokenCorpus:
         self.lengths = np.concatenate([np.diff(o) for o in offsets]) - self._num_labels
         self._values = [load(name, "values") for name in shards] if examples.get("margins") else None
         self._number = np.concatenate([np.arange(len(o) - 1) for o in offsets])  # index within the shard
-        fraction = manifest.content["settings"]["source"][SAVED_KEYS["validation_fraction"]]
+        fraction = manifest.content["settings"]["source"]["validation_fraction"]
         if carve and manifest.masked:
             self._split_examples(split, fraction)
         elif carve:
@@ -440,7 +425,7 @@ class TokenCorpus:
 
     @staticmethod
     def _needs_split(manifest: Manifest) -> bool:
-        fraction = manifest.content["settings"]["source"][SAVED_KEYS["validation_fraction"]]
+        fraction = manifest.content["settings"]["source"]["validation_fraction"]
         return fraction > 0 and manifest.count("heldout", "documents") == 0
 
     def _split_longest(self, split: str, fraction: float) -> None:

@@ -1,6 +1,6 @@
-"""From a `RunConfig` to the parts of a run: the only place that knows all of them.
+"""Builds the parts of a run from its `RunConfig`: the only place that knows all of them.
 
-`build_core` needs no data and no weights, so that a plan or a test can build any run from shapes alone.
+`build_core` needs no data and no weights, so a plan or a test can build any run from shapes alone.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ Say = Callable[[str], None]
 
 
 def sync_processes(what: str) -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has reached this call."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -70,7 +70,7 @@ def sync_processes(what: str) -> None:
 
 
 def publish_files(folder: RunFolder, what: str) -> None:
-    """Returns when every process sees in the run folder what process 0 has written there: hosts may share no disk."""
+    """Publishes the files that process 0 wrote in the run folder to all processes; hosts need not share a disk."""
     if is_main_process():
         folder.send()
     sync_processes(what)
@@ -79,7 +79,7 @@ def publish_files(folder: RunFolder, what: str) -> None:
 
 
 def all_gather_values(values: list[float]) -> list[list[float]]:
-    """Those of every process; all of them must ask."""
+    """Returns the values of every process, [processes, len(values)]. Collective: all processes must call it."""
     if jax.process_count() == 1:
         return [values]
     from jax.experimental import multihost_utils
@@ -88,12 +88,12 @@ def all_gather_values(values: list[float]) -> list[list[float]]:
 
 
 def is_main_process() -> bool:
-    """Process 0 alone writes files and speaks to the user."""
+    """Returns whether this is process 0, the only one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def log(text: str) -> None:
-    """One line to the user, from process 0 alone."""
+    """Prints a line, on process 0 only."""
     if is_main_process():
         print(text, flush=True)
 
@@ -103,36 +103,36 @@ def log(text: str) -> None:
 
 @dataclass(frozen=True)
 class Corpora:
-    """The text of a run, as tokens."""
+    """The tokenized sources of a run."""
 
     tokenizer: Tokenizer
     manifests: dict[str, Manifest]
     train: dict[str, TokenCorpus]
-    heldout: dict[str, TokenCorpus]  # of sources that have any
+    heldout: dict[str, TokenCorpus]  # validation split of each source that has one
 
     @property
     def bad_records(self) -> dict[str, Any]:
-        """Input that could not be used, by source, file and reason."""
+        """Unusable records by source, file and reason."""
         return {name: m.bad for name, m in self.manifests.items() if m.bad}
 
 
-MADE_OF = "made_of.json"  # beside a tokenizer: the settings and sources that it was made from
+MADE_OF = "made_of.json"  # in a tokenizer folder: the settings and sources that it was trained on
 
 
 def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
-    """The run's tokenizer: the one in its folder, else a new one, trained on its sources by process 0, with the special
-    tokens that its transform needs.
+    """Returns the tokenizer in the run folder; without one, process 0 builds it from the config and the sources.
 
-    One that was made from other settings is made anew, as long as no checkpoint depends on it.
+    It has the special tokens that the transform needs. A tokenizer that was built from other settings is rebuilt, as
+    long as no checkpoint depends on it.
     """
     missing = partial(config.data.transform.missing_special_tokens, seq_len=config.data.seq_len)
     made_of = to_plain({"tokenizer": config.tokenizer, "sources": config.data.sources, "more": missing([])})
     note = folder.tokenizer / MADE_OF
     found = load_tokenizer(folder.tokenizer)
     stale = note.exists() and json.loads(note.read_text()) != made_of and not folder.has_checkpoints()
-    sync_processes("tokenizer looked at")
+    sync_processes("tokenizer read")
     if (found is None or stale) and is_main_process():
-        say(f"making the tokenizer: {config.tokenizer.kind}")
+        say(f"building the tokenizer: {config.tokenizer.kind}")
         made = configured(build_tokenizer(config.tokenizer, partial(_documents, config), missing), config.tokenizer)
         save_tokenizer(made, folder.tokenizer)
         write_whole(note, json.dumps(made_of, indent=1) + "\n")
@@ -144,7 +144,7 @@ def get_tokenizer(config: RunConfig, folder: RunFolder, say: Say) -> Tokenizer:
 
 
 def _documents(config: RunConfig) -> Iterator[str]:
-    """Documents of all sources in turns, so that a tokenizer that reads only the first of them sees every source."""
+    """Yields documents of all sources in turn, so that a tokenizer that reads only the first ones sees every source."""
     bad, rules = BadRecords(), config.data.encoding(config.objective.data_needs)  # counted when the source is prepared
     streams = [
         (text for unit in source.units() for text in _texts(source, unit, bad, rules))
@@ -166,9 +166,9 @@ def _texts(source: SourceConfig, unit: SourceShard, bad: BadRecords, rules: Enco
 
 
 def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
-    """Token shards of every source, made by process 0 where they are not there yet.
+    """Loads the token shards of every source; process 0 tokenizes those that are missing.
 
-    Raises: ValueError where a source has nothing to train on.
+    Raises: ValueError if a source has nothing to train on.
     """
     if not config.data.sources:
         raise ValueError("source=[]: name at least one source, for example source=[text]")
@@ -193,13 +193,13 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
 
 
 def prepared_root(config: RunConfig) -> Path:
-    """The folder of what is made of sources; of what a store keeps, the copy."""
+    """Returns the folder of token shards; for an object store, that of the local copy."""
     url = prepared_url(config)
     return local_copy(url) if url else Path(config.data.cache_dir or Path(config.output_dir) / "prepared")
 
 
 def prepared_url(config: RunConfig) -> str | None:
-    """Where in a store it is kept, if it is."""
+    """Returns the URL of the token shards, if they are in an object store."""
     if config.data.cache_dir is not None:
         return config.data.cache_dir if is_url(config.data.cache_dir) else None
     return f"{config.output_dir.rstrip('/')}/prepared" if is_url(config.output_dir) else None
@@ -219,28 +219,28 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
     share = 1.0 if rules is None else config.data.max_bad_fraction
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         for name, source in config.data.sources.items():
-            task = bar.add_task(f"tokenising {name}", total=None, note="")
+            task = bar.add_task(f"tokenizing {name}", total=None, note="")
 
             def show(done: int, total: int, tokens: int, task: Any = task) -> None:
                 bar.update(task, completed=done, total=total, note=f"{tokens:,} tokens")
 
             folder = shard_folder(root, name, source, tokenizer, rules)
-            manifest = prepare_source(source, tokenizer, folder, show, rules=rules, max_bad_share=share)
+            manifest = prepare_source(source, tokenizer, folder, show, encoding=rules, max_bad_share=share)
             bad = sum(e["count"] for reasons in manifest.bad.values() for e in reasons.values())
-            said = f"; {bad:,} bad records left out, see summary.json" if bad else ""
+            said = f"; {bad:,} bad records skipped, see summary.json" if bad else ""
             documents, tokens = manifest.count("train", "documents"), manifest.count("train", "tokens")
             held = TokenCorpus(manifest, "heldout").num_tokens
             if rules is not None:
                 cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
                 tokens_to = f"{tokens:,} tokens"
                 if config.objective.model_needs.is_token_level:
-                    tokens_to += f", of which {manifest.count('train', 'learnt'):,} are learnt"
-                ended = f"; {cut:,} ended at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
-                noun = NOUNS.get(rules.records, rules.records.name)
+                    tokens_to += f", {manifest.count('train', 'learnt'):,} of them in the loss"
+                ended = f"; {cut:,} truncated at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
+                noun = NOUNS.get(rules.format, rules.format.name)
                 counted = f"{documents // rules.examples_per_record:,} {noun}, {tokens_to}"
-                say(f"source {name}: {counted}, {held:,} held out{ended}{said}")
+                say(f"source {name}: {counted}, {held:,} for validation{ended}{said}")
                 continue
-            say(f"source {name}: {documents:,} documents, {tokens:,} tokens, {held:,} held out{said}")
+            say(f"source {name}: {documents:,} documents, {tokens:,} tokens, {held:,} for validation{said}")
 
 
 # The core
@@ -248,7 +248,7 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
 
 @dataclass(frozen=True)
 class Core:
-    """Model, objective, optimizer and mesh, with everything compiled from them; no weights yet."""
+    """Model, objective, optimizer and mesh, and the functions jitted from them; no weights yet."""
 
     model: ModelConfig
     mesh: Mesh | AbstractMesh
@@ -256,42 +256,42 @@ class Core:
     constrain: ShardingConstraint
     apply: Apply
     objective: Objective
-    train_step: Any  # jitted, the state donated: see `trainer.step.make_train_step`
+    train_step: Any  # jitted, with the state donated: see `trainer.step.make_train_step`
     eval_step: EvalStep
     eval_outputs: Callable[..., Any] | None  # jitted `Objective.eval_outputs` of (params, frozen, batch), if it has any
     abstract: TrainState  # shapes and shardings
-    init_state: Callable[..., TrainState]  # of `frozen` models, where adapters train; or around given `params`
-    adaptation: AdapterLayout | None  # None: the model's own parameters train
+    init_state: Callable[..., TrainState]  # from `frozen` models if adapters train, or from given `params`
+    adaptation: AdapterLayout | None  # None: the model parameters train
     batch_size: int
     sharding: NamedSharding  # of token fields [B, L]
-    balanced: bool  # rows that are cut lie in `trainer.mesh.balanced_token_order`
+    balanced: bool  # tokens of sharded rows are permuted by `trainer.mesh.balanced_token_order`
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Of the global batch, that this process feeds."""
+        """The rows of the global batch that this process feeds."""
         return process_rows(self.sharding, self.batch_size)
 
     def place(self, batch: TokenBatch) -> TokenBatch:
-        """This process's rows as part of the global batch."""
+        """Places this process's rows on its devices, as part of the global batch."""
         return place_batch(batch, self.sharding, self.batch_size, balanced=self.balanced)
 
     def batch_spec(self, seq_len: int) -> Batch:
-        """Shapes and shardings of the global batch, without making one."""
+        """Returns shapes and shardings of the global batch."""
         spec = self.objective.batch_spec(self.batch_size, seq_len)
         return with_shardings(spec, field_shardings(spec, self.sharding))
 
     @property
     def own(self) -> Params:
-        """Shapes and shardings of the model's own parameters, where these train."""
+        """Shapes and shardings of the model parameters, if these train."""
         return model_params(self.abstract.params)
 
     def merged_params(self, params: Params, frozen: Mapping[str, Any]) -> Params:
-        """The model's own parameters, adapters merged into their base: to write with."""
+        """Returns the model parameters, with adapters merged into their base, for generation."""
         return model_params(params) if self.adaptation is None else self.adaptation.merge(frozen[BASE], params)
 
 
 def model_config(config: RunConfig, tokenizer: Tokenizer | None) -> ModelConfig:
-    """The model with its vocabulary. Raises: ValueError where the tokenizer has more tokens than the model."""
+    """Returns the model with its vocabulary size. Raises: ValueError if the tokenizer has more tokens."""
     model = config.model
     if tokenizer is None or model.vocab_size >= tokenizer.vocab_size:
         return model
@@ -309,9 +309,9 @@ def build_core(
     mesh: Mesh | AbstractMesh | None = None,
     constrain: ShardingConstraint | None = None,
 ) -> Core:
-    """`mesh` over all devices of the job and `constrain` of that mesh by default; a plan gives others.
+    """Builds the core on `mesh`, by default over all devices of the job; a plan passes its own mesh and `constrain`.
 
-    Raises: ValueError where mesh, batch, model and optimizer do not go together.
+    Raises: ValueError if mesh, batch, model and optimizer are incompatible.
     """
     task = config.task if isinstance(config.task, TrainConfig) else TrainConfig()
     model = model_config(config, tokenizer)
@@ -329,7 +329,7 @@ def build_core(
     if extras and config.adapter.active:
         raise ValueError(
             f"adapter.method={config.adapter.method.name}: only adapters train, and objective={config.objective.kind} "
-            f"would learn {', '.join(extras)} too; compare models of one width, or train without adapters"
+            f"also trains {', '.join(extras)}; compare models of the same width, or train without adapters"
         )
     axes, reads = {**param_axes(model), **objective_param_axes(extras)}, ()
     init = with_objective_params(extras, partial(init_params, model))
@@ -342,10 +342,10 @@ def build_core(
     if synced and config.adapter.active:
         raise ValueError(
             f"adapter.method={config.adapter.method.name}: the {next(iter(synced))} of adapters is their base, which "
-            "does not move; set objective.ref_model_sync_steps=0, or train without adapters"
+            "is frozen; set objective.ref_model_sync_steps=0, or train without adapters"
         )
     schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
-    # Adapters begin at sizes of their own, on weights that are there.
+    # Adapters have their own initialization, on trained weights.
     width = model if model.mup_base_width is not None and adaptation is None else None
     optimizer = with_moving_models(config.optimizer.build(schedule, axes, width), synced)
     constrain = constrain or make_constrain(mesh, config.sharding)
@@ -359,10 +359,10 @@ def build_core(
         objective, apply, optimizer, num_microbatches=task.gradient_accumulation_steps, schedule=schedule
     )
     sharding = batch_sharding(mesh, config.sharding)
-    lying = {"param_shardings": shardings, "offload": config.optimizer.offload_state}
-    abstract = abstract_state(init, optimizer, *reads, **lying)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)  # else the partitioner chooses one
-    fresh = partial(init_sharded_state, **lying)
+    placement = {"param_shardings": shardings, "offload": config.optimizer.offload_state}
+    abstract = abstract_state(init, optimizer, *reads, **placement)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)  # otherwise the partitioner chooses
+    fresh = partial(init_sharded_state, **placement)
 
     def init_state(frozen: Mapping[str, Any] | None = None, params: Params | None = None) -> TrainState:
         key = jax.random.key(config.seed)
@@ -401,9 +401,7 @@ def _eval_outputs(objective: Objective, apply: Apply, mesh: Mesh | AbstractMesh)
 
 
 def _is_permutation_invariant(config: RunConfig, model: ModelConfig) -> bool:
-    """Whether nothing depends on the order in which the tokens of a row lie: no neighbours, no first come first served,
-    and no random numbers, which belong to places.
-    """
+    """Returns whether tokens of a row may be permuted: no expert capacity, and no random numbers by position."""
     a, objective = model.attention, config.objective
     capacity = model.moe.num_experts > 0 and model.moe.dispatch is Dispatch.capacity
     random = model.dropout or a.dropout or objective.neftune_alpha
@@ -411,7 +409,7 @@ def _is_permutation_invariant(config: RunConfig, model: ModelConfig) -> bool:
 
 
 def adapt(adapter: AdapterConfig, model: ModelConfig, shardings: Any, shard: Shard) -> AdapterLayout | None:
-    """How adapters stand on `model`; None where it trains itself. `shardings`: of its own parameters."""
+    """Returns the adapter layout of `model`; None without adapters. `shardings`: of the model parameters."""
     if not adapter.active:
         return None
     return AdapterLayout(adapter, param_axes(model), with_shardings(abstract_params(model), shardings), shard)
@@ -427,9 +425,9 @@ def _token_bytes(model: ModelConfig, tokenizer: Tokenizer | None) -> np.ndarray 
 def build_source(
     config: RunConfig, corpora: Corpora, core: Core, tables: Mapping[str, ColumnCache] | None = None
 ) -> BatchSource:
-    """Batches of the mixture, with what `tables` keep of each source's rows.
+    """Builds the batch source of the mixture; `tables` hold precomputed columns of each source.
 
-    Raises: ValueError where the run is longer than `data.max_epochs` allows.
+    Raises: ValueError if the run is longer than `data.max_epochs` allows.
     """
     sources = config.data.sources
     weights = {name: float(source.weight) for name, source in sources.items() if source.weight is not None}
@@ -467,13 +465,11 @@ def build_evaluation(
     frozen: Mapping[str, Any] | None = None,
     tables: Mapping[str, ColumnCache] | None = None,
 ) -> Callable[..., dict[str, float]]:
-    """`evaluate(params, moving_models)`: `eval/SOURCE/loss` and its like, on held-out text; empty where nothing is held
-    out.
-    """
+    """Returns `evaluate(params, synced_models)`: `eval/SOURCE/loss` etc. on validation data; empty without any."""
     data = config.data
     transform = data.transform.build(corpora.tokenizer, data.seq_len)
-    made_for = lambda name, corpus: make_rows(corpus, data, config.seed, name, transform, config.objective.data_needs)
-    rows = {name: made_for(name, corpus) for name, corpus in corpora.heldout.items()}
+    rows_of = lambda name, corpus: make_rows(corpus, data, config.seed, name, transform, config.objective.data_needs)
+    rows = {name: rows_of(name, corpus) for name, corpus in corpora.heldout.items()}
     rows = with_columns(rows, tables or {})
 
     def batches(packed: Rows) -> Iterator[TokenBatch]:

@@ -1,5 +1,6 @@
 """Exit codes of the command."""
 
+DONE = 0
 FAILED = 1  # an internal or runtime error
 WRONG_INPUT = 2  # invalid config, command line or input file
 PREEMPTED = 75  # stopped by a signal after saving a checkpoint: restart to resume (EX_TEMPFAIL of sysexits.h)

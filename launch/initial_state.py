@@ -1,4 +1,4 @@
-"""What a run begins with: its newest checkpoint, other weights or none, and the models that it only reads."""
+"""Initializes or restores a run: its checkpoint, initial weights (`init_from`) and frozen models."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -43,29 +43,29 @@ from trainer.state import TrainState
 
 
 def check_resume(config: RunConfig, folder: RunFolder, checkpointer: Checkpointer) -> None:
-    """Raises: ValueError where `resume` forbids what there is, or a key changed that the checkpoints depend on."""
+    """Raises: ValueError if `resume` forbids the start, or if a key that the checkpoints depend on has changed."""
     steps = checkpointer.steps()
     if not steps and config.resume is Resume.must:
-        raise ValueError(f"resume=must: {checkpointer.location} holds no checkpoint; resume=auto begins afresh")
-    aside = checkpointer.superseded() if not steps else []
-    if aside:
+        raise ValueError(f"resume=must: {checkpointer.location} has no checkpoint; resume=auto starts a new run")
+    superseded = checkpointer.superseded() if not steps else []
+    if superseded:
         raise ValueError(
-            f"{checkpointer.location}: a reset was cut off before its first save; rename {aside[-1]} to "
-            f"{aside[-1].partition('.')[0]} to do it again, or give another run=NAME"
+            f"{checkpointer.location}: a reset was interrupted before its first save; rename {superseded[-1]} to "
+            f"{superseded[-1].partition('.')[0]} to repeat it, or choose another run=NAME"
         )
     if steps and config.resume is Resume.never:
         raise ValueError(
-            f"resume=never: the run {folder.name!r} has checkpoints up to step {steps[-1]}; give another run=NAME, "
-            "or resume=auto to go on with it"
+            f"resume=never: the run {folder.name!r} has checkpoints up to step {steps[-1]}; choose another "
+            "run=NAME, or resume=auto to continue it"
         )
     if steps and folder.config.exists():
         refuse_drift(folder.saved_config(), config, folder.name)
 
 
 def restore_tokenizer(folder: RunFolder, checkpointer: Checkpointer) -> None:
-    """The tokenizer of the checkpoint that the run goes on from, where its folder has none.
+    """Restores the tokenizer of the latest checkpoint if the run folder has none.
 
-    Raises: ValueError where the folder holds another one.
+    Raises: ValueError if the folder holds a different one.
     """
     step = checkpointer.latest_valid_step()
     if step is None:
@@ -74,46 +74,46 @@ def restore_tokenizer(folder: RunFolder, checkpointer: Checkpointer) -> None:
     difference = None if there is None else first_difference(saved, there)
     if difference is not None:
         raise ValueError(
-            f"{folder.tokenizer}: its {difference} is not that of the checkpoint of step {step}, which was trained "
-            "with another; delete this folder to take the checkpoint's"
+            f"{folder.tokenizer}: its {difference} differs from that of the checkpoint of step {step}; delete this "
+            "folder to restore the tokenizer of the checkpoint"
         )
     sync_processes("tokenizer compared")
     if there is None and is_main_process():
         save_tokenizer(saved, folder.tokenizer)
-    publish_files(folder, "tokenizer recalled")
+    publish_files(folder, "tokenizer restored")
 
 
 @dataclass(frozen=True)
 class InitialState:
-    """Where a run goes on from."""
+    """The state that a run starts from."""
 
     state: TrainState
-    hook_states: dict[str, Any]  # by hooks
-    reset: list[str]  # by `reset`
-    line: str  # says what was done
+    hook_states: dict[str, Any]  # saved states by hook name
+    reset: list[str]  # state that was discarded
+    line: str  # log line
 
 
 def load_adapter_base(config: RunConfig, core: Core, checkpointer: Checkpointer) -> AdapterBase | None:
-    """The frozen weights below adapters: those that the newest checkpoint names, else those of `init_from`.
+    """Loads the frozen base of adapters: the one that the latest checkpoint names, otherwise `init_from`.
 
-    Raises: ValueError where there are none, or others than before.
+    Raises: ValueError if there is none, or if its weights have changed.
     """
     if core.adaptation is None:
         return None
-    _refuse_thinning(config, "adapters stand on all of their base")
+    _refuse_pruning(config, "adapters train on their complete base")
     step = checkpointer.latest_valid_step()
     if step is not None:
         return recorded_base(core.adaptation, checkpointer, step, config.output_dir, log)
     if config.init_from is None:
         raise ValueError(
-            f"adapter.method={config.adapter.method.name}: adapters stand on trained weights; name them with "
-            "init_from=RUN or init_from=hf:FOLDER"
+            f"adapter.method={config.adapter.method.name}: adapters need trained weights; set init_from=RUN or "
+            "init_from=hf:FOLDER"
         )
     return load_base(core.adaptation, config.init_from, config.output_dir, log)
 
 
 class Frozen(NamedTuple):
-    """Models that a run only reads, what its checkpoints say of them, and what one of them was asked in advance."""
+    """The frozen models of a run, their records in checkpoints, and precomputed outputs of one of them."""
 
     models: dict[str, Any]
     records: dict[str, dict[str, str]]
@@ -125,10 +125,10 @@ def load_frozen_models(
 ) -> Frozen:
     """Loads the base of adapters and each frozen model that the objective needs.
 
-    A precomputed one (`FrozenModelSpec.precompute`) is dropped once its outputs are stored, and is not even read where
-    all of them are stored and a checkpoint records whose they are.
+    A precomputed one (`FrozenModelSpec.precompute`) is freed once its outputs are stored, and is not loaded at all if
+    they are complete and a checkpoint records where they are from.
 
-    Raises: ValueError where one of them is not given, or is another than before.
+    Raises: ValueError if one is not given, or if its weights have changed.
     """
     models, records = frozen_models(base), {} if base is None else {BASE: base.record}
     step = checkpointer.latest_valid_step()
@@ -154,7 +154,7 @@ def load_frozen_models(
 
 
 def _without_weights(spec: FrozenModelSpec, role: str, core: Core, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The stand-in for a precomputed model: of one with its own architecture, the number of its tokens."""
+    """Returns a placeholder for a precomputed model with its own architecture, which holds its vocabulary size."""
     return {} if spec.source is None else {role: FrozenModel({}, core.apply, tokenizer.vocab_size)}
 
 
@@ -167,27 +167,27 @@ def _frozen_model(
     base: AdapterBase | None,
     tokenizer: Tokenizer,
 ) -> tuple[Any, dict[str, str]]:
-    """The model and the record of it for checkpoints. `known`: the record in the newest one."""
+    """Loads a frozen model; returns it and its record for checkpoints. `known`: the record in the latest one."""
     source = known.get("origin") or spec.source or config.init_from
     if source is None:
         raise _no_source(config, role)
     if spec.source is None:
-        _refuse_thinning(config, f"the {role} of a policy is all of init_from")
+        _refuse_pruning(config, f"the {role} of a policy is the complete model of init_from")
         is_base = base is not None and (known == base.record if known else base.start is None)
         if base is not None and is_base and config.adapter.quantize_base.name == "none":
-            return base.params, base.record  # not twice in memory
-    found = (config.objective, role, source, tokenizer, core, config.output_dir, log)
-    return load_frozen_model(*found, sha256=known.get("sha256"))
+            return base.params, base.record  # shared: only one copy in memory
+    sha256 = known.get("sha256")
+    return load_frozen_model(config.objective, role, source, tokenizer, core, config.output_dir, log, sha256=sha256)
 
 
 def _no_source(config: RunConfig, role: str) -> ValueError:
     return ValueError(
-        f"init_from=null: objective={config.objective.kind} needs a {role} model, which is the weights that training "
-        "starts from; set init_from=RUN or init_from=hf:FOLDER, or take an objective or loss without one"
+        f"init_from=null: objective={config.objective.kind} needs a {role} model, which is a copy of the initial "
+        "weights; set init_from=RUN or init_from=hf:FOLDER, or choose an objective or loss without one"
     )
 
 
-def _refuse_thinning(config: RunConfig, why: str) -> None:
+def _refuse_pruning(config: RunConfig, why: str) -> None:
     if config.prune.layers:
         raise ValueError(f"prune.layers={config.prune.layers}: {why}; leave it out")
     if config.prune.width.active:
@@ -195,17 +195,17 @@ def _refuse_thinning(config: RunConfig, why: str) -> None:
 
 
 class RunParts(NamedTuple):
-    """What a run computes with, before it has a state."""
+    """The parts of a run, before it has a state."""
 
-    config: RunConfig  # with what was left to be chosen
+    config: RunConfig  # with `mesh=auto` resolved
     core: Core
     base: AdapterBase | None
     frozen: Frozen
-    source: BatchSource  # to be closed
+    source: BatchSource  # the caller closes it
 
 
 def build_run(config: RunConfig, corpora: Corpora, checkpointer: Checkpointer) -> RunParts:
-    """Those of a start of this run. Raises: as `load_adapter_base` and `load_frozen_models`."""
+    """Builds mesh, model, optimizer, frozen models and batch source. Raises: as the functions that it calls."""
     config = resolve_auto_mesh(config, model_config(config, corpora.tokenizer), log)
     core = build_checked_core(config, corpora.tokenizer)
     base = load_adapter_base(config, core, checkpointer)
@@ -216,7 +216,7 @@ def build_run(config: RunConfig, corpora: Corpora, checkpointer: Checkpointer) -
 def init_or_resume(
     config: RunConfig, core: Core, source: BatchSource, checkpointer: Checkpointer, base: AdapterBase | None = None
 ) -> InitialState:
-    """Fresh, from the weights of `init_from`, or from the newest whole checkpoint; moves the source there."""
+    """Restores the latest valid checkpoint and the data position, or initializes from `init_from` or randomly."""
     step, run = checkpointer.latest_valid_step(), f"run {config.run!r}"
     frozen = frozen_models(base)
     if step is None:
@@ -224,15 +224,15 @@ def init_or_resume(
             given = None if base.start is None else base.start(core.adaptation)
             state = core.init_state(frozen, given)
             which = "new adapters" if base.start is None else f"the adapters of {config.init_from}"
-            return InitialState(state, {}, [], f"{run}: begins with {which} on the weights of {base.name}")
+            return InitialState(state, {}, [], f"{run}: starts with {which} on the weights of {base.name}")
         if config.init_from is None:
-            return InitialState(core.init_state(), {}, [], f"{run}: begins")
-        origin = prune_source(resolve_weights(config.init_from, config.output_dir, log), config)
-        origin = with_head(origin, core.model.outputs)
-        # Averages and the like begin at these weights, not at random ones.
-        state = core.init_state(params=starting_params(core, origin, config.seed))
-        return InitialState(state, {}, [], f"{run}: begins with the weights of {origin.name}")
-    # A job that is started again with the same command must not forget again what it has learnt since.
+            return InitialState(core.init_state(), {}, [], f"{run}: starts")
+        source_weights = prune_source(resolve_weights(config.init_from, config.output_dir, log), config)
+        source_weights = with_head(source_weights, core.model.outputs)
+        # Weight averages and similar state are initialized from these weights, not from random ones.
+        state = core.init_state(params=initial_params(core, source_weights, config.seed))
+        return InitialState(state, {}, [], f"{run}: starts with the weights of {source_weights.name}")
+    # A requeued job runs the same command: it must not reset again.
     done = checkpointer.read_json(step, "config")["run"]["reset"] == config.reset
     reset = [] if done else config.reset
     if "optimizer" in reset:
@@ -242,29 +242,30 @@ def init_or_resume(
         state = checkpointer.restore(step, core.abstract).state
     if "data" not in reset:
         source.set_state(checkpointer.read_json(step, "source"))
-        left_out = next_row(RunFolder(checkpointer.folder.parent), step)
-        if left_out is not None:
-            source.skip_to(left_out)
-    remembered = checkpointer.read_json(step, "extra")
+        first_row = next_row(RunFolder(checkpointer.folder.parent), step)
+        if first_row is not None:  # a rollback skipped rows
+            source.skip_to(first_row)
+    hook_states = checkpointer.read_json(step, "extra")
     if "step" in reset:
-        # Later steps would stand in the way of those to come; they stay beside them under another name.
-        state, remembered = dataclasses.replace(state, step=state.step * 0), {}
+        # Later checkpoints would collide with the new steps: they are renamed.
+        state, hook_states = dataclasses.replace(state, step=state.step * 0), {}
         checkpointer.discard_after(0)
     without = f", without its {' and '.join(reset)}" if reset else ""
     already = f" (reset=[{','.join(config.reset)}] was done before)" if config.reset and done else ""
-    return InitialState(state, remembered, reset, f"{run}: resumes at step {step}{without}{already}")
+    return InitialState(state, hook_states, reset, f"{run}: resumes at step {step}{without}{already}")
 
 
-def starting_params(core: Core, origin: WeightsSource, seed: int) -> Params:
-    """The origin's own; modules for further tokens are new where it has none."""
+def initial_params(core: Core, weights: WeightsSource, seed: int) -> Params:
+    """Returns the source's parameters; multi-token-prediction modules are new if it has none."""
     abstract = core.own
-    if MTP not in abstract or origin.model.mtp_num_layers:
-        return origin.params(abstract)
+    if MTP not in abstract or weights.model.mtp_num_layers:
+        return weights.params(abstract)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract[MTP])
     fresh = jax.jit(lambda key: init_params(core.model, key)[MTP], out_shardings=shardings)
     own = {name: leaf for name, leaf in abstract.items() if name != MTP}
-    return {**origin.params(own), MTP: fresh(jax.random.key(seed))}
+    return {**weights.params(own), MTP: fresh(jax.random.key(seed))}
 
 
 def frozen_models(base: AdapterBase | None) -> dict[str, Any]:
+    """Returns the base of adapters as a frozen model, by role."""
     return {} if base is None else {BASE: base.params}

@@ -13,10 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from configs.schema import RunConfig
 from data.batch import TokenBatch, columns_of
+from launch import exit_codes
+from launch.build import is_main_process, log, sync_processes
 from launch.run_folder import RunFolder, write_whole
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.objective import BatchSource
 from trainer.reliability.loss_spikes import Rollback
+from trainer.reliability.sdc_check import SilentDataCorruption
 
 
 def by_name(folder: RunFolder) -> dict[str, dict[str, Any]]:
@@ -58,3 +63,45 @@ def write(folder: RunFolder, number: int, record: dict[str, Any], arrays: dict[s
     np.savez(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
     write_whole(path, json.dumps(record, indent=1) + "\n")
     return path
+
+
+def handle_rollback(
+    config: RunConfig, folder: RunFolder, source: BatchSource, checkpointer: Checkpointer, rollback: Rollback
+) -> int | None:
+    """Records a rollback and discards the checkpoints after it, so that the next start resumes before the spike.
+
+    Returns None, or an exit code after `loss_spikes.max_rollbacks` of them.
+    """
+    limit, before = config.loss_spikes.max_rollbacks, len(of(folder))
+    if before >= limit:
+        log(
+            f"meshwright: loss_spikes.max_rollbacks={limit}: stopping after {before} rollbacks; look at "
+            f"{folder.incidents}, and start again with a smaller optimizer.learning_rate or other data"
+        )
+        return exit_codes.FAILED
+    first_row = next_row(folder, rollback.to)
+    if first_row is None:
+        first_row = int(checkpointer.read_json(rollback.to, "source")["next_index"])
+    report, arrays = describe(source, rollback, first_row)
+    sync_processes("rollback")  # every process has counted the earlier rollbacks
+    if is_main_process():
+        path = write(folder, before, report, arrays)
+        folder.send()
+        log(
+            f"rollback {before + 1} of at most {limit}: from step {rollback.step} to the checkpoint of step "
+            f"{rollback.to}; rows {report['rows'][0]} to {report['rows'][1]} of the data are skipped; see {path}"
+        )
+    checkpointer.discard_after(rollback.to)
+    return None
+
+
+def handle_corruption(checkpointer: Checkpointer, error: SilentDataCorruption) -> int:
+    """Discards the checkpoints since the last check that passed: they may hold corrupted values."""
+    before = checkpointer.before(error.sound + 1)
+    discarded = checkpointer.discard_after(-1 if before is None else before)
+    since = f"; checkpoints of steps {', '.join(map(str, discarded))} are discarded" if discarded else ""
+    log(
+        f"meshwright: before step {error.step}: {error}{since}; leaving with {exit_codes.PREEMPTED}, to resume from "
+        f"{'the start' if before is None else f'step {before}'}: if it happens again, replace that device"
+    )
+    return exit_codes.PREEMPTED

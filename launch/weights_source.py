@@ -1,5 +1,4 @@
-"""Weights that exist already: another run's, or a published checkpoint's (`hf:FOLDER`, `gguf:FILE`), or
-adapters on one (`peft:FOLDER`)."""
+"""Loads existing weights: of a run, a published checkpoint (`hf:FOLDER`, `gguf:FILE`) or adapters (`peft:FOLDER`)."""
 
 import copy
 import hashlib
@@ -47,23 +46,23 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """What `init_from` names."""
+    """Weights that `init_from` or a frozen model refers to."""
 
-    name: str  # for people
+    name: str  # display name
     model: ModelConfig
     tokenizer_config: TokenizerConfig
     tokenizer: Callable[[], Tokenizer]
-    params: Callable[..., Params]  # onto the shapes and shardings given; a published one's also gets `Progress`
-    reference: str  # what names the same weights later, whatever is saved until then
-    checkpoint: Checkpoint | None = None  # of a published one
-    base: "WeightsSource | None" = None  # of adapters: their base, into which `params` merges them
+    params: Callable[..., Params]  # loads onto given shapes and shardings; published ones also take `Progress`
+    reference: str  # refers to the same weights later, even after further checkpoints
+    checkpoint: Checkpoint | None = None  # of published weights
+    base: "WeightsSource | None" = None  # of adapters: the base that `params` merges them into
     adapter: AdapterConfig | None = None
     adapters: Callable[[AdapterLayout], Params] | None = None
-    extra_files: dict[str, bytes] = field(default_factory=dict)  # of a published one: files that came with the weights
+    extra_files: dict[str, bytes] = field(default_factory=dict)  # of published weights: other files of the folder
 
 
 def _run_named(name: str, runs: str) -> RunFolder:
-    """By its name, or by its folder, which may be one of an object store."""
+    """Returns the folder of a run by its name, path or object-store URL."""
     if is_url(name):
         around, _, last = name.rstrip("/").rpartition("/")
         return folder_in(around, last)
@@ -71,9 +70,9 @@ def _run_named(name: str, runs: str) -> RunFolder:
 
 
 def resolve_weights(reference: str, runs: str, say: Say, *, key: str = "init_from") -> WeightsSource:
-    """`hf:FOLDER`, `gguf:FILE`, `peft:FOLDER`, or a run's `NAME` or `FOLDER`, either with `@STEP`.
+    """Resolves `hf:FOLDER`, `gguf:FILE`, `peft:FOLDER`, or a run's `NAME` or `FOLDER`, optionally with `@STEP`.
 
-    Raises: ValueError where there is none, naming `key` and the way out.
+    Raises: ValueError naming `key` and the fix if there are no such weights.
     """
     kind, published = published_kind(reference)
     if kind is not None:
@@ -82,11 +81,11 @@ def resolve_weights(reference: str, runs: str, say: Say, *, key: str = "init_fro
     folder = _run_named(name, runs)
     if not folder.config.exists():
         raise ValueError(
-            f"{key}={reference}: there is no run in {folder.where}; give a run's name or folder, or hf:FOLDER or "
+            f"{key}={reference}: there is no run in {folder.where}; set it to a run's name or folder, hf:FOLDER or "
             "gguf:FILE of a published checkpoint, or peft:FOLDER of adapters"
         )
     if step and not step.isdigit():
-        raise ValueError(f"{key}={reference}: {step!r} is no step; give NAME@STEP")
+        raise ValueError(f"{key}={reference}: {step!r} is not a step number; write NAME@STEP")
     checkpointer = folder.checkpointer(read_only=True, say=say)
     at = int(step) if step else checkpointer.latest_valid_step()
     if at is None:
@@ -109,22 +108,22 @@ def resolve_weights(reference: str, runs: str, say: Say, *, key: str = "init_fro
 
 
 class AdapterBase(NamedTuple):
-    """Frozen weights, and what a checkpoint of their adapters says of them."""
+    """The frozen base of adapters, and its record in their checkpoints."""
 
-    params: Params  # as `adapter.quantize_base` keeps them
-    name: str  # for people
-    start: Callable[[AdapterLayout], Params] | None  # trained adapters to begin with; None: new ones
-    record: dict[str, str]  # origin: the reference; sha256: over all of the weights, as they were read
+    params: Params  # quantized as `adapter.quantize_base` says
+    name: str  # display name
+    start: Callable[[AdapterLayout], Params] | None  # loads trained adapters; None: new ones
+    record: dict[str, str]  # origin: the reference; sha256: over all weights as loaded
 
 
 def load_base(
     adaptation: AdapterLayout, reference: str, runs: str, say: Say, *, sha256: str | None = None
 ) -> AdapterBase:
-    """Raises: ValueError where the weights are gone, or are no longer those that the adapters were trained on."""
-    origin = resolve_weights(reference, runs, say)
-    below = with_head(origin.base or origin, outputs_of(adaptation.full_params))
-    params, record = _checked(below, adaptation.full_params, "on which the adapters were trained", sha256)
-    return AdapterBase(adaptation.quantize_base(params), below.name, origin.adapters, record)
+    """Loads the base of adapters. Raises: ValueError if its weights are missing or have changed."""
+    source = resolve_weights(reference, runs, say)
+    base = with_head(source.base or source, outputs_of(adaptation.full_params))
+    params, record = _checked(base, adaptation.full_params, "that the adapters were trained on", sha256)
+    return AdapterBase(adaptation.quantize_base(params), base.name, source.adapters, record)
 
 
 def load_frozen_model(
@@ -138,66 +137,68 @@ def load_frozen_model(
     *,
     sha256: str | None = None,
 ) -> tuple[Any, dict[str, str]]:
-    """The model of this role from `reference`, on the run's mesh, and what a checkpoint records of it.
+    """Loads the frozen model of this role onto the run's mesh; returns it and its record for checkpoints.
 
-    Without a source in its spec it has the policy's architecture, and only its parameters are returned, adapters
-    merged; else it is a `FrozenModel`.
-    Raises: ValueError where it is gone or another than before, where its tokens are not the run's, and where
-    `objective` compares what the two do not have.
+    Without a source in its spec it has the policy's architecture, and its parameters are returned, with adapters
+    merged; otherwise it is a `FrozenModel`.
+    Raises: ValueError if it is missing or has changed, if its tokenizer is not the run's, or if `objective` cannot
+    compare the two models.
     """
     spec = objective.frozen_needs.models[role]
     key, which = spec.key, f"of this run's {role}"
-    origin = resolve_weights(reference, runs, say, key=key)
+    source = resolve_weights(reference, runs, say, key=key)
     if spec.source is None:
         abstract = core.own if core.adaptation is None else core.adaptation.full_params
-        return _checked(origin, abstract, which, sha256, key=key)
-    if fingerprint(origin.tokenizer()) != fingerprint(tokenizer):
+        return _checked(source, abstract, which, sha256, key=key)
+    if fingerprint(source.tokenizer()) != fingerprint(tokenizer):
         raise ValueError(
-            f"{key}={reference}: its tokenizer is not this run's, so that its probabilities are those of other tokens; "
-            f"begin with its weights or take its tokenizer: init_from={reference}"
+            f"{key}={reference}: its tokenizer differs from this run's, so token probabilities cannot be compared; "
+            f"start from its weights and tokenizer with init_from={reference}"
         )
-    model = replace(origin.model, vocab_size=origin.model.vocab_size or tokenizer.vocab_size)
+    model = replace(source.model, vocab_size=source.model.vocab_size or tokenizer.vocab_size)
     objective.check_frozen_model(role, core.model, model)
     shapes, axes = abstract_params(model), param_axes(model)
     shardings = param_shardings(axes, shapes, core.mesh, core.rules)
     abstract = with_shardings(shapes, shardings)
-    params, record = _checked(origin, abstract, which, sha256, key=key)
+    params, record = _checked(source, abstract, which, sha256, key=key)
     record |= {"model": model_digest(model)}
     return FrozenModel(params, make_apply(without_kernel(model), core.constrain), tokenizer.vocab_size), record
 
 
 def model_digest(model: ModelConfig) -> str:
-    """Of how a model uses its weights."""
-    told = {key: value for key, value in to_plain(model).items() if key not in (*COMPUTE_KEYS, "base_width")}
-    told["attention"] = {key: v for key, v in told["attention"].items() if f"attention.{key}" not in COMPUTE_KEYS}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """Returns a hash of the architecture: of how a model uses its weights."""
+    digested = {key: value for key, value in to_plain(model).items() if key not in (*COMPUTE_KEYS, "mup_base_width")}
+    digested["attention"] = {
+        key: v for key, v in digested["attention"].items() if f"attention.{key}" not in COMPUTE_KEYS
+    }
+    return hashlib.sha256(json.dumps(digested, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prune_source(origin: WeightsSource, config: RunConfig) -> WeightsSource:
-    """The origin with only the layers `prune.layers`, in this order, and of the width `prune.width`.
+def prune_source(source: WeightsSource, config: RunConfig) -> WeightsSource:
+    """Prunes the weights to `prune.layers`, in this order, and to `prune.width`.
 
-    Raises: ValueError for layers or a width that it cannot have.
+    Raises: ValueError for layers or a width that the model does not have.
     """
-    origin = _with_layers(origin, config.prune.layers)
-    return _with_width(origin, config.prune.width) if config.prune.width.active else origin
+    source = _with_layers(source, config.prune.layers)
+    return _with_width(source, config.prune.width) if config.prune.width.active else source
 
 
-def _with_width(origin: WeightsSource, width: WidthConfig) -> WeightsSource:
-    wide = origin.model
-    thin = pruned_config(wide, width)
+def _with_width(source: WeightsSource, width: WidthConfig) -> WeightsSource:
+    wide = source.model
+    pruned = pruned_config(wide, width)
 
     def params(abstract: Params, *progress: Any) -> Params:
         onto = jax.tree.leaves(abstract)[0].sharding.mesh
         sized = abstract_params(replace(wide, vocab_size=abstract["embedding"].shape[0]))
-        # Cut as the thin ones are, where they can be.
-        lie = lambda shape, leaf: _divisible(shape.shape, leaf.sharding, replicated(onto))
-        whole = origin.params(with_shardings(sized, jax.tree.map(lie, sized, abstract)), *progress)
-        choice = select_units(wide, thin, whole, on_host)
+        # Sharded like the pruned parameters where the sizes allow it.
+        sharded = lambda shape, leaf: _divisible(shape.shape, leaf.sharding, replicated(onto))
+        full = source.params(with_shardings(sized, jax.tree.map(sharded, sized, abstract)), *progress)
+        choice = select_units(wide, pruned, full, on_host)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return jax.jit(lambda params: prune_params(wide, choice, params), out_shardings=shardings)(whole)
+        return jax.jit(lambda params: prune_params(wide, choice, params), out_shardings=shardings)(full)
 
-    sizes = ", ".join(f"{name} {now} of {widths(wide)[name]}" for name, now in widths(thin).items())
-    return replace(origin, name=f"{origin.name}, thinned to {sizes}", model=thin, params=params, checkpoint=None)
+    sizes = ", ".join(f"{name} {now} of {widths(wide)[name]}" for name, now in widths(pruned).items())
+    return replace(source, name=f"{source.name}, pruned to {sizes}", model=pruned, params=params, checkpoint=None)
 
 
 def _divisible(shape: tuple[int, ...], sharding: Any, otherwise: Any) -> Any:
@@ -208,21 +209,21 @@ def _divisible(shape: tuple[int, ...], sharding: Any, otherwise: Any) -> Any:
     return sharding
 
 
-def _with_layers(origin: WeightsSource, layers: list[int]) -> WeightsSource:
-    """The origin with only these of its layers, in this order; all where none are named.
+def _with_layers(source: WeightsSource, layers: list[int]) -> WeightsSource:
+    """Keeps only these layers, in this order; an empty list keeps all.
 
-    Raises: ValueError for layers that it has not.
+    Raises: ValueError for layers that the model does not have.
     """
     if not layers:
-        return origin
-    model, n = origin.model, origin.model.num_layers
+        return source
+    model, n = source.model, source.model.num_layers
     wrong = [i for i in layers if not 0 <= i < n]
     if wrong:
-        raise ValueError(f"prune.layers={layers}: {origin.name} has the layers 0 to {n - 1}, and no {wrong[0]}")
+        raise ValueError(f"prune.layers={layers}: {source.name} has layers 0 to {n - 1}, not {wrong[0]}")
     if len(stacks(model)) > 1:
-        raise ValueError(f"prune.layers={layers}: {origin.name} has layers of two kinds, which cannot be thinned out")
+        raise ValueError(f"prune.layers={layers}: {source.name} has two kinds of layers, which cannot be pruned")
     cut = lambda pattern: [pattern[i % len(pattern)] for i in layers]
-    thin = replace(
+    pruned = replace(
         model,
         num_layers=len(layers),
         attention=replace(model.attention, layer_types=cut(model.attention.layer_types)),
@@ -231,45 +232,45 @@ def _with_layers(origin: WeightsSource, layers: list[int]) -> WeightsSource:
 
     def params(abstract: Params, *progress: Any) -> Params:
         deep = lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
-        whole = origin.params({**abstract, "layers": jax.tree.map(deep, abstract["layers"])}, *progress)
+        full = source.params({**abstract, "layers": jax.tree.map(deep, abstract["layers"])}, *progress)
         take = lambda tree: {**tree, "layers": jax.tree.map(lambda x: x[np.array(layers)], tree["layers"])}
-        return jax.jit(take, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(whole)
+        return jax.jit(take, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(full)
 
-    name = f"{origin.name}, {len(layers)} of its {n} layers"
-    return replace(origin, name=name, model=thin, params=params, checkpoint=None)
+    name = f"{source.name}, {len(layers)} of its {n} layers"
+    return replace(source, name=name, model=pruned, params=params, checkpoint=None)
 
 
-def with_head(origin: WeightsSource, outputs: int) -> WeightsSource:
-    """The origin with so many outputs, all zero, in the place of its head; itself where it has as many.
+def with_head(source: WeightsSource, outputs: int) -> WeightsSource:
+    """Replaces the head by `outputs` zero-initialized scores; 0 restores the LM head of tied embeddings.
 
-    Raises: ValueError where logits are wanted of weights that have no head for them.
+    Raises: ValueError if logits are requested from weights without an LM head.
     """
-    if origin.model.outputs == outputs:
-        return origin
-    if not outputs and not origin.model.tied_embeddings:
+    if source.model.outputs == outputs:
+        return source
+    if not outputs and not source.model.tied_embeddings:
         raise ValueError(
-            f"init_from={origin.reference}: {origin.name} gives {origin.model.outputs} scores and has no head for "
-            "tokens; begin with a run that writes"
+            f"init_from={source.reference}: {source.name} has {source.model.outputs} scores and no LM head; start from "
+            "a run of a language model"
         )
 
     def params(abstract: Params, *progress: Any) -> Params:
         table = abstract["embedding"]
         mesh, spec = table.sharding.mesh, (*table.sharding.spec, None, None)[:2]
         lies = lambda *shape: jax.ShapeDtypeStruct(shape, table.dtype, sharding=NamedSharding(mesh, P(*spec[::-1])))
-        theirs = {key: leaf for key, leaf in abstract.items() if key != "score"}
-        if origin.model.outputs:
-            theirs["score"] = lies(table.shape[1], origin.model.outputs)
-        elif not origin.model.tied_embeddings:
-            theirs["head"] = lies(*table.shape[::-1])
-        found = origin.params(theirs, *progress)
-        kept = {key: leaf for key, leaf in found.items() if key not in ("score", "head")}
-        return kept | ({"score": _zeros(abstract["score"])} if outputs else {})
+        shapes = {key: leaf for key, leaf in abstract.items() if key != "score"}
+        if source.model.outputs:
+            shapes["score"] = lies(table.shape[1], source.model.outputs)
+        elif not source.model.tied_embeddings:
+            shapes["head"] = lies(*table.shape[::-1])
+        found = source.params(shapes, *progress)
+        remaining = {key: leaf for key, leaf in found.items() if key not in ("score", "head")}
+        return remaining | ({"score": _zeros(abstract["score"])} if outputs else {})
 
-    return replace(origin, model=replace(origin.model, outputs=outputs), params=params, checkpoint=None)
+    return replace(source, model=replace(source.model, outputs=outputs), params=params, checkpoint=None)
 
 
 def outputs_of(params: Params) -> int:
-    """Of a tree of parameters or shapes: how many scores it gives; 0: logits."""
+    """Returns the number of scores of a tree of parameters or shapes; 0: logits."""
     return params["score"].shape[1] if "score" in params else 0
 
 
@@ -278,20 +279,20 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _checked(
-    origin: WeightsSource, abstract: Params, which: str, sha256: str | None, *, key: str = "init_from"
+    source: WeightsSource, abstract: Params, which: str, sha256: str | None, *, key: str = "init_from"
 ) -> tuple[Params, dict[str, str]]:
-    params = origin.params(abstract)
+    params = source.params(abstract)
     found = state_hash(params)
     if sha256 not in (None, found):
         raise ValueError(
-            f"{key}={origin.reference}: these weights are no longer those {which}: their SHA-256 is {found[:12]} "
-            f"and was {str(sha256)[:12]}; put the original back"
+            f"{key}={source.reference}: these weights are no longer those {which}: their SHA-256 is {found[:12]} "
+            f"and was {str(sha256)[:12]}; restore the original"
         )
-    return params, {"origin": origin.reference, "sha256": found}
+    return params, {"origin": source.reference, "sha256": found}
 
 
 def recorded_base(adaptation: AdapterLayout, checkpointer: Checkpointer, step: int, runs: str, say: Say) -> AdapterBase:
-    """The base that the adapters of a checkpoint name, checked."""
+    """Loads the base that a checkpoint of adapters records, and verifies its hash."""
     record = checkpointer.read_json(step, "config")["base"]
     return load_base(adaptation, record["origin"], runs, say, sha256=record["sha256"])
 
@@ -299,7 +300,7 @@ def recorded_base(adaptation: AdapterLayout, checkpointer: Checkpointer, step: i
 def merged_params(
     checkpointer: Checkpointer, step: int, saved: RunConfig, abstract: Params, runs: str, say: Say
 ) -> Params:
-    """The parameters of a model whose adapters a checkpoint holds."""
+    """Returns the parameters of a run with adapters, merged into their base."""
     mesh = jax.tree.leaves(abstract)[0].sharding.mesh
     shard = partial(param_shardings, mesh=mesh, rules=saved.sharding)
     adaptation = AdapterLayout(saved.adapter, param_axes(saved.model), abstract, shard)
@@ -308,7 +309,7 @@ def merged_params(
 
 
 def published_kind(reference: str) -> tuple[str | None, Path]:
-    """`hf:FOLDER` to its kind and its path; None for the name of a run."""
+    """Splits `hf:FOLDER` and the like into kind and path; the kind of a run is None."""
     kind, _, path = reference.partition(":")
     return (kind, Path(path)) if kind in PUBLISHED else (None, Path(reference))
 
@@ -323,14 +324,14 @@ def _folder(path: Path) -> WeightsSource:
     def tokenizer() -> Tokenizer:
         if not Path(str(config.path)).exists():
             raise ValueError(
-                f"hf:{path}: there is no tokenizer.json and no tokenizer.model; put one there, or begin a run with "
-                f"another: train init_from=hf:{path} tokenizer=NAME"
+                f"hf:{path}: there is no tokenizer.json or tokenizer.model; add one, or start a run with another "
+                f"tokenizer: train init_from=hf:{path} tokenizer=NAME"
             )
         return configured(config.build(lambda: iter(())), config)
 
-    beside = {name: (path / name).read_bytes() for name in ("config.json", *BESIDE) if (path / name).is_file()}
+    extra_files = {name: (path / name).read_bytes() for name in ("config.json", *BESIDE) if (path / name).is_file()}
     load = lambda abstract, *progress: load_params(folder, model, abstract, *progress)
-    return WeightsSource(folder.label, model, config, tokenizer, load, folder.label, folder, extra_files=beside)
+    return WeightsSource(folder.label, model, config, tokenizer, load, folder.label, folder, extra_files=extra_files)
 
 
 def _file(path: Path) -> WeightsSource:
@@ -343,29 +344,37 @@ def _file(path: Path) -> WeightsSource:
             raise ValueError(f"{file.label}: {error}") from None
 
     template = file.header.metadata.get("tokenizer.chat_template")
-    beside = {} if template is None else {TEMPLATE: template.encode()}
+    extra_files = {} if template is None else {TEMPLATE: template.encode()}
     load = lambda abstract, *progress: load_params(file, file.model, abstract, *progress)
     config = TokenizerJsonConfig(path=str(path))
-    return WeightsSource(file.label, file.model, config, tokenizer, load, file.label, file, extra_files=beside)
+    return WeightsSource(file.label, file.model, config, tokenizer, load, file.label, file, extra_files=extra_files)
 
 
 def _adapters(path: Path) -> WeightsSource:
     folder = AdapterFolder(path)
-    below = _folder(folder.base)
+    base = _folder(folder.base)
     family = family_of(Folder(folder.base).config)
-    adapter = folder.config(below.model, family)
-    adapters = lambda adaptation: folder.load(below.model, adapter, family, adaptation.abstract)
+    adapter = folder.config(base.model, family)
+    adapters = lambda adaptation: folder.load(base.model, adapter, family, adaptation.abstract)
 
     def merged(abstract: Params) -> Params:
-        # Read whole on each device: adapters are small, and the merge is what is cut.
+        # Replicated on each device: adapters are small, and the merged weights are sharded.
         mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-        whole = lambda axes, shapes, strict=True: jax.tree.map(lambda _: replicated(mesh), shapes)
-        adaptation = AdapterLayout(adapter, param_axes(below.model), abstract, whole)
-        return adaptation.merge(below.params(adaptation.full_params), adapters(adaptation))
+        full = lambda axes, shapes, strict=True: jax.tree.map(lambda _: replicated(mesh), shapes)
+        adaptation = AdapterLayout(adapter, param_axes(base.model), abstract, full)
+        return adaptation.merge(base.params(adaptation.full_params), adapters(adaptation))
 
-    told = (below.model, below.tokenizer_config, below.tokenizer, merged, folder.label)
     return WeightsSource(
-        folder.label, *told, base=below, adapter=adapter, adapters=adapters, extra_files=below.extra_files
+        folder.label,
+        base.model,
+        base.tokenizer_config,
+        base.tokenizer,
+        merged,
+        folder.label,
+        base=base,
+        adapter=adapter,
+        adapters=adapters,
+        extra_files=base.extra_files,
     )
 
 
@@ -373,10 +382,10 @@ PUBLISHED: dict[str, Callable[[Path], WeightsSource]] = {"hf": _folder, "gguf": 
 
 
 def inherit_model_config(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> RunConfig:
-    """With `init_from`: the model and the tokenizer of the origin, where the command line chooses no others.
+    """Takes model and tokenizer from `init_from`, unless the command line chooses others.
 
-    Single keys such as `model.remat=full` change the model that was adopted. A run that goes on keeps what it began
-    with, so that its origin may be gone by then.
+    Single keys such as `model.remat=full` change the inherited model. A resumed run uses its own saved config, so the
+    weights of `init_from` are not needed any more.
     """
     if config.init_from is None:
         return config
@@ -386,14 +395,14 @@ def inherit_model_config(config: RunConfig, overrides: list[str], folder: RunFol
         before = folder.saved_config()
         model, tokenizer, adapter = before.model, before.tokenizer, before.adapter
     else:
-        origin = prune_source(resolve_weights(config.init_from, config.output_dir, say), config)
-        model, tokenizer, adapter = origin.model, origin.tokenizer_config, origin.adapter
+        source = prune_source(resolve_weights(config.init_from, config.output_dir, say), config)
+        model, tokenizer, adapter = source.model, source.tokenizer_config, source.adapter
     if published_kind(config.init_from)[0] == "peft":
         if chosen := [key for key in named if key.partition(".")[0] == "adapter"]:
-            raise ValueError(f"{chosen[0]}: the adapters of {config.init_from} say it themselves; leave it out")
+            raise ValueError(f"{chosen[0]}: is part of the adapters of {config.init_from}; leave it out")
         config = replace(config, adapter=adapter or config.adapter)
     if "model" not in named:
-        # Its head is the objective's, not the origin's.
+        # The head follows from the objective, not from the weights.
         model = replace(model, outputs=config.model.outputs)
         config = replace(config, model=with_changes(model, config, overrides))
     if not _chooses_tokenizer(named):
@@ -403,9 +412,7 @@ def inherit_model_config(config: RunConfig, overrides: list[str], folder: RunFol
 
 
 def with_experiment(overrides: list[str]) -> list[str]:
-    """The command with what its phase and experiment choose: groups, and single keys of model and tokenizer, before
-    its own.
-    """
+    """Returns the overrides with those of the phase and experiment in front: groups, model and tokenizer keys."""
     given = {o.partition("=")[0]: o.partition("=")[2] for o in overrides}
     found: list[str] = []
     for group in ("phase", "experiment"):
@@ -417,7 +424,7 @@ def with_experiment(overrides: list[str]) -> list[str]:
 
 
 def _keys(content: dict[str, Any], path: str = "") -> list[str]:
-    """`a.b=value` of every leaf below `model` and `tokenizer`."""
+    """Returns `a.b=value` for every leaf below `model` and `tokenizer`."""
     found: list[str] = []
     for key, value in content.items():
         if not path and key not in ("model", "tokenizer"):
@@ -427,7 +434,7 @@ def _keys(content: dict[str, Any], path: str = "") -> list[str]:
 
 
 def with_changes(model: ModelConfig, config: RunConfig, overrides: list[str]) -> ModelConfig:
-    """`model` with the single keys, such as `model.remat`, that the command line names."""
+    """Returns `model` with the single keys that the command line sets, such as `model.remat`."""
     model = copy.deepcopy(model)
     for key in sorted(named_keys(overrides)):
         if key.startswith("model."):
@@ -443,7 +450,7 @@ def _set(model: Any, key: str, given: Any) -> None:
         setattr(model, first, getattr(given, first))
 
 
-POLICY_KEYS = ("tokenizer.chat_template", "tokenizer.add_bos")  # these change a tokenizer that was adopted
+POLICY_KEYS = ("tokenizer.chat_template", "tokenizer.add_bos")  # these may change an inherited tokenizer
 
 
 def _chooses_tokenizer(named: set[str]) -> bool:
@@ -456,15 +463,15 @@ def _policy_keys(config: RunConfig, named: set[str]) -> dict[str, Any]:
 
 
 def inherit_tokenizer(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> None:
-    """Puts the origin's own tokenizer in the run folder: one trained anew would give its weights other tokens.
+    """Copies the tokenizer of `init_from` to the run folder: its weights depend on its token ids.
 
-    `tokenizer.chat_template` and `tokenizer.add_bos` of the command change it on the way.
+    `tokenizer.chat_template` and `tokenizer.add_bos` on the command line change the copy.
     """
     named = named_keys(with_experiment(overrides))
     if config.init_from is None or _chooses_tokenizer(named) or folder.has_checkpoints():
         return
     if is_main_process():
         (folder.tokenizer / MADE_OF).unlink(missing_ok=True)
-        adopted = resolve_weights(config.init_from, config.output_dir, say).tokenizer()
-        save_tokenizer(configured(adopted, TokenizerConfig(**_policy_keys(config, named))), folder.tokenizer)
-    publish_files(folder, "adopted tokenizer")
+        inherited = resolve_weights(config.init_from, config.output_dir, say).tokenizer()
+        save_tokenizer(configured(inherited, TokenizerConfig(**_policy_keys(config, named))), folder.tokenizer)
+    publish_files(folder, "inherited tokenizer")

@@ -1,4 +1,4 @@
-"""What a decoder is: sizes and choices. Every family is a point in this space."""
+"""Model configuration: sizes and architecture choices that cover all supported model families."""
 
 import enum
 from dataclasses import dataclass, field
@@ -11,29 +11,29 @@ class Norm(enum.Enum):
 
 class NormPlacement(enum.Enum):
     pre = "pre"  # before each sub-layer: GPT-2, Llama
-    post = "post"  # on each sub-layer's output, before the residual sum: OLMo 2
-    sandwich = "sandwich"  # both: Gemma 2 and 3
+    post = "post"  # after each sub-layer, before the residual add: OLMo 2
+    sandwich = "sandwich"  # before and after each sub-layer: Gemma 2 and 3
 
 
 class QKNorm(enum.Enum):
     none = "none"
-    head = "head"  # over head_dim: Qwen3, Gemma 3
-    projection = "projection"  # over all heads at once: OLMo 2
+    head = "head"  # per head, over head_dim: Qwen3, Gemma 3
+    projection = "projection"  # over all heads together: OLMo 2
 
 
 class Position(enum.Enum):
     rope = "rope"  # rotary: Su et al. 2021
-    learned = "learned"  # a table of max_seq_len vectors: GPT-2
+    learned = "learned"  # an embedding table of max_seq_len positions: GPT-2
     none = "none"
 
 
 class RopeScaling(enum.Enum):
     none = "none"
-    linear = "linear"  # positions divided by `factor`: Chen et al. 2023
-    llama3 = "llama3"  # long wavelengths divided, short ones kept, a ramp between: Llama 3.1
-    yarn = "yarn"  # Peng et al. 2023, with its attention temperature
-    dynamic = "dynamic"  # a larger base for rows longer than `original_max_seq_len`: "NTK-aware", from transformers
-    longrope = "longrope"  # each wavelength by a factor of its own: Ding et al. 2024; Phi-3 and Phi-4-mini
+    linear = "linear"  # divides positions by `factor`: Chen et al. 2023
+    llama3 = "llama3"  # scales long wavelengths, keeps short ones, interpolates between: Llama 3.1
+    yarn = "yarn"  # Peng et al. 2023, including its attention temperature
+    dynamic = "dynamic"  # "dynamic NTK": a larger base for rows longer than `original_max_seq_len`
+    longrope = "longrope"  # one factor per wavelength: Ding et al. 2024; Phi-3 and Phi-4-mini
 
 
 class Activation(enum.Enum):
@@ -46,51 +46,51 @@ class Activation(enum.Enum):
 
 
 class LayerKind(enum.Enum):
-    full = "full"  # attends to everything before, in its document
-    sliding = "sliding"  # attends to the last `sliding_window` tokens
+    full = "full"  # attends to all earlier tokens of the document
+    sliding = "sliding"  # attends to the last `sliding_window` tokens of the document
 
 
 class AttentionMask(enum.Enum):
-    """Which tokens of its document a token sees."""
+    """Tokens of its document that a token attends to."""
 
-    causal = "causal"  # itself and those before: a decoder
-    prefix = "prefix"  # those of the prompt, too: Raffel et al. 2020, section 3.2.1. The prompt is what is not learnt
-    bidirectional = "bidirectional"  # all: an encoder
+    causal = "causal"  # itself and earlier tokens: a decoder
+    prefix = "prefix"  # also all prompt tokens, which are excluded from the loss: Raffel et al. 2020, section 3.2.1
+    bidirectional = "bidirectional"  # all tokens: an encoder
 
 
 OTHER_MASKS = (AttentionMask.prefix, AttentionMask.bidirectional)
 
 
 class ContextParallel(enum.Enum):
-    """How queries come to keys on other devices, where `mesh.context` cuts rows."""
+    """Exchange of keys and values between devices when `mesh.context` shards rows."""
 
-    ring = "ring"  # keys travel around, a piece at a time: Liu et al. 2023 [2310.01889]
-    all_gather = "all_gather"  # all keys of a row come to each device: Llama 3 (2024, section 3.3.2)
+    ring = "ring"  # shards of keys and values rotate around a ring of devices: Liu et al. 2023 [2310.01889]
+    all_gather = "all_gather"  # each device gathers all keys and values of a row: Llama 3 (2024, section 3.3.2)
 
 
 class AttentionImplementation(enum.Enum):
-    """What computes attention in training, where rows are not cut (models/attention/kernels.py)."""
+    """Attention implementation in training, for rows that are not sharded (models/attention/kernels.py)."""
 
-    auto = "auto"  # the platform's kernel where it supports the case and agrees with xla, else xla
-    xla = "xla"  # plain operations, block by block where rows are long
-    splash = "splash"  # of TPUs
-    triton = "triton"  # of GPUs
+    auto = "auto"  # the kernel of the platform if it supports the model and agrees with xla, otherwise xla
+    xla = "xla"  # XLA operations, computed block by block for long rows
+    splash = "splash"  # Pallas splash attention, TPU
+    triton = "triton"  # Pallas FlashAttention-2 in Triton, GPU
 
 
 class RouterScore(enum.Enum):
-    softmax = "softmax"  # over all experts. Over the chosen ones (GPT-OSS) is the same, renormalised
-    sigmoid = "sigmoid"  # of each expert by itself: DeepSeek-V3
+    softmax = "softmax"  # over all experts; with norm_topk_prob equal to a softmax over the selected experts (GPT-OSS)
+    sigmoid = "sigmoid"  # of each expert independently: DeepSeek-V3
 
 
 class LoadBalancing(enum.Enum):
     none = "none"
-    aux_loss = "aux_loss"  # an auxiliary loss: Fedus et al. 2021, section 2.2, within each row
-    bias = "bias"  # a bias that counts in the choice only, moved against the load: DeepSeek-V3, section 2.1.2
+    aux_loss = "aux_loss"  # auxiliary load-balancing loss, computed per row: Fedus et al. 2021, section 2.2
+    bias = "bias"  # auxiliary-loss-free: a per-expert bias, used for selection only: DeepSeek-V3, section 2.1.2
 
 
 class Dispatch(enum.Enum):
-    dropless = "dropless"  # every token reaches all its experts: tokens sorted, one grouped product (MegaBlocks)
-    capacity = "capacity"  # an expert takes so many tokens of each row and no more (GShard); shapes never vary
+    dropless = "dropless"  # no token is dropped: tokens sorted by expert, one grouped matmul (MegaBlocks)
+    capacity = "capacity"  # limited tokens per expert and row, the rest is dropped (GShard); static shapes
 
 
 class Dtype(enum.Enum):
@@ -99,144 +99,149 @@ class Dtype(enum.Enum):
 
 
 class Remat(enum.Enum):
-    none = "none"  # keep every activation
-    full = "full"  # keep layer borders only, compute the rest again
-    save_dots = "save_dots"  # keep what products with weights give
-    save_qkv = "save_qkv"  # keep queries, keys, values and the attention's result
-    save_attn_out = "save_attn_out"  # keep the attention's result
+    none = "none"  # save all activations
+    full = "full"  # save layer inputs only, recompute everything else
+    save_dots = "save_dots"  # save the outputs of matmuls with weights
+    save_qkv = "save_qkv"  # save queries, keys, values and the attention output
+    save_attn_out = "save_attn_out"  # save the attention output
 
 
-SAVED_NAMES = {  # names of `models.remat.checkpoint_name`
+SAVED_NAMES: dict[Remat, tuple[str, ...]] = {  # in addition to "layer_input", which is always saved
     Remat.full: (),
-    Remat.save_attn_out: ("attention",),
-    Remat.save_qkv: ("qkv", "attention"),
+    Remat.save_attn_out: ("attn_out",),
+    Remat.save_qkv: ("qkv_proj", "attn_out"),
     Remat.save_dots: ("product",),
-    Remat.none: ("product", "qkv", "attention", "weights"),  # "weights": of attention
+    Remat.none: ("product", "qkv_proj", "attn_out", "attn_weights"),
 }
+# All names that `models.remat.checkpoint_name` accepts
+CHECKPOINT_NAMES = ("layer_input", *SAVED_NAMES[Remat.none])
 
 
 class MatmulPrecision(enum.Enum):
-    """How the weights of layers are multiplied with in training (models/quantization/matmul_8bit.py)."""
+    """Precision of matmuls with layer weights in training (models/quantization/matmul_8bit.py)."""
 
-    full = "full"  # in the dtype of activations
-    int8 = "int8"
-    fp8 = "fp8"
+    full = "full"  # in model.dtype
+    int8 = "int8"  # TPU, or GPU since Ampere
+    fp8 = "fp8"  # GPU since Hopper
 
 
 class ActivationOffload(enum.Enum):
-    """Of what is kept for the backward pass: what waits for it in the memory of the host."""
+    """Saved activations that can be offloaded to host memory until the backward pass."""
 
-    layer_input = "layer_input"  # what goes from layer to layer
-    qkv_proj = "qkv_proj"  # with model.remat=save_qkv
-    attn_out = "attn_out"  # the attention's result, with model.remat=save_qkv or attention
+    layer_input = "layer_input"  # input of each layer
+    qkv_proj = "qkv_proj"  # queries, keys and values; needs model.remat=save_qkv
+    attn_out = "attn_out"  # attention output; needs model.remat=save_qkv or save_attn_out
 
 
 @dataclass
 class RopeConfig:
     theta: float = 10_000.0  # Base of the rotary frequencies
-    local_theta: float | None = None  # of sliding layers; null: theta
-    partial_rotary_factor: float = 1.0  # of head_dim that is rotated
-    scaling: RopeScaling = RopeScaling.none  # of full layers only where local_theta is set
+    local_theta: float | None = None  # Base of sliding-window layers; null: theta
+    partial_rotary_factor: float = 1.0  # Fraction of head_dim that is rotated
+    scaling: RopeScaling = RopeScaling.none  # Context extension method; with local_theta it applies to full layers only
     factor: float = 1.0  # Factor by which scaling extends the context
-    original_max_seq_len: int = 8192  # llama3, yarn, dynamic, longrope: what the model was first trained on
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn: the blend begins and ends at whole dims; GPT-OSS: not
-    short_factors: list[float] = field(default_factory=list)  # longrope: of each pair, in rows up to that length
-    long_factors: list[float] = field(default_factory=list)  # longrope: in longer ones
-    mscale: float = 1.0  # yarn: weight of the temperature; DeepSeek-V2
-    mscale_all_dim: float = 0.0  # yarn: of the part that goes into the scale of scores, and over all dims
-    interleaved: bool = False  # neighbours (2i, 2i + 1) are rotated together, not halves: DeepSeek
-    layer_pattern: list[bool] = field(default_factory=lambda: [True])  # which layers rotate, repeated; SmolLM3
+    original_max_seq_len: int = 8192  # llama3, yarn, dynamic, longrope: context length of pretraining, in tokens
+    low_freq_factor: float = 1.0  # llama3: rotations below which a wavelength is fully scaled
+    high_freq_factor: float = 4.0  # llama3: rotations above which a wavelength is not scaled
+    beta_fast: float = 32.0  # yarn: rotations at the high-frequency end of the ramp
+    beta_slow: float = 1.0  # yarn: rotations at the low-frequency end of the ramp
+    truncate: bool = True  # yarn: round the ends of the ramp to integer dims; false for GPT-OSS
+    short_factors: list[float] = field(default_factory=list)  # longrope: per pair, rows up to original_max_seq_len
+    long_factors: list[float] = field(default_factory=list)  # longrope: per pair, longer rows
+    mscale: float = 1.0  # yarn: coefficient of the attention temperature; DeepSeek-V2
+    mscale_all_dim: float = 0.0  # yarn: coefficient of the temperature applied to the score scale
+    interleaved: bool = False  # Rotate pairs (2i, 2i + 1) instead of halves: DeepSeek
+    # Layers that apply RoPE, repeated over the layers; false is NoPE: SmolLM3
+    layer_pattern: list[bool] = field(default_factory=lambda: [True])
 
 
 @dataclass
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values grow out of one narrow vector."""
+    """Multi-head latent attention (MLA; DeepSeek-V2, section 2.1): keys and values from one low-rank vector."""
 
-    kv_lora_rank: int = 0  # width of that vector; 0: plain attention
-    q_lora_rank: int = 0  # the same for queries; 0: queries come straight from the layer's input
-    qk_rope_head_dim: int = 16  # the last dims of head_dim: rotated, and one key for all heads
+    kv_lora_rank: int = 0  # Rank of the shared key-value projection; 0: standard attention
+    q_lora_rank: int = 0  # Rank of the query projection; 0: queries are projected at full rank
+    qk_rope_head_dim: int = 16  # Rotated dims at the end of head_dim; their key is shared by all heads
 
 
 @dataclass
 class AttentionConfig:
     num_heads: int = 4  # Number of query heads
-    num_kv_heads: int = 4  # fewer than num_heads: grouped queries
-    head_dim: int = 16  # of queries and keys
-    v_head_dim: int | None = None  # of values; null: head_dim. Latent attention only
+    num_kv_heads: int = 4  # Number of key-value heads; fewer than num_heads: grouped-query attention
+    head_dim: int = 16  # Head width of queries and keys
+    v_head_dim: int | None = None  # Head width of values (MLA only); null: head_dim
     mla: MLAConfig = field(default_factory=MLAConfig)
     qk_norm: QKNorm = QKNorm.none  # Normalization of queries and keys
     qkv_bias: bool = False  # Bias of the query, key and value projections
     out_bias: bool = False  # Bias of the output projection
-    mask: AttentionMask = AttentionMask.causal  # Tokens that a token attends to
-    sliding_window: int = 4096  # tokens that a sliding layer sees, its own included
-    layer_types: list[LayerKind] = field(default_factory=lambda: [LayerKind.full])  # repeated over the layers
-    logit_softcap: float | None = None  # cap * tanh(score / cap): Gemma 2
-    scale: float | None = None  # of scores; null: head_dim ** -0.5
-    sinks: bool = False  # a learned logit for each head in its softmax, which takes weight from all keys: GPT-OSS
-    # Of attention weights
+    mask: AttentionMask = AttentionMask.causal  # Attention mask
+    sliding_window: int = 4096  # Window of sliding layers, in tokens, including the query's own
+    # Kind of each layer, repeated over the layers
+    layer_types: list[LayerKind] = field(default_factory=lambda: [LayerKind.full])
+    logit_softcap: float | None = None  # Soft cap of scores, cap * tanh(score / cap): Gemma 2
+    scale: float | None = None  # Scale of scores; null: head_dim ** -0.5
+    sinks: bool = False  # Attention sinks: one learned extra logit per head in the softmax: GPT-OSS
+    # Dropout rate of attention weights
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
-    # Keys and queries whose scores exist at once; 0: those of a whole row. null: 1024 in rows of more than 2048 tokens,
-    # and in shorter ones, where no token sees a later one, a quarter of the queries and the keys up to its end
-    block_size: int | None = field(default=None, metadata={"min": 0, "hint": "0: whole rows; null: by length"})
-    context_parallel: ContextParallel = ContextParallel.ring  # with mesh.context above 1
-    implementation: AttentionImplementation = AttentionImplementation.xla  # Implementation of attention
+    # Block size of blockwise attention in tokens (implementation=xla); 0: full rows; null: 1024 for rows above 2048
+    # tokens, otherwise full rows, split for causal models into four query blocks that skip later keys
+    block_size: int | None = field(default=None, metadata={"min": 0, "hint": "0: full rows; null: by length"})
+    context_parallel: ContextParallel = ContextParallel.ring  # Method of context parallelism, mesh.context > 1
+    implementation: AttentionImplementation = AttentionImplementation.auto  # Attention kernel used in training
 
 
 @dataclass
 class MLPConfig:
     intermediate_dim: int = 256  # Width of the hidden layer
-    gated: bool = True  # activation(x Wg) * (x Wu), then Wd: Shazeer 2020
+    gated: bool = True  # Gated MLP (GLU), activation(x Wg) * (x Wu): Shazeer 2020
     activation: Activation = Activation.silu  # Activation function
     bias: bool = False  # Bias of the projections
-    # the gate is at most this, the other side within plus and minus this: GPT-OSS
+    # Upper bound of the gate and absolute bound of the up projection; null: no clamp; GPT-OSS
     activation_clamp: float | None = None
-    up_offset: float = 0.0  # added to the other side before the product: GPT-OSS 1
+    up_offset: float = 0.0  # Added to the up projection before the gating product; 1 for GPT-OSS
 
 
 @dataclass
 class MoEConfig:
-    """Mixture of experts in place of the feed-forward layer. Their activation is that of `mlp`."""
+    """Mixture of experts in place of the feed-forward layer; the activation is that of `mlp`."""
 
-    num_experts: int = 0  # 0: no layer has any
-    first_num_dense_layers: int = 0  # the first layers, which keep the plain feed-forward layer: DeepSeek
-    experts_per_token: int = 2  # Experts that each token is routed to
-    intermediate_dim: int = 256  # of each expert
-    shared_intermediate_dim: int = 0  # of the experts that every token sees, together; 0: there are none
-    bias: bool = False  # in the experts: GPT-OSS
-    router_bias: bool = False  # GPT-OSS
-    router_score: RouterScore = RouterScore.softmax  # Normalization of router scores
-    norm_topk_prob: bool = True  # the weights of the chosen experts are divided by their sum
-    routed_scaling_factor: float = 1.0  # of these weights, thereafter: DeepSeek
-    num_groups: int = 1  # groups of experts; a token chooses within the best of them only: DeepSeek-V2, section 2.2.2
-    topk_groups: int = 1  # Groups of experts that a token may choose from
-    group_score_topk: int = 2  # a group is worth its so many best scores together: DeepSeek-V3 2, DeepSeek-V2 1
-    load_balancing: LoadBalancing = LoadBalancing.aux_loss  # Method of load balancing
-    # times the auxiliary loss, which is 1 where all experts have the same load
+    num_experts: int = 0  # Number of routed experts; 0: dense model
+    first_num_dense_layers: int = 0  # Number of initial layers with a dense MLP: DeepSeek
+    experts_per_token: int = 2  # Experts per token (top-k)
+    intermediate_dim: int = 256  # Width of the hidden layer of each expert
+    shared_intermediate_dim: int = 0  # Total hidden width of shared experts; 0: no shared experts
+    bias: bool = False  # Bias of the expert projections: GPT-OSS
+    router_bias: bool = False  # Bias of the router: GPT-OSS
+    router_score: RouterScore = RouterScore.softmax  # Score function of the router
+    norm_topk_prob: bool = True  # Divide the top-k weights by their sum
+    routed_scaling_factor: float = 1.0  # Factor of the top-k weights after normalization: DeepSeek
+    num_groups: int = 1  # Expert groups for group-limited routing: DeepSeek-V2, section 2.2.2
+    topk_groups: int = 1  # Groups selected per token
+    group_score_topk: int = 2  # Top scores summed to rank a group; 2 for DeepSeek-V3, 1 for DeepSeek-V2
+    load_balancing: LoadBalancing = LoadBalancing.aux_loss  # Load balancing method
+    # Weight of the auxiliary load-balancing loss, which is 1 at equal load
     aux_loss_weight: float = field(default=0.01, metadata={"min": 0})
-    # times the squared logsumexp of the router's logits: ST-MoE, section 3.2 (1e-3)
+    # Weight of the router z-loss, the squared logsumexp of router logits: ST-MoE, section 3.2 (1e-3)
     router_z_loss_weight: float = field(default=0.0, metadata={"min": 0})
-    dispatch: Dispatch = Dispatch.dropless  # How tokens reach their experts
-    # capacity: an expert's room in a row, in even shares of the row's tokens
+    dispatch: Dispatch = Dispatch.dropless  # Token dispatch
+    # dispatch=capacity: expert capacity per row, relative to an equal share of the tokens
     capacity_factor: float = field(default=1.25, metadata={"above": 0})
 
 
-# Of a model's fields those that say how to compute, not what: a run may go on with others.
+# Fields that change the computation but not the model: a run may resume with other values.
 COMPUTE_KEYS = (
-    "remat", "unroll", "products", "offload", "pipeline", "attention.block_size", "attention.context_parallel", "attention.implementation",
+    "remat", "scan_unroll", "matmul_precision", "activation_offload", "pipeline",
+    "attention.block_size", "attention.context_parallel", "attention.implementation",
 )  # fmt: skip
 
 
 @dataclass
 class PipelineConfig:
-    """With mesh.stage above 1."""
+    """Pipeline parallelism, mesh.stage > 1."""
 
-    # in which rows go through the stages, a multiple of mesh.stage. 0: up to 4 for each stage
+    # Microbatches per batch, a multiple of mesh.stage; 0: up to 4 per stage
     num_microbatches: int = 0
-    num_repeats: int = 1  # groups of layers of each stage; more wait less, and send more
+    num_repeats: int = 1  # Layer groups per stage (circular schedule); more reduce the bubble, add transfers
 
 
 @dataclass
@@ -245,57 +250,59 @@ class ModelConfig:
 
     num_layers: int = field(default=2, metadata={"min": 1})  # Number of transformer layers
     embed_dim: int = field(default=64, metadata={"min": 1})  # Width of the residual stream
-    vocab_size: int = 0  # rows of the embedding; 0: as many as the tokenizer has
-    # numbers for each token in place of logits: a reward, scores of classes. The objective sets it
+    vocab_size: int = 0  # Rows of the embedding; 0: size of the tokenizer's vocabulary
+    # Width of the score head that replaces the LM head (reward, classes); set by the objective; 0: LM head
     outputs: int = field(default=0, metadata={"min": 0})
-    max_seq_len: int = field(default=8192, metadata={"min": 1})  # of learned positions, and the longest text to write
-    norm: Norm = Norm.rms  # Kind of normalization
-    norm_placement: NormPlacement = NormPlacement.pre  # Place of the norms in a layer
+    # Size of the learned position table and maximum length of generated text, in tokens
+    max_seq_len: int = field(default=8192, metadata={"min": 1})
+    norm: Norm = Norm.rms  # Normalization
+    norm_placement: NormPlacement = NormPlacement.pre  # Position of the norms in a layer
     norm_eps: float = 1e-5  # Epsilon of the norms
-    norm_unit_offset: bool = False  # scales are stored as w and used as 1 + w: Gemma
-    norm_bias: bool = True  # of layer norm
-    position: Position = Position.rope  # Kind of position embedding
+    norm_unit_offset: bool = False  # Store norm scales as w and apply 1 + w: Gemma
+    norm_bias: bool = True  # Bias of layer norm
+    position: Position = Position.rope  # Position embedding
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
-    # modules that predict one token more each: DeepSeek-V3, section 2.2. objective=multi_token
+    # Multi-token prediction (MTP) modules, objective=multi_token: DeepSeek-V3, section 2.2
     mtp_num_layers: int = field(default=0, metadata={"min": 0})
     tied_embeddings: bool = True  # Share the weights of the embedding and the output head
-    scale_embeddings: bool = False  # by sqrt(embed_dim): Gemma
-    final_logit_softcap: float | None = None  # of logits: Gemma 2
-    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})  # of embeddings and of each sub-layer's output
+    scale_embeddings: bool = False  # Multiply embeddings by sqrt(embed_dim): Gemma
+    final_logit_softcap: float | None = None  # Soft cap of output logits: Gemma 2
+    # Dropout rate of embeddings and sub-layer outputs
+    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
     init_std: float = 0.02  # Standard deviation of initial weights
-    init_scaled_residual: bool = True  # output projections by 1/sqrt(2 num_layers): GPT-2
-    # Embed_dim at which rate and init_std were chosen (models/mup.py); null: this one
+    init_scaled_residual: bool = True  # Scale init of output projections by 1/sqrt(2 num_layers): GPT-2
+    # muP: embed_dim at which learning rate and init_std were tuned (models/mup.py); null: no transfer
     mup_base_width: int | None = field(default=None, metadata={"min": 1})
-    dtype: Dtype = Dtype.bfloat16  # of activations; weights are kept in param_dtype
+    dtype: Dtype = Dtype.bfloat16  # Dtype of activations
     param_dtype: Dtype = Dtype.float32  # Dtype of parameters
-    matmul_precision: MatmulPrecision = MatmulPrecision.full  # of the weights of layers, in training
-    remat: Remat = Remat.none  # Activations to keep for the backward pass
-    # layers in a turn of the loop over them: more run a little faster, and compile longer. 0: all
+    matmul_precision: MatmulPrecision = MatmulPrecision.full  # Precision of layer matmuls in training
+    remat: Remat = Remat.none  # Activation checkpointing: activations to save
+    # Layers per iteration of the layer scan; more run slightly faster and compile slower; 0: unroll all
     scan_unroll: int = field(default=1, metadata={"min": 0, "hint": "1: a loop; 0: no loop"})
-    # kept activations in the host's memory; remat full and its like
+    # Saved activations to offload to host memory; needs model.remat=full, save_qkv or save_attn_out
     activation_offload: list[ActivationOffload] = field(default_factory=list)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     @property
     def width_ratio(self) -> float:
-        """How many times as wide as where it was tuned."""
+        """Width relative to `mup_base_width`; 1 without it."""
         return 1.0 if self.mup_base_width is None else self.embed_dim / self.mup_base_width
 
     @property
     def layers_before_experts(self) -> int:
-        """The first layers that a mixture of experts keeps plain, in a stack of their own."""
+        """Number of initial dense layers of a mixture of experts; they form a separate stack."""
         return self.moe.first_num_dense_layers if self.moe.num_experts else 0
 
     def refuse_masks(self, *masks: AttentionMask, why: str) -> None:
-        """Raises: ValueError where `attention.mask` is one of them."""
+        """Checks that `attention.mask` is none of `masks`. Raises: ValueError with `why`."""
         if self.attention.mask in masks:
             raise ValueError(f"model.attention.mask={self.attention.mask.name}: {why}")
 
     def validate(self) -> None:
-        """Raises: ValueError naming key, value, reason and what would be valid."""
+        """Checks the configuration. Raises: ValueError naming key, value, reason and valid values."""
         a = self.attention
         if a.num_heads % a.num_kv_heads:
             valid = [k for k in range(1, a.num_heads + 1) if a.num_heads % k == 0]
@@ -308,26 +315,30 @@ class ModelConfig:
             )
             if rotated < 2 or rotated % 2:
                 raise ValueError(
-                    f"model.attention.head_dim={a.head_dim}: with model.rope.partial_rotary_factor={self.rope.partial_rotary_factor} "
-                    f"{rotated} dims would be rotated; they must be even and at least 2"
+                    f"model.attention.head_dim={a.head_dim}: model.rope.partial_rotary_factor="
+                    f"{self.rope.partial_rotary_factor} rotates {rotated} dims; must be even and at least 2"
                 )
         if not a.layer_types:
-            raise ValueError("model.attention.layer_types=[]: name at least one of full, sliding")
+            raise ValueError("model.attention.layer_types=[]: must list at least one of full, sliding")
         for name in ("short_factors", "long_factors"):
             count, longrope = len(getattr(self.rope, name)), self.rope.scaling is RopeScaling.longrope
             if self.position is Position.rope and longrope and count != rotated // 2:
-                raise ValueError(f"model.rope.{name}: holds {count} numbers, not one for each of {rotated // 2} pairs")
+                raise ValueError(
+                    f"model.rope.{name}: has {count} values; must have {rotated // 2}, one per rotated pair"
+                )
         if not self.rope.layer_pattern:
-            raise ValueError("model.rope.layer_pattern=[]: say at least once whether layers rotate: [true]")
+            raise ValueError("model.rope.layer_pattern=[]: must have at least one value, e.g. [true]")
         self._validate_latent()
         if self.moe.num_experts:
             self._validate_experts()
-        away = () if self.remat in (Remat.none, Remat.save_dots) else ("border", *SAVED_NAMES[self.remat])
+        no_offload = self.remat in (Remat.none, Remat.save_dots)
+        offloadable = () if no_offload else ("layer_input", *SAVED_NAMES[self.remat])
         for name in self.activation_offload:
-            if name.name not in away:
+            if name.name not in offloadable:
                 raise ValueError(
-                    f"model.activation_offload: model.remat={self.remat.name} keeps no {name.name} that could lie elsewhere; "
-                    f"valid: {', '.join(away) or 'nothing'}; border goes with remat=full, qkv, attention"
+                    f"model.activation_offload: {name.name} is not saved, or cannot be offloaded, with model.remat="
+                    f"{self.remat.name}; valid: {', '.join(offloadable) or 'nothing'}; layer_input needs "
+                    "model.remat=full, save_qkv or save_attn_out"
                 )
 
     def _validate_latent(self) -> None:
@@ -335,24 +346,23 @@ class ModelConfig:
         if not a.mla.kv_lora_rank:
             if a.v_head_dim not in (None, a.head_dim):
                 raise ValueError(
-                    f"model.attention.v_head_dim={a.v_head_dim}: differs from head_dim={a.head_dim}, which needs latent "
-                    "attention; set model.attention.mla.kv_lora_rank, or value_dim=null"
+                    f"model.attention.v_head_dim={a.v_head_dim}: a width other than head_dim={a.head_dim} needs latent "
+                    "attention; set model.attention.mla.kv_lora_rank, or v_head_dim=null"
                 )
             return
         if a.num_kv_heads != a.num_heads:
             raise ValueError(
-                f"model.attention.num_kv_heads={a.num_kv_heads}: latent attention has a key for each query head; "
+                f"model.attention.num_kv_heads={a.num_kv_heads}: latent attention has one key per query head; "
                 f"set num_kv_heads={a.num_heads}"
             )
         if not 0 < a.mla.qk_rope_head_dim <= a.head_dim:
             raise ValueError(
-                f"model.attention.mla.qk_rope_head_dim={a.mla.qk_rope_head_dim}: is a part of head_dim={a.head_dim}; "
-                f"valid: 2 to {a.head_dim}"
+                f"model.attention.mla.qk_rope_head_dim={a.mla.qk_rope_head_dim}: must be 2 to head_dim={a.head_dim}"
             )
         if a.qk_norm is not QKNorm.none or a.qkv_bias or self.position is not Position.rope:
             raise ValueError(
-                "model.attention.mla.kv_lora_rank: latent attention goes with rotary positions, qk_norm=none and "
-                "qkv_bias=false only"
+                "model.attention.mla.kv_lora_rank: latent attention supports only model.position=rope, "
+                "model.attention.qk_norm=none and model.attention.qkv_bias=false"
             )
 
     def _validate_experts(self) -> None:
@@ -363,8 +373,8 @@ class ModelConfig:
             )
         if not 0 <= e.first_num_dense_layers < self.num_layers:
             raise ValueError(
-                f"model.moe.first_num_dense_layers={e.first_num_dense_layers}: must leave layers with experts; valid: 0 to "
-                f"{self.num_layers - 1}, or num_experts=0"
+                f"model.moe.first_num_dense_layers={e.first_num_dense_layers}: must leave at least one MoE layer; "
+                f"valid: 0 to {self.num_layers - 1}, or num_experts=0"
             )
         if e.num_experts % e.num_groups:
             valid = [n for n in range(1, e.num_experts + 1) if e.num_experts % n == 0]
@@ -375,8 +385,10 @@ class ModelConfig:
         if not 1 <= e.topk_groups <= e.num_groups or e.topk_groups * size < e.experts_per_token:
             least = -(-e.experts_per_token // size)
             raise ValueError(
-                f"model.moe.topk_groups={e.topk_groups}: of {e.num_groups} groups of {size} experts, "
-                f"experts_per_token={e.experts_per_token} must come; valid: {least} to {e.num_groups}"
+                f"model.moe.topk_groups={e.topk_groups}: experts_per_token={e.experts_per_token} needs "
+                f"at least {least} groups of {size} experts; valid: {least} to {e.num_groups}"
             )
         if e.num_groups > 1 and not 1 <= e.group_score_topk <= size:
-            raise ValueError(f"model.moe.group_score_topk={e.group_score_topk}: a group has {size}; valid: 1 to {size}")
+            raise ValueError(
+                f"model.moe.group_score_topk={e.group_score_topk}: a group has {size} experts; valid: 1 to {size}"
+            )

@@ -1,9 +1,9 @@
-"""What a model weighs and costs, by formula: parameters, FLOPs, bytes of its cache.
+"""Parameter counts, training FLOPs and cache sizes of a model, by formula.
 
-Convention of FLOPs, for one token of training (forward and backward, so three times the forward pass; what remat
-computes again is not counted): two for each weight of a matrix product that the token meets (of experts, those that it
-is sent to), the output head included and the embedding look-up not; and for attention two products, as wide as all
-heads together, over the keys that a query sees: in a causal model on average half of the row, or fewer in a window.
+Convention for FLOPs of one training token (forward and backward, three times the forward pass; recomputation by remat
+is not counted): two per weight of each matmul applied to the token (only the experts it is routed to), including the
+output head and excluding the embedding look-up; plus two attention matmuls over the visible keys of a query, with the
+total width of all heads: on average half of the row in a causal model, fewer with a window.
 """
 
 import math
@@ -21,16 +21,16 @@ PARTS = ("embedding", "attention", "mlp", "router", "experts", "norms", "head", 
 
 
 class Sized(NamedTuple):
-    """A parameter."""
+    """Size of a parameter."""
 
     path: str
     part: str
     size: int
-    active: int  # how many of its numbers one token meets
+    active: int  # elements used per token
 
 
 def num_params(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, and `total`; from shapes alone."""
+    """Returns parameter counts by part, and `total`, from shapes only."""
     counts = dict.fromkeys(PARTS, 0)
     for parameter in _sizes(config):
         counts[parameter.part] += parameter.size
@@ -38,7 +38,7 @@ def num_params(config: ModelConfig) -> dict[str, int]:
 
 
 def num_active_params(config: ModelConfig) -> int:
-    """Parameters that one token meets: all, but of the experts those that it is sent to."""
+    """Returns the active parameters per token: all, with only the experts that a token is routed to."""
     return sum(parameter.active for parameter in _sizes(config))
 
 
@@ -71,13 +71,13 @@ def _part(names: list[str]) -> str:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, adapters: int | None = None) -> float:
-    """Training FLOPs of one token in a row of `seq_len`; see the convention above.
+    """Returns training FLOPs per token in rows of `seq_len` tokens; see the convention above.
 
-    With so many numbers in `adapters`, all else is frozen, and of its products the one for their gradient is not made.
+    `adapters`: number of adapter parameters; all other weights are frozen and their gradients are not computed.
     """
     matrices = sum(p.active for p in _sizes(config) if p.path.endswith("/kernel"))
     head = config.embed_dim * (config.outputs or config.vocab_size)
-    head *= 1 + config.mtp_num_layers  # each module reads the head once more
+    head *= 1 + config.mtp_num_layers  # each MTP module applies the head once
     mixers = mixer_flops(config, seq_len)
     if adapters is not None:
         return 2.0 * 2 * (matrices + head) + 3.0 * (mixers + 2 * adapters)
@@ -85,11 +85,11 @@ def flops_per_token(config: ModelConfig, seq_len: int, adapters: int | None = No
 
 
 def cache_bytes(config: ModelConfig, batch_size: int, num_slots: int) -> int:
-    """Bytes that decoding remembers of `num_slots` tokens in each row of a batch, in all layers."""
+    """Returns the bytes of the decoding cache of all layers, for `num_slots` tokens per row of a batch."""
     one = lambda i: mixer_class(config, i).init_cache(config, batch_size, num_slots, no_constraint)
     return params_bytes(jax.eval_shape(lambda: [one(i) for i in range(config.num_layers)]))
 
 
 def params_bytes(params: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
+    """Returns the bytes of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""What the layers of one forward pass share, and what differs between them: angles of positions, masks, windows.
+"""Inputs of the layers of a forward pass: shared ones (rotary angles, masks) and flags per layer (windows, RoPE).
 
 Shape letters: B batch, L length, R rotated pairs.
 """
@@ -16,32 +16,32 @@ from models.logical_axes import ShardingConstraint
 
 
 class Context(NamedTuple):
-    """What all layers of one forward pass share."""
+    """Inputs shared by all layers of a forward pass."""
 
     angles_full: jax.Array | None  # [B, L, R]
-    angles_local: jax.Array | None  # those of sliding layers, where they differ
+    angles_local: jax.Array | None  # angles of sliding layers, if different
     positions: jax.Array  # [B, L]
     segments: jax.Array  # [B, L]
-    shown: Any  # [B, L] bool: tokens that earlier ones of their document see, too; in a cache the first so many
-    first_row: jax.Array | int  # of the cache, where there is one: the row that belongs to the first of the batch
+    shown: Any  # [B, L] bool: tokens visible to earlier tokens of their document; with a cache: number of such tokens
+    first_row: jax.Array | int  # cache row of the first row of the batch, if there is a cache
     constrain: ShardingConstraint
-    shows_attention: bool = False  # whether layers give the weights of their attention
+    shows_attention: bool = False  # layers return their attention weights
 
 
 class LayerFlags(NamedTuple):
-    """What differs between layers besides weights: arrays, so that one scan serves every pattern."""
+    """Differences between layers other than weights, as arrays so that one scan runs every pattern."""
 
     window: Any  # [layers] i32
     sliding: Any  # [layers] bool
     rotated: Any  # [layers] bool
 
 
-FURTHER_LAYER = LayerFlags(
-    np.int32(UNLIMITED), np.bool_(False), np.bool_(True)
-)  # of a module of multi-token prediction
+# Flags of a multi-token prediction module
+MTP_LAYER = LayerFlags(np.int32(UNLIMITED), np.bool_(False), np.bool_(True))
 
 
 def layer_flags(config: ModelConfig) -> LayerFlags:
+    """Returns the flags of all layers, with a leading dim of layers."""
     pattern = config.attention.layer_types
     sliding = np.array([pattern[i % len(pattern)] is LayerKind.sliding for i in range(config.num_layers)])
     window = np.where(sliding, config.attention.sliding_window, UNLIMITED).astype(np.int32)
@@ -53,10 +53,13 @@ def layer_flags(config: ModelConfig) -> LayerFlags:
 def bidirectional_tokens(
     config: ModelConfig, segment_ids_BL: jax.Array, prefix_BL: jax.Array | None
 ) -> jax.Array | None:
-    """[B, L] bool: the tokens that earlier ones see; None: there are none."""
+    """Returns a mask [B, L] bool of tokens visible to earlier tokens, or None for a causal model.
+
+    Raises: ValueError for a prefix model without `prefix_BL`.
+    """
     mask = config.attention.mask
     if mask is AttentionMask.prefix and prefix_BL is None:
-        raise ValueError("model.attention.mask=prefix: what is run here knows no prompts; use a causal model for it")
+        raise ValueError("model.attention.mask=prefix: this task has no prompts; use a model with mask=causal")
     return {
         AttentionMask.causal: None,
         AttentionMask.prefix: prefix_BL,
@@ -75,7 +78,7 @@ def make_context(
     *,
     shows_attention: bool = False,
 ) -> Context:
-    """`length`: of the rows, or of the cache."""
+    """Builds the context of a forward pass. `length`: tokens of a row, or capacity of the cache."""
     full = local = None
     if config.position is Position.rope:
         rope, latent = config.rope, config.attention.mla

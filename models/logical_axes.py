@@ -1,4 +1,4 @@
-"""Names of dims. Which mesh axes they lie on is not known here."""
+"""Logical axis names of array dims, and the sharding interface that maps them to the mesh."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,57 +11,57 @@ LOGICAL_AXES = (
     "experts", "router", "layers", "outputs",
 )  # fmt: skip
 
-Axes = tuple[str | None, ...]  # None: kept whole
-TOKENS: Axes = ("batch", "length", "embed")  # of what a layer's products read
-RESIDUAL: Axes = ("batch", "residual", "embed")  # of what goes from layer to layer
-Cut = Mapping[str, tuple[str, ...]]  # the mesh axes that cut the dims of a name; a name that none cuts is not in it
+Axes = tuple[str | None, ...]  # None: not sharded
+TOKENS: Axes = ("batch", "length", "embed")  # inputs of the matmuls of a layer
+RESIDUAL: Axes = ("batch", "residual", "embed")  # activations between layers
+Cut = Mapping[str, tuple[str, ...]]  # mesh axes that shard each logical axis; unsharded axes are absent
 
 
 class ShardingConstraint(Protocol):
-    """The mesh as a model sees it; the trainer knows how."""
+    """The mesh as seen by a model; implemented by the trainer."""
 
-    stages: int  # parts of the layers, each on other devices
-    shown_stages: int  # of these, in the arrays that the program sees: all, but in a plan's share of one device
-    platform: str  # of the devices: cpu, gpu, tpu
+    stages: int  # pipeline stages
+    shown_stages: int  # stages in the arrays of the program: all, or 1 when a plan compiles one device's share
+    platform: str  # device platform: cpu, gpu, tpu
 
     def num_shards(self, name: str) -> int:
-        """In how many a dim of this name is cut."""
+        """Returns the number of shards of a dim with this logical axis."""
         ...
 
     def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """`x`, an activation whose dims have these names, pinned to the mesh."""
+        """Constrains the sharding of activation `x`, whose dims have these logical axes."""
         ...
 
     def per_device(
         self, function: Callable[..., jax.Array], axes: Sequence[Axes | None], *args: jax.Array | None
     ) -> jax.Array:
-        """`function(cut, *args)` with each device's pieces of `args`, for what the partitioner cannot cut by itself.
+        """Runs `function(cut, *args)` on the shards of each device, for code that the partitioner cannot shard.
 
-        `axes` names the dims of each argument (None for None). The result has the dims of the first argument and
-        lies as it does. Collectives inside `function` go along the mesh axes that `cut` names.
+        `axes` has the logical axes of each argument (None for None). The result has the dims and sharding of the first
+        argument. Collectives in `function` use the mesh axes given in `cut`.
         """
         ...
 
     def along_stages(self, x: jax.Array) -> jax.Array:
-        """`x` [stages, ...], each part pinned to its stage; its other dims stay as they lie."""
+        """Shards the leading dim of `x` [stages, ...] over the stages; the sharding of other dims is unchanged."""
         ...
 
     def vmap_stages(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(constrain, *args)` of each stage: leaves of `args` and of the result have a leading dim of stages.
+        """Maps `function(constrain, *args)` over stages, the leading dim of all leaves of `args` and of the result.
 
-        `constrain` is the mesh of one of them.
+        `constrain` is the mesh of a single stage.
         """
         ...
 
 
 class NoConstraint:
-    """A single device."""
+    """Sharding on a single device: none."""
 
     stages = 1
     shown_stages = 1
 
     def __init__(self, platform: str | None = None):
-        """None: that of the devices that are there."""
+        """`platform` None: the default backend."""
         self._platform = platform
 
     @property

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import ModelConfig
-from models.forward_context import FURTHER_LAYER, Context, LayerFlags
+from models.forward_context import MTP_LAYER, Context, LayerFlags
 from models.layers import Linear, Normalization
 from models.logical_axes import RESIDUAL, TOKENS
 from models.mup import final_norm_factor
@@ -60,7 +60,7 @@ def run_further(
     `graph`, `weights`: of the modules, numbered from `first` on for random numbers. At the last places of a row and of
     each document they read tokens of what follows; the loss must mask these places.
     """
-    layer = LayerFlags(*(jnp.asarray(x) for x in FURTHER_LAYER))
+    layer = LayerFlags(*(jnp.asarray(x) for x in MTP_LAYER))
 
     def body(carried, scanned):
         x_BLD, tokens_BL, positions_BL = carried

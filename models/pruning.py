@@ -20,7 +20,7 @@ import numpy as np
 from models.config import ModelConfig, Norm
 from models.transformer import Params, param_axes
 
-WIDTHS = {"embed": "embed_dim", "mlp": "hidden_dim", "heads": "num_heads", "kv_heads": "num_kv_heads"}
+WIDTHS = {"embed": "embed_dim", "mlp": "intermediate_dim", "heads": "num_heads", "kv_heads": "num_kv_heads"}
 KEY = "prune.width"
 
 

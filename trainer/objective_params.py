@@ -1,7 +1,7 @@
-"""Parameters that a loss learns beside the model's own, such as a projection between two widths.
+"""Trainable parameters of a loss that are not part of the model, such as a projection between two widths.
 
-They train and are saved with the others, under a name that no model reads: what evaluates, writes or exports a model
-takes `model_params` and never sees them.
+They are trained and checkpointed with the model's parameters, under a separate name. Evaluation, generation and export
+use `model_params`, which excludes them.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 
 Params = Any  # a nested dict of arrays
-OBJECTIVE_PARAMS = "beside"  # their name among the parameters
+OBJECTIVE_PARAMS = "beside"  # top-level name in the parameter tree; part of the checkpoint format
 
 
 class ParamSpec(NamedTuple):
-    """A parameter that begins normal with `std`."""
+    """A parameter, initialized from a normal distribution with standard deviation `std`."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]  # the names of its dims
+    axes: tuple[str, ...]  # logical axis names
     std: float
 
 
 def model_params(params: Params) -> Params:
-    """The model's own."""
+    """Returns the parameters of the model only."""
     return (
         {name: value for name, value in params.items() if name != OBJECTIVE_PARAMS}
         if OBJECTIVE_PARAMS in params
@@ -32,12 +32,12 @@ def model_params(params: Params) -> Params:
 
 
 def objective_param_axes(extras: Mapping[str, ParamSpec]) -> Params:
-    """To be joined to the axes of a model."""
+    """Returns logical axes of the objective's parameters, to be merged with those of the model."""
     return {OBJECTIVE_PARAMS: {name: extra.axes for name, extra in extras.items()}} if extras else {}
 
 
 def init_objective_params(extras: Mapping[str, ParamSpec], key: jax.Array) -> Params:
-    """To be joined to the parameters of a model; f32."""
+    """Initializes the objective's parameters (f32), to be merged with those of the model."""
     if not extras:
         return {}
     keys = jax.random.split(jax.random.fold_in(key, 1), len(extras))
@@ -48,5 +48,5 @@ def init_objective_params(extras: Mapping[str, ParamSpec], key: jax.Array) -> Pa
 def with_objective_params(
     extras: Mapping[str, ParamSpec], init: Callable[[jax.Array], Params]
 ) -> Callable[[jax.Array], Params]:
-    """`init` of both. Without any, `init` itself."""
+    """Extends `init` by the objective's parameters. Returns `init` itself if there are none."""
     return (lambda key: {**init(key), **init_objective_params(extras, key)}) if extras else init

@@ -1,7 +1,7 @@
-"""Frozen models that follow the policy, such as the reference of TR-DPO (Gorbatovski et al. 2024 [2404.09656], eq. 4).
+"""Synchronizes reference models with the policy, as in TR-DPO (Gorbatovski et al. 2024 [2404.09656], eq. 4).
 
-They live in the optimizer state, as averages do: checkpoints hold them, a resumed run has the same ones to the bit, and
-they are sharded as the parameters are.
+The copies are part of the optimizer state, like parameter averages: they are checkpointed, restored bit for bit and
+sharded like the parameters.
 """
 
 from collections import namedtuple
@@ -18,21 +18,22 @@ from trainer.objective import Params, Sync
 
 
 class ReferenceSyncState:
-    """A NamedTuple of `inner`, the state of the optimizer inside, and one copy of the parameters for each role."""
+    """NamedTuple of `inner` (state of the inner optimizer) and one copy of the parameters per role."""
 
 
 @lru_cache
 def _state_type(roles: tuple[str, ...]) -> Any:
-    # A field for each role, so that a checkpoint names each copy by its role.
-    return type("MovingState", (ReferenceSyncState, namedtuple("MovingState", ("inner", *roles))), {})
+    # One field per role: checkpoints name each copy by its role.
+    return type("SyncState", (ReferenceSyncState, namedtuple("SyncState", ("inner", *roles))), {})
 
 
 def with_moving_models(
     optimizer: optax.GradientTransformation, syncs: Mapping[str, Sync]
 ) -> optax.GradientTransformation:
-    """`optimizer`, and for each role a copy of the parameters that follows them as its `Sync` says.
+    """Extends `optimizer` by one copy of the parameters per role, updated on the schedule of its `Sync`.
 
-    Each starts as the weights that the state is made with. `update` needs `step=`. Without roles: `optimizer` itself.
+    Each copy starts with the parameters passed to `init`. `update` requires `step=`. Without roles, returns
+    `optimizer` itself.
     """
     if not syncs:
         return optimizer
@@ -50,18 +51,18 @@ def with_moving_models(
         )
         policy = optax.tree.where(update_applied, optax.apply_updates(params, updates), params)  # see `scale_by_adam`
 
-        def followed(role: str, sync: Sync) -> Params:
-            moves = (step + 1) % sync.every == 0
-            follow = lambda old, new: jnp.where(moves, (1 - sync.share) * old + sync.share * new, old).astype(old.dtype)
-            return jax.tree.map(follow, getattr(state, role), policy)
+        def synced(role: str, sync: Sync) -> Params:
+            due = (step + 1) % sync.every == 0
+            mix = lambda old, new: jnp.where(due, (1 - sync.share) * old + sync.share * new, old).astype(old.dtype)
+            return jax.tree.map(mix, getattr(state, role), policy)
 
-        return updates, state_type(inner_state, *(followed(role, sync) for role, sync in syncs.items()))
+        return updates, state_type(inner_state, *(synced(role, sync) for role, sync in syncs.items()))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def reference_from_state(opt_state: Any) -> dict[str, Params]:
-    """The models in this state by role, as a loss reads them."""
+    """Returns the parameter copies in this optimizer state by role."""
     if not isinstance(opt_state, ReferenceSyncState):
         return {}
     _, *roles = opt_state._fields  # type: ignore[attr-defined]

@@ -1,5 +1,8 @@
 """Learning rate schedules: linear warmup, then one of five shapes.
 
+Three keys make the curve: `optimizer.learning_rate` is its peak, the group `schedule` its shape, and `num_steps` its
+length. `optimizer.lr_multipliers` and muP (`model.mup_base_width`) scale it by parameter group.
+
 Update s (starting at 0) uses `schedule(s)`. The warmup factor is (s + 1) / (warmup_steps + 1), so the first update does
 not have a zero learning rate, and update `warmup_steps` has the peak. All shapes end at `num_steps`, which includes the
 warmup. A warmup and a decay that are longer than the run are shortened to fit: see `ScheduleConfig.fitted`.

@@ -90,10 +90,10 @@ NO_NEEDS = DataNeeds()
 class EncodingConfig(NamedTuple):
     """Encoding of records as examples."""
 
-    loss_on: LossMask
-    overlong: OnOverflow
+    loss_mask: LossMask
+    on_overflow: OnOverflow
     max_length: int  # tokens
-    records: DataFormat = DataFormat.chat
+    format: DataFormat = DataFormat.chat
     classes: tuple[str, ...] = ()  # of labelled records
     margins: bool = False  # pairs say how much better the chosen answer is
     negatives: int = 0  # further texts of a match
@@ -101,13 +101,13 @@ class EncodingConfig(NamedTuple):
     @property
     def examples_per_record(self) -> int:
         """Number of examples per record; they are never split up."""
-        return examples_per_record(self.records, self.negatives)
+        return examples_per_record(self.format, self.negatives)
 
 
-def examples_per_record(records: DataFormat, negatives: int = 0) -> int:
+def examples_per_record(format: DataFormat, negatives: int = 0) -> int:
     """Returns the number of examples per record; they are never split up."""
     return {DataFormat.preference: 2, DataFormat.unpaired_preference: 2, DataFormat.retrieval: 2 + negatives}.get(
-        records, 1
+        format, 1
     )
 
 
@@ -122,31 +122,31 @@ Content = Conversation | Pair | Labelled | Match | str
 
 
 def read_said(
-    source: SourceConfig, unit: SourceShard, bad: BadRecords, rules: EncodingConfig
+    source: SourceConfig, unit: SourceShard, bad: BadRecords, encoding: EncodingConfig
 ) -> Iterator[tuple[Record, Content]]:
     """Yields every usable record of a shard with its parsed content; counts the others in `bad`."""
-    if rules.records is DataFormat.preference:
-        return read_pairs(source, unit, bad, margins=rules.margins)
-    if rules.records is DataFormat.classification:
-        return read_labelled(source, unit, bad, rules.classes)
-    if rules.records is DataFormat.retrieval:
-        return read_matches(source, unit, bad, rules.negatives)
-    if rules.records is DataFormat.unpaired_preference:
+    if encoding.format is DataFormat.preference:
+        return read_pairs(source, unit, bad, margins=encoding.margins)
+    if encoding.format is DataFormat.classification:
+        return read_labelled(source, unit, bad, encoding.classes)
+    if encoding.format is DataFormat.retrieval:
+        return read_matches(source, unit, bad, encoding.negatives)
+    if encoding.format is DataFormat.unpaired_preference:
         return read_unpaired(source, unit, bad)
     return read_conversations(source, unit, bad)
 
 
 def read_examples(
-    source: SourceConfig, unit: SourceShard, bad: BadRecords, tokenizer: Tokenizer, rules: EncodingConfig
+    source: SourceConfig, unit: SourceShard, bad: BadRecords, tokenizer: Tokenizer, encoding: EncodingConfig
 ) -> Iterator[tuple[Content, tuple[Example, ...]]]:
     """Yields the content of every usable record with its `examples_per_record` examples; counts the others in `bad`.
 
     Raises: ValueError at the first conversation if the tokenizer has no chat template.
     """
-    if rules.records is DataFormat.unpaired_preference:
-        yield from _unpaired_examples(source, unit, bad, tokenizer, rules)
+    if encoding.format is DataFormat.unpaired_preference:
+        yield from _unpaired_examples(source, unit, bad, tokenizer, encoding)
         return
-    for record, content in read_said(source, unit, bad, rules):
+    for record, content in read_said(source, unit, bad, encoding):
         first = (
             content.chosen
             if isinstance(content, Pair)
@@ -157,7 +157,7 @@ def read_examples(
         if isinstance(first, Conversation) and tokenizer.chat_template is None:
             encode_chat(tokenizer, first.messages)  # raises with instructions
         try:
-            yield content, encode_content(tokenizer, content, rules)
+            yield content, encode_content(tokenizer, content, encoding)
         except BadRow as error:
             count_bad(bad, record, error)
         except ValueError as error:
@@ -165,7 +165,7 @@ def read_examples(
 
 
 def _unpaired_examples(
-    source: SourceConfig, unit: SourceShard, bad: BadRecords, tokenizer: Tokenizer, rules: EncodingConfig
+    source: SourceConfig, unit: SourceShard, bad: BadRecords, tokenizer: Tokenizer, encoding: EncodingConfig
 ) -> Iterator[tuple[Conversation, tuple[Example, Example]]]:
     """Yields each prompt with its two examples; the prompt keeps all of its completions in one split."""
     for record, unpaired, other in pair_with_next(read_unpaired(source, unit, bad)):
@@ -177,7 +177,7 @@ def _unpaired_examples(
                 raise BadRow("no other record to take a mismatched completion from")
             yield (
                 conversation._replace(messages=conversation.messages[:-1]),
-                encode_unpaired(tokenizer, unpaired, other, rules),
+                encode_unpaired(tokenizer, unpaired, other, encoding),
             )
         except BadRow as error:
             count_bad(bad, record, error)
@@ -185,18 +185,18 @@ def _unpaired_examples(
             count_bad(bad, record, _refused(error))
 
 
-def encode_content(tokenizer: Tokenizer, content: Content, rules: EncodingConfig) -> tuple[Example, ...]:
+def encode_content(tokenizer: Tokenizer, content: Content, encoding: EncodingConfig) -> tuple[Example, ...]:
     """Encodes the content of a record as `examples_per_record` examples. Raises: as `encode_example`."""
     if isinstance(content, Pair):
-        return encode_pair(tokenizer, content, rules)
+        return encode_pair(tokenizer, content, encoding)
     if isinstance(content, Labelled):
-        return (encode_labelled(tokenizer, content, rules),)
+        return (encode_labelled(tokenizer, content, encoding),)
     if isinstance(content, Match):
-        return tuple(encode_whole(tokenizer, text, rules) for text in content.texts)
-    return (encode_example(tokenizer, content, rules),)
+        return tuple(encode_whole(tokenizer, text, encoding) for text in content.texts)
+    return (encode_example(tokenizer, content, encoding),)
 
 
-def encode_whole(tokenizer: Tokenizer, content: Conversation | str, rules: EncodingConfig) -> Example:
+def encode_whole(tokenizer: Tokenizer, content: Conversation | str, encoding: EncodingConfig) -> Example:
     """Encodes a text or conversation for pooling: the loss mask selects only its last token.
 
     With `data.on_overflow=truncate` a longer text is truncated but keeps its end token.
@@ -208,19 +208,19 @@ def encode_whole(tokenizer: Tokenizer, content: Conversation | str, rules: Encod
     else:
         ids, _ = encode_chat(tokenizer, content.messages, tools=content.tools)
         end = ids[-1:].tolist()
-    long = len(ids) > rules.max_length
-    if long and rules.overlong is not OnOverflow.truncate:
-        raise BadRow(f"longer than data.seq_len={rules.max_length}", f"{len(ids)} tokens")
+    long = len(ids) > encoding.max_length
+    if long and encoding.on_overflow is not OnOverflow.truncate:
+        raise BadRow(f"longer than data.seq_len={encoding.max_length}", f"{len(ids)} tokens")
     if long:
-        ids = np.concatenate([ids[: rules.max_length - len(end)], np.array(end, np.int32)])
+        ids = np.concatenate([ids[: encoding.max_length - len(end)], np.array(end, np.int32)])
     if not len(ids):
         raise BadRow("empty document")
     return Example(ids, np.arange(len(ids)) == len(ids) - 1, long)
 
 
-def encode_labelled(tokenizer: Tokenizer, labelled: Labelled, rules: EncodingConfig) -> Example:
+def encode_labelled(tokenizer: Tokenizer, labelled: Labelled, encoding: EncodingConfig) -> Example:
     """Encodes a text followed by its class, which is the target of the last token. Raises: as `encode_whole`."""
-    ids, _, truncated, _ = encode_whole(tokenizer, labelled.content, rules)
+    ids, _, truncated, _ = encode_whole(tokenizer, labelled.content, encoding)
     ids = np.append(ids, np.int32(labelled.label))
     return Example(ids, np.arange(len(ids)) == len(ids) - 1, truncated)
 
@@ -230,7 +230,7 @@ def _refused(error: ValueError) -> BadRow:
     return BadRow(re.sub(r"messages\[\d+\]", "a message", str(error))[:160], str(error)[:300])
 
 
-def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, rules: EncodingConfig) -> Example:
+def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, encoding: EncodingConfig) -> Example:
     """Encodes a conversation with its loss mask, or a text as a pretraining document.
 
     A text may have any length: packing cuts it.
@@ -246,24 +246,24 @@ def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, rules
         LossMask.assistant: assistant,
         LossMask.last_turn: last_turn(assistant),
         LossMask.all: np.ones(len(ids), bool),
-    }[rules.loss_on]
-    if len(ids) <= rules.max_length:
+    }[encoding.loss_mask]
+    if len(ids) <= encoding.max_length:
         return _checked(Example(ids, mask))
-    turns = assistant if rules.loss_on is LossMask.all else mask
-    length = _truncated_length(turns, rules)
+    turns = assistant if encoding.loss_mask is LossMask.all else mask
+    length = _truncated_length(turns, encoding)
     if not length:
-        raise BadRow(f"longer than data.seq_len={rules.max_length}", f"{len(ids)} tokens")
+        raise BadRow(f"longer than data.seq_len={encoding.max_length}", f"{len(ids)} tokens")
     return _checked(Example(ids[:length], mask[:length], truncated=True))
 
 
-def encode_pair(tokenizer: Tokenizer, pair: Pair, rules: EncodingConfig) -> tuple[Example, Example]:
+def encode_pair(tokenizer: Tokenizer, pair: Pair, encoding: EncodingConfig) -> tuple[Example, Example]:
     """Encodes both answers of a preference pair; the loss mask selects the last turn, the prompt ids are equal.
 
     If one answer exceeds a row, the pair is dropped; with data.on_overflow=truncate both are truncated.
     Raises: BadRow if the answers cannot be compared; ValueError as `encode_chat`.
     """
-    overlong = rules.overlong if rules.overlong is OnOverflow.truncate else OnOverflow.drop
-    of_last = rules._replace(loss_on=LossMask.last_turn, overlong=overlong)
+    on_overflow = encoding.on_overflow if encoding.on_overflow is OnOverflow.truncate else OnOverflow.drop
+    of_last = encoding._replace(loss_mask=LossMask.last_turn, on_overflow=on_overflow)
     chosen, rejected = (encode_example(tokenizer, side, of_last) for side in (pair.chosen, pair.rejected))
     starts = [int(np.argmax(side.loss_mask)) for side in (chosen, rejected)]
     if starts[0] != starts[1] or not np.array_equal(chosen.ids[: starts[0]], rejected.ids[: starts[0]]):
@@ -274,7 +274,7 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, rules: EncodingConfig) -> tupl
 
 
 def encode_unpaired(
-    tokenizer: Tokenizer, unpaired: UnpairedExample, other: UnpairedExample, rules: EncodingConfig
+    tokenizer: Tokenizer, unpaired: UnpairedExample, other: UnpairedExample, encoding: EncodingConfig
 ) -> tuple[Example, Example]:
     """Encodes a prompt with its own completion, and with that of `other`, truncated to fit a row.
 
@@ -283,10 +283,10 @@ def encode_unpaired(
     """
     conversation, answer = unpaired.conversation, other.conversation.messages[-1]
     mixed = conversation._replace(messages=[*conversation.messages[:-1], answer])
-    overlong = rules.overlong if rules.overlong is OnOverflow.truncate else OnOverflow.drop
-    of_last = rules._replace(loss_on=LossMask.last_turn, overlong=overlong)
+    on_overflow = encoding.on_overflow if encoding.on_overflow is OnOverflow.truncate else OnOverflow.drop
+    of_last = encoding._replace(loss_mask=LossMask.last_turn, on_overflow=on_overflow)
     own = encode_example(tokenizer, conversation, of_last)
-    mismatched = encode_example(tokenizer, mixed, of_last._replace(overlong=OnOverflow.truncate))
+    mismatched = encode_example(tokenizer, mixed, of_last._replace(on_overflow=OnOverflow.truncate))
     starts = [int(np.argmax(side.loss_mask)) for side in (own, mismatched)]
     if starts[0] != starts[1] or not np.array_equal(own.ids[: starts[0]], mismatched.ids[: starts[0]]):
         raise BadRow("the chat template renders the prompt differently for another answer")
@@ -294,12 +294,12 @@ def encode_unpaired(
     return own._replace(ids=np.append(own.ids, label), loss_mask=np.append(own.loss_mask, False)), mismatched
 
 
-def _truncated_length(turns: np.ndarray, rules: EncodingConfig) -> int:
-    if rules.overlong is OnOverflow.truncate:
-        return rules.max_length
-    if rules.overlong is OnOverflow.drop:
+def _truncated_length(turns: np.ndarray, encoding: EncodingConfig) -> int:
+    if encoding.on_overflow is OnOverflow.truncate:
+        return encoding.max_length
+    if encoding.on_overflow is OnOverflow.drop:
         return 0
-    return max((stop for _, stop in runs(turns) if stop <= rules.max_length), default=0)
+    return max((stop for _, stop in runs(turns) if stop <= encoding.max_length), default=0)
 
 
 def _checked(example: Example) -> Example:

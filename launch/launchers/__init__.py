@@ -1,1 +1,1 @@
-"""Where the processes of a run start: this machine, or a cluster. One module for each place."""
+"""Launchers: start the processes of a run on this machine or on a cluster, one module per backend."""

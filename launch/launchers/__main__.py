@@ -1,4 +1,4 @@
-"""`python -m launch.launchers FOLDER`: supervises the job in FOLDER, in the background of the command that made it."""
+"""Supervises the job in FOLDER in the background: `python -m launch.launchers FOLDER`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What all launchers share: the calls of the tasks, following a job of a cluster, and showing a log that grows."""
+"""Launcher interface, job monitoring for clusters and log tailing."""
 
 import sys
 import time
@@ -12,74 +12,74 @@ from launch.launchers.job import Config, Job, Recipe
 
 
 class Launcher(ABC, Generic[Config]):
-    """One place where jobs run. `jobs`: one, or those of a sweep."""
+    """A backend that runs jobs. `jobs` holds one job, or all jobs of a sweep."""
 
-    shares_disk = True  # processes see this machine's disk
-    local_secrets = True  # values of `launcher.env` come from this shell
+    shares_disk = True  # the processes see the file system of this machine
+    local_secrets = True  # values of `launcher.env` are read from this shell
 
     @abstractmethod
     def recipe(self, jobs: Sequence[Job[Config]]) -> Recipe:
-        """What will be run; a pure function."""
+        """Returns the files and commands that `submit` will use. Has no side effects."""
 
     @abstractmethod
     def submit(self, jobs: Sequence[Job[Config]], recipe: Recipe) -> int:
-        """Carries the recipe out and, with `follow`, stays. Returns the exit code."""
+        """Executes the recipe; with `follow`, waits for the jobs. Returns the exit code."""
 
     @abstractmethod
     def status(self, job: Job[Config]) -> str:
-        """One line."""
+        """Returns a one-line status."""
 
     @abstractmethod
     def logs(self, job: Job[Config], *, follow: bool) -> int:
-        """Prints what the job printed. Returns the exit code."""
+        """Prints the job's log. Returns the exit code."""
 
     @abstractmethod
     def stop(self, job: Job[Config]) -> str:
-        """Asks the job to end with a checkpoint, where the place allows it. Returns what was done."""
+        """Stops the job, after a checkpoint if the backend supports it. Returns a message for the user."""
 
 
 class ClusterLauncher(Launcher[Config]):
-    """A launcher whose jobs a cluster runs: they outlive this process, and the cluster is asked for their state."""
+    """Base class for cluster launchers: jobs outlive this process and their state is polled from the cluster."""
 
-    over: tuple[str, ...]  # first words of states of jobs that have ended; the first one is success
-    pause: float  # seconds between looks
+    over: tuple[str, ...]  # prefixes of final job states; the first one means success
+    pause: float  # polling interval in seconds
 
     @abstractmethod
     def start(self, jobs: Sequence[Job[Config]], recipe: Recipe) -> Iterator[tuple[Job[Config], str]]:
-        """Hands the jobs over. Yields each as recorded, and what it is there: `is SLURM job 17`.
+        """Submits the jobs. Yields each saved job with its description, such as `is SLURM job 17`.
 
-        Raises: ValueError where the cluster refuses.
+        Raises: ValueError if the cluster rejects a job.
         """
 
     @abstractmethod
     def label(self, job: Job[Config]) -> str:
-        """What the cluster calls the job."""
+        """Returns the job's name on the cluster."""
 
     @abstractmethod
     def state(self, job: Job[Config]) -> str:
-        """As the cluster reports it, in a few words."""
+        """Returns the state reported by the cluster as short text."""
 
     @abstractmethod
     def log_view(self, jobs: Sequence[Job[Config]]) -> Callable[[str], None]:
-        """What shows new lines of the log, given the state of the first job."""
+        """Returns a function that prints new log lines, given the state of the first job."""
 
     def submit(self, jobs: Sequence[Job[Config]], recipe: Recipe) -> int:
         started = []
-        for job, what in self.start(jobs, recipe):
-            print(f"run {job.run!r}: job {job.number} {what}", flush=True)
+        for job, description in self.start(jobs, recipe):
+            print(f"run {job.run!r}: job {job.number} {description}", flush=True)
             started.append(job)
         return self.follow(started) if jobs[0].launcher.follow else 0
 
     def follow(self, jobs: Sequence[Job[Config]]) -> int:
-        """Says states as they change, and shows the log, until all jobs are over. Ctrl-C leaves them running."""
-        show, said = self.log_view(jobs), [""] * len(jobs)
+        """Prints state changes and the log until all jobs have ended. Ctrl-C leaves the jobs running."""
+        show, previous = self.log_view(jobs), [""] * len(jobs)
         try:
             while True:
                 states = [self.state(job) for job in jobs]
-                for job, before, state in zip(jobs, said, states, strict=True):
+                for job, before, state in zip(jobs, previous, states, strict=True):
                     if state != before:
                         say(f"{self.label(job)}: {state}")
-                said = states
+                previous = states
                 show(states[0])
                 if all(map(self.is_over, states)):
                     return max(self.exit_code(job, state) for job, state in zip(jobs, states, strict=True))
@@ -91,7 +91,7 @@ class ClusterLauncher(Launcher[Config]):
         return state.startswith(self.over)
 
     def exit_code(self, job: Job[Config], state: str) -> int:
-        """Of a job that is over."""
+        """Returns the exit code of a job that has ended."""
         return 0 if state.startswith(self.over[0]) else exit_codes.FAILED
 
     def status(self, job: Job[Config]) -> str:
@@ -103,41 +103,41 @@ def say(text: str) -> None:
 
 
 def left_running(jobs: Sequence[Job]) -> int:
-    """Says, after Ctrl-C, how to look at jobs that go on elsewhere, and how to stop them. Returns the exit code."""
+    """Prints, after Ctrl-C, how to follow or stop jobs that keep running. Returns the exit code."""
     stops = "; ".join(f"meshwright stop run={job.run}" for job in jobs)
-    say(f"left; the job goes on. To look: meshwright logs run={jobs[0].run} follow=true; to stop: {stops}")
+    say(f"detached; the job is still running. Follow: meshwright logs run={jobs[0].run} follow=true; stop: {stops}")
     return exit_codes.INTERRUPTED
 
 
-# A log that grows
+# Log tailing
 
 LOG_PAUSE = 0.5  # seconds
 
 
 class LogTail:
-    """Prints what has come to a file since the last look; a file that is not there yet is empty."""
+    """Prints text appended to a file since the last call; a missing file counts as empty."""
 
     def __init__(self, path: Path):
-        self._path, self._at = path, 0
+        self._path, self._offset = path, 0
 
     def show(self) -> None:
         try:
             with open(self._path, "rb") as file:
-                file.seek(self._at)
+                file.seek(self._offset)
                 text = file.read()
         except FileNotFoundError:
             return
-        self._at += len(text)
+        self._offset += len(text)
         sys.stdout.write(text.decode(errors="replace"))
         sys.stdout.flush()
 
 
 def show_log(path: Path, *, follow: bool, ended: Callable[[], bool]) -> int:
-    """Prints the file and, with `follow`, what comes until `ended()` or Ctrl-C."""
+    """Prints the file; with `follow`, also new text until `ended()` or Ctrl-C."""
     tail = LogTail(path)
     try:
         while True:
-            last = not follow or ended()  # asked before the look: what came until the end is shown
+            last = not follow or ended()  # checked before reading, so that all output up to the end is shown
             tail.show()
             if last:
                 return 0

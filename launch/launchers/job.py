@@ -1,11 +1,11 @@
-"""A job: the processes of one start of a run, wherever they are, and what is kept of them in `runs/NAME/jobs/K`.
+"""A job: the processes of one launch of a run, recorded in `runs/NAME/jobs/K`.
 
-    job.json     what was asked for, and by what the launcher knows the job again
-    config.yaml  the resolved config            code/       the code as it was, which is what runs
-    log          what the job printed           code.patch  how it differs from the commit in code/git.json
+    job.json     the request, and the launcher's handle of the job
+    config.yaml  the resolved config       code/       snapshot of the code that the job runs
+    log          output of the job         code.patch  difference to the commit in code/git.json
 
-The number K is taken once, by the process that submits. Values of environment variables that were named alone are
-in no file.
+The submitting process allocates the job number K. Values of environment variables given by name only are never written
+to disk.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ from configs.schema import RunConfig, to_plain, typed_node
 from launch import exit_codes
 from launch.run_folder import GIT_FILE, git_state, write_whole
 
-ROOT = Path(__file__).resolve().parents[2]  # of the packages
+ROOT = Path(__file__).resolve().parents[2]  # parent folder of the packages
 PACKED = "code.tar.gz"
-MARK = "MESHWRIGHT_JOB"  # in the environment of a job's processes: they launch nothing
+MARK = "MESHWRIGHT_JOB"  # set in the environment of a job's processes, which must not launch jobs
 PACKAGES = ("trainer", "models", "data", "configs", "launch")
-BESIDE = ("pyproject.toml", "README.md")  # what installing the packages needs
+INSTALL_FILES = ("pyproject.toml", "README.md")  # required to install the packages
 
 
 Config = TypeVar("Config", bound=LauncherConfig)
@@ -46,11 +46,11 @@ class Job(Generic[Config]):
     folder: Path  # runs/NAME/jobs/K, absolute
     run: str
     task: str
-    arguments: list[str]  # after the task: overrides, and flags of Hydra's
+    arguments: list[str]  # command-line arguments after the task: overrides and Hydra flags
     launcher: Config
-    python: str  # the interpreter that submitted
-    workdir: str  # where it was called
-    handle: dict[str, Any] = field(default_factory=dict)  # how the launcher finds the job again
+    python: str  # interpreter of the submitting process
+    workdir: str  # working directory of the submitting process
+    handle: dict[str, Any] = field(default_factory=dict)  # launcher-specific identifiers: process ID, cluster job ID
 
     @property
     def number(self) -> int:
@@ -65,20 +65,20 @@ class Job(Generic[Config]):
         return self.folder / "log"
 
     def command(self, python: str | None = None) -> list[str]:
-        """What each process runs. -P: the working folder is not searched for packages, the frozen code is."""
+        """Returns the command of each process. -P keeps the working directory off sys.path."""
         return [python or self.python, "-P", "-m", "launch.cli", self.task, *self.arguments]
 
     def environment(self, code: str | None = None) -> dict[str, str]:
-        """What the processes get beside secrets; it may stand in scripts. `code`: where the frozen code lies there."""
+        """Returns the environment variables other than secrets. `code`: path of the code snapshot for the processes."""
         given = dict(entry.split("=", 1) for entry in self.launcher.env if "=" in entry)
         return {**given, MARK: str(self.number), "PYTHONPATH": code or str(self.code)}
 
     def pack(self) -> int:
-        """Writes the frozen code as `code.tar.gz`, for machines that share no disk with this one. Returns its bytes."""
+        """Writes the code snapshot to `code.tar.gz` for machines without shared storage. Returns its size in bytes."""
         return (self.folder / PACKED).write_bytes(packed(self.code))
 
     def noted(self, **handle: Any) -> "Job[Config]":
-        """The job with more in its handle, as it now stands in job.json."""
+        """Adds to the handle and saves job.json. Returns the updated job."""
         job = dataclasses.replace(self, handle={**self.handle, **handle})
         job.save()
         return job
@@ -98,9 +98,9 @@ class Job(Generic[Config]):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a launcher will do, as text."""
+    """The files that a launcher writes and the commands that it runs."""
 
-    files: dict[str, str] = field(default_factory=dict)  # by name in the folder of the first job, or by path
+    files: dict[str, str] = field(default_factory=dict)  # text by absolute path, or by name in the first job's folder
     commands: list[list[str]] = field(default_factory=list)
 
     def shown(self, folder: Path) -> str:
@@ -119,13 +119,13 @@ def job_of(config: RunConfig, overrides: list[str], folder: Path) -> Job:
 
 
 def cli_flags(arguments: Sequence[str]) -> list[str]:
-    """Hydra's own flags, such as `--config-dir DIR`, without the one that makes a sweep of it."""
+    """Returns Hydra's command-line flags, such as `--config-dir DIR`, without `--multirun`."""
     given = [a for a in arguments if a.startswith("-") or ("=" not in a and not a.startswith("~"))]
     return [a for a in given if a not in ("-m", "--multirun")]
 
 
 def jobs_folder(runs: str, run: str) -> Path:
-    """Where the jobs of a run are kept: beside its checkpoints, or on this machine where those are in a bucket."""
+    """Returns the jobs folder: next to the checkpoints, or in ./runs if the checkpoints are in a bucket."""
     return Path("runs" if "://" in runs else runs).absolute() / run / "jobs"
 
 
@@ -145,7 +145,7 @@ def next_folder(jobs: Path) -> Path:
 
 
 def take_folder(jobs: Path) -> Path:
-    """Makes the folder of the next job. Two that submit at once get one each."""
+    """Creates the folder of the next job. Safe for concurrent submissions."""
     jobs.mkdir(parents=True, exist_ok=True)
     while True:
         try:
@@ -157,24 +157,24 @@ def take_folder(jobs: Path) -> Path:
 
 
 def python_path(code: Path = ROOT) -> str:
-    """A PYTHONPATH with these packages before what is on it here."""
+    """Returns PYTHONPATH with `code` prepended."""
     return os.pathsep.join(filter(None, [str(code.absolute()), os.environ.get("PYTHONPATH")]))
 
 
 def secrets(launcher: LauncherConfig, environ: Mapping[str, str]) -> dict[str, str]:
-    """Values of the variables that `env` names alone.
+    """Returns the values of the variables that `launcher.env` lists by name only.
 
-    Raises: ValueError where one is not set.
+    Raises: ValueError if one is not set.
     """
     names = [entry for entry in launcher.env if "=" not in entry]
     for name in names:
         if name not in environ:
-            raise ValueError(f"launcher.env=[{name}]: is not set in this shell; export it, or leave it out")
+            raise ValueError(f"launcher.env=[{name}]: not set in this shell; export it or remove it from launcher.env")
     return {name: environ[name] for name in names}
 
 
 def joined(count: int, index: int, coordinator: str) -> dict[str, str]:
-    """What tells process `index` of `count` of the others. `coordinator`: HOST:PORT of process 0."""
+    """Returns the variables by which JAX joins process `index` of `count`. `coordinator`: HOST:PORT of process 0."""
     if count == 1:
         return {}
     return {
@@ -185,14 +185,14 @@ def joined(count: int, index: int, coordinator: str) -> dict[str, str]:
 
 
 def freeze(job: Job, config: RunConfig) -> None:
-    """Writes the code, the commit and what differs from it, and the resolved config into the job's folder."""
+    """Writes a snapshot of the code, its git state and the resolved config to the job folder."""
     freeze_code(job.folder)
     write_whole(job.folder / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     job.save()
 
 
 def freeze_code(folder: Path) -> Path:
-    """Copies the packages to `folder/code`, the commit and what differs from it beside. Returns that path."""
+    """Copies the packages to `folder/code`, with the git commit and the diff to it. Returns the path of the copy."""
     code = folder / "code"
     for name in code_files(ROOT):
         target = code / name
@@ -206,21 +206,21 @@ def freeze_code(folder: Path) -> Path:
 
 
 def _patch(root: Path) -> str:
-    """What differs from the commit; of code that is a copy itself, what was noted when it was made."""
+    """Returns the diff to the commit; for code that is itself a snapshot, the diff saved with it."""
     if (root / GIT_FILE).exists():
-        noted = root.parent / "code.patch"
-        return noted.read_text() if noted.exists() else ""
+        saved = root.parent / "code.patch"
+        return saved.read_text() if saved.exists() else ""
     return _git(root, "diff", "HEAD", "--", *PACKAGES) or ""
 
 
 def code_files(root: Path) -> list[str]:
-    """Files of the packages that git does not ignore; outside a checkout all but caches."""
+    """Lists the package files that git does not ignore; outside a git checkout, all files except caches."""
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKAGES)
     names = [name for name in (listed or "").split("\0") if (root / name).is_file()]
     if not names:
         paths = [path for package in PACKAGES for path in (root / package).rglob("*") if path.is_file()]
         names = [str(path.relative_to(root)) for path in paths if "__pycache__" not in path.parts]
-    return sorted([*names, *(name for name in BESIDE if (root / name).is_file())])
+    return sorted([*names, *(name for name in INSTALL_FILES if (root / name).is_file())])
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -232,7 +232,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def packed(code: Path) -> bytes:
-    """A folder of code as tar.gz: the same bytes for the same files."""
+    """Returns the folder as a reproducible tar.gz: equal files give equal bytes."""
     import gzip
 
     plain = io.BytesIO()
@@ -245,27 +245,27 @@ def packed(code: Path) -> bytes:
 
 
 def public_name(run: str, number: int | None = None, limit: int = 50) -> str:
-    """A name for clusters that want those of DNS: small letters, digits and hyphens. `number`: of a job."""
+    """Returns a valid DNS label: lower-case letters, digits and hyphens. `number`: job number, appended."""
     name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[: limit - 4].strip("-") or "run"
     name = name if name[0].isalpha() else f"run-{name}"
     return name if number is None else f"{name}-{number}"
 
 
 def assignments(variables: Mapping[str, str]) -> list[str]:
-    """As words before a command, or after `export`."""
+    """Returns shell-quoted NAME=VALUE words for `env` or `export`."""
     return [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
 
 
 def worth_another_start(code: str) -> str:
-    """`exit_codes.is_restartable` as a condition of bash, of a word such as `$code`."""
+    """Returns `exit_codes.is_restartable` as a bash condition on a word such as `$code`."""
     killed = f"[ {code} -gt 128 ] && [ {code} -ne {exit_codes.INTERRUPTED} ]"
     return f"{{ [ {code} -eq {exit_codes.PREEMPTED} ] || {{ {killed}; }}; }}"
 
 
 def restarted(process: str, max_restarts: int) -> list[str]:
-    """Lines of bash that run `process` and start it again as `is_restartable` says, unless `$job/stop` is there.
+    """Returns bash lines that run `process` and restart it per `is_restartable`, unless `$job/stop` exists.
 
-    SIGTERM is passed on to it and ends the restarts. The last code is in `$code`.
+    SIGTERM is forwarded to the process and prevents further restarts. `$code` holds the last exit code.
     """
     return [
         "restarts=0",
@@ -274,7 +274,7 @@ def restarted(process: str, max_restarts: int) -> list[str]:
         f"  {process} &",
         '  pid=$!; echo $pid > "$job/pid"',
         "  wait $pid; code=$?",
-        "  while kill -0 $pid 2> /dev/null; do wait $pid; code=$?; done  # a signal ends a wait too soon",
+        "  while kill -0 $pid 2> /dev/null; do wait $pid; code=$?; done  # a signal interrupts wait",
         f'  [ ! -e "$job/stop" ] && [ $restarts -lt {max_restarts} ] && {worth_another_start("$code")} || break',
         "  restarts=$((restarts + 1))",
         f'  echo "meshwright: ended with $code; restart $restarts of {max_restarts}"',
@@ -285,20 +285,20 @@ def restarted(process: str, max_restarts: int) -> list[str]:
 def run_command(
     command: Sequence[str], given: str | None = None, *, shown: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Calls a command of a cluster. `given`: its input. `shown`: what it prints goes to this terminal.
+    """Runs a cluster command. `given`: its standard input. `shown`: print its output to this terminal.
 
-    Raises: ValueError where it is not on this machine.
+    Raises: ValueError if the command is not installed.
     """
     try:
         return subprocess.run(command, input=given, capture_output=not shown, text=True)
     except FileNotFoundError:
-        raise ValueError(f"{command[0]}: is not on this machine; the launcher works through it") from None
+        raise ValueError(f"{command[0]}: command not found; install it, the launcher requires it") from None
 
 
 def check_output(command: Sequence[str], given: str | None = None) -> str:
-    """What a command prints. Raises: ValueError with what it says, where it fails."""
+    """Returns the output of a command. Raises: ValueError with its error output if it fails."""
     found = run_command(command, given)
     if found.returncode:
-        said = found.stderr.strip() or found.stdout.strip()
-        raise ValueError(f"{shlex.join(command[:4])} ...: refused: {said}")
+        message = found.stderr.strip() or found.stdout.strip()
+        raise ValueError(f"{shlex.join(command[:4])} ... failed: {message}")
     return found.stdout.strip()

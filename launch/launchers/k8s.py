@@ -1,8 +1,8 @@
-"""A run on Kubernetes: a JobSet, which Kueue may queue.
+"""Kubernetes launcher: runs a job as a JobSet, optionally queued by Kueue.
 
-The frozen code travels in a ConfigMap and is unpacked beside the image's Python, so that an image serves many
-versions. A pod that leaves with 75 is replaced and does not count; one that leaves with 2 fails the JobSet; one that is
-lost makes all begin again, at most `launcher.max_restarts` times.
+The code snapshot is stored in a ConfigMap and unpacked into the container, so one image works for many code versions.
+Exit code 75 replaces the pod without counting as a restart; exit code 2 fails the JobSet; any other failure restarts
+all pods, at most `launcher.max_restarts` times.
 """
 
 import json
@@ -18,14 +18,14 @@ from launch.launchers.base import ClusterLauncher
 from launch.launchers.job import PACKED, Job, Recipe, check_output, public_name, run_command
 
 MANIFEST = "jobset.yaml"
-CODE, WORK = "/meshwright/code", "/meshwright/work"  # in a pod; output_dir= lies below WORK
-MAX_PACKED = 1_000_000  # bytes of a ConfigMap; the API server takes 1 MiB
+CODE, WORK = "/meshwright/code", "/meshwright/work"  # paths in a pod; a relative output_dir= is below WORK
+MAX_PACKED = 1_000_000  # bytes in a ConfigMap; the API server accepts 1 MiB
 INDEX = "batch.kubernetes.io/job-completion-index"
-HOSTS = "hosts"  # the one kind of pods that a JobSet of ours has
+HOSTS = "hosts"  # name of the JobSet's only replicated job
 
 
 def name(job: Job[K8sConfig]) -> str:
-    return public_name(job.run, job.number, 40)  # the names of pods are longer, and end at 63
+    return public_name(job.run, job.number, 40)  # pod names append to it and are limited to 63 characters
 
 
 def code_map(job: Job[K8sConfig]) -> str:
@@ -44,7 +44,7 @@ def jobset(job: Job[K8sConfig]) -> dict[str, Any]:
     if launcher.priority:
         labels["kueue.x-k8s.io/priority-class"] = launcher.priority
     metadata: dict[str, Any] = {"name": name(job), "namespace": launcher.namespace, "labels": labels}
-    if launcher.tpu_accelerator:  # a slice is a pool of nodes, and has one job
+    if launcher.tpu_accelerator:  # a TPU slice is a node pool that runs one job
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -54,7 +54,7 @@ def jobset(job: Job[K8sConfig]) -> dict[str, Any]:
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": {
                 "maxRestarts": launcher.max_restarts,
-                # A rule of the pods failed the job, and the only such rule is about what is the user's to correct.
+                # The only pod failure policy rule that fails a job matches exit code 2: wrong user input.
                 "rules": [{"name": "wrongInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [{"name": HOSTS, "replicas": launcher.slices, "template": {"spec": _job(job)}}],
@@ -67,13 +67,13 @@ def _job(job: Job[K8sConfig]) -> dict[str, Any]:
     rules: list[dict[str, Any]] = [
         {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [exit_codes.WRONG_INPUT]}},
         {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [exit_codes.PREEMPTED]}},
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},  # its node is taken away
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},  # node drained or preempted
     ]
     return {
         "completionMode": "Indexed",
         "parallelism": launcher.hosts,
         "completions": launcher.hosts,
-        "backoffLimit": 0,  # one that is lost: the JobSet begins again with all
+        "backoffLimit": 0,  # if a pod is lost, the JobSet restarts all pods
         "podFailurePolicy": {"rules": rules},
         "template": {"metadata": {"labels": {"app.kubernetes.io/name": "meshwright"}}, "spec": _pod(job)},
     }
@@ -89,14 +89,14 @@ def _pod(job: Job[K8sConfig]) -> dict[str, Any]:
         selector["cloud.google.com/gke-tpu-accelerator"] = launcher.tpu_accelerator
         selector["cloud.google.com/gke-tpu-topology"] = launcher.tpu_topology
     spec: dict[str, Any] = {
-        "restartPolicy": "Never",  # what a pod failure policy asks for
+        "restartPolicy": "Never",  # required by podFailurePolicy
         "terminationGracePeriodSeconds": launcher.grace,
         "initContainers": [
             {
                 "name": "code",
                 "image": launcher.image,
                 "command": ["tar", "-xzf", f"/meshwright/packed/{PACKED}", "-C", CODE],
-                "volumeMounts": [dict(code), packed_code],  # YAML would make the same one an anchor
+                "volumeMounts": [dict(code), packed_code],  # a copy, because PyYAML writes shared objects as anchors
             }
         ],
         "containers": [
@@ -104,9 +104,8 @@ def _pod(job: Job[K8sConfig]) -> dict[str, Any]:
                 "name": "process",
                 "image": launcher.image,
                 "workingDir": WORK,
-                "command": [
-                    word.replace("$(", "$$(") for word in job.command("python3")
-                ],  # Kubernetes fills in $(NAME)
+                # Escaped, because Kubernetes expands $(NAME).
+                "command": [word.replace("$(", "$$(") for word in job.command("python3")],
                 "env": environment(job),
                 "resources": _resources(launcher),
                 "volumeMounts": [code, work, shared],
@@ -116,7 +115,7 @@ def _pod(job: Job[K8sConfig]) -> dict[str, Any]:
             {"name": "code", "emptyDir": {}},
             {"name": "packed", "configMap": {"name": code_map(job)}},
             {"name": "work", **claim},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},  # NCCL needs more than the usual 64 MB
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},  # NCCL needs more than the default 64 MB
         ],
     }
     if selector:
@@ -131,7 +130,10 @@ def _pod(job: Job[K8sConfig]) -> dict[str, Any]:
 
 
 def environment(job: Job[K8sConfig]) -> list[dict[str, Any]]:
-    """Of a pod. Names alone are keys of the Kubernetes secret; GKE tells the workers of TPU slices of each other."""
+    """Returns the environment of a pod. Variables without a value refer to the secret.
+
+    JAX's coordinator variables are omitted for TPUs with several hosts or slices, where GKE provides the topology.
+    """
     launcher = job.launcher
     variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in job.environment(CODE).items()]
     for entry in launcher.env:
@@ -155,13 +157,13 @@ def _resources(launcher: K8sConfig) -> dict[str, Any]:
         limits["nvidia.com/gpu"] = launcher.gpus_per_host
     if launcher.tpus_per_host:
         limits["google.com/tpu"] = launcher.tpus_per_host
-    asked = {key: value for key, value in (("cpu", launcher.cpu), ("memory", launcher.memory)) if value}
-    return {part: found for part, found in (("requests", {**asked, **limits}), ("limits", limits)) if found}
+    requests = {key: value for key, value in (("cpu", launcher.cpu), ("memory", launcher.memory)) if value}
+    return {part: found for part, found in (("requests", {**requests, **limits}), ("limits", limits)) if found}
 
 
-def described(shown: dict[str, Any]) -> str:
-    """A JobSet, as kubectl shows it, in a few words."""
-    status = shown.get("status", {})
+def described(jobset: dict[str, Any]) -> str:
+    """Returns the state of a JobSet, given as kubectl's JSON, as short text."""
+    status = jobset.get("status", {})
     true = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
     if "Completed" in true:
         return "completed"
@@ -169,15 +171,15 @@ def described(shown: dict[str, Any]) -> str:
         return f"failed ({true['Failed'].get('message', '')})"
     restarts = f", restart {status['restarts']}" if status.get("restarts") else ""
     if "Suspended" in true:
-        return f"waits in its queue{restarts}"
+        return f"queued{restarts}"
     pods = sum(part.get("ready", 0) for part in status.get("replicatedJobsStatus", []))
     return f"running{restarts}" if pods else f"starting{restarts}"
 
 
 class K8sLauncher(ClusterLauncher[K8sConfig]):
-    """A JobSet for each job, and a ConfigMap with its code."""
+    """Creates a JobSet per job and a ConfigMap with its code."""
 
-    shares_disk = local_secrets = False  # secrets are in the cluster
+    shares_disk = local_secrets = False  # secrets are stored in the cluster
     over = ("completed", "failed", "gone")
     pause = 5.0
 
@@ -190,13 +192,13 @@ class K8sLauncher(ClusterLauncher[K8sConfig]):
         return Recipe({MANIFEST: yaml.safe_dump_all(map(jobset, jobs), sort_keys=False, width=120)}, commands)
 
     def start(self, jobs: Sequence[Job[K8sConfig]], recipe: Recipe) -> Iterator[tuple[Job[K8sConfig], str]]:
-        """Raises: ValueError where the code is too large for a ConfigMap, or kubectl refuses."""
+        """Raises ValueError if the code is too large for a ConfigMap or kubectl fails."""
         for job in jobs:
             size = job.pack()
             if size > MAX_PACKED:
                 raise ValueError(
-                    f"launcher=k8s: the code is {size:,} bytes packed, and a ConfigMap holds {MAX_PACKED:,}; what git "
-                    "ignores is left out"
+                    f"launcher=k8s: the packed code has {size:,} bytes, but a ConfigMap holds {MAX_PACKED:,}; exclude "
+                    "large files with .gitignore"
                 )
         for command in recipe.commands:
             check_output(command)
@@ -204,11 +206,11 @@ class K8sLauncher(ClusterLauncher[K8sConfig]):
             yield job.noted(name=name(job)), f"is the {self.label(job)}"
 
     def follow(self, jobs: Sequence[Job[K8sConfig]]) -> int:
-        """One JobSet after the other, with the log of each."""
+        """Follows the JobSets one after another, with the log of each."""
         return max(super(K8sLauncher, self).follow([job]) for job in jobs)
 
     def log_view(self, jobs: Sequence[Job[K8sConfig]]) -> Callable[[str], None]:
-        """The log again after each restart: kubectl ends with the pod."""
+        """Reopens the log after each restart, because kubectl exits when the pod ends."""
         return lambda state: self.logs(jobs[0], follow=True) if state.startswith("running") else None
 
     def label(self, job: Job[K8sConfig]) -> str:
@@ -221,14 +223,14 @@ class K8sLauncher(ClusterLauncher[K8sConfig]):
         return described(json.loads(found.stdout))
 
     def logs(self, job: Job[K8sConfig], *, follow: bool) -> int:
-        """Of the first pod of the first slice."""
+        """Prints the log of the first pod of the first slice."""
         labels = {"jobset-name": name(job), "replicatedjob-name": HOSTS, "job-index": "0"}
         selector = ",".join([*(f"jobset.sigs.k8s.io/{key}={value}" for key, value in labels.items()), f"{INDEX}=0"])
         flags = [f"--selector={selector}", "--container=process", "--tail=-1", *(["--follow"] if follow else [])]
         return run_command([*kubectl(job), "logs", *flags], shown=True).returncode
 
     def stop(self, job: Job[K8sConfig]) -> str:
-        """Its processes get SIGTERM, and `launcher.grace` seconds to save."""
+        """Deletes the JobSet. Its processes receive SIGTERM and have `launcher.grace` seconds to save."""
         check_output([*kubectl(job), "delete", "jobset", name(job), "--wait=false"])
         check_output([*kubectl(job), "delete", "configmap", code_map(job), "--ignore-not-found"])
-        return f"deleted the {self.label(job)}; its processes save and end"
+        return f"deleted the {self.label(job)}; its processes save a checkpoint and exit"

@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine, joined over loopback: a cluster to try things on."""
+"""Local launcher: multiple processes of one run on this machine, connected over the loopback interface."""
 
 import os
 import signal
@@ -17,10 +17,10 @@ from launch.launchers.supervisor import Ended, SupervisedLauncher, supervise_job
 
 
 class LocalLauncher(SupervisedLauncher[LocalConfig]):
-    """Process 0 has this terminal; the others write to `process_K.log` in the job's folder."""
+    """Runs process 0 in this terminal; the others write to `process_K.log` in the job folder."""
 
     def recipe(self, jobs: Sequence[Job[LocalConfig]]) -> Recipe:
-        """One command for each process, with what it gets in its environment."""
+        """Returns one command per process, including its environment."""
         commands = []
         for job in jobs:
             launcher = job.launcher
@@ -36,12 +36,14 @@ class LocalLauncher(SupervisedLauncher[LocalConfig]):
         if job.log.exists():
             return super().logs(job, follow=follow)
         others = sorted(job.folder.glob("process_*.log"))
-        print(f"process 0 wrote to its terminal; the others to {', '.join(map(str, others)) or 'none'}")
+        print(
+            f"process 0 printed to its terminal; logs of the other processes: {', '.join(map(str, others)) or 'none'}"
+        )
         return 0
 
 
 def attempt(job: Job[LocalConfig], count: int) -> Ended:
-    """Starts `count` processes and follows them to the end of the last."""
+    """Starts `count` processes and waits until all have ended."""
     port = job.launcher.port or free_port()
     children = []
     for index in range(count):
@@ -67,15 +69,15 @@ def _follow(job: Job, children: list[subprocess.Popen]) -> Ended:
     def end_all() -> None:
         for child in children:
             if child.poll() is None:
-                child.send_signal(signal.SIGTERM)  # SIGTERM alone leads all processes to the same step
+                child.send_signal(signal.SIGTERM)  # only SIGTERM makes all processes stop at the same step
 
     def kill_all() -> None:
         for child in children:
             child.kill()
 
     ended = supervisor.watch(lambda: [child.poll() for child in children], end_all=end_all, kill_all=kill_all)
-    told = ended.code not in (0, exit_codes.PREEMPTED, exit_codes.WRONG_INPUT)
-    if told and ended.process:
+    failed = ended.code not in (0, exit_codes.PREEMPTED, exit_codes.WRONG_INPUT)
+    if failed and ended.process:
         ended = replace(ended, why=f"{ended.why}; see {process_log(job, ended.process)}")
     if ended.code == exit_codes.FAILED or ended.code < 0:
         say(ended.why)

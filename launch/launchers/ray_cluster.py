@@ -1,7 +1,7 @@
-"""A run on a Ray cluster: an actor on each host, which starts the host's process and dies with it.
+"""Ray launcher: one actor per host, which starts the host's process as a child that dies with the actor.
 
-The driver is the supervisor: an actor that is lost makes all begin again. Run folders, and with them the code, lie on a
-disk that all hosts share. Ray is imported only here, and only when a job is carried out.
+The driver supervises the actors; if one is lost, all are restarted. Run folders, which contain the code, must be on a
+file system shared by all hosts. Ray is imported only here, when a job is run.
 """
 
 import os
@@ -16,17 +16,17 @@ from launch.launchers.job import Job, Recipe, assignments, joined, secrets
 from launch.launchers.local import process_log
 from launch.launchers.supervisor import Ended, SupervisedLauncher, supervise_job
 
-LOST = -9  # the code of a process whose actor is gone
-START_SECONDS = 600.0  # until the cluster has room for all actors
-ANSWER_SECONDS = 60.0  # of an actor; one that is silent for longer is lost
+LOST = -9  # exit code assigned to a process whose actor is lost
+START_SECONDS = 600.0  # timeout for scheduling all actors
+ANSWER_SECONDS = 60.0  # timeout for calls to an actor, which then counts as lost
 PAUSE = 0.5
 
 
 class RayLauncher(SupervisedLauncher[RayConfig]):
-    """An actor for each host; the driver supervises them."""
+    """Runs one actor per host, supervised by the driver."""
 
     def recipe(self, jobs: Sequence[Job[RayConfig]]) -> Recipe:
-        """The driver's command, which asks for the actors, and the command of each actor."""
+        """Returns the command of the driver, which creates the actors, and the command of each actor."""
         commands = []
         for job in jobs:
             commands.append(["env", *assignments(job.environment()), *supervisor.supervisor_command(job)])
@@ -36,16 +36,16 @@ class RayLauncher(SupervisedLauncher[RayConfig]):
         return Recipe(commands=commands)
 
     def submit(self, jobs: Sequence[Job[RayConfig]], recipe: Recipe) -> int:
-        """Raises: ValueError where Ray is not installed."""
+        """Raises ValueError if Ray is not installed."""
         imported()
         return super().submit(jobs, recipe)
 
     def carry_out(self, job: Job[RayConfig]) -> int:
-        """Joins the cluster, or starts one here, and supervises the actors."""
+        """Connects to the cluster, or starts a local one, and supervises the actors."""
         ray, launcher = imported(), job.launcher
         cpus = max(1, round(launcher.hosts * launcher.cpus_per_host))
-        room = {"num_cpus": cpus, "include_dashboard": False} if launcher.address == "local" else {}
-        ray.init(address=launcher.address, log_to_driver=False, logging_level="error", **room)
+        options = {"num_cpus": cpus, "include_dashboard": False} if launcher.address == "local" else {}
+        ray.init(address=launcher.address, log_to_driver=False, logging_level="error", **options)
         tail = LogTail(job.log)
         try:
             return supervise_job(job, lambda count: attempt(job, count, tail), launcher.hosts)
@@ -58,12 +58,12 @@ def imported() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ValueError("launcher=ray: needs Ray; install it with: pip install -e '.[ray]'") from error
+        raise ValueError("launcher=ray: Ray is not installed; install it with: pip install -e '.[ray]'") from error
     return ray
 
 
 def attempt(job: Job[RayConfig], count: int, tail: LogTail) -> Ended:
-    """Makes `count` actors, starts their processes and follows them to the end of the last."""
+    """Creates `count` actors, starts their processes and waits until all have ended."""
     ray = imported()
     group = _group(job, count)
     actors = [_actor(job, group, index) for index in range(count)]
@@ -117,7 +117,7 @@ def _answer(method: Any) -> int | None:
 
 
 def _group(job: Job[RayConfig], count: int) -> Any:
-    """Room for all actors at once, on a host for each; None on this machine alone."""
+    """Reserves resources for all actors, by default on separate hosts; None for a local cluster."""
     launcher = job.launcher
     if launcher.address == "local":
         return None
@@ -133,28 +133,28 @@ def _group(job: Job[RayConfig], count: int) -> Any:
 
 def _actor(job: Job[RayConfig], group: Any, index: int) -> Any:
     launcher, ray = job.launcher, imported()
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "num_cpus": launcher.cpus_per_host,
         "num_gpus": launcher.gpus_per_host,
         "resources": launcher.resources or None,
-        "max_restarts": 0,  # one alone cannot come back: all begin again
+        "max_restarts": 0,  # a single actor cannot rejoin: the supervisor restarts all of them
     }
     if group is not None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        asked["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-    return ray.remote(_host_class()).options(**asked).remote()
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    return ray.remote(_host_class()).options(**options).remote()
 
 
 def _host_class() -> type:
-    """A class inside a function goes to the hosts by itself: they need not find this module."""
+    """Returns the actor class. Ray pickles a local class by value, so hosts need not import this module."""
 
     class Host:
         def __init__(self) -> None:
             self.child: Any = None
 
         def where(self, port: int) -> str:
-            """HOST:PORT for a coordinator here. `port` 0: a free one."""
+            """Returns HOST:PORT for a coordinator on this host. `port` 0: any free port."""
             import socket
 
             import ray

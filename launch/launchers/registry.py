@@ -1,4 +1,4 @@
-"""The launchers by their names, and handing jobs over to them."""
+"""Launcher registry and job submission."""
 
 import os
 import shutil
@@ -26,12 +26,12 @@ LAUNCHERS: dict[str, Launcher] = {
     "skypilot": SkypilotLauncher(),
 }
 
-# Tasks that only look, and those whose runs are what is launched.
+# Tasks that always run in this process: read-only tasks, and tasks that launch runs themselves.
 HERE = ("plan", "sweep", "scaling_ladder", "inspect", "runs", "status", "logs", "stop")
 
 
 def launches(config: RunConfig) -> bool:
-    """Whether the command line asks for a job, rather than for its task in this process."""
+    """Returns whether the config requests a job instead of running the task in this process."""
     launcher = config.launcher
     if MARK in os.environ or config.task.kind in HERE:
         return False
@@ -41,44 +41,49 @@ def launches(config: RunConfig) -> bool:
     return bool(launcher.kind)
 
 
-def launch(asked: Sequence[tuple[RunConfig, list[str]]]) -> int:
-    """Submits a job, or the jobs of a sweep, or prints what would be run. Returns the exit code.
+def launch(requests: Sequence[tuple[RunConfig, list[str]]]) -> int:
+    """Submits a job or the jobs of a sweep, or prints the recipe for a dry run. Returns the exit code.
 
-    Raises: ValueError where they do not go together, or a variable of `launcher.env` is not set.
+    `requests` holds the config and the overrides of each job.
+
+    Raises: ValueError if the jobs are incompatible or a variable of `launcher.env` is not set.
     """
-    configs = [config for config, _ in asked]
+    configs = [config for config, _ in requests]
     launcher, names = configs[0].launcher, [config.run for config in configs]
     if any(config.launcher != launcher for config in configs):
-        raise ValueError(f"launcher={launcher.kind}: the jobs of a sweep differ in launcher keys; sweep over others")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
-            f"run={twice}: several jobs of the sweep have this name; give each its own, from what differs: "
+            f"launcher={launcher.kind}: launcher keys must be the same for all jobs of a sweep; sweep over other keys"
+        )
+    if len(set(names)) < len(names):
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"run={duplicate}: several jobs of the sweep have this name; make it depend on a swept key: "
             "'run=lr_${optimizer.learning_rate}'"
         )
-    place = LAUNCHERS[launcher.kind]
+    backend = LAUNCHERS[launcher.kind]
     folders = [flag for flag in cli_flags(sys.argv[1:]) if flag.startswith(("--config-", "-cd", "-cp"))]
-    if folders and not place.shares_disk:
+    if folders and not backend.shares_disk:
         raise ValueError(
-            f"{folders[0]}: is of this machine, and launcher={launcher.kind} has no disk in common with it"
+            f"{folders[0]}: refers to a folder of this machine, which launcher={launcher.kind} cannot read; move the "
+            "settings to the command line"
         )
     if launcher.dry_run:
-        jobs = [job_of(*one, next_folder(jobs_folder(one[0].output_dir, one[0].run))) for one in asked]
-        print(place.recipe(jobs).shown(jobs[0].folder))
+        jobs = [job_of(*one, next_folder(jobs_folder(one[0].output_dir, one[0].run))) for one in requests]
+        print(backend.recipe(jobs).shown(jobs[0].folder))
         return 0
-    if place.local_secrets:
-        secrets(launcher, os.environ)  # before anything is written
+    if backend.local_secrets:
+        secrets(launcher, os.environ)  # fails before anything is written
     jobs: list[Job] = []
-    for config, overrides in asked:
+    for config, overrides in requests:
         job = job_of(config, overrides, take_folder(jobs_folder(config.output_dir, config.run)))
         freeze(job, config)
         jobs.append(job)
-    recipe = place.recipe(jobs)
+    recipe = backend.recipe(jobs)
     recipe.write(jobs[0].folder)
     try:
-        return place.submit(jobs, recipe)
+        return backend.submit(jobs, recipe)
     except ValueError:
         for job in jobs:
-            if not Job.load(job.folder).handle:  # it never became one
+            if not Job.load(job.folder).handle:  # never submitted
                 shutil.rmtree(job.folder)
         raise

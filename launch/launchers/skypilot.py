@@ -1,7 +1,7 @@
-"""A run through SkyPilot: one cluster for each run, on any cloud, with a process on each node.
+"""SkyPilot launcher: one cluster per run on any cloud, with one process per node.
 
-Values of secrets are read by `sky` from this shell's environment. A cluster that has no work is deleted after
-`launcher.autostop` minutes; run folders outlive it in `launcher.bucket`.
+`sky` reads the values of secrets from the environment of this shell. An idle cluster is deleted after
+`launcher.autostop` minutes; run folders persist in `launcher.bucket`.
 """
 
 import shlex
@@ -16,7 +16,7 @@ from launch.launchers.base import Launcher
 from launch.launchers.job import Job, Recipe, check_output, public_name, restarted, run_command
 
 FILE = "task.yaml"
-HOME = "~/meshwright"  # on a node: where processes are called
+HOME = "~/meshwright"  # working directory of the processes on a node
 
 
 def cluster(job: Job[SkypilotConfig]) -> str:
@@ -25,16 +25,16 @@ def cluster(job: Job[SkypilotConfig]) -> str:
 
 def launch(job: Job[SkypilotConfig]) -> list[str]:
     names = [word for entry in job.launcher.env if "=" not in entry for word in ("--secret", entry)]
-    stays = ["--idle-minutes-to-autostop", str(job.launcher.autostop), "--down", "--detach-run"]
-    return ["sky", "launch", "--yes", "--cluster", cluster(job), *stays, *names, str(job.folder / FILE)]
+    flags = ["--idle-minutes-to-autostop", str(job.launcher.autostop), "--down", "--detach-run"]
+    return ["sky", "launch", "--yes", "--cluster", cluster(job), *flags, *names, str(job.folder / FILE)]
 
 
-def written(job: Job[SkypilotConfig]) -> str:
+def task_yaml(job: Job[SkypilotConfig]) -> str:
     return yaml.dump(task(job), Dumper=_Blocks, sort_keys=False, width=120)
 
 
 class _Blocks(yaml.SafeDumper):
-    """Writes texts of several lines as they are."""
+    """Writes multi-line strings as literal block scalars."""
 
 
 def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -76,16 +76,16 @@ def install(launcher: SkypilotConfig) -> str:
 
 
 def _run(job: Job[SkypilotConfig]) -> str:
-    """On each node, in the folder of the code."""
+    """Returns the script that runs on each node, in the code folder."""
     launcher = job.launcher
-    join = {
+    distributed = {
         "JAX_COORDINATOR_ADDRESS": f'"$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{FIRST_PORT}"',
         "JAX_NUM_PROCESSES": '"$SKYPILOT_NUM_NODES"',
         "JAX_PROCESS_ID": '"$SKYPILOT_NODE_RANK"',
     }
     lines = [
         'export PYTHONPATH="$PWD"',
-        *(f"export {name}={value}" for name, value in join.items()),
+        *(f"export {name}={value}" for name, value in distributed.items()),
         f'job={HOME}/jobs/{public_name(job.run, job.number)}; mkdir -p "$job"; cd {HOME}',
         *restarted(shlex.join(job.command(launcher.python)), launcher.max_restarts),
         "exit $code",
@@ -94,17 +94,17 @@ def _run(job: Job[SkypilotConfig]) -> str:
 
 
 class SkypilotLauncher(Launcher[SkypilotConfig]):
-    """A cluster for each run."""
+    """Launches one cluster per run."""
 
     shares_disk = False
 
     def recipe(self, jobs: Sequence[Job[SkypilotConfig]]) -> Recipe:
-        """A task and its launch for each job; the file of a sweep's further jobs stands in their own folders."""
-        files = {FILE if job is jobs[0] else str(job.folder / FILE): written(job) for job in jobs}
+        """Returns a task file and a launch command per job, each file in the folder of its job."""
+        files = {FILE if job is jobs[0] else str(job.folder / FILE): task_yaml(job) for job in jobs}
         return Recipe(files, [launch(job) for job in jobs])
 
     def submit(self, jobs: Sequence[Job[SkypilotConfig]], recipe: Recipe) -> int:
-        """Raises: ValueError where sky refuses."""
+        """Raises ValueError if sky fails."""
         for job, command in zip(jobs, recipe.commands, strict=True):
             check_output(command)
             job = job.noted(cluster=cluster(job))
@@ -115,7 +115,10 @@ class SkypilotLauncher(Launcher[SkypilotConfig]):
         return f"cluster {cluster(job)}:\n{check_output(['sky', 'queue', cluster(job)])}"
 
     def logs(self, job: Job[SkypilotConfig], *, follow: bool) -> int:
-        """Of its newest task. Ctrl-C leaves it running. The exit code, as sky has it: 0 where the task succeeded."""
+        """Prints the log of the cluster's latest task. Ctrl-C leaves the task running.
+
+        Returns the exit code of `sky logs`: 0 if the task succeeded.
+        """
         try:
             return run_command(
                 ["sky", "logs", *([] if follow else ["--no-follow"]), cluster(job)], shown=True
@@ -126,4 +129,4 @@ class SkypilotLauncher(Launcher[SkypilotConfig]):
     def stop(self, job: Job[SkypilotConfig]) -> str:
         name, minutes = cluster(job), job.launcher.autostop
         check_output(["sky", "cancel", "--yes", "--all", name])
-        return f"cancelled; the cluster is deleted after {minutes} minutes, at once with: sky down {name}"
+        return f"cancelled; the cluster is deleted after {minutes} minutes; to delete it now: sky down {name}"

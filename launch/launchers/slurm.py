@@ -1,7 +1,7 @@
-"""A run as a SLURM batch job; a sweep as one array of them. Run folders lie on a disk that all nodes share.
+"""SLURM launcher: a run is a batch job, a sweep a job array. Run folders must be on a shared file system.
 
-The script asks to be queued again when its processes leave with 75 or are killed; SLURM itself does so when a node is
-lost. Exit code and the wish to stop pass through files beside the script, as SLURM forgets jobs after minutes.
+The batch script requeues itself when its processes exit with 75 or are killed; SLURM requeues it when a node is lost.
+Exit code and stop requests are files next to the script, because SLURM purges job records within minutes.
 """
 
 import re
@@ -24,38 +24,38 @@ from launch.launchers.job import (
 )
 
 SCRIPT = "job.sbatch"
-STOP, EXIT_CODE = "stop", "exit_code"  # files in the job's folder
-# Handed on beside what `launcher.env` names: where programs, their caches and the user's files are.
+STOP, EXIT_CODE = "stop", "exit_code"  # files in the job folder
+# Exported to the job in addition to `launcher.env`: locations of programs, caches and user files.
 EXPORTED = ("PATH", "LD_LIBRARY_PATH", "HOME", "USER", "LANG", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
-OTHERS_SECONDS = 60  # for the other processes, when one has ended; then they are killed
+OTHERS_SECONDS = 60  # seconds after the first process ends before srun kills the others
 
 
 def script(jobs: Sequence[Job[SlurmConfig]]) -> str:
-    """What sbatch is given. Of an array, each element finds its own job by its index."""
+    """Returns the batch script. In an array, each element selects its job by the array index."""
     launcher, array = jobs[0].launcher, len(jobs) > 1
-    choice = [_chosen(job) for job in jobs]
+    selection = [_job_variables(job) for job in jobs]
     if array:
-        choice = ["case $SLURM_ARRAY_TASK_ID in", *(f"{i}) {line} ;;" for i, line in enumerate(choice)), "esac"]
+        selection = ["case $SLURM_ARRAY_TASK_ID in", *(f"{i}) {line} ;;" for i, line in enumerate(selection)), "esac"]
     given = {name: value for name, value in jobs[0].environment().items() if name not in (MARK, "PYTHONPATH")}
     variables = [f'{MARK}="${{job##*/}}"', 'PYTHONPATH="$job/code"', *assignments(given)]
-    used_up = f"not restarted: launcher.max_restarts={launcher.max_restarts} is used up"
+    limit_reached = f"not restarted: launcher.max_restarts={launcher.max_restarts} reached"
     process = [launcher.python or ("python3" if launcher.image else jobs[0].python), "-P", "-m", "launch.cli"]
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in options(jobs)),
         "",
-        *choice,
+        *selection,
         f"export {' '.join(variables)}",
         "restarts=${SLURM_RESTART_COUNT:-0}",
-        f'rm -f "$job/{EXIT_CODE}"  # of an earlier start',
+        f'rm -f "$job/{EXIT_CODE}"  # from an earlier attempt',
         'end() { echo "$1" > "$job/' + EXIT_CODE + '"; exit "$1"; }',
-        # Not so when it was cancelled, or SLURM itself has queued it again.
+        # False if the job was cancelled or SLURM has already requeued it.
         'running() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q JobState=RUNNING; }',
         f'if [ "$restarts" -gt {launcher.max_restarts} ]; then',
-        f'  echo "meshwright: {used_up}"',
+        f'  echo "meshwright: {limit_reached}"',
         f"  end {exit_codes.FAILED}",
         "fi",
-        "trap : TERM  # it is for the processes, which save; this script waits for them",
+        "trap : TERM  # handled by the processes, which save a checkpoint; this script waits for them",
         "",
         " \\\n  ".join([*_srun(jobs[0]), shlex.join(process) + ' "${arguments[@]}"']),
         "code=$?",
@@ -67,7 +67,7 @@ def script(jobs: Sequence[Job[SlurmConfig]]) -> str:
         '    scontrol requeue "$SLURM_JOB_ID"',
         "    exit $code",
         "  fi",
-        f'  echo "meshwright: ended with $code; {used_up}"',
+        f'  echo "meshwright: ended with $code; {limit_reached}"',
         "fi",
         "end $code",
     ]
@@ -75,7 +75,7 @@ def script(jobs: Sequence[Job[SlurmConfig]]) -> str:
 
 
 def options(jobs: Sequence[Job[SlurmConfig]]) -> list[str]:
-    """Of sbatch, for the script's head."""
+    """Returns the #SBATCH options of the script."""
     job, launcher = jobs[0], jobs[0].launcher
     given = {
         "job-name": f"meshwright-{public_name(job.run, job.number)}",
@@ -102,12 +102,12 @@ def options(jobs: Sequence[Job[SlurmConfig]]) -> list[str]:
     ]
 
 
-def _chosen(job: Job[SlurmConfig]) -> str:
+def _job_variables(job: Job[SlurmConfig]) -> str:
     return f"job={shlex.quote(str(job.folder))} arguments=({shlex.join([job.task, *job.arguments])})"
 
 
 def _srun(job: Job[SlurmConfig]) -> list[str]:
-    """Up to the interpreter. The environment is this script's own, in an image too."""
+    """Returns the srun command up to the interpreter. The environment is that of the script, also in containers."""
     launcher = job.launcher
     words = [f"srun --export=ALL --kill-on-bad-exit=0 --wait={OTHERS_SECONDS} --label"]
     if launcher.image is None:
@@ -126,20 +126,20 @@ def _srun(job: Job[SlurmConfig]) -> list[str]:
     return [*words, shlex.join(["apptainer", "exec", *gpus, *binds])]
 
 
-def described(shown: str) -> str:
-    """`scontrol show job --oneliner` in a few words."""
-    fields = dict(re.findall(r"(\w+)=(\S*)", shown))
-    word = fields.get("JobState", "unknown")
+def described(output: str) -> str:
+    """Returns the job state from the output of `scontrol show job --oneliner` as short text."""
+    fields = dict(re.findall(r"(\w+)=(\S*)", output))
+    state = fields.get("JobState", "unknown")
     restarts = "" if fields.get("Restarts", "0") == "0" else f", restart {fields['Restarts']}"
-    if word == "PENDING":
+    if state == "PENDING":
         return f"PENDING ({fields.get('Reason', '')}){restarts}"
-    if word == "RUNNING":
+    if state == "RUNNING":
         return f"RUNNING on {fields.get('NodeList', '')}{restarts}"
-    return word
+    return state
 
 
 class SlurmLauncher(ClusterLauncher[SlurmConfig]):
-    """One batch job, or an array for the jobs of a sweep."""
+    """Submits one batch job, or a job array for a sweep."""
 
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "GONE")
     pause = 2.0
@@ -150,18 +150,18 @@ class SlurmLauncher(ClusterLauncher[SlurmConfig]):
         return Recipe({SCRIPT: script(jobs)}, [["sbatch", "--parsable", exported, str(jobs[0].folder / SCRIPT)]])
 
     def start(self, jobs: Sequence[Job[SlurmConfig]], recipe: Recipe) -> Iterator[tuple[Job[SlurmConfig], str]]:
-        """Raises: ValueError where sbatch refuses."""
+        """Raises ValueError if sbatch fails."""
         number = check_output(recipe.commands[0]).split(";")[0]  # NUMBER;CLUSTER
         suffixes = [f"_{i}" for i in range(len(jobs))] if len(jobs) > 1 else [""]
-        noted = [
+        submitted = [
             job.noted(id=number + suffix, log=f"{jobs[0].log}{suffix}")
             for job, suffix in zip(jobs, suffixes, strict=True)
         ]
-        for job in noted:
+        for job in submitted:
             yield job, f"is {self.label(job)}, log: {job.handle['log']}"
 
     def log_view(self, jobs: Sequence[Job[SlurmConfig]]) -> Callable[[str], None]:
-        """Of one job its log, of several none."""
+        """Tails the log of a single job; prints nothing for several jobs."""
         tail = LogTail(jobs[0].log) if len(jobs) == 1 else None
         return lambda state: None if tail is None else tail.show()
 
@@ -169,14 +169,14 @@ class SlurmLauncher(ClusterLauncher[SlurmConfig]):
         return f"SLURM job {job.handle['id']}"
 
     def state(self, job: Job[SlurmConfig]) -> str:
-        """With nodes or the reason for waiting; GONE where SLURM has forgotten the job."""
+        """Returns the state with node list or pending reason; GONE if SLURM no longer knows the job."""
         found = run_command(["scontrol", "show", "job", "--oneliner", job.handle["id"]])
         if found.returncode:
             return "GONE" if "Invalid job id" in found.stderr else f"unknown: {found.stderr.strip()}"
         return described(found.stdout)
 
     def exit_code(self, job: Job[SlurmConfig], state: str) -> int:
-        """What the script noted at its end; without it, from the state."""
+        """Returns the exit code written by the batch script, or else the one implied by the state."""
         file = job.folder / EXIT_CODE
         return int(file.read_text()) if file.exists() else super().exit_code(job, state)
 
@@ -190,10 +190,10 @@ class SlurmLauncher(ClusterLauncher[SlurmConfig]):
         return show_log(Path(job.handle["log"]), follow=follow, ended=lambda: self.is_over(self.state(job)))
 
     def stop(self, job: Job[SlurmConfig]) -> str:
-        """One that waits is cancelled; one that runs saves first, and is not queued again."""
+        """Cancels a pending job; a running one saves a checkpoint first and is not requeued."""
         (job.folder / STOP).touch()
         if self.state(job).startswith("RUNNING"):
             check_output(["scancel", "--signal=TERM", job.handle["id"]])
-            return f"told {self.label(job)} to save and end"
+            return f"asked {self.label(job)} to save a checkpoint and exit"
         check_output(["scancel", job.handle["id"]])
         return f"cancelled {self.label(job)}"

@@ -1,6 +1,6 @@
-"""Starting the processes of a job again, where this process sees them all: on this machine, or through Ray.
+"""Supervises and restarts the processes of a job, on this machine or through Ray.
 
-When one is lost the others cannot go on without it, so all end and all begin again, from the newest checkpoint.
+When one process is lost the others cannot continue, so all are stopped and restarted from the latest checkpoint.
 """
 
 import os
@@ -19,19 +19,19 @@ from launch.launchers.base import Launcher, say, show_log
 from launch.launchers.job import Config, Job, Recipe, secrets
 from launch.startup_timing import began
 
-GRACE_SECONDS = 10.0  # for the others, when one has died: they may wait for it in a collective for ever
+GRACE_SECONDS = 10.0  # for the other processes after one has died: they may block in a collective forever
 
 Attempt = Callable[[int], "Ended"]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How one start of all processes ended."""
+    """Outcome of one attempt to run all processes."""
 
-    code: int  # of the process that went first; below 0: by this signal
+    code: int  # exit code of the process that failed first; negative: signal number
     why: str = ""
-    process: int = 0  # which one that was
-    asked: bool = False  # somebody wanted it to end
+    process: int = 0  # index of that process
+    asked: bool = False  # a signal requested the stop
 
 
 def supervise(
@@ -43,29 +43,28 @@ def supervise(
     saved_step: Callable[[], int | None],
     say: Callable[[str], None],
 ) -> int:
-    """Calls `attempt(number of processes)` until it ends well, or another start makes no sense. Returns the exit code.
+    """Calls `attempt(number of processes)` until it succeeds or a restart cannot help. Returns the exit code.
 
-    `saved_step`: of the newest checkpoint. `elastic`: two ends in a row that brought no newer one halve the number, and
-    again where the run's mesh cannot do with that.
+    `saved_step`: returns the step of the latest checkpoint. `elastic`: halves the number of processes after two
+    consecutive attempts without a new checkpoint, and again if the mesh does not divide over the reduced number.
     """
-    restarts, in_vain, halved = 0, 0, False
+    restarts, no_progress, halved = 0, 0, False
     while True:
         before = saved_step()
         ended = attempt(count)
-        too_few = halved and count > 1 and ended.code == exit_codes.WRONG_INPUT  # the mesh does not divide
-        if ended.asked or not (too_few or exit_codes.is_restartable(ended.code)):
+        indivisible = halved and count > 1 and ended.code == exit_codes.WRONG_INPUT  # mesh does not fit `count`
+        if ended.asked or not (indivisible or exit_codes.is_restartable(ended.code)):
             return as_exit_code(ended.code)
         if restarts == max_restarts:
             if max_restarts:
-                say(f"{ended.why}; not restarted: launcher.max_restarts={max_restarts} is used up")
+                say(f"{ended.why}; not restarted: launcher.max_restarts={max_restarts} reached")
             return as_exit_code(ended.code)
         restarts += 1
         step = saved_step()
-        in_vain = in_vain + 1 if step == before else 0
-        if elastic and count > 1 and (in_vain >= 2 or too_few):
-            count, in_vain, halved = count // 2, 0, True
-        place = "the beginning" if step is None else f"step {step}"
-        say(f"{ended.why}; restart {restarts} of {max_restarts} with {processes(count)}, from {place}")
+        no_progress = no_progress + 1 if step == before else 0
+        if elastic and count > 1 and (no_progress >= 2 or indivisible):
+            count, no_progress, halved = count // 2, 0, True
+        say(f"{ended.why}; restart {restarts} of {max_restarts} with {processes(count)}, from step {step or 0}")
 
 
 def watch(
@@ -75,31 +74,32 @@ def watch(
     kill_all: Callable[[], None],
     pause: float = 0.05,
 ) -> Ended:
-    """Waits for all processes; passes signals on; stops the rest when one has failed.
+    """Waits for all processes, forwards signals to them, and stops the rest when one has failed.
 
-    `codes`: how each process ended, None while it runs. `end_all` tells those that run to save and end.
+    `codes`: returns the exit code of each process, None while it runs. `end_all`: asks the running processes to save a
+    checkpoint and exit.
     """
     asked = False
 
-    def pass_on(number: int, frame: object) -> None:
+    def forward_signal(number: int, frame: object) -> None:
         nonlocal asked
         asked = True
         end_all()
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, forward_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     first: tuple[int, int] | None = None
-    killed_at = 0.0
+    kill_time = 0.0
     try:
         while True:
             found = codes()
             failed = {i: code for i, code in enumerate(found) if code}
             if failed and first is None:
-                first, killed_at = first_end(failed), time.monotonic() + GRACE_SECONDS
+                first, kill_time = first_end(failed), time.monotonic() + GRACE_SECONDS
                 if first[1] not in (exit_codes.PREEMPTED, exit_codes.WRONG_INPUT):
-                    end_all()  # who is preempted or told a mistake leaves together with the others
+                    end_all()  # on preemption or wrong input all processes exit without being asked
             if None not in found:
                 break
-            if first is not None and time.monotonic() > killed_at:
+            if first is not None and time.monotonic() > kill_time:
                 kill_all()
             time.sleep(pause)
     finally:
@@ -109,7 +109,7 @@ def watch(
     if first is None:
         return Ended(0)
     index, code = first
-    return Ended(code, f"process {index} {in_words(code)}", index, asked)
+    return Ended(code, f"process {index} {exit_description(code)}", index, asked)
 
 
 def as_exit_code(code: int) -> int:
@@ -120,8 +120,8 @@ def processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
 
-def in_words(code: int) -> str:
-    """How a process ended, by its code."""
+def exit_description(code: int) -> str:
+    """Returns a description of an exit code."""
     if code == exit_codes.PREEMPTED:
         return "was preempted"
     if code >= 0:
@@ -133,9 +133,9 @@ def in_words(code: int) -> str:
 
 
 def first_end(codes: Mapping[int, int]) -> tuple[int, int]:
-    """Of processes that were found ended at once, badly: whose end led to the others', and its code.
+    """Returns index and exit code of the process that most likely failed first, from those found at the same time.
 
-    Who was killed could say nothing, and those who say 1 may have missed it.
+    Prefers processes killed by a signal: the others may exit with 1 because they lost that peer.
     """
     index = min(codes, key=lambda i: (codes[i] >= 0, codes[i] not in (exit_codes.WRONG_INPUT, exit_codes.FAILED), i))
     return index, codes[index]
@@ -143,18 +143,18 @@ def first_end(codes: Mapping[int, int]) -> tuple[int, int]:
 
 def saved_step_of(job: Job) -> Callable[[], int | None]:
     checkpoints = job.folder.parents[1] / "checkpoints"
-    runs = next((a.partition("=")[2] for a in reversed(job.arguments) if a.startswith("output_dir=")), "")
-    store = Store(f"{runs}/{job.run}/checkpoints") if is_url(runs) else None
+    output_dir = next((a.partition("=")[2] for a in reversed(job.arguments) if a.startswith("output_dir=")), "")
+    store = Store(f"{output_dir}/{job.run}/checkpoints") if is_url(output_dir) else None
 
-    def newest() -> int | None:
+    def latest() -> int | None:
         names = store.folders() if store else [path.name for path in checkpoints.glob("*")]
         return max((int(name) for name in names if name.isdigit()), default=None)
 
-    return newest
+    return latest
 
 
 def supervise_job(job: Job[LocalConfig] | Job[RayConfig], attempt: Attempt, count: int) -> int:
-    """Supervises `count` processes as the job's settings say, and records the exit code, which it returns."""
+    """Supervises `count` processes with the job's settings. Records and returns the exit code."""
     code = supervise(
         attempt,
         count=count,
@@ -168,14 +168,14 @@ def supervise_job(job: Job[LocalConfig] | Job[RayConfig], attempt: Attempt, coun
 
 
 class SupervisedLauncher(Launcher[Config]):
-    """A launcher whose jobs have a supervisor on this machine: this process, or one in the background."""
+    """A launcher whose jobs are supervised on this machine, by this process or a background process."""
 
     @abstractmethod
     def carry_out(self, job: Job[Config]) -> int:
-        """Starts the processes, and again where that helps; returns the exit code."""
+        """Starts the processes and restarts them on recoverable failures. Returns the exit code."""
 
     def submit(self, jobs: Sequence[Job[Config]], recipe: Recipe) -> int:
-        """One job after the other in this process; those of `launcher.follow=false` at once, in the background."""
+        """Runs the jobs one after another; with `launcher.follow=false`, concurrently in the background."""
         codes = []
         for job in jobs:
             if job.launcher.follow:
@@ -189,7 +189,9 @@ class SupervisedLauncher(Launcher[Config]):
         if alive(job):
             return f"running, process {job.handle['pid']} on {job.handle['host']}"
         code = job.handle.get("code")
-        return "ended without a word: killed, or the machine was" if code is None else f"ended with {code}"
+        if code is None:
+            return "ended without an exit code: the supervisor was killed or the machine restarted"
+        return f"ended with {code}"
 
     def logs(self, job: Job[Config], *, follow: bool) -> int:
         return show_log(job.log, follow=follow, ended=lambda: not alive(job))
@@ -198,10 +200,10 @@ class SupervisedLauncher(Launcher[Config]):
         if not alive(job):
             return self.status(job)
         os.kill(job.handle["pid"], signal.SIGTERM)
-        return f"told process {job.handle['pid']} to save and end"
+        return f"asked process {job.handle['pid']} to save a checkpoint and exit"
 
 
-# A supervisor in the background, and how a process is found again
+# Background supervisors and process identity
 
 
 def supervisor_command(job: Job) -> list[str]:
@@ -209,7 +211,7 @@ def supervisor_command(job: Job) -> list[str]:
 
 
 def detach(job: Job, variables: Mapping[str, str]) -> None:
-    """Starts a supervisor for the job that outlives this process."""
+    """Starts a supervisor of the job that keeps running after this process ends."""
     with open(job.log, "ab") as log:
         child = subprocess.Popen(
             supervisor_command(job),
@@ -224,23 +226,23 @@ def detach(job: Job, variables: Mapping[str, str]) -> None:
 
 
 def alive(job: Job) -> bool:
-    """Whether the supervisor still runs.
+    """Returns whether the job's supervisor is running.
 
-    Raises: ValueError where it is on another machine.
+    Raises: ValueError if it was started on another machine.
     """
     host = job.handle.get("host")
     if host not in (None, os.uname().nodename):
-        raise ValueError(f"run={job.run}: its job {job.number} was started on {host}; ask there")
+        raise ValueError(f"run={job.run}: job {job.number} was started on {host}; run this command on that machine")
     return is_alive(job.handle)
 
 
 def identity(pid: int) -> dict[str, Any]:
-    """A process, so that it is known again."""
+    """Returns process ID, start time and host, which identify a process even if its ID is reused."""
     return {"pid": pid, "began": began(pid), "host": os.uname().nodename}
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine is still the same one."""
+    """Returns whether the process with this `identity` is still running on this machine."""
     if process.get("pid") is None or process.get("host") != os.uname().nodename:
         return False
     try:

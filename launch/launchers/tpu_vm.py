@@ -1,8 +1,8 @@
-"""A run on a Cloud TPU slice: a queued resource, and each worker of it over ssh, all through gcloud.
+"""Cloud TPU launcher: requests a slice as a queued resource and starts its workers over ssh, with gcloud.
 
-A script on every worker starts its process, and again where that helps, so that this machine may be switched off. It
-gets the secrets on its input. What only this machine can do, while it follows: ask for another slice when a spot slice
-was taken away. Run folders are on the workers' disks unless `output_dir=` says where they share one.
+A script on every worker starts and restarts its process, so this machine may be switched off. The script reads secrets
+from its standard input. Replacing a preempted spot slice works only while this machine follows the job. Run folders are
+on the workers' local disks unless `output_dir=` names shared storage.
 """
 
 import json
@@ -28,19 +28,19 @@ from launch.launchers.job import (
 from launch.launchers.supervisor import Ended, supervise
 
 SCRIPT = "worker.sh"
-HOME = "meshwright"  # on a worker, in the user's home: where processes are called
+HOME = "meshwright"  # working directory of the processes, in the worker's home directory
 READY, OVER = "ACTIVE", ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
-WORKER = "WORKER"  # in a recipe, where each has a command of its own
-PAUSE = 20.0  # seconds between looks
+WORKER = "WORKER"  # placeholder for the worker index in a recipe
+PAUSE = 20.0  # polling interval in seconds
 
 
 def tpu(job: Job[TpuVmConfig]) -> str:
-    """The name of the slice: jobs of a run share it."""
+    """Returns the name of the slice, which all jobs of a run share."""
     return job.launcher.name or public_name(job.run)
 
 
 def place(job: Job[TpuVmConfig]) -> str:
-    return f"jobs/{public_name(job.run, job.number)}"  # in HOME
+    return f"jobs/{public_name(job.run, job.number)}"  # relative to HOME
 
 
 def commands(job: Job[TpuVmConfig]) -> list[list[str]]:
@@ -58,8 +58,8 @@ def commands(job: Job[TpuVmConfig]) -> list[list[str]]:
 def create(job: Job[TpuVmConfig]) -> list[str]:
     launcher = job.launcher
     kind = [f"--accelerator-type={launcher.accelerator}", f"--runtime-version={launcher.runtime}"]
-    how = ["--spot"] * launcher.spot + ["--reserved"] * launcher.reserved
-    return queued(job, "create", f"--node-id={tpu(job)}", *kind, *how)
+    capacity = ["--spot"] * launcher.spot + ["--reserved"] * launcher.reserved
+    return queued(job, "create", f"--node-id={tpu(job)}", *kind, *capacity)
 
 
 def queued(job: Job[TpuVmConfig], verb: str, *flags: str) -> list[str]:
@@ -85,7 +85,7 @@ def _where(job: Job[TpuVmConfig]) -> list[str]:
 
 
 def script(job: Job[TpuVmConfig]) -> str:
-    """What runs on each worker. Its input: NAME=VALUE of each secret, with a null byte behind it."""
+    """Returns the script that runs on each worker. It reads null-terminated NAME=VALUE secrets from standard input."""
     launcher = job.launcher
     given = {name: value for name, value in job.environment().items() if name != "PYTHONPATH"}
     return "\n".join(
@@ -99,7 +99,7 @@ def script(job: Job[TpuVmConfig]) -> str:
             *(f"  {line}" for line in restarted(shlex.join(job.command(launcher.python)), launcher.max_restarts)),
             '  echo $code > "$job/exit_code"',
             "}",
-            "trap '' HUP  # the connection ends, the work goes on",
+            "trap '' HUP  # keep running after the ssh connection closes",
             'work > "$job/log" 2>&1 < /dev/null &',
             'echo $! > "$job/supervisor"',
             "",
@@ -108,21 +108,21 @@ def script(job: Job[TpuVmConfig]) -> str:
 
 
 def attempt(job: Job[TpuVmConfig]) -> Ended:
-    """Starts the workers and shows the first one's log to the end, of the job or of the slice."""
+    """Starts the workers and follows the log of worker 0 until the job or the slice ends."""
     start(job)
     while True:
         show_log(job, follow=True)
         found = state(job)
         if found != READY:
-            return Ended(exit_codes.PREEMPTED, f"the TPU {tpu(job)} was taken away: {found}")
+            return Ended(exit_codes.PREEMPTED, f"TPU {tpu(job)} was preempted: {found or 'not found'}")
         code = check_output(ssh(job, "0", f"cat {HOME}/{place(job)}/exit_code 2> /dev/null || true"))
-        if code:  # of a script that starts its process again by itself: no other start is worth it
+        if code:  # the worker script has already restarted its process where that could help
             return Ended(int(code), f"worker 0 ended with {code}", asked=True)
-        time.sleep(PAUSE)  # the connection was lost
+        time.sleep(PAUSE)  # the ssh connection was lost
 
 
 def start(job: Job[TpuVmConfig]) -> None:
-    """Asks for the slice where there is none, waits for it, and starts every worker."""
+    """Requests the slice unless it exists, waits until it is ready, and starts every worker."""
     values = "".join(f"{name}={value}\0" for name, value in secrets(job.launcher, os.environ).items())
     make, _, folder, copy, unpack, work = commands(job)
     found = state(job)
@@ -139,19 +139,22 @@ def start(job: Job[TpuVmConfig]) -> None:
 
 
 def wait_for_slice(job: Job[TpuVmConfig]) -> None:
-    """Raises: ValueError where the request came to nothing."""
-    told = ""
+    """Raises ValueError if the queued resource fails or is deleted."""
+    previous = ""
     while (found := state(job)) != READY:
         if found in OVER:
-            raise ValueError(f"launcher=tpu_vm: the queued resource {tpu(job)} is {found}")
-        if found != told:
+            raise ValueError(
+                f"launcher=tpu_vm: the queued resource {tpu(job)} is {found}; submit again, or choose another "
+                "launcher.zone or launcher.accelerator"
+            )
+        if found != previous:
             say(f"TPU {tpu(job)}: {found}")
-            told = found
+            previous = found
         time.sleep(PAUSE)
 
 
 def state(job: Job[TpuVmConfig]) -> str:
-    """Of the queued resource; empty where there is none."""
+    """Returns the state of the queued resource; empty if there is none."""
     try:
         return check_output(queued(job, "describe", "--format=value(state.state)"))
     except ValueError as error:
@@ -165,7 +168,7 @@ def num_workers(job: Job[TpuVmConfig]) -> int:
 
 
 def show_log(job: Job[TpuVmConfig], *, follow: bool) -> int:
-    """Of worker 0."""
+    """Prints the log of worker 0."""
     show = "tail -n +1 -F log --pid=$(cat supervisor)" if follow else "cat log"
     return run_command(ssh(job, "0", f"cd {HOME}/{place(job)} && {show}"), shown=True).returncode
 
@@ -175,20 +178,21 @@ def stop_requested(job: Job[TpuVmConfig]) -> str:
 
 
 class TpuVmLauncher(Launcher[TpuVmConfig]):
-    """One job at a time on a slice; while this process follows it, a slice that was taken away is asked for again."""
+    """Runs one job at a time on a slice. A preempted slice is requested again while this process follows the job."""
 
     shares_disk = False
 
     def recipe(self, jobs: Sequence[Job[TpuVmConfig]]) -> Recipe:
-        """The script of the workers, and the commands in their order; the last one once for each worker."""
+        """Returns the worker script and the commands in order; the last one is run once per worker."""
         files = {SCRIPT: script(jobs[0])} if len(jobs) == 1 else {}
         return Recipe(files, [command for job in jobs for command in commands(job)])
 
     def submit(self, jobs: Sequence[Job[TpuVmConfig]], recipe: Recipe) -> int:
-        """Raises: ValueError where gcloud refuses, or a sweep is asked for."""
+        """Raises ValueError for a sweep, or if gcloud fails."""
         if len(jobs) > 1:
             raise ValueError(
-                f"launcher=tpu_vm: a slice has one job at a time, and this sweep has {len(jobs)}; give them singly"
+                f"launcher=tpu_vm: a slice runs one job at a time, but this sweep has {len(jobs)}; submit them "
+                "separately"
             )
         [job] = jobs
         job.pack()
@@ -212,14 +216,15 @@ class TpuVmLauncher(Launcher[TpuVmConfig]):
     def status(self, job: Job[TpuVmConfig]) -> str:
         found = state(job)
         if found != READY:
-            return f"TPU {tpu(job)}: {found or 'not there'}"
-        look = f'cd {HOME}/{place(job)}; [ -e exit_code ] && echo "ended with $(cat exit_code)" || echo running'
-        return f"TPU {tpu(job)}: {check_output(ssh(job, '0', look))}"
+            return f"TPU {tpu(job)}: {found or 'not found'}"
+        query = f'cd {HOME}/{place(job)}; [ -e exit_code ] && echo "ended with $(cat exit_code)" || echo running'
+        return f"TPU {tpu(job)}: {check_output(ssh(job, '0', query))}"
 
     def logs(self, job: Job[TpuVmConfig], *, follow: bool) -> int:
         return show_log(job, follow=follow)
 
     def stop(self, job: Job[TpuVmConfig]) -> str:
-        """The slice stays, and costs: the answer says how to delete it."""
+        """Stops all workers. The slice is kept and billed; the returned message says how to delete it."""
         check_output(ssh(job, "all", stop_requested(job)))
-        return f"told all workers to save and end; delete the TPU with: {shlex.join(queued(job, 'delete', '--force'))}"
+        delete = shlex.join(queued(job, "delete", "--force"))
+        return f"asked all workers to save a checkpoint and exit; delete the TPU with: {delete}"

@@ -1,1 +1,1 @@
-"""What a run will need and how long it will take, before it is started."""
+"""Estimates memory, communication, step time and cost of a run before it is started."""

@@ -1,7 +1,7 @@
-"""A plan by arithmetic: memory, traffic and time of one training step, from shapes alone.
+"""Analytical plan: memory, communication and time of one training step, from shapes alone.
 
-The training step itself is traced, as one device would run it (`shapes.local_shapes`), and walked
-(`launch/planning/jaxpr_cost.py`); what devices send each other follows from how parameters and activations are cut.
+The training step is traced with the shapes of one device (`local_shapes.local_shapes`) and its jaxpr is analyzed
+(`launch/planning/jaxpr_cost.py`); communication follows from the sharding of parameters and activations.
 """
 
 import math
@@ -32,22 +32,22 @@ from models.flops import flops_per_token, num_active_params, num_params
 from models.pipeline_parallel import Schedule, schedule_over
 from trainer.mesh import AXES, abstract_mesh, with_pipeline
 
-# What remains of the data sheets' figures in programs that are large and well shaped.
+# Achievable fractions of the data sheet figures, for large and well-shaped programs.
 MATMUL = {"tpu": 0.85, "cuda": 0.72, "cpu": 0.85}
 MEMORY = 0.8
 NETWORK = 0.75
-PACKED = 1.15  # what XLA's GPU backend allocates for gradients laid out anew, over their sum
-USABLE = 0.94  # of a device's memory: the rest is the runtime's
+PACKED = 1.15  # allocation of XLA's GPU backend for re-laid-out gradients, relative to their total size
+USABLE = 0.94  # fraction of device memory available to programs; the runtime uses the rest
 
 
 class Memory(NamedTuple):
-    """Bytes on the device that holds most."""
+    """Memory use in bytes of the most loaded device."""
 
     parameters: float
     optimizer: float
-    frozen: float  # bases of adapters, references, teachers
+    frozen: float  # adapter bases, reference models, teachers
     gradients: float
-    activations: float  # kept for the backward pass
+    activations: float  # saved for the backward pass
     logits: float
     temporary: float
     batch: float
@@ -58,36 +58,36 @@ class Memory(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What one device sends in a step along one mesh axis."""
+    """Data sent by one device in a step along one mesh axis."""
 
-    axis: str  # or "host": its memory
+    axis: str  # mesh axis; "host": transfers to and from host memory
     kind: str
     what: str
-    count: int  # collectives
+    count: int  # number of collectives
     bytes: float
     seconds: float
-    hidden: bool  # may run beside the computation
+    hidden: bool  # may overlap with computation
 
 
 @dataclass
 class Plan:
-    """What is known of a run on a target."""
+    """Estimated properties of a run on a target."""
 
     target: Target
     mesh: dict[str, int]
     remat: str
     batch_size: int
     num_microbatches: int
-    schedule: Schedule | None  # of microbatches through stages, where there are any
+    schedule: Schedule | None  # pipeline schedule, if the mesh has stages
     tokens_per_step: int
     parameters: dict[str, int]
     active_parameters: int
     trainable_parameters: int
-    flops_per_token: float  # of the model, see `models/flops.py`
+    flops_per_token: float  # model FLOPs, see `models/flops.py`
     memory: Memory
     traffic: list[Traffic]
-    compute_seconds: float  # products alone, on the units of multiplication
-    device_seconds: float  # with what waits for memory: of each step of the program the slower of both
+    compute_seconds: float  # matmuls only, at the achievable FLOP rate
+    device_seconds: float  # roofline: the slower of compute and memory bandwidth for each operation
     work: Cost
 
     @property
@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def exposed_seconds(self) -> float:
-        """Of the network: what must be waited for, and what does not fit beside the computation."""
+        """Communication time that does not overlap with computation."""
         hidden = sum(t.seconds for t in self.traffic if t.hidden)
         return sum(t.seconds for t in self.traffic if not t.hidden) + max(0.0, hidden - 0.9 * self.device_seconds)
 
@@ -123,9 +123,9 @@ class Plan:
 
 
 def estimate(config: RunConfig, target: Target, models: Mapping[str, ModelConfig] | None = None) -> Plan:
-    """The plan of a run on `target`; `config.mesh` must fit it.
+    """Returns the plan of a run on `target`, whose number of devices must match `config.mesh`.
 
-    Raises: ValueError where mesh, batch and model do not go together.
+    Raises: ValueError if mesh, batch and model are incompatible.
     """
     hardware, task = target.hardware, config.task
     assert isinstance(task, TrainConfig)
@@ -134,36 +134,36 @@ def estimate(config: RunConfig, target: Target, models: Mapping[str, ModelConfig
     rows = config.data.batch_size // task.gradient_accumulation_steps
     config = replace(config, model=with_pipeline(config.model, rows, mesh, config.sharding))
     models = frozen_configs(config) if models is None else models
-    whole = shapes_of(config, mesh, models)
+    full = shapes_of(config, mesh, models)
     local, jaxpr = _traced(config, mesh, models, hardware.platform)
-    found = _walked(config, hardware, whole, local, jaxpr, sizes)
-    model = whole.core.model
-    tokens = math.prod(whole.batch.tokens.shape)
-    around = _elsewhere(config, model, sizes, tokens) / target.num_devices / hardware.flops
-    adaptation = whole.core.adaptation
-    trainable = sum(leaf.size for leaf in jax.tree.leaves(whole.core.abstract.params))
+    found = _walked(config, hardware, full, local, jaxpr, sizes)
+    model = full.core.model
+    tokens = math.prod(full.batch.tokens.shape)
+    remote = _ring_attention_flops(config, model, sizes, tokens) / target.num_devices / hardware.flops
+    adaptation = full.core.adaptation
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(full.core.abstract.params))
     return Plan(
         target=target,
         mesh=sizes,
         remat=model.remat.name,
         batch_size=config.data.batch_size,
         num_microbatches=task.gradient_accumulation_steps,
-        schedule=schedule_over(model.pipeline, whole.core.constrain),
+        schedule=schedule_over(model.pipeline, full.core.constrain),
         tokens_per_step=tokens,
         parameters=num_params(model),
         active_parameters=num_active_params(model),
         trainable_parameters=trainable,
         flops_per_token=flops_per_token(model, config.data.seq_len, None if adaptation is None else trainable),
-        memory=_memory(whole, local, found, hardware.platform),
-        traffic=[*_traffic(config, target, whole, sizes), *_to_host(whole, found, hardware)],
-        compute_seconds=(found.flops / hardware.flops + around) / MATMUL[hardware.platform],
-        device_seconds=found.seconds + around / MATMUL[hardware.platform],
+        memory=_memory(full, local, found, hardware.platform),
+        traffic=[*_traffic(config, target, full, sizes), *_to_host(full, found, hardware)],
+        compute_seconds=(found.flops / hardware.flops + remote) / MATMUL[hardware.platform],
+        device_seconds=found.seconds + remote / MATMUL[hardware.platform],
         work=found,
     )
 
 
-def _elsewhere(config: RunConfig, model: ModelConfig, sizes: Mapping[str, int], tokens: int) -> float:
-    """FLOPs of attention to keys that come around from other devices: a share of a row alone has none of them."""
+def _ring_attention_flops(config: RunConfig, model: ModelConfig, sizes: Mapping[str, int], tokens: int) -> float:
+    """Returns the FLOPs of attention to keys of other devices, which the trace of one device does not contain."""
     length = config.data.seq_len
     own = length // product(sizes, config.sharding.length)
     if own == length:
@@ -172,9 +172,9 @@ def _elsewhere(config: RunConfig, model: ModelConfig, sizes: Mapping[str, int], 
 
 
 def _walked(
-    config: RunConfig, hardware: Hardware, whole: Shapes, local: Shapes, jaxpr: Any, sizes: Mapping[str, int]
+    config: RunConfig, hardware: Hardware, full: Shapes, local: Shapes, jaxpr: Any, sizes: Mapping[str, int]
 ) -> Cost:
-    shares = _shares(whole, local)
+    shares = _shares(full, local)
     speed = hardware.flops * MATMUL[hardware.platform]
     bandwidth = hardware.memory_bandwidth * MEMORY
     copies = gathered_copies(config, sizes)
@@ -192,14 +192,17 @@ _last: dict[str, tuple[Shapes, Any]] = {}
 
 
 def _traced(config: RunConfig, mesh: Any, models: Mapping[str, ModelConfig], platform: str) -> tuple[Shapes, Any]:
-    """One device's share and the jaxpr of its step. Meshes that differ only in who keeps what have them in common."""
+    """Returns the shapes of one device and the jaxpr of its step.
+
+    Cached, because meshes that differ only in how parameters are stored have both in common.
+    """
     sizes = dict(mesh.shape)
     rows_cut = sizes["context"] > 1
     if (
         kernels.select_implementation(config.model, config.data.seq_len, platform, rows_cut=rows_cut)
         is not AttentionImplementation.xla
     ):
-        # As if by blocks of plain operations, which hold and compute as much: a kernel's inside is not seen.
+        # Replaces the attention kernel, which the trace cannot see into, by blockwise XLA attention of equal cost.
         attention = replace(
             config.model.attention, implementation=AttentionImplementation.xla, block_size=kernels.BLOCKS[0]
         )
@@ -213,21 +216,21 @@ def _traced(config: RunConfig, mesh: Any, models: Mapping[str, ModelConfig], pla
     return _last[key]
 
 
-def _shares(whole: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], float]:
-    """For what looks like a parameter as one device computes with it: which part of that the device keeps."""
-    mine, all_of_it = local.core.abstract.params, whole.core.abstract.params
-    kept = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))
+def _shares(full: Shapes, local: Shapes) -> dict[tuple[tuple[int, ...], Any], float]:
+    """Returns, by shape and dtype of a gathered parameter, the fraction that one device stores."""
+    mine, full_params = local.core.abstract.params, full.core.abstract.params
+    stored_size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))
     shares = {}
     for name, tree in mine.items():
-        rounds = whole.core.model.pipeline.num_repeats if name == "layers" and whole.core.constrain.stages > 1 else 0
-        for leaf, its_whole in zip(jax.tree.leaves(tree), jax.tree.leaves(all_of_it[name]), strict=True):
-            for shape in _forms(leaf.shape, rounds):
-                shares[shape, leaf.dtype] = kept(its_whole) / math.prod(leaf.shape)
+        rounds = full.core.model.pipeline.num_repeats if name == "layers" and full.core.constrain.stages > 1 else 0
+        for leaf, full_leaf in zip(jax.tree.leaves(tree), jax.tree.leaves(full_params[name]), strict=True):
+            for shape in _pipeline_shapes(leaf.shape, rounds):
+                shares[shape, leaf.dtype] = stored_size(full_leaf) / math.prod(leaf.shape)
     return shares
 
 
-def _forms(shape: tuple[int, ...], rounds: int) -> list[tuple[int, ...]]:
-    """The shapes that a stack of layers takes on its way through stages; `rounds` 0: it takes no such way."""
+def _pipeline_shapes(shape: tuple[int, ...], rounds: int) -> list[tuple[int, ...]]:
+    """Returns all shapes of a layer stack within the pipeline; `rounds` 0: no pipeline."""
     if not rounds:
         return [shape]
     layers, rest = shape[0] // rounds, shape[1:]
@@ -235,27 +238,27 @@ def _forms(shape: tuple[int, ...], rounds: int) -> list[tuple[int, ...]]:
     return [(*dims, *rest) for dims in leading]
 
 
-def _allow(kinds: dict[str, float], whole: Shapes, local: Shapes, platform: str) -> None:
-    """What XLA's backends hold at the update, as seen in the table of docs/plan.md.
+def _add_backend_overhead(kinds: dict[str, float], full: Shapes, local: Shapes, platform: str) -> None:
+    """Adds memory that XLA's backends allocate during the update, as measured in docs/plan.md.
 
-    CPU: gradients, what the optimizer keeps anew, and the largest parameter whole.
-    GPU: gradients of parameters that are cut, laid out once more, with the largest of them whole, and gaps between.
+    CPU: gradients, a second copy of the optimizer state, and the largest parameter unsharded.
+    GPU: a second copy of the gradients of sharded parameters, the largest one unsharded, and fragmentation.
     """
     params = jax.tree.leaves(local.core.abstract.params)
-    kept = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(whole.core.abstract.params)]
-    cut = any(math.prod(shape) < math.prod(leaf.shape) for shape, leaf in zip(kept, params, strict=True))
+    stored = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(full.core.abstract.params)]
+    is_sharded = any(math.prod(shape) < math.prod(leaf.shape) for shape, leaf in zip(stored, params, strict=True))
     largest = max((leaf.size * 4.0 for leaf in params if local.core.model.vocab_size in leaf.shape), default=0.0)
-    gradients = 4.0 * sum(map(math.prod, kept))
+    gradients = 4.0 * sum(map(math.prod, stored))
     if platform == "cpu":
-        held = gradients + largest + bytes_on_device(whole.core.abstract.opt_state)
-    elif platform == "cuda" and cut:
+        held = gradients + largest + bytes_on_device(full.core.abstract.opt_state)
+    elif platform == "cuda" and is_sharded:
         held = PACKED * (2 * gradients + largest)
     else:
         return
     kinds["gradients"] += max(0.0, held - sum(kinds.values()))
 
 
-def _memory(whole: Shapes, local: Shapes, found: Cost, platform: str) -> Memory:
+def _memory(full: Shapes, local: Shapes, found: Cost, platform: str) -> Memory:
     parameters = {leaf.shape for leaf in jax.tree.leaves(local.core.abstract.params)}
     vocabulary = local.core.model.vocab_size
     kinds = dict.fromkeys(("gradients", "activations", "logits", "temporary"), 0.0)
@@ -269,42 +272,42 @@ def _memory(whole: Shapes, local: Shapes, found: Cost, platform: str) -> Memory:
 
     for held in found.held:
         kinds[kind(held)] += held.bytes
-    _allow(kinds, whole, local, platform)
-    state = whole.core.abstract
+    _add_backend_overhead(kinds, full, local, platform)
+    state = full.core.abstract
     return Memory(
         parameters=bytes_on_device(state.params),
         optimizer=bytes_on_device((state.opt_state, state.step, state.rng)),
-        frozen=bytes_on_device(whole.frozen),
-        batch=bytes_on_device(whole.batch),
+        frozen=bytes_on_device(full.frozen),
+        batch=bytes_on_device(full.batch),
         **kinds,
     )
 
 
-# What devices send each other
+# Communication
 
 
 def bandwidth(target: Target, sizes: Mapping[str, int], axis: str) -> float:
-    """Bytes a second that a device can send along a mesh axis: devices of the later axes are its nearest."""
+    """Returns the send bandwidth of a device along a mesh axis in bytes/s. Later axes use the nearest devices."""
     inner = math.prod(sizes[a] for a in AXES[AXES.index(axis) + 1 :])
     hardware = target.hardware
-    inside = min(hardware.node, target.num_devices // target.num_slices)
-    return (hardware.intra_node if inner * sizes[axis] <= inside else hardware.inter_node) * NETWORK
+    node_size = min(hardware.node, target.num_devices // target.num_slices)
+    return (hardware.intra_node if inner * sizes[axis] <= node_size else hardware.inter_node) * NETWORK
 
 
-def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[str, int]) -> list[Traffic]:
-    model, task, found = whole.core.model, config.task, []
+def _traffic(config: RunConfig, target: Target, full: Shapes, sizes: Mapping[str, int]) -> list[Traffic]:
+    model, task, found = full.core.model, config.task, []
     assert isinstance(task, TrainConfig)
     item = 4 if model.dtype.name == "float32" else 2
     stages, pipeline = product(sizes, config.sharding.layers), model.pipeline
     steps = turns = task.gradient_accumulation_steps
     layers, own_layers, at_once, rounds = model.num_layers, model.num_layers / stages, 1.0, 1
-    if stages > 1:  # each turn runs a round's layers on a microbatch; the few layers before the stages are left out
+    if stages > 1:  # each turn runs the layers of one repeat on a microbatch; dense layers before them are ignored
         rounds, at_once = pipeline.num_repeats, stages / pipeline.num_microbatches
         layers = (layers - model.layers_before_experts) // (stages * rounds)
         turns *= pipeline.num_microbatches * rounds + stages - 1
 
     def add(axis: str, kind: str, what: str, count: float, size: float, *, hidden: bool) -> None:
-        """`size`: bytes of what each collective gathers, or reduces, whole."""
+        """`size`: unsharded bytes that each collective gathers or reduces."""
         n = sizes[axis]
         if n == 1 or not size or not count:
             return
@@ -312,41 +315,41 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
         total = sent * count
         found.append(Traffic(axis, kind, what, int(count), total, total / bandwidth(target, sizes, axis), hidden))
 
-    trained, read = whole.core.abstract.params, whole.frozen
+    trained, read = full.core.abstract.params, full.frozen
     for axis in AXES:
-        cut = _kept_size(trained, axis, cut=True) * sizes[axis]  # when gathered along it
-        gathered = cut if whole.core.adaptation is None else 0.0
-        base = _kept_size(read, axis, cut=True) * sizes[axis]
-        if axis in config.sharding.embed:  # kept in pieces, computed with whole
+        sharded = _stored_size(trained, axis, sharded=True) * sizes[axis]  # size when gathered along the axis
+        gathered = sharded if full.core.adaptation is None else 0.0
+        base = _stored_size(read, axis, sharded=True) * sizes[axis]
+        if axis in config.sharding.embed:  # stored sharded, gathered for computation
             per_layer = turns * layers
             add(axis, "all-gather", "parameters", 2 * per_layer, gathered * item / 4 / own_layers, hidden=True)
             add(axis, "all-gather", "frozen parameters", per_layer, base / own_layers, hidden=True)
-            add(axis, "reduce-scatter", "gradients", per_layer, cut / own_layers, hidden=True)
-        if axis in (*config.sharding.batch, *config.sharding.length):  # each copy has other tokens
-            of_layers = _kept_size(trained.get("layers"), axis, cut=False)
-            ends = _kept_size(trained, axis, cut=False) - of_layers
-            # XLA reduces them in each turn of a loop, not once after it.
+            add(axis, "reduce-scatter", "gradients", per_layer, sharded / own_layers, hidden=True)
+        if axis in (*config.sharding.batch, *config.sharding.length):  # replicas with different tokens
+            of_layers = _stored_size(trained.get("layers"), axis, sharded=False)
+            ends = _stored_size(trained, axis, sharded=False) - of_layers
+            # XLA reduces gradients in every iteration of the loop, not once after it.
             add(axis, "all-reduce", "gradients of layers", turns, of_layers / rounds, hidden=True)
             add(axis, "all-reduce", "gradients of the ends", steps, ends, hidden=True)
-    tokens = at_once * math.prod(whole.batch.tokens.shape) / product(sizes, config.sharding.batch) / steps
+    tokens = at_once * math.prod(full.batch.tokens.shape) / product(sizes, config.sharding.batch) / steps
     row = tokens * model.embed_dim * item
     activation = row / product(sizes, config.sharding.length)
-    passes = 2 if model.remat is Remat.none else 3  # forward, backward, and forward again
+    passes = 2 if model.remat is Remat.none else 3  # forward, backward and recomputation
     for axis in config.sharding.heads:
-        # With rows in pieces between layers reduced and scattered, then gathered: as many bytes.
+        # Sequence parallelism replaces it by reduce-scatter and all-gather, which send the same number of bytes.
         count = turns * layers * 2 * (2 if model.remat is Remat.save_dots else passes)
         add(axis, "all-reduce", "activations", count, activation, hidden=False)
     for axis in config.sharding.layers:
         n = sizes[axis]
-        moved = activation * n / max(n - 1, 1)  # each sends all that it has, to the next stage and back
+        moved = activation * n / max(n - 1, 1)  # each stage sends its full activation forward, and gradients back
         add(axis, "collective-permute", "activations", 2 * turns, moved, hidden=False)
         add(axis, "all-gather", "activations", 4 * steps, activation / at_once * n, hidden=False)
-        if rounds > 1:  # from where layers are kept to who runs them, and gradients back
+        if rounds > 1:  # moves weights from the devices that store layers to those that run them, and gradients back
             moved = bytes_on_device(trained.get("layers"))
             add(axis, "all-to-all", "weights and gradients", 2 * steps, moved, hidden=False)
     a = model.attention
     for axis in config.sharding.length:
-        # Keys and values go around the ring; in the backward pass their gradients with them, in f32.
+        # Keys and values rotate around the ring; in the backward pass also their gradients, in f32.
         wide = row / model.embed_dim * a.num_kv_heads * (a.head_dim + (a.v_head_dim or a.head_dim))
         wide /= product(sizes, config.sharding.kv_heads)
         add(axis, "collective-permute", "keys and values", turns * layers * (passes - 1), wide, hidden=True)
@@ -365,10 +368,10 @@ def _traffic(config: RunConfig, target: Target, whole: Shapes, sizes: Mapping[st
     return found
 
 
-def _to_host(whole: Shapes, found: Cost, hardware: Hardware) -> list[Traffic]:
-    """Between a device and the memory of its host, there and back."""
-    kept = bytes_on_device(whole.core.abstract.opt_state, on_host=True)
-    both = ("optimizer", 2 * kept, False), ("activations", 2 * found.sent_away, True)
+def _to_host(full: Shapes, found: Cost, hardware: Hardware) -> list[Traffic]:
+    """Returns the transfers between device and host memory, in both directions."""
+    optimizer = bytes_on_device(full.core.abstract.opt_state, on_host=True)
+    both = ("optimizer", 2 * optimizer, False), ("activations", 2 * found.sent_away, True)
     speed = hardware.host * NETWORK
     return [Traffic("host", "copy", what, 2, size, size / speed, hidden) for what, size, hidden in both if size]
 
@@ -378,10 +381,10 @@ def _axes_of(leaf: Any) -> set[str]:
     return {axis for entry in entries for axis in entry}
 
 
-def _kept_size(tree: Any, axis: str, *, cut: bool) -> float:
-    """Bytes on one device of the parameters that `axis` cuts, or of those that it does not."""
+def _stored_size(tree: Any, axis: str, *, sharded: bool) -> float:
+    """Returns the bytes on one device of the parameters that are, or are not, sharded along `axis`."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if (axis in _axes_of(leaf)) == cut
+        if (axis in _axes_of(leaf)) == sharded
     )

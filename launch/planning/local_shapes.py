@@ -1,4 +1,4 @@
-"""A run without data, weights and devices: its shapes, and the share of it that one device has."""
+"""Abstract shapes of a run, globally and for one device, without data, weights or devices."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ AnyMesh = Mesh | AbstractMesh
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the training step is given, as shapes with shardings."""
+    """Arguments of the training step as shapes with shardings."""
 
     core: Core
     frozen: dict[str, Any]
@@ -49,16 +49,16 @@ class Shapes:
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
-    """The config with the vocabulary that its tokenizer would have.
+    """Returns the config with the vocabulary size of its tokenizer.
 
-    Raises: ValueError where that is not known before the tokenizer is made.
+    Raises: ValueError if the size is unknown before the tokenizer is trained.
     """
     if config.model.vocab_size:
         return config
     if not isinstance(config.tokenizer, SentencePieceConfig):
         raise ValueError(
-            f"model.vocab_size=0: the vocabulary of tokenizer={config.tokenizer.kind} is not known before it is made; "
-            "set model.vocab_size"
+            f"model.vocab_size=0: the vocabulary size of tokenizer={config.tokenizer.kind} is unknown until it is "
+            "trained; set model.vocab_size"
         )
     model = dataclasses.replace(config.model, vocab_size=config.tokenizer.vocab_size)
     return dataclasses.replace(config, model=model)
@@ -70,7 +70,7 @@ def shapes_of(
     models: Mapping[str, ModelConfig] | None = None,
     constrain: ShardingConstraint | None = None,
 ) -> Shapes:
-    """Of the run on this mesh. `models`: of its `frozen_configs`. Raises: ValueError as `build_core`."""
+    """Returns the shapes of the run on a mesh. `models`: its `frozen_configs`. Raises: ValueError as `build_core`."""
     core = build_core(config, None, mesh, constrain)
     frozen: dict[str, Any] = {}
     if core.adaptation is not None:
@@ -78,9 +78,9 @@ def shapes_of(
     for role, needed in config.objective.frozen_needs.loaded.items():
         if needed.source is None:
             shared = core.adaptation is not None and config.adapter.quantize_base.name == "none"
-            whole = core.own if core.adaptation is None else core.adaptation.full_params
+            full_params = core.own if core.adaptation is None else core.adaptation.full_params
             if not needed.precompute:
-                frozen[role] = frozen[BASE] if shared else whole
+                frozen[role] = frozen[BASE] if shared else full_params
         elif (model := (models or {}).get(role)) is not None:
             shardings = param_shardings(param_axes(model), abstract_params(model), mesh, config.sharding)
             params = {} if needed.precompute else with_shardings(abstract_params(model), shardings)
@@ -89,17 +89,17 @@ def shapes_of(
 
 
 def frozen_configs(config: RunConfig) -> dict[str, ModelConfig]:
-    """The architecture of each frozen model that has its own, by role; weights are not read."""
+    """Returns the config of each frozen model with a separate source, by role. Reads no weights."""
     specs = config.objective.frozen_needs.loaded
     find = lambda source, key: resolve_weights(source, config.output_dir, lambda text: None, key=key).model
     return {role: find(spec.source, spec.key) for role, spec in specs.items() if spec.source is not None}
 
 
 def share_of(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
-    """What one device computes, as a run by itself: its tokens, heads, hidden units, experts, part of the vocabulary.
+    """Returns the computation of one device as a config: its tokens, heads, hidden units, experts and vocabulary.
 
-    The width of the model is whole: it is cut for keeping (`fsdp`) and gathered for computing. Of its layers it is one
-    stage's.
+    The embedding dimension stays unsharded, because `fsdp` shards only storage and parameters are gathered for
+    computation. The layers are those of one pipeline stage.
     """
     cut = lambda logical, size: _share(config.sharding, logical, sizes, size)
     batch_size, seq_len = cut("batch", config.data.batch_size), cut("length", config.data.seq_len)
@@ -131,34 +131,41 @@ def model_share(model: ModelConfig, rules: ShardingRules, sizes: Mapping[str, in
 
 
 def _share(rules: ShardingRules, logical: str, sizes: Mapping[str, int], size: int) -> int:
-    """Of a dim, on the device that has most of it."""
+    """Returns the largest shard size of a dimension."""
     return -(-size // product(sizes, rules.axes_of(logical, "sharding")))
 
 
 def product(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
-    """Devices along these mesh axes together."""
+    """Returns the number of devices along these mesh axes."""
     return math.prod(sizes[axis] for axis in axes)
 
 
 class OneShare(NoConstraint):
-    """The mesh as one device of it sees it."""
+    """Emulates the sharded computation of one device of the mesh."""
 
     def __init__(
         self, copies: int, *, gathers: bool, length: int, pieces: int, stages: int, experts: int, platform: str
     ):
-        """`copies`: devices whose tokens are gathered for each one's experts, which lie in so many parts. `gathers`:
-        whether parameters are. `length`: tokens of a row, which lies between layers in so many pieces. `stages`: in
-        which the layers lie.
+        """Sets the sharding to emulate.
+
+        Args:
+            copies: number of devices whose tokens are gathered for the experts of each device.
+            gathers: whether parameters are gathered.
+            length: tokens per row.
+            pieces: number of shards of a row between layers (sequence parallelism).
+            stages: number of pipeline stages.
+            experts: number of expert shards.
+            platform: cpu, cuda or tpu.
         """
         self.copies, self.gathers, self.length, self.stages = copies, gathers, length, stages
         self.experts, self._platform = experts, platform
-        self.pieces = 1 if length % pieces else pieces  # as the trainer keeps whole what does not divide
+        self.pieces = 1 if length % pieces else pieces  # as in the trainer, indivisible rows stay unsharded
 
     @property
     def platform(self) -> str:
         return self._platform
 
-    def parts(self, name: str) -> int:
+    def num_shards(self, name: str) -> int:
         return self.experts if name == "experts" else 1
 
     def __call__(self, x: jax.Array, axes: Any) -> jax.Array:
@@ -168,18 +175,18 @@ class OneShare(NoConstraint):
             return jnp.concatenate([x] * self.pieces, axis=1)
         if not self.gathers or "vocab" not in axes or "batch" in axes:
             return x
-        return jax.lax.copy_p.bind(x[None])[0]  # embedding and head, whole: a buffer unlike the parameter's own
+        return jax.lax.copy_p.bind(x[None])[0]  # unsharded embedding or head: a buffer distinct from the parameter
 
     def per_device(self, function: Any, axes: Any, *args: Any) -> jax.Array:
         if self.copies == 1 or not any("experts" in names for names in axes if names):
             return function({}, *args)
-        many = lambda x, names: jnp.concatenate([x] * self.copies) if names and names[0] == "batch" else x
+        gathered = lambda x, names: jnp.concatenate([x] * self.copies) if names and names[0] == "batch" else x
         rows = args[0].shape[0]
-        return function({}, *(many(x, names) for x, names in zip(args, axes, strict=True)))[:rows]
+        return function({}, *(gathered(x, names) for x, names in zip(args, axes, strict=True)))[:rows]
 
 
 def gathered_copies(config: RunConfig, sizes: Mapping[str, int]) -> int:
-    """Devices whose tokens each of them is shown for its experts: without a capacity all along `experts`."""
+    """Returns the number of devices whose tokens are gathered for the experts: all along `experts` if dropless."""
     experts, rules = config.model.moe, config.sharding
     if not experts.num_experts or experts.dispatch is not Dispatch.dropless:
         return 1
@@ -188,7 +195,7 @@ def gathered_copies(config: RunConfig, sizes: Mapping[str, int]) -> int:
 
 
 def local_shapes(config: RunConfig, mesh: AnyMesh, models: Mapping[str, ModelConfig], platform: str) -> Shapes:
-    """Of `share_of` the run, on one device of this platform."""
+    """Returns the shapes of `share_of` the run on one device of the platform."""
     sizes, rules = dict(mesh.shape), config.sharding
     shares = {role: model_share(model, rules, sizes) for role, model in models.items()}
     local = share_of(config, sizes)
@@ -206,8 +213,9 @@ def local_shapes(config: RunConfig, mesh: AnyMesh, models: Mapping[str, ModelCon
 
 
 def bytes_on_device(tree: Any, *, on_host: bool = False) -> float:
-    """Of a tree of shapes with shardings, on one device, or of its share in the memory of the host; what stands in it
-    twice is counted once.
+    """Returns the bytes of a tree of sharded shapes in the memory of one device, or of its host.
+
+    A leaf that occurs more than once is counted once.
     """
     seen, total = set(), 0.0
     for leaf in jax.tree.leaves(tree):

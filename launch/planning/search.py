@@ -1,4 +1,4 @@
-"""The mesh, the microbatches, the remat and the offload under which a run is fastest and fits, by arithmetic."""
+"""Searches for the fastest mesh, microbatch count, remat policy and offloading that fit into memory."""
 
 import copy
 import itertools
@@ -15,35 +15,39 @@ from launch.planning.local_shapes import frozen_configs, product
 from models.config import ActivationOffload, ModelConfig, Remat
 from trainer.mesh import AXES, MeshConfig, mesh_sizes
 
-REMATS = (Remat.none, Remat.save_dots, Remat.full)  # the less is computed again, the faster
-LOOKED_INTO = 3  # meshes of which every setting is tried: those that begin best
-ROWS = (1, 2, 4, 8)  # of a batch for each device that has rows of its own, where the batch is free
+REMATS = (Remat.none, Remat.save_dots, Remat.full)  # fastest first
+REFINED = 3  # number of best meshes for which all settings are tried
+ROWS = (1, 2, 4, 8)  # rows per data-parallel device to try if the batch size is free
 MICROBATCHES = (1, 2, 4, 8, 16)
 
-Tell = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # called with steps done and total
 
 
 class Choice(NamedTuple):
-    """A config and what it gives."""
+    """A config and its plan."""
 
     config: RunConfig
     plan: Plan
 
 
 class Free(NamedTuple):
-    """What a search may change."""
+    """Settings that a search may change."""
 
     mesh: bool = True
-    remat: bool = False  # and what goes to the memory of the host
-    turns: bool = False  # the microbatches that a batch is cut in
+    remat: bool = False  # remat policy and host offloading
+    turns: bool = False  # number of microbatches (gradient accumulation steps)
     batch: bool = False  # the batch size
 
 
-def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda done, of: None) -> list[Choice]:
-    """The best meshes, each with the lightest remat and the fewest microbatches under which it fits, the fastest first;
-    where none fits, with what can lie on the host there; and if none fits even so, the smallest.
+def search(
+    config: RunConfig, target: Target, free: Free, progress: Progress = lambda done, total: None
+) -> list[Choice]:
+    """Returns the best choices, fastest first.
 
-    Raises: ValueError where no mesh goes together with model and batch, with the last reason.
+    Each mesh gets the lightest remat and the fewest microbatches that fit. If nothing fits, tries host offloading; if
+    still nothing fits, returns the choices by memory, smallest first.
+
+    Raises: ValueError with the last reason if no mesh is compatible with model and batch.
     """
     models, refused = frozen_configs(config), ValueError("no mesh")
     if free.mesh:
@@ -51,35 +55,37 @@ def search(config: RunConfig, target: Target, free: Free, tell: Tell = lambda do
     else:
         meshes = [MeshConfig(**dict(zip(AXES, mesh_sizes(config.mesh, target.num_devices), strict=True)))]
     fitting: list[Choice] = []
-    begun: list[Choice] = []  # each mesh as small as it goes
-    ways = [(config, free)]
+    smallest: list[Choice] = []  # each mesh with the settings that use the least memory
+    variants = [(config, free)]
     if free.remat:
-        ways.append((offloading(config), free._replace(remat=False)))
-    for config, free in ways:
+        variants.append((offloading(config), free._replace(remat=False)))
+    for config, free in variants:
         for done, mesh in enumerate(meshes):
-            tell(done, len(meshes) + LOOKED_INTO)
+            progress(done, len(meshes) + REFINED)
             try:
-                begun.append(_smallest(config, target, mesh, free, models))
+                smallest.append(_smallest(config, target, mesh, free, models))
             except ValueError as error:
                 refused = error
-        fitting = sorted((c for c in begun if c.plan.fits), key=lambda choice: -choice.plan.tokens_per_second)
+        fitting = sorted((c for c in smallest if c.plan.fits), key=lambda choice: -choice.plan.tokens_per_second)
         if fitting:
             break
-    if not begun:
+    if not smallest:
         raise refused
     if not fitting:
-        return sorted(begun, key=lambda choice: choice.plan.memory.total)
-    found = fitting[LOOKED_INTO:]
-    for done, choice in enumerate(fitting[:LOOKED_INTO]):
-        tell(len(meshes) + done, len(meshes) + LOOKED_INTO)
-        found += _with_mesh(config, target, choice.config.mesh, free, models)
-    tell(1, 1)
+        return sorted(smallest, key=lambda choice: choice.plan.memory.total)
+    found = fitting[REFINED:]
+    for done, choice in enumerate(fitting[:REFINED]):
+        progress(len(meshes) + done, len(meshes) + REFINED)
+        found += _refine(config, target, choice.config.mesh, free, models)
+    progress(1, 1)
     return sorted(found, key=lambda choice: -choice.plan.tokens_per_second)
 
 
 def candidates(config: RunConfig, target: Target) -> Iterator[MeshConfig]:
-    """Meshes worth a look: `tensor` within the fast links, `expert` where there are experts, `stage` between nodes or
-    slices, `fsdp` for all that is left or for one node or slice of it, with copies in `data`.
+    """Yields candidate meshes.
+
+    `tensor` stays within the fast interconnect, `expert` is used for MoE models, `stage` spans nodes or slices, and
+    `fsdp` takes all remaining devices, or those of one node or slice with replicas along `data`.
     """
     model, n = config.model, target.num_devices
     fast = min(target.hardware.node, n // target.num_slices)
@@ -94,55 +100,55 @@ def candidates(config: RunConfig, target: Target) -> Iterator[MeshConfig]:
         if n % (stage * tensor * expert):
             continue
         rest = n // (stage * tensor * expert)
-        inside = math.gcd(rest, max(1, fast // (tensor * expert)))
-        for fsdp in sorted({rest, inside, 1}, reverse=True):
+        in_node = math.gcd(rest, max(1, fast // (tensor * expert)))
+        for fsdp in sorted({rest, in_node, 1}, reverse=True):
             yield MeshConfig(**{axis: 1 for axis in AXES} | {
                 "stage": stage, "data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "expert": expert
             })  # fmt: skip
 
 
-def _sharing(config: RunConfig, mesh: MeshConfig) -> int:
-    """Devices that have rows of their own."""
+def _data_parallel_size(config: RunConfig, mesh: MeshConfig) -> int:
+    """Returns the number of shards of the batch."""
     return product(vars(mesh), config.sharding.batch)
 
 
 def _smallest(
     config: RunConfig, target: Target, mesh: MeshConfig, free: Free, models: Mapping[str, ModelConfig]
 ) -> Choice:
-    sharing = _sharing(config, mesh)
-    batch = sharing if free.batch else config.data.batch_size
-    turns, remat = list(_settings(config, batch // sharing, free))[-1]
+    shards = _data_parallel_size(config, mesh)
+    batch = shards if free.batch else config.data.batch_size
+    turns, remat = list(_settings(config, batch // shards, free))[-1]
     chosen = with_mesh(config, mesh, batch, turns, remat)
     return Choice(chosen, estimate(chosen, target, models))
 
 
-def _with_mesh(
+def _refine(
     config: RunConfig, target: Target, mesh: MeshConfig, free: Free, models: Mapping[str, ModelConfig]
 ) -> Iterator[Choice]:
-    """For each size of the batch that fits the least work: the first remat that does, then microbatches."""
-    sharing = _sharing(config, mesh)
-    for batch in [rows * sharing for rows in ROWS] if free.batch else [config.data.batch_size]:
-        for turns, remat in _settings(config, batch // sharing, free):
+    """Yields, for each batch size that fits, the first fitting setting in order of speed."""
+    shards = _data_parallel_size(config, mesh)
+    for batch in [rows * shards for rows in ROWS] if free.batch else [config.data.batch_size]:
+        for turns, remat in _settings(config, batch // shards, free):
             chosen = with_mesh(config, mesh, batch, turns, remat)
             choice = Choice(chosen, estimate(chosen, target, models))
             if choice.plan.fits:
                 yield choice
                 break
         else:
-            return  # nor will more rows
+            return  # larger batches do not fit either
 
 
 def _settings(config: RunConfig, rows: int, free: Free) -> Iterator[tuple[int, Remat]]:
-    """Microbatches and remat, the fastest first, the smallest last."""
+    """Yields microbatch counts and remat policies, fastest first, lowest memory last."""
     assert isinstance(config.task, TrainConfig)
     remats = REMATS if free.remat else (config.model.remat,)
-    # A free batch is made smaller instead of being cut.
+    # A free batch size is reduced instead of splitting the batch.
     turns = [n for n in MICROBATCHES if rows and rows % n == 0] if free.turns and not free.batch else []
     yield from ((n, remat) for n in turns or [config.task.gradient_accumulation_steps] for remat in remats)
 
 
 def offloading(config: RunConfig) -> RunConfig:
-    """The config with full remat, the optimizer's state and the borders of layers in the memory of the host."""
+    """Returns the config with full remat, and optimizer state and layer inputs offloaded to host memory."""
     config = copy.deepcopy(config)
     config.optimizer.offload_state, config.model.activation_offload, config.model.remat = (
         True,
@@ -161,17 +167,17 @@ def with_mesh(config: RunConfig, mesh: MeshConfig, batch: int, turns: int, remat
 
 
 def resolve_auto_mesh(config: RunConfig, model: ModelConfig, say: Callable[[str], None]) -> RunConfig:
-    """The config with the mesh that `mesh=auto` stands for, for `model` on the devices of this job.
+    """Resolves `mesh=auto` for `model` on the devices of this job. Returns the updated config.
 
-    Raises: ValueError where none goes together with model and batch.
+    Raises: ValueError if no mesh is compatible with model and batch.
     """
     if not config.mesh.auto:
         return config
     best = search(replace(config, model=model), present(), Free())[0]
     shape = " ".join(f"mesh.{axis}={size}" for axis, size in best.plan.mesh.items() if size > 1) or "one device"
-    about = f"about {best.plan.memory.total / 1e9:.2f} GB a device"
+    memory = f"about {best.plan.memory.total / 1e9:.2f} GB per device"
     say(
-        f"mesh=auto: {shape}; {about}"
-        + ("" if best.plan.fits else f", of {best.plan.capacity / 1e9:.2f} GB: it may not fit")
+        f"mesh=auto: {shape}; {memory}"
+        + ("" if best.plan.fits else f" of {best.plan.capacity / 1e9:.2f} GB available: it may not fit")
     )
     return replace(config, mesh=best.config.mesh)

@@ -1,1 +1,1 @@
-"""`meshwright serve`: the engine behind the HTTP interface that OpenAI's clients speak."""
+"""`meshwright serve`: an OpenAI-compatible HTTP server for the inference engine."""

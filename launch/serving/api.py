@@ -1,4 +1,4 @@
-"""The routes: OpenAI's completions, chats and models, the page, health and metrics."""
+"""HTTP routes: OpenAI-compatible completions, chat and models, the chat page, health and metrics."""
 
 import asyncio
 import base64
@@ -20,18 +20,18 @@ from starlette.types import Receive, Scope, Send
 
 from launch.serving.errors import ApiError, from_validation
 from launch.serving.middleware import BodyGuard, HostGuard, KeyGuard
-from launch.serving.prometheus_metrics import CLIENT_GONE, Measured
+from launch.serving.prometheus_metrics import CLIENT_GONE, MetricsMiddleware
 from launch.serving.request_schema import Body, ChatBody, CompletionBody
-from launch.serving.responses import ALIVE, DONE, Chat, FullText, Shape, Text, sent, usage
+from launch.serving.responses import DONE, KEEP_ALIVE, Chat, FullText, Shape, Text, sse_event, usage
 from launch.serving.scheduler import Scheduler
 from launch.serving.service import Job, Served, Service
 
 T = TypeVar("T")
-JOIN_SECONDS = 10.0  # a step of the engine should not take longer
+JOIN_SECONDS = 10.0  # timeout for the engine thread; longer than any engine step
 
 
 def create_app(served: Served, scheduler: Scheduler) -> FastAPI:
-    """The whole application; it starts the scheduler, and stops it at its end."""
+    """Returns the application, whose lifespan starts and stops the scheduler."""
     service = Service(served, scheduler)
 
     @asynccontextmanager
@@ -41,21 +41,21 @@ def create_app(served: Served, scheduler: Scheduler) -> FastAPI:
         scheduler.stop("the server is stopping")
         await scheduler.join(JOIN_SECONDS)
 
-    # Its own documentation pages load scripts from elsewhere.
+    # FastAPI's documentation pages are disabled, because they load scripts from a CDN.
     app = FastAPI(title="Meshwright", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     _add_errors(app)
     _add_models(app, served, service)
-    _add_answers(app, service)
-    _add_house(app, service)
-    _describe(app, served.name)
-    # The last one is asked first.
+    _add_completions(app, service)
+    _add_page_and_monitoring(app, service)
+    _complete_schema(app, served.name)
+    # The middleware added last runs first.
     app.add_middleware(BodyGuard, limit=served.max_request_bytes)
     if served.api_key is not None:
         app.add_middleware(KeyGuard, key=served.api_key)
     if served.loopback:
         app.add_middleware(HostGuard)
-    app.add_middleware(Measured, metrics=service.metrics)
+    app.add_middleware(MetricsMiddleware, metrics=service.metrics)
     return app
 
 
@@ -70,11 +70,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: HttpRequest, error: HTTPException) -> Response:
-        said = {
-            404: f"there is no {request.url.path}; see /openapi.json",
-            405: f"{request.url.path} does not take {request.method}",
+        messages = {
+            404: f"{request.url.path} does not exist; see /openapi.json",
+            405: f"{request.url.path} does not support {request.method}",
         }
-        message = said.get(error.status_code, str(error.detail))
+        message = messages.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
@@ -88,7 +88,7 @@ def _add_models(app: FastAPI, served: Served, service: Service) -> None:
         "object": "model",
         "created": served.created,
         "owned_by": "meshwright",
-        # Beyond OpenAI's:
+        # Extensions to OpenAI's fields:
         "step": served.step,
         "context_length": served.length,
         "chat": service.takes_chats,
@@ -104,7 +104,7 @@ def _add_models(app: FastAPI, served: Served, service: Service) -> None:
         return JSONResponse(model)
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
+def _add_completions(app: FastAPI, service: Service) -> None:
     tokenizer = service.served.tokenizer
 
     @app.post("/v1/chat/completions")
@@ -117,7 +117,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return await _respond(request, body, await service.complete(body), shape)
 
 
-def _add_house(app: FastAPI, service: Service) -> None:
+def _add_page_and_monitoring(app: FastAPI, service: Service) -> None:
     page = (files("launch") / "page" / "chat.html").read_text()
     headers = page_headers(page)
 
@@ -137,10 +137,10 @@ def _add_house(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _describe(app: FastAPI, model: str) -> None:
-    """Puts into /openapi.json what FastAPI cannot know: the shape of errors, and which model there is."""
-    described = app.openapi()  # made once and kept
-    schemas = described["components"]["schemas"]
+def _complete_schema(app: FastAPI, model: str) -> None:
+    """Adds to /openapi.json what FastAPI cannot infer: error schema, content types and the model name."""
+    schema = app.openapi()  # generated once and cached by FastAPI
+    schemas = schema["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         del schemas[name]
     text = {"type": "string"}
@@ -152,12 +152,12 @@ def _describe(app: FastAPI, model: str) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         text_types[path] = {"application/json": {"schema": {}}, "text/event-stream": {}}
     for path, types in text_types.items():
-        for operation in described["paths"][path].values():
+        for operation in schema["paths"][path].values():
             operation["responses"]["200"]["content"] = types
-    for operations in described["paths"].values():
+    for operations in schema["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-            operation["responses"]["4XX"] = {"description": "What was wrong, and where", "content": content}
+            operation["responses"]["4XX"] = {"description": "Error message, with the invalid field", "content": content}
             for parameter in operation.get("parameters", ()):
                 parameter["schema"]["enum"] = [model]
     for body in (ChatBody, CompletionBody):
@@ -165,7 +165,7 @@ def _describe(app: FastAPI, model: str) -> None:
 
 
 def page_headers(page: str) -> dict[str, str]:
-    """With these a browser runs the script and the style of this page alone, and asks nobody but this server."""
+    """Returns security headers that allow only the page's own script and style, and only requests to this server."""
 
     def allowed(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -190,7 +190,7 @@ def page_headers(page: str) -> dict[str, str]:
     }
 
 
-# Answers
+# Responses
 
 
 async def _respond(request: HttpRequest, body: Body, job: Job, shape: Shape) -> Response:
@@ -203,45 +203,45 @@ async def _respond(request: HttpRequest, body: Body, job: Job, shape: Shape) -> 
     if body.stream:
         return EventStream(_events(job, shape, head, body.include_usage), job.release)
     try:
-        answer = await unless_gone(request.receive, _answer(job, shape, head))
-        return Response(status_code=CLIENT_GONE) if answer is None else JSONResponse(answer)
+        content = await unless_gone(request.receive, _full_response(job, shape, head))
+        return Response(status_code=CLIENT_GONE) if content is None else JSONResponse(content)
     finally:
         job.release()
 
 
-async def _answer(job: Job, shape: Shape, head: dict[str, Any]) -> dict[str, Any]:
-    wholes = [FullText() for _ in job.tickets]
+async def _full_response(job: Job, shape: Shape, head: dict[str, Any]) -> dict[str, Any]:
+    texts = [FullText() for _ in job.tickets]
     async for found in job.pieces():
         if found is not None:
             index, piece = found
-            wholes[index].add(piece)
-    choices = [shape.choice(i, whole) for i, whole in enumerate(wholes)]
+            texts[index].add(piece)
+    choices = [shape.choice(i, text) for i, text in enumerate(texts)]
     used = usage(job.prompt_tokens, job.completion_tokens)
-    return head | {"object": shape.whole_object, "choices": choices, "usage": used}
+    return head | {"object": shape.full_object, "choices": choices, "usage": used}
 
 
 async def _events(job: Job, shape: Shape, head: dict[str, Any], include_usage: bool) -> AsyncIterator[str]:
     head = head | {"object": shape.chunk_object}
-    more = {"usage": None} if include_usage else {}
+    extra = {"usage": None} if include_usage else {}
     try:
         for index in range(len(job.tickets)):
             for choice in shape.opening(index):
-                yield sent(head | {"choices": [choice]} | more)
+                yield sse_event(head | {"choices": [choice]} | extra)
         async for found in job.pieces():
             if found is None:
-                yield ALIVE
+                yield KEEP_ALIVE
                 continue
             for choice in shape.chunks(*found):
-                yield sent(head | {"choices": [choice]} | more)
+                yield sse_event(head | {"choices": [choice]} | extra)
         if include_usage:
-            yield sent(head | {"choices": [], "usage": usage(job.prompt_tokens, job.completion_tokens)})
+            yield sse_event(head | {"choices": [], "usage": usage(job.prompt_tokens, job.completion_tokens)})
         yield DONE
-    except ApiError as error:  # the status is out already
-        yield sent(error.body())
+    except ApiError as error:  # the status line is already sent
+        yield sse_event(error.body())
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns; None where the client leaves before, and then it is cancelled."""
+    """Returns the result of `work`, or cancels it and returns None if the client disconnects first."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -258,7 +258,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | Non
 
 
 class EventStream(Response):
-    """Server-sent events. `release` is called however they end, even where they never begin."""
+    """Streams server-sent events. Always calls `release` at the end, even if the stream never started."""
 
     media_type = "text/event-stream"
 
@@ -269,7 +269,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with suppress(OSError):  # how some servers say that the client has left
+            with suppress(OSError):  # raised by some servers when the client has disconnected
                 await unless_gone(receive, self._send(send))
         finally:
             self.release()

@@ -1,4 +1,4 @@
-"""What a request has to pass before its body is looked at: the right host, the key, the size. Plain ASGI."""
+"""ASGI middleware that checks the host, API key and body size of requests before they are parsed."""
 
 import asyncio
 import hmac
@@ -8,12 +8,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.serving.errors import ApiError
 
-READ_SECONDS = 60.0  # in which a body has to arrive
-DRAINED = 64  # times the limit: so much of a body that is too large is read away, for its sender to see the answer
+READ_SECONDS = 60.0  # timeout for receiving a body
+DRAINED = 64  # an oversized body is read up to this multiple of the limit, so that the client can read the response
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
+    """Returns whether `host` is reachable only from this machine."""
     name = host.strip("[]").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -28,7 +28,7 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
 
 
 class Guard:
-    """Answers in place of the application where `admit` refuses a request."""
+    """Responds with the error raised by `admit` instead of calling the application."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -45,23 +45,23 @@ class Guard:
         await self.app(scope, receive, send)
 
     async def admit(self, scope: Scope, receive: Receive) -> Receive | None:
-        """What the application receives from; None where the client has left. Raises: ApiError."""
+        """Returns the application's `receive`, or None if the client disconnected. Raises: ApiError."""
         raise NotImplementedError
 
 
 class HostGuard(Guard):
-    """On loopback, other names are refused: a web page could have its own name lead here, and read what we answer."""
+    """Rejects other host names on loopback, which prevents DNS rebinding by web pages."""
 
     async def admit(self, scope: Scope, receive: Receive) -> Receive:
         host = (_header(scope, b"host") or b"").decode("latin-1")
         name = host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
         if not is_loopback(name):
-            raise ApiError(403, f"host {name!r}: this server answers to localhost only", code="wrong_host")
+            raise ApiError(403, f"host {name!r}: this server accepts only localhost", code="wrong_host")
         return receive
 
 
 class KeyGuard(Guard):
-    """What writes, and what tells of others' use, needs the key; the page and the health do not."""
+    """Requires the API key for /v1 and /metrics; the chat page, /healthz and the schema are public."""
 
     def __init__(self, app: ASGIApp, key: str):
         super().__init__(app)
@@ -72,14 +72,14 @@ class KeyGuard(Guard):
             scheme, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
             right = hmac.compare_digest(given.strip(), self.key)
             if scheme.lower() != b"bearer" or not right:
-                why = "is wrong" if given else "is missing; send the header Authorization: Bearer KEY"
+                why = "is invalid" if given else "is missing; send the header Authorization: Bearer KEY"
                 headers = {"WWW-Authenticate": "Bearer"}
                 raise ApiError(401, f"the API key {why}", code="invalid_api_key", headers=headers)
         return receive
 
 
 class BodyGuard(Guard):
-    """Reads a body whole before anybody else does, up to a limit."""
+    """Reads the complete body, up to a size limit, before the application is called."""
 
     def __init__(self, app: ASGIApp, limit: int):
         super().__init__(app)
@@ -101,7 +101,7 @@ class BodyGuard(Guard):
         return receive_again
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """None where the client leaves. Raises: ApiError for a body that is too large."""
+        """Returns the body, or None if the client disconnects. Raises: ApiError if the body is too large."""
         parts: list[bytes] = []
         size, more = 0, True
         while more and size <= self.limit * DRAINED:

@@ -1,6 +1,6 @@
-"""What clients send: the parameters of OpenAI's API that are carried out here, their ranges, and what is refused.
+"""Request bodies: the supported parameters of OpenAI's API and their ranges.
 
-A parameter that would change the answer and is not carried out is an error; one that changes nothing is let be.
+An unsupported parameter is an error if it would change the output, and is ignored otherwise.
 """
 
 import json
@@ -19,12 +19,12 @@ from models.decode.sampling import SamplingConfig
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
-GREEDY_BELOW = 1e-4  # colder than this, logits would leave the range of float32
+GREEDY_BELOW = 1e-4  # lower temperatures decode greedily, as scaled logits would overflow float32
 
-# They change nothing in an answer: who asked, where it is kept, how fast it comes.
+# Ignored, because they do not change the output: user identity, storage, latency.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prediction", "parallel_tool_calls")
 IGNORED += ("prompt_cache_key", "prompt_cache_retention")
-# They would change it; with these values they ask for nothing.
+# Rejected, because they would change the output, except with these values, which have no effect.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "response_format": (None, {"type": "text"}),
@@ -50,11 +50,11 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # padding against who counts bytes; there is none here
+    include_obfuscation: bool | None = None  # padding against traffic analysis; accepted, but not implemented
 
 
 class Body(Strict):
-    """What both endpoints take."""
+    """Parameters of both endpoints."""
 
     model: str
     stream: bool | None = None
@@ -67,7 +67,7 @@ class Body(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = None
     stop: str | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    # Beyond OpenAI's:
+    # Extensions to OpenAI's parameters:
     top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
@@ -77,27 +77,27 @@ class Body(Strict):
     def _known(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        try:  # whatever follows may write any part of it
+        try:  # any part of the body may be encoded again later
             json.dumps(given, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise _refusal("body", "holds half of a surrogate pair, which is no text") from None
+            raise _refusal("body", "contains a lone surrogate, which is not valid Unicode text") from None
         except RecursionError:
             raise _refusal("body", "is nested too deeply") from None
-        kept = {}
+        accepted = {}
         for name, value in given.items():
             if name in cls.model_fields:
-                kept[name] = value
+                accepted[name] = value
             elif name in REFUSED:
                 if not any(value == allowed and type(value) is type(allowed) for allowed in REFUSED[name]):
-                    raise _refusal(name, "is not supported by this server, and would change the answer; leave it out")
+                    raise _refusal(name, "is not supported by this server and would change the output; remove it")
             elif name not in IGNORED:
-                raise _refusal(name, f"there is no such parameter{did_you_mean(name, cls.model_fields)}")
-        return kept
+                raise _refusal(name, f"unknown parameter{did_you_mean(name, cls.model_fields)}")
+        return accepted
 
     @model_validator(mode="after")
     def _consistent(self) -> "Body":
         if self.stream_options is not None and not self.stream:
-            raise _refusal("stream_options", "is only for stream=true")
+            raise _refusal("stream_options", "requires stream=true")
         if isinstance(self.stop, str) and len(self.stop) > 1000:
             raise _refusal("stop", "should have at most 1000 characters")
         return self
@@ -111,12 +111,12 @@ class Body(Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(self, max_new_tokens: int) -> SamplingConfig:
-        """Settings of the engine; without a seed, those of a random one."""
+        """Returns the engine's sampling settings, with a random seed if none is given."""
         names = (field.name for field in fields(SamplingConfig))
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         found = replace(SamplingConfig(max_new_tokens=max_new_tokens, seed=secrets.randbits(32)), **given)
         temperature = found.temperature if found.temperature >= GREEDY_BELOW else 0.0
-        return replace(found, temperature=temperature, top_p=max(found.top_p, 1e-6))  # top_p 0: the likeliest alone
+        return replace(found, temperature=temperature, top_p=max(found.top_p, 1e-6))  # top_p 0: only the top token
 
 
 class TextPart(Strict):
@@ -125,7 +125,7 @@ class TextPart(Strict):
 
 
 class Message(BaseModel):
-    """Further keys (`tool_calls`, `reasoning_content`, ...) go to the template as they are."""
+    """A chat message. Other keys (`tool_calls`, `reasoning_content`, ...) are passed to the chat template unchanged."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -133,9 +133,9 @@ class Message(BaseModel):
     content: str | list[TextPart] | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As templates read it: the texts of several parts are lines of one."""
-        said = self.content
-        text = "\n".join(part.text for part in said) if isinstance(said, list) else said
+        """Returns the message for the chat template, with text parts joined by newlines."""
+        content = self.content
+        text = "\n".join(part.text for part in content) if isinstance(content, list) else content
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
@@ -150,9 +150,9 @@ class ChatBody(Body):
     @model_validator(mode="after")
     def _fitting(self) -> "ChatBody":
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refusal("top_logprobs", "is only for logprobs=true")
+            raise _refusal("top_logprobs", "requires logprobs=true")
         if self.tool_choice not in (None, "auto", "none"):
-            raise _refusal("tool_choice", "must be 'auto' or 'none': this server cannot make a model call a function")
+            raise _refusal("tool_choice", "must be 'auto' or 'none': this server cannot force a function call")
         return self
 
 

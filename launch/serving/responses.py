@@ -1,4 +1,4 @@
-"""From tokens to what OpenAI's clients read: pieces of text with their log-probabilities, answers, stream events."""
+"""Converts generated tokens to OpenAI-compatible responses: text deltas, log-probabilities and stream events."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,20 +9,20 @@ from data.tokenizers.tokenizer import Tokenizer
 from launch.generation import StopText
 from models.decode.engine import Event
 
-LEAST = -9999.0  # stands for minus infinity, which JSON cannot say
+LEAST = -9999.0  # represents minus infinity, which JSON does not support
 
 
 class GeneratedToken(NamedTuple):
-    """A token of an answer."""
+    """A generated token."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    offset: int  # the character of the answer at which its text begins
+    offset: int  # start of its text in the completion, in characters
 
 
 class TextDelta(NamedTuple):
-    """What became certain with one token."""
+    """Text and tokens that became final with one generated token."""
 
     text: str
     tokens: list[GeneratedToken]
@@ -30,25 +30,25 @@ class TextDelta(NamedTuple):
 
 
 class Choice:
-    """One answer while it is written. Text and tokens are held back while they may belong to a stop text."""
+    """A completion in progress. Withholds text and tokens that may be part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, strip: bool):
-        """`strip`: whether space at the very beginning is dropped, which some chat templates provoke."""
+        """`strip`: removes leading whitespace, which models produce with some chat templates."""
         self._fresh: list[str] = []
         self._text = StopText(tokenizer, stop, self._fresh.append)
         self._held: list[GeneratedToken] = []
-        self._begun = not strip
-        self.num_tokens = 0  # the one that ends it does not count
+        self._started = not strip
+        self.num_tokens = 0  # excludes the end-of-sequence token
 
     def push(self, event: Event) -> TextDelta:
-        """Nothing may follow a piece with a finish reason."""
+        """Adds a token. Must not be called after a delta with a finish reason."""
         if event.finish_reason == "eos":
             self._text.finish()
             return self._piece("stop")
         self.num_tokens += 1
         self._held.append(GeneratedToken(event.token, event.logprob, event.top, len(self._text.text)))
         if self._text.push(event.token):
-            # Tokens of the stop text are not part of the answer.
+            # Tokens of the stop string are not part of the completion.
             self._held = [written for written in self._held if written.offset < len(self._text.text)]
             return self._piece("stop")
         if event.finish_reason is not None:
@@ -58,10 +58,10 @@ class Choice:
     def _piece(self, finish_reason: str | None) -> TextDelta:
         text = "".join(self._fresh)
         self._fresh.clear()
-        if not self._begun:
+        if not self._started:
             text = text.lstrip()
-            self._begun = bool(text)
-        # A token whose character is not whole has the offset of that character, and is let out with it.
+            self._started = bool(text)
+        # A token of an incomplete character has that character's offset and is released with it.
         ready = [w for w in self._held if finish_reason is not None or w.offset < self._text.shown]
         self._held = self._held[len(ready) :]
         return TextDelta(text, ready, finish_reason)
@@ -69,7 +69,7 @@ class Choice:
 
 @dataclass
 class FullText:
-    """A choice put together again from its pieces."""
+    """A complete choice, assembled from its deltas."""
 
     text: str = ""
     tokens: list[GeneratedToken] = field(default_factory=list)
@@ -93,7 +93,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def _shown(tokenizer: Tokenizer, token: int, names: Mapping[int, str]) -> tuple[str, list[int] | None]:
-    """(text, bytes) of a token; a special one has its name and no bytes."""
+    """Returns text and bytes of a token; a special token has its name and no bytes."""
     piece = tokenizer.piece(token)
     if piece or token not in names:
         return piece.decode(errors="replace"), list(piece)
@@ -101,11 +101,11 @@ def _shown(tokenizer: Tokenizer, token: int, names: Mapping[int, str]) -> tuple[
 
 
 def _finite(logprob: float) -> float:
-    return logprob if logprob > LEAST else LEAST  # true of NaN, too
+    return logprob if logprob > LEAST else LEAST  # also replaces NaN
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[GeneratedToken]) -> dict[str, Any]:
-    """The `logprobs` of a chat's choice."""
+    """Returns the `logprobs` of a chat choice."""
     names = {i: text for text, i in tokenizer.special_tokens.items()}
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -117,7 +117,10 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[GeneratedToken]) -> dic
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
-    """The `logprobs` of a completion's choice, and the tokens' bytes. Half a character is written as its bytes."""
+    """Returns the `logprobs` of a completion choice, with the bytes of the tokens.
+
+    Tokens that are not valid UTF-8 are written as `bytes:\\x..`.
+    """
     names = {i: text for text, i in tokenizer.special_tokens.items()}
 
     def text(token: int) -> str:
@@ -138,32 +141,32 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[GeneratedToken]) 
 # Server-sent events
 
 
-def sent(content: Mapping[str, Any]) -> str:
+def sse_event(content: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
 DONE = "data: [DONE]\n\n"
-ALIVE = ": still at work\n\n"  # a comment, so that nothing between here and the client gives up
+KEEP_ALIVE = ": keep-alive\n\n"  # an SSE comment that keeps proxies from closing an idle connection
 
 
-# The two endpoints
+# Endpoints
 
 
 class Chat:
-    """The shape of /v1/chat/completions."""
+    """Response format of /v1/chat/completions."""
 
-    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    prefix, full_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):
         self.tokenizer, self.logprobs = tokenizer, logprobs
 
-    def choice(self, index: int, whole: FullText) -> dict[str, Any]:
-        message = {"role": "assistant", "content": whole.text, "refusal": None}
+    def choice(self, index: int, full: FullText) -> dict[str, Any]:
+        message = {"role": "assistant", "content": full.text, "refusal": None}
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(whole.tokens),
-            "finish_reason": whole.finish_reason,
+            "logprobs": self._logprobs(full.tokens),
+            "finish_reason": full.finish_reason,
         }
 
     def opening(self, index: int) -> list[dict[str, Any]]:
@@ -185,23 +188,23 @@ class Chat:
 
 
 class Text:
-    """The shape of /v1/completions."""
+    """Response format of /v1/completions."""
 
-    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
+    prefix, full_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, tokenizer: Tokenizer, logprobs: bool):
         self.tokenizer, self.logprobs = tokenizer, logprobs
 
-    def choice(self, index: int, whole: FullText | TextDelta) -> dict[str, Any]:
-        logprobs = completion_logprobs(self.tokenizer, whole.tokens) if self.logprobs else None
-        return {"index": index, "text": whole.text, "logprobs": logprobs, "finish_reason": whole.finish_reason}
+    def choice(self, index: int, part: FullText | TextDelta) -> dict[str, Any]:
+        logprobs = completion_logprobs(self.tokenizer, part.tokens) if self.logprobs else None
+        return {"index": index, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish_reason}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         return []
 
     def chunks(self, index: int, piece: TextDelta) -> list[dict[str, Any]]:
-        told = piece.text or piece.finish_reason is not None or (piece.tokens and self.logprobs)
-        return [self.choice(index, piece)] if told else []
+        has_content = piece.text or piece.finish_reason is not None or (piece.tokens and self.logprobs)
+        return [self.choice(index, piece)] if has_content else []
 
 
 Shape = Chat | Text

@@ -1,8 +1,8 @@
-"""The engine in a thread of its own, and requests that come to it from an event loop.
+"""Runs the engine in a separate thread and schedules requests from an asyncio event loop.
 
-The engine is not thread-safe, and a step of it must not keep the loop from answering. So the thread owns the engine:
-it takes commands from a queue between steps, and hands events to the loop, which alone knows tickets. Everything in
-this module but `_Worker` runs on the loop.
+The engine is not thread-safe, and its steps must not block the event loop. A thread therefore owns the engine: between
+steps it takes commands from a queue, and it passes events to the loop. Everything in this module except `_Worker` runs
+on the event loop.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from models.decode.engine import Event, Request
 
 
 class EngineLike(Protocol):
-    """What is asked of `models.decode.engine.Engine`."""
+    """The part of the interface of `models.decode.engine.Engine` used here."""
 
     reused_tokens: int
     prompt_tokens: int
@@ -36,15 +36,15 @@ class EngineLike(Protocol):
 
 
 class QueueFull(Exception):
-    """No room for more requests."""
+    """The queue is full."""
 
 
 class Stopped(Exception):
-    """The engine has failed, or is being shut down; the message says which."""
+    """The engine has failed or is shutting down; the message holds the reason."""
 
 
 class Arrival(NamedTuple):
-    """What a request's queue gets: a token of one of its tickets, or the reason why there will be none."""
+    """An item of a request's queue: an event of one of its tickets, or the reason why generation stopped."""
 
     index: int
     event: Event | Stopped
@@ -57,11 +57,11 @@ class Ticket:
     index: int  # among them
     request: Request
     arrivals: "asyncio.Queue[Arrival]"
-    open: bool = True  # it may get further events
+    open: bool = True  # may receive more events
 
 
 class _Worker:
-    """The thread's side: the engine, and which ticket each of its requests belongs to."""
+    """Runs in the engine thread: owns the engine and maps its requests to tickets."""
 
     def __init__(self, engine: EngineLike, deliver: Callable[[list[tuple[Ticket, Event]]], None]):
         self.engine, self.deliver = engine, deliver
@@ -70,9 +70,9 @@ class _Worker:
         self.numbers: dict[Ticket, int] = {}
 
     def run(self) -> None:
-        """Returns once None is among the commands."""
+        """Runs until it receives the command None."""
         while True:
-            try:  # without work it sleeps until there is a command
+            try:  # blocks for a command if the engine is idle
                 command = self.commands.get(block=not self.engine.busy)
             except queue.Empty:
                 events = self.engine.step()
@@ -88,7 +88,7 @@ class _Worker:
         self.tickets[number], self.numbers[ticket] = ticket, number
 
     def cancel(self, ticket: Ticket) -> None:
-        number = self.numbers.pop(ticket, None)  # None: it has ended meanwhile
+        number = self.numbers.pop(ticket, None)  # None: already finished
         if number is not None:
             del self.tickets[number]
             self.engine.cancel(number)
@@ -101,13 +101,17 @@ class _Worker:
 
 
 class Scheduler:
-    """`start` it on the loop, `submit`, read the tickets' arrivals, `cancel` whatever is not read to its end."""
+    """Schedules requests on the engine thread.
+
+    Usage: `start` on the event loop, `submit` requests, read the arrivals of their tickets, and `cancel` unfinished
+    tickets.
+    """
 
     def __init__(self, engine: EngineLike, *, slots: int, max_queue: int):
-        """`max_queue`: how many requests may wait beside the `slots` that are written."""
+        """`max_queue`: maximum number of requests waiting in addition to the `slots` in progress."""
         self.engine, self.slots, self.capacity = engine, slots, slots + max_queue
-        self.failure: Stopped | None = None  # why it takes nothing more
-        self.failed = False  # it was the engine
+        self.failure: Stopped | None = None  # why no more requests are accepted
+        self.failed = False  # the engine has failed
         self._open: set[Ticket] = set()
 
     def start(self) -> None:
@@ -115,7 +119,7 @@ class Scheduler:
         loop = asyncio.get_running_loop()
 
         def on_loop(callback: Callable[..., None], *args: object) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+            with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(callback, *args)
 
         worker = self._worker = _Worker(self.engine, lambda events: on_loop(self._deliver, events))
@@ -131,7 +135,7 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> list[Ticket]:
-        """A ticket for each, in one queue; all of them or none.
+        """Submits all requests or none. Returns one ticket per request; the tickets share a queue of arrivals.
 
         Raises: ValueError as `Engine.check`; QueueFull; Stopped.
         """
@@ -149,18 +153,18 @@ class Scheduler:
         return tickets
 
     def cancel(self, ticket: Ticket) -> None:
-        """It gets no further events, and its slot is free at the engine's next step. One that has ended is let be."""
+        """Stops events for the ticket and frees its slot at the next engine step. Ignores finished tickets."""
         if ticket.open:
             self._close(ticket)
             self._worker.commands.put(lambda: self._worker.cancel(ticket))
 
     def stop(self, reason: str) -> None:
-        """Takes nothing more, and ends with `reason` what there is."""
+        """Rejects new requests and ends open ones with `reason`."""
         self._end(Stopped(reason))
         self._worker.commands.put(None)
 
     async def join(self, timeout: float) -> bool:
-        """Whether the thread has ended within `timeout` seconds."""
+        """Waits for the engine thread; returns whether it ended within `timeout` seconds."""
         await asyncio.to_thread(self._thread.join, timeout)
         return not self._thread.is_alive()
 
@@ -171,7 +175,7 @@ class Scheduler:
     def _deliver(self, events: list[tuple[Ticket, Event]]) -> None:
         for ticket, event in events:
             if not ticket.open:
-                continue  # cancelled while the step was under way
+                continue  # cancelled during the step
             if event.finish_reason is not None:
                 self._close(ticket)
             ticket.arrivals.put_nowait(Arrival(ticket.index, event))

@@ -1,4 +1,4 @@
-"""The loop that listens: uvicorn, with an end that leaves nobody waiting."""
+"""Runs the uvicorn server with a graceful shutdown."""
 
 import asyncio
 import socket
@@ -10,7 +10,7 @@ from launch.serving.api import create_app
 from launch.serving.scheduler import Scheduler
 from launch.serving.service import Served
 
-LAST_WORDS = 5  # seconds in which requests that did not finish in time are told so
+ERROR_SECONDS = 5  # extra seconds at shutdown to send errors to unfinished requests
 
 
 class _Server(uvicorn.Server):
@@ -24,7 +24,7 @@ class _Server(uvicorn.Server):
             self.announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Requests get `grace` seconds to finish; then what is left ends with an error that says why.
+        # Requests have `grace` seconds to finish; the remaining ones then end with an error.
         end = asyncio.get_running_loop().call_later(self.grace, self.scheduler.stop, "the server is stopping")
         try:
             await super().shutdown(sockets)
@@ -35,13 +35,13 @@ class _Server(uvicorn.Server):
 def serve(
     served: Served, scheduler: Scheduler, listening: socket.socket, grace: float, started: Callable[[], None]
 ) -> None:
-    """Returns after SIGTERM or SIGINT, once what was being written is finished, or `grace` seconds are over."""
+    """Serves until SIGTERM or SIGINT, then waits up to `grace` seconds for open requests."""
     config = uvicorn.Config(
         create_app(served, scheduler),
-        access_log=False,  # who asks what is nobody else's business
+        access_log=False,  # for privacy
         log_level="warning",
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=int(grace) + LAST_WORDS,
+        timeout_graceful_shutdown=int(grace) + ERROR_SECONDS,
     )
     _Server(config, scheduler, grace, started).run(sockets=[listening])

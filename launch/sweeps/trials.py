@@ -18,7 +18,7 @@ from launch import exit_codes
 from launch.config_errors import did_you_mean
 from launch.launchers.job import ROOT, cli_flags, newest_job, python_path
 from launch.launchers.registry import LAUNCHERS
-from launch.launchers.supervisor import in_words, is_alive
+from launch.launchers.supervisor import exit_description, is_alive
 from launch.run_folder import RunFolder, run_folder
 from launch.sweeps.study import Trial
 from trainer.hooks import STOPPED_EARLY
@@ -136,14 +136,14 @@ class Running:
         if finished(folder):
             return self._measured(search)
         if self.asked or self.rejoined or code == exit_codes.PREEMPTED:
-            return Outcome(False, again=True, code=code, message=in_words(code))
+            return Outcome(False, again=True, code=code, message=exit_description(code))
         if code == 0 and not folder.config.exists():
             where = f"{folder.path} is not there: run folders must be seen from where the sweep runs"
             return Outcome(False, message=where, code=exit_codes.FAILED)
         if code == 0:
             return Outcome(False, again=True, message="was interrupted")
         killed = code < 0 or code > 128
-        return Outcome(False, message=(not killed and last_words(self.log)) or in_words(code), code=code)
+        return Outcome(False, message=(not killed and last_words(self.log)) or exit_description(code), code=code)
 
     def _measured(self, search: SweepSearchConfig) -> Outcome:
         value = self.measured.value()

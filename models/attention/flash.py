@@ -218,8 +218,8 @@ def _flash_forward(options: Options, queries: Queries, keys: Keys, sinks_KG, win
     (running, last), _ = _repeat(turn, (start, keys), _ring_size(options.along) - 1)
     running = meet(running, last)
     # Named, so that a layer that is computed anew may keep both and need no attention for the second time.
-    o_IBKGUW = checkpoint_name_fwd("attention", (running.output / running.total[..., None]).astype(q_IBKGUH.dtype))
-    logsumexp_IBKGU = checkpoint_name_fwd("attention", running.max + jnp.log(running.total))
+    o_IBKGUW = checkpoint_name_fwd("attn_out", (running.output / running.total[..., None]).astype(q_IBKGUH.dtype))
+    logsumexp_IBKGU = checkpoint_name_fwd("attn_out", running.max + jnp.log(running.total))
     return o_IBKGUW, (queries, keys, sinks_KG, window, o_IBKGUW, logsumexp_IBKGU)
 
 

@@ -82,7 +82,8 @@ def unsupported_reason(kernel: AttentionImplementation, config: ModelConfig, len
     if kernel is AttentionImplementation.triton:
         if windows(config) != (UNLIMITED,):
             return "windows (model.attention.layer_types)"
-        for key, value in (("soft_cap", a.logit_softcap), ("sinks", a.sinks or None), ("value_dim", a.v_head_dim)):
+        for key in ("logit_softcap", "sinks", "v_head_dim"):
+            value = getattr(a, key) or None
             if value is not None and value != a.head_dim:
                 return f"model.attention.{key}={value}"
         if config.dtype.name == "float32":
@@ -141,7 +142,7 @@ def _splash(window: int, q_BLNH, k_BLKH, v_BLKW, segments_BL, sinks_N, *, soft_c
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=soft_cap,
-        residual_checkpoint_name="attention",  # what remat may keep, so that the kernel need not run again
+        residual_checkpoint_name="attn_out",  # what remat may keep, so that the kernel need not run again
         interpret=interpret,
     )
 

@@ -98,7 +98,7 @@ def masked_softmax(dtype: jnp.dtype, scores: jax.Array, mask: jax.Array) -> jax.
 
 
 def _softmax_forward(dtype, scores, mask):
-    p = checkpoint_name_fwd("weights", masked_softmax(dtype, scores, mask))
+    p = checkpoint_name_fwd("attn_weights", masked_softmax(dtype, scores, mask))
     return p, p
 
 
@@ -186,7 +186,7 @@ def cached_attention(
         if shown is not None:
             early_T = i * BLOCK + jnp.arange(BLOCK) < shown
             mask_BLT |= early_T[None, None] & (jnp.abs(distance_BLT) < window)
-        return running.met(jnp.where(mask_BLT[:, None, None], s_BKGLT, HIDDEN), block(cache.values))
+        return running.update(jnp.where(mask_BLT[:, None, None], s_BKGLT, HIDDEN), block(cache.values))
 
     sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
     start = OnlineSoftmax.init((B, K, N // K, L), cache.values.shape[-1], sinks_KG)

@@ -1,7 +1,7 @@
 """All sequence mixers by kind, and which kind each layer of a model uses."""
 
 from models.config import LayerKind, ModelConfig
-from models.forward_context import FURTHER_LAYER, LayerFlags, layer_flags
+from models.forward_context import MTP_LAYER, LayerFlags, layer_flags
 from models.kv_cache import BLOCK
 from models.logical_axes import ShardingConstraint, no_constraint
 from models.mixers.attention import Attention
@@ -47,5 +47,5 @@ def mixer_flops(config: ModelConfig, seq_len: int) -> float:
     """
     layers = layer_flags(config)
     kinds = [LayerFlags(*(x[i] for x in layers)) for i in range(config.num_layers)]
-    kinds += [FURTHER_LAYER] * config.mtp_num_layers
+    kinds += [MTP_LAYER] * config.mtp_num_layers
     return sum(mixer_class(config, i).flops_per_token(config, kind, seq_len) for i, kind in enumerate(kinds))

@@ -55,8 +55,8 @@ def tokenizer():
     return with_template(PadIsEos(), "plain")
 
 
-def rules(loss_on=LossMask.assistant, overlong=OnOverflow.truncate_turns, max_length=1000):
-    return EncodingConfig(loss_on, overlong, max_length)
+def encoding(loss_mask=LossMask.assistant, on_overflow=OnOverflow.truncate_turns, max_length=1000):
+    return EncodingConfig(loss_mask, on_overflow, max_length)
 
 
 def masked_texts(tokenizer, example):
@@ -65,28 +65,28 @@ def masked_texts(tokenizer, example):
 
 def test_ids_equal_those_of_the_full_conversation_rendered_once(tokenizer):
     for talk in (TALK, CALLING):
-        example = encode_example(tokenizer, talk, rules())
+        example = encode_example(tokenizer, talk, encoding())
         want = chat_ids(tokenizer, talk.messages, tools=talk.tools, add_generation_prompt=False)
         assert example.ids.tolist() == want and not example.truncated
 
 
 def test_every_assistant_turn_is_in_the_loss_with_its_end(tokenizer):
-    example = encode_example(tokenizer, TALK, rules())
+    example = encode_example(tokenizer, TALK, encoding())
     assert masked_texts(tokenizer, example) == [" assistant 1", " assistant 2", " assistant 3"]
     assert [int(example.ids[end - 1]) for _, end in runs(example.loss_mask)] == [EOS] * 3
-    calls = masked_texts(tokenizer, encode_example(tokenizer, CALLING, rules()))
+    calls = masked_texts(tokenizer, encode_example(tokenizer, CALLING, encoding()))
     assert calls == [' <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', " two"]
 
 
 def test_loss_on_chooses_turns(tokenizer):
-    full = encode_example(tokenizer, TALK, rules())
-    last = encode_example(tokenizer, TALK, rules(LossMask.last_turn))
+    full = encode_example(tokenizer, TALK, encoding())
+    last = encode_example(tokenizer, TALK, encoding(LossMask.last_turn))
     assert runs(last.loss_mask) == runs(full.loss_mask)[-1:]
-    assert encode_example(tokenizer, TALK, rules(LossMask.all)).loss_mask.all()
+    assert encode_example(tokenizer, TALK, encoding(LossMask.all)).loss_mask.all()
 
 
 def test_end_tokens_are_in_the_loss_if_pad_is_eos_and_padding_never(tokenizer):
-    example = encode_example(tokenizer, TALK, rules())
+    example = encode_example(tokenizer, TALK, encoding())
 
     class Corpus:
         fingerprint = ""
@@ -101,13 +101,13 @@ def test_end_tokens_are_in_the_loss_if_pad_is_eos_and_padding_never(tokenizer):
     assert row.targets[in_loss].tolist() == example.ids[example.loss_mask].tolist()
 
 
-@pytest.mark.parametrize("loss_on", LossMask)
-@pytest.mark.parametrize("overlong", OnOverflow)
-def test_an_example_never_exceeds_a_row_and_has_targets(tokenizer, loss_on, overlong):
-    full = encode_example(tokenizer, TALK, rules(loss_on))
+@pytest.mark.parametrize("loss_mask", LossMask)
+@pytest.mark.parametrize("on_overflow", OnOverflow)
+def test_an_example_never_exceeds_a_row_and_has_targets(tokenizer, loss_mask, on_overflow):
+    full = encode_example(tokenizer, TALK, encoding(loss_mask))
     for length in range(1, len(full.ids) + 1):
         try:
-            example = encode_example(tokenizer, TALK, rules(loss_on, overlong, length))
+            example = encode_example(tokenizer, TALK, encoding(loss_mask, on_overflow, length))
         except BadRow as error:
             assert "data.seq_len" in error.reason
             continue
@@ -115,32 +115,32 @@ def test_an_example_never_exceeds_a_row_and_has_targets(tokenizer, loss_on, over
         assert example.ids.tolist() == full.ids[: len(example.ids)].tolist()
         assert example.loss_mask.tolist() == full.loss_mask[: len(example.ids)].tolist()
         assert example.truncated == (len(example.ids) < len(full.ids))
-        if overlong is OnOverflow.truncate_turns and example.truncated:
+        if on_overflow is OnOverflow.truncate_turns and example.truncated:
             assert example.ids[-1] == EOS, "it ends with a complete turn"
-        assert not (overlong is OnOverflow.drop and example.truncated)
+        assert not (on_overflow is OnOverflow.drop and example.truncated)
 
 
 def test_truncate_turns_retains_the_turns_that_fit(tokenizer):
-    full = encode_example(tokenizer, TALK, rules())
+    full = encode_example(tokenizer, TALK, encoding())
     ends = [end for _, end in runs(full.loss_mask)]
     for length, turns in ((ends[0], 1), (ends[1] - 1, 1), (ends[1], 2), (ends[2] - 1, 2)):
-        assert len(runs(encode_example(tokenizer, TALK, rules(max_length=length)).loss_mask)) == turns
+        assert len(runs(encode_example(tokenizer, TALK, encoding(max_length=length)).loss_mask)) == turns
     with pytest.raises(BadRow, match=rf"longer than data\.seq_len={ends[0] - 1}"):
-        encode_example(tokenizer, TALK, rules(max_length=ends[0] - 1))
+        encode_example(tokenizer, TALK, encoding(max_length=ends[0] - 1))
     with pytest.raises(BadRow, match=rf"longer than data\.seq_len={ends[1]}"):
-        encode_example(tokenizer, TALK, rules(LossMask.last_turn, max_length=ends[1]))
+        encode_example(tokenizer, TALK, encoding(LossMask.last_turn, max_length=ends[1]))
 
 
 def test_an_example_without_targets_after_truncation_is_dropped(tokenizer):
     with pytest.raises(BadRow, match=r"no token contributes to the loss before data\.seq_len"):
-        encode_example(tokenizer, TALK, rules(overlong=OnOverflow.truncate, max_length=20))
+        encode_example(tokenizer, TALK, encoding(on_overflow=OnOverflow.truncate, max_length=20))
 
 
 def test_every_token_of_a_text_is_in_the_loss_as_in_pretraining(tokenizer):
-    example = encode_example(tokenizer, "hello", rules(max_length=2))
+    example = encode_example(tokenizer, "hello", encoding(max_length=2))
     assert example.ids.tolist() == [*b"hello", EOS] and example.loss_mask.all()
     with pytest.raises(BadRow, match="no token contributes to the loss"):
-        encode_example(Characters("ab"), "a", rules())
+        encode_example(Characters("ab"), "a", encoding())
 
 
 def test_an_end_token_outside_the_generation_tags_is_in_the_loss():
@@ -161,7 +161,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_counted(tmp_path)
     path.write_text("".join(json.dumps({"messages": t.messages}) + "\n" for t in (TALK, CALLING, TALK)))
     source, bad = JsonlConfig(paths=[str(path)]), BadRecords()
     tokenizer = Bytes().with_policy(chat_template=template)
-    assert not list(read_examples(source, source.units()[0], bad, tokenizer, rules()))
+    assert not list(read_examples(source, source.units()[0], bad, tokenizer, encoding()))
     [(reason, entry)] = bad.found[str(path)].items()
     assert "renders this turn differently" in reason and entry["count"] == 3 and entry["first"].startswith("line 1: ")
 
@@ -169,7 +169,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_counted(tmp_path)
 def test_without_a_template_conversations_are_refused_and_texts_are_not(tmp_path):
     path = tmp_path / "a.jsonl"
     source = JsonlConfig(paths=[str(path)])
-    read = lambda: list(read_examples(source, source.units()[0], BadRecords(), Bytes(), rules()))
+    read = lambda: list(read_examples(source, source.units()[0], BadRecords(), Bytes(), encoding()))
     path.write_text('{"text": "a"}\n')
     assert len(read()) == 1
     path.write_text(json.dumps({"messages": TALK.messages}))
@@ -208,7 +208,7 @@ def test_masks_of_tool_conversations_are_those_of_transformers(tmp_path):
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
-            example = encode_example(made, talk, rules())
+            example = encode_example(made, talk, encoding())
             assert example.ids.tolist() == want["input_ids"]
             assert example.loss_mask.astype(int).tolist() == want["assistant_masks"]
             assert example.ids.tolist().count(made.bos_id) == 1

@@ -26,8 +26,8 @@ from data.tokenizers.kinds import Bytes
 CLASSES = ("ham", "spam")
 
 
-def rules(records: DataFormat, length: int = 16, **changes) -> EncodingConfig:
-    return EncodingConfig(LossMask.assistant, OnOverflow.truncate, length, records, **changes)
+def encoding(format: DataFormat, length: int = 16, **changes) -> EncodingConfig:
+    return EncodingConfig(LossMask.assistant, OnOverflow.truncate, length, format, **changes)
 
 
 def write(path, rows) -> JsonlConfig:
@@ -84,23 +84,23 @@ def test_matches_are_found_by_their_usual_names():
 
 def test_a_text_keeps_its_end_when_it_is_cut():
     tokenizer = Bytes()
-    example = encode_whole(tokenizer, "a long text indeed, too long", rules(DataFormat.classification))
+    example = encode_whole(tokenizer, "a long text indeed, too long", encoding(DataFormat.classification))
     assert len(example.ids) == 16 and example.ids[-1] == tokenizer.eos_id and example.truncated
     with pytest.raises(BadRow, match=r"longer than data\.seq_len=16"):
         encode_whole(
-            tokenizer, "a long text indeed", rules(DataFormat.classification)._replace(overlong=OnOverflow.drop)
+            tokenizer, "a long text indeed", encoding(DataFormat.classification)._replace(on_overflow=OnOverflow.drop)
         )
 
 
 def test_the_class_is_the_target_of_the_last_token_and_never_an_input(tmp_path):
     tokenizer = Bytes()
-    made = encode_labelled(tokenizer, Labelled("hi", 1), rules(DataFormat.classification))
+    made = encode_labelled(tokenizer, Labelled("hi", 1), encoding(DataFormat.classification))
     assert made.ids.tolist() == [*tokenizer.encode("hi"), tokenizer.eos_id, 1]
     source = write(
         tmp_path / "a.jsonl", [{"text": "hi", "label": 1}, {"text": "yes", "label": 0}, {"text": "", "label": 0}]
     )
     manifest = prepare_source(
-        source, tokenizer, tmp_path / "made", rules=rules(DataFormat.classification, classes=CLASSES)
+        source, tokenizer, tmp_path / "made", encoding=encoding(DataFormat.classification, classes=CLASSES)
     )
     corpus = TokenCorpus(manifest, "train")
     assert sorted(corpus.lengths.tolist()) == [3, 4]  # with the end of text, without the class
@@ -119,7 +119,7 @@ def test_a_row_holds_all_texts_of_a_match(tmp_path):
     source = write(tmp_path / "a.jsonl", rows)
     config = DataConfig(seq_len=8, format=DataFormat.retrieval)
     needs = DataNeeds(formats=(DataFormat.retrieval,), num_negatives=1)
-    manifest = prepare_source(source, Bytes(), tmp_path / "made", rules=config.encoding(needs))
+    manifest = prepare_source(source, Bytes(), tmp_path / "made", encoding=config.encoding(needs))
     made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a", needs=needs)
     assert len(made) == 8 and made[3].tokens.shape == (3, 8)
     texts = [Bytes().decode(row[:2].tolist()) for row in made[3].tokens]
@@ -132,7 +132,7 @@ def test_margins_reach_the_batch_and_pairs_without_one_are_counted(tmp_path):
     source = write(tmp_path / "a.jsonl", [*rows, *bad])
     config, needs = DataConfig(seq_len=64, format=DataFormat.preference), DataNeeds(margins=True)
     tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    manifest = prepare_source(source, tokenizer, tmp_path / "made", rules=config.encoding(needs))
+    manifest = prepare_source(source, tokenizer, tmp_path / "made", encoding=config.encoding(needs))
     assert sum(e["count"] for e in manifest.bad[str(tmp_path / "a.jsonl")].values()) == 3
     made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a", needs=needs)
     assert isinstance(made, PairRows) and [made[i].columns["margin"].tolist() for i in (0, 5)] == [[0.0], [1.25]]
@@ -145,9 +145,9 @@ def test_pairs_share_rows_as_far_as_they_fit(tmp_path):
         for n, m in zip(range(1, 9), range(8, 0, -1), strict=True)
     ]
     config, needs = DataConfig(seq_len=32, format=DataFormat.preference), DataNeeds(margins=True)
-    rules = config.encoding(needs)
+    encoding = config.encoding(needs)
     tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    manifest = prepare_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", rules=rules)
+    manifest = prepare_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", encoding=encoding)
     corpus = TokenCorpus(manifest, "train")
     alone = make_rows(corpus, config, 0, "a", needs=needs)
     packed = make_rows(corpus, config, 0, "a", needs=DataNeeds(margins=True, pairs_per_row=3))
@@ -173,7 +173,7 @@ def test_malformed_records_are_named_and_the_rest_is_read(tmp_path):
     rows = [{"text": "a", "label": "ham"}, {"text": 3, "label": "ham"}, '{"text": ', {"label": "ham"}, "[1]"]
     source, bad = write(tmp_path / "a.jsonl", rows), BadRecords()
     read = lambda: read_examples(
-        source, source.units()[0], bad, Bytes(), rules(DataFormat.classification, classes=CLASSES)
+        source, source.units()[0], bad, Bytes(), encoding(DataFormat.classification, classes=CLASSES)
     )
     assert len(list(read())) == 1 and bad.count == 4
     assert all(entry["first"].startswith("line ") for entry in bad.found[str(tmp_path / "a.jsonl")].values())

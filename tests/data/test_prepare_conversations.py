@@ -16,7 +16,7 @@ from data.tokenize_shards import TokenCorpus, prepare_source, shard_folder
 from data.tokenizers.kinds import Bytes
 
 L = 64
-RULES = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, L)
+ENCODING = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, L)
 
 
 @pytest.fixture
@@ -42,21 +42,21 @@ def test_shards_of_documents_are_pinned(tmp_path):
     for path in sorted(folder.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     row = PackedRows(TokenCorpus(manifest, "train"), seq_len=64, packing=Packing.best_fit, seed=0)[3]
-    # Pinned: existing folders must be found again, and resumed runs must get the same batches.
-    assert folder.name == "x-2937a6442721"
-    assert manifest.fingerprint == "3e140f0c1d3388e42a2348b55df977e264db7b2387f278a3c725a0c17a80519e"
-    assert digest.hexdigest() == "a665056543fbcdd332fa39d5fd8912a3101c7bc8db8a406b3f9e710405cd99a2"
+    # Pinned: prepared folders are reused, and resumed runs must get the same batches.
+    assert folder.name == "x-7b7560ed3c6b"
+    assert manifest.fingerprint == "22d7f7a3f94eda6f54a4147e221adb3024ce919cd20375f4fe4480c289c12f7c"
+    assert digest.hexdigest() == "11e2f83669a2d584d5c3747f549d7716377113596211703826fd8ab2c8715d61"
     assert batch_hash(row) == "98369feb53a76948e6676b8bdcdf31c9b4ee8747f2bbdef142a5b27232736534"
 
 
 @pytest.mark.parametrize(
     ("format", "loss_mask", "on_overflow", "digest"),
     [
-        (DataFormat.chat, LossMask.assistant, OnOverflow.truncate_turns, "315743fd7e44"),
-        (DataFormat.unpaired_preference, LossMask.last_turn, OnOverflow.truncate, "9d3a40a0b25e"),
-        (DataFormat.preference, LossMask.all, OnOverflow.drop, "4d6ed0e711d5"),
-        (DataFormat.classification, LossMask.assistant, OnOverflow.truncate_turns, "076bc2f82ebe"),
-        (DataFormat.retrieval, LossMask.last_turn, OnOverflow.truncate, "ab4fc2349d47"),
+        (DataFormat.chat, LossMask.assistant, OnOverflow.truncate_turns, "41cfdfb5bc62"),
+        (DataFormat.unpaired_preference, LossMask.last_turn, OnOverflow.truncate, "380c2553609e"),
+        (DataFormat.preference, LossMask.all, OnOverflow.drop, "50066af454f9"),
+        (DataFormat.classification, LossMask.assistant, OnOverflow.truncate_turns, "f89ae1bbccef"),
+        (DataFormat.retrieval, LossMask.last_turn, OnOverflow.truncate, "b74ff0b95ae8"),
     ],
 )
 def test_folders_of_other_formats_are_pinned(tmp_path, format, loss_mask, on_overflow, digest):
@@ -66,7 +66,7 @@ def test_folders_of_other_formats_are_pinned(tmp_path, format, loss_mask, on_ove
 
 def test_only_answers_and_their_end_tokens_contribute_to_the_loss(tmp_path, tokenizer):
     source = source_of(tmp_path, map(record, range(20)), validation_fraction=0.0)
-    manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES)
+    manifest = prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
     corpus = TokenCorpus(manifest, "train")
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
     found = []
@@ -81,28 +81,28 @@ def test_only_answers_and_their_end_tokens_contribute_to_the_loss(tmp_path, toke
 
 def test_every_choice_that_changes_tokens_or_mask_has_a_folder(tmp_path, tokenizer):
     source = source_of(tmp_path, [record(0)])
-    folder = lambda source=source, tokenizer=tokenizer, rules=RULES: shard_folder(
-        tmp_path, "x", source, tokenizer, rules
+    folder = lambda source=source, tokenizer=tokenizer, encoding=ENCODING: shard_folder(
+        tmp_path, "x", source, tokenizer, encoding
     )
     assert folder() == folder()
     others = [
-        folder(rules=None),
-        folder(rules=RULES._replace(loss_on=LossMask.last_turn)),
-        folder(rules=RULES._replace(overlong=OnOverflow.truncate)),
-        folder(rules=RULES._replace(max_length=L - 1)),
+        folder(encoding=None),
+        folder(encoding=ENCODING._replace(loss_mask=LossMask.last_turn)),
+        folder(encoding=ENCODING._replace(on_overflow=OnOverflow.truncate)),
+        folder(encoding=ENCODING._replace(max_length=L - 1)),
         folder(source=JsonlConfig(paths=source.paths, chat_format=RecordFormat.messages)),
         folder(tokenizer=tokenizer.with_policy(chat_template=tokenizer.chat_template + " ")),
     ]
     assert len({folder(), *others}) == 1 + len(others)
     named = JsonlConfig(paths=source.paths, chat_format=RecordFormat.messages)
-    assert folder(rules=None) == folder(source=named, rules=None), "documents have no format"
+    assert folder(encoding=None) == folder(source=named, encoding=None), "documents have no format"
 
 
 def test_the_fingerprint_covers_tokens_and_mask(tmp_path, tokenizer):
     source = source_of(tmp_path, map(record, range(3)))
     made = [
-        prepare_source(source, tokenizer, tmp_path / loss_on.name, rules=RULES._replace(loss_on=loss_on))
-        for loss_on in LossMask
+        prepare_source(source, tokenizer, tmp_path / loss_mask.name, encoding=ENCODING._replace(loss_mask=loss_mask))
+        for loss_mask in LossMask
     ]
     contents = [manifest.content["shards"][0]["content"] for manifest in made]
     assert contents[0] == contents[1] != contents[2], "with one turn, the last turn is all of them"
@@ -112,13 +112,13 @@ def test_the_fingerprint_covers_tokens_and_mask(tmp_path, tokenizer):
 def test_validation_conversations_are_not_cut(tmp_path, tokenizer):
     records = [record(i) for i in range(9)]
     source = source_of(tmp_path, records, validation_fraction=1e-9)
-    manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES)
+    manifest = prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
     train, validation = TokenCorpus(manifest, "train"), TokenCorpus(manifest, "heldout")
     assert (train.num_documents, validation.num_documents) == (8, 1)
     text = tokenizer.decode(validation.document(0, 0, L))
     assert text.startswith("User: q") and "Assistant: a" in text
     assert np.array_equal(validation.loss_mask(0, 0, L), train.loss_mask(0, 0, L))
-    one = prepare_source(source_of(tmp_path, records[:1]), tokenizer, tmp_path / "one", rules=RULES)
+    one = prepare_source(source_of(tmp_path, records[:1]), tokenizer, tmp_path / "one", encoding=ENCODING)
     assert TokenCorpus(one, "train").num_documents == 1 and not TokenCorpus(one, "heldout").num_documents
 
 
@@ -128,24 +128,24 @@ def test_too_many_bad_records_stop_and_name_the_worst_reason_first(tmp_path, tok
     with pytest.raises(
         ValueError, match=r"max_bad_fraction=0.3: 4 of 10 records of source jsonl are unusable"
     ) as error:
-        prepare_source(source, tokenizer, tmp_path / "out", rules=RULES, max_bad_share=0.3)
+        prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING, max_bad_share=0.3)
     text = str(error.value)
     assert "longer than data.seq_len=64 (2, first: line 8: " in text
     assert "invalid JSON (1, first: line 7)" in text
     assert text.index("longer") < text.index("invalid") and str(tmp_path / "a.jsonl") in text
-    manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES, max_bad_share=0.4)
+    manifest = prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING, max_bad_share=0.4)
     assert sum(manifest.count(split, "documents") for split in ("train", "heldout")) == 6
 
 
 def test_max_documents_counts_good_ones(tmp_path, tokenizer):
     source = source_of(tmp_path, ["{", *map(record, range(6))], max_documents=4)
-    manifest = prepare_source(source, tokenizer, tmp_path / "out", rules=RULES)
+    manifest = prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
     assert sum(manifest.count(split, "documents") for split in ("train", "heldout")) == 4
 
 
 def test_texts_may_be_mixed_with_conversations_and_may_be_long(tmp_path, tokenizer):
     source = source_of(tmp_path, [{"text": "x" * 3 * L}, {"text": "y"}], validation_fraction=0.0)
-    corpus = TokenCorpus(prepare_source(source, tokenizer, tmp_path / "out", rules=RULES), "train")
+    corpus = TokenCorpus(prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING), "train")
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
     targets = sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
     assert targets == int(corpus.lengths.sum()) - 2, "all but the first token of each"

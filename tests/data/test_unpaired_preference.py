@@ -10,7 +10,7 @@ from data.records.unpaired_preference import UnpairedExample, pair_with_next, to
 from data.tokenizers.kinds import BytesConfig, TokenizerConfig
 
 TOKENIZER = configured(BytesConfig().build(lambda: iter(())), TokenizerConfig(chat_template="plain"))
-RULES = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, 64, DataFormat.unpaired_preference)
+ENCODING = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, 64, DataFormat.unpaired_preference)
 TURN = lambda role, text: {"role": role, "content": text}
 
 
@@ -63,7 +63,7 @@ def test_rows_hold_the_completion_a_mismatched_one_and_the_label():
     examples = [
         example
         for good, text in ((True, "yes"), (False, "no no"))
-        for example in encode_unpaired(TOKENIZER, unpaired("1?", text, good), unpaired("2?", "x" * 90, True), RULES)
+        for example in encode_unpaired(TOKENIZER, unpaired("1?", text, good), unpaired("2?", "x" * 90, True), ENCODING)
     ]
 
     class Corpus:

@@ -21,7 +21,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     meshwright(folder, "train", "run=base", *BASE)
     out, _ = meshwright(folder, "train", "run=a", *LORA)
-    assert "begins with new adapters on the weights of base, step 4" in out
+    assert "starts with new adapters on the weights of base, step 4" in out
     assert "adapter: lora, rank 4, scale 8: 11,776 trainable parameters, 7.13% of the model" in out
     return folder
 
@@ -80,7 +80,7 @@ def test_peft_folders_go_out_and_come_in(home):
     )
     again = [*BASE, f"init_from=peft:{home}/peft", "tokenizer=bytes", "task.num_steps=2"]
     out, _ = meshwright(home, "train", "run=again", *again)
-    assert "begins with the adapters of peft:" in out
+    assert "starts with the adapters of peft:" in out
     assert losses(home, "again")[1] < losses(home, "q")[1]  # of the same batch
 
 

@@ -21,7 +21,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distillation")
     meshwright(folder, "train", "run=teacher", *TEACHER)
     out, _ = meshwright(folder, "train", "run=a", *STUDENT)
-    assert "begins with the weights of teacher, step 12, 2 of its 4 layers" in out
+    assert "starts with the weights of teacher, step 12, 2 of its 4 layers" in out
     return folder
 
 

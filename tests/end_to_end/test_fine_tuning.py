@@ -39,7 +39,7 @@ def test_a_run_learns_the_answers_and_says_what_it_left_out(unbroken):
     folder, out = unbroken
     found = losses(folder, "a")
     assert found[STEPS] < found[1] - 0.3
-    assert "conversations" in out and "are learnt" in out and "3 bad records left out" in out
+    assert "conversations" in out and "in the loss" in out and "3 bad records skipped" in out
     bad = json.loads((folder / "runs" / "a" / "summary.json").read_text())["bad_records"]["jsonl"]["chats.jsonl"]
     places = {reason: entry["first"] for reason, entry in bad.items()}
     assert places == {"invalid JSON": "line 61", "no messages": "line 62", "no assistant turn": "line 63"}

@@ -36,7 +36,7 @@ def home(tmp_path_factory):
     (folder / "judged.jsonl").write_text("\n".join([*map(json.dumps, rows), *BAD]))
     meshwright(folder, "train", "run=base", *TINY, "source=[synthetic]", "task.num_steps=4", "schedule.warmup_steps=1")
     out, _ = meshwright(folder, "train", "run=a", *KTO)
-    assert "begins with the weights of base, step 4" in out and "3 bad records left out" in out
+    assert "starts with the weights of base, step 4" in out and "3 bad records skipped" in out
     return folder
 
 

@@ -107,8 +107,8 @@ def test_a_tokenizer_is_made_anew_until_a_checkpoint_depends_on_it(tmp_path):
     (tmp_path / "a.txt").write_text("one two three. " * 500)
     arguments = ["source=[text]", f"data.sources.text.paths=[{tmp_path / 'a.txt'}]", "tokenizer=sentencepiece"]
     out, _ = meshwright(tmp_path, "prepare", *arguments, "tokenizer.vocab_size=300")
-    assert "making the tokenizer" in out
+    assert "building the tokenizer" in out
     out, _ = meshwright(tmp_path, "prepare", *arguments, "tokenizer.vocab_size=300")
-    assert "making the tokenizer" not in out
+    assert "building the tokenizer" not in out
     out, _ = meshwright(tmp_path, "prepare", *arguments, "tokenizer.vocab_size=310")
-    assert "making the tokenizer" in out
+    assert "building the tokenizer" in out

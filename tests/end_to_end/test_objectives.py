@@ -84,7 +84,7 @@ def test_a_model_gets_new_modules_and_a_prefix_when_it_is_begun_from(home):
     for phase in ("multi_token", "prefix_lm"):
         begun = [*kept, f"phase={phase}", "init_from=fim", "task.num_steps=2"]
         out, _ = meshwright(home, "train", f"run={phase}_next", *begun)
-        assert "begins with the weights of fim, step 3" in out
+        assert "starts with the weights of fim, step 3" in out
     _, err = meshwright(home, "train", "run=wrong", *kept, "phase=ul2", "init_from=fim", expect=2)
     assert "needs the special tokens [R], [X], [S] and" in err
 

@@ -55,7 +55,7 @@ def home(tmp_path_factory):
     pairs(folder)
     meshwright(folder, "train", "run=base", *TINY, "source=[synthetic]", "task.num_steps=4", "schedule.warmup_steps=1")
     out, _ = meshwright(folder, "train", "run=a", *DPO)
-    assert "begins with the weights of base, step 4" in out and "4 bad records left out" in out
+    assert "starts with the weights of base, step 4" in out and "4 bad records skipped" in out
     return folder
 
 

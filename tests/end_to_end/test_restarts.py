@@ -56,7 +56,7 @@ def test_a_job_in_the_background_is_followed_and_stopped_with_a_checkpoint(tmp_p
     log = tmp_path / "runs" / "a" / "jobs" / "1" / "log"
     assert wait_for(lambda: (tmp_path / "runs" / "a" / "checkpoints" / "10").exists())
     out, _ = meshwright(tmp_path, "stop", "run=a")
-    assert "to save and end" in out
+    assert "to save a checkpoint and exit" in out
     out, _ = meshwright(tmp_path, "logs", "run=a", "follow=true")  # until it has ended
     assert out == log.read_text()
     assert "ended with 75" in meshwright(tmp_path, "status", "run=a")[0]

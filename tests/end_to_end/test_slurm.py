@@ -70,7 +70,7 @@ def test_a_preempted_job_is_queued_again_and_a_stopped_one_is_not(cluster, tmp_p
     assert wait_for(lambda: "resumes at step" in log.read_text())
     assert wait_for(lambda: log.read_text().count("start-up") == 2)
     out, _ = meshwright(tmp_path, "stop", "run=a", **cluster.environment)
-    assert "to save and end" in out
+    assert "to save a checkpoint and exit" in out
     assert wait_for((folder / "jobs" / "1" / "exit_code").exists)
     assert "ended with 75" in meshwright(tmp_path, "status", "run=a", **cluster.environment)[0]
     saved = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
@@ -84,7 +84,7 @@ def test_a_job_that_is_left_goes_on_and_a_cancelled_one_does_not_come_back(clust
     assert wait_for((folder / "checkpoints" / "5").exists, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "left; the job goes on" in err and "meshwright stop run=a" in err
+    assert process.returncode == 130 and "detached; the job is still running" in err and "meshwright stop run=a" in err
     assert "RUNNING on" in meshwright(tmp_path, "status", "run=a", **cluster.environment)[0]
     number = out.split("SLURM job ")[1].split(",")[0]
     subprocess.run(["scancel", number], env=os.environ | cluster.environment, check=True)

@@ -163,7 +163,7 @@ def test_it_writes_and_evaluates(unbroken):
 def test_new_weights_begin_from_another_run(unbroken):
     folder, _ = unbroken
     out, _ = meshwright(folder, "train", "run=next", *RUN, "task.num_steps=2", "init_from=a@28")
-    assert "begins with the weights of a, step 28" in out
+    assert "starts with the weights of a, step 28" in out
     assert losses(folder, "next")[1] < losses(folder, "a")[1] - 0.3
 
 

@@ -68,7 +68,7 @@ def test_a_job_that_was_told_to_end_does_not_start_again():
 def test_restarts_are_counted_out():
     code, counts, said = supervised([KILLED] * 3, max_restarts=2)
     assert code == 128 + 9 and len(counts) == 3
-    assert said[-1].endswith("not restarted: launcher.max_restarts=2 is used up")
+    assert said[-1].endswith("not restarted: launcher.max_restarts=2 reached")
 
 
 def test_an_elastic_job_goes_on_with_half_where_two_starts_gained_nothing():
@@ -102,7 +102,7 @@ def test_local_processes_start_again_and_the_mark_reaches_them(tmp_path, capfd):
     one.folder.mkdir(parents=True)
     assert LOCAL.carry_out(one) == 0
     assert (tmp_path / "tries").read_text() == "1 hello\n1 hello\n"
-    assert "was killed by SIGKILL; restart 1 of 1 with 1 process, from the beginning" in capfd.readouterr().err
+    assert "was killed by SIGKILL; restart 1 of 1 with 1 process, from step 0" in capfd.readouterr().err
     assert Job.load(one.folder).handle["code"] == 0
 
 
@@ -114,7 +114,7 @@ def test_an_elastic_job_on_this_machine_goes_on_with_one_process(tmp_path, capfd
     one = replace(job(*options, folder=tmp_path / "a" / "jobs" / "1"), python=str(python), workdir=str(tmp_path))
     one.folder.mkdir(parents=True)
     assert LOCAL.carry_out(one) == 0
-    assert "restart 2 of 2 with 1 process, from the beginning" in capfd.readouterr().err
+    assert "restart 2 of 2 with 1 process, from step 0" in capfd.readouterr().err
 
 
 def test_a_job_freezes_the_code_the_commit_and_the_config(tmp_path):
@@ -176,8 +176,8 @@ def test_only_what_asks_for_a_job_launches_one(monkeypatch):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("launcher.env=[WANDB_API_KEY=abc123]", "give the name alone: launcher.env=[WANDB_API_KEY]"),
-        ("launcher.env=[a b]", "is no name of an environment variable"),
+        ("launcher.env=[WANDB_API_KEY=abc123]", "give only the name: launcher.env=[WANDB_API_KEY]"),
+        ("launcher.env=[a b]", "not a valid environment variable name"),
         ("launcher.max_restarts=-1", "launcher.max_restarts=-1: must be at least 0"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_wrong_launcher_is_refused_without_telling_a_secret(override, said):
 def test_a_variable_that_is_not_set_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = ["run=a", "launcher.num_processes=2", "launcher.env=[NOT_SET_KEY]"]
-    with pytest.raises(ValueError, match=r"launcher.env=\[NOT_SET_KEY\]: is not set in this shell"):
+    with pytest.raises(ValueError, match=r"launcher.env=\[NOT_SET_KEY\]: not set in this shell"):
         launch([(composed(*overrides), overrides)])
     assert list(tmp_path.iterdir()) == []
     assert secrets(composed("launcher.env=[A,B=2]").launcher, {"A": "1", "C": "3"}) == {"A": "1"}
@@ -219,9 +219,9 @@ def test_a_supervisor_is_known_by_more_than_its_number(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     one = job(folder=tmp_path).noted(pid=child.pid, began=supervisor.began(child.pid), host=os.uname().nodename)
     assert supervisor.alive(one) and "running" in LOCAL.status(one)
-    assert "told process" in LOCAL.stop(one)
+    assert "asked process" in LOCAL.stop(one)
     assert child.wait() == -signal.SIGTERM
-    assert not supervisor.alive(one) and "without a word" in LOCAL.status(one)
+    assert not supervisor.alive(one) and "ended without an exit code" in LOCAL.status(one)
     another = one.noted(pid=os.getpid())  # the number went to another process
     assert not supervisor.alive(another)
     with pytest.raises(ValueError, match="was started on elsewhere"):

@@ -129,7 +129,7 @@ def test_pods_find_each_other_and_the_secret_by_reference():
         ([*ONE, "launcher.env=[HF_TOKEN]"], "give launcher.secret=NAME"),
         ([*ONE, "launcher.tpus_per_host=4"], "TPUs need launcher.tpu_accelerator"),
         ([*TPU, "launcher.gpus_per_host=1"], "TPUs or GPUs, not both"),
-        ([*ONE, "launcher.slices=2"], "launcher.slices=2: is of TPUs"),
+        ([*ONE, "launcher.slices=2"], "launcher.slices=2: applies only to TPUs"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides, said):
@@ -144,7 +144,7 @@ def conditions(*true, **more):
 
 def test_states_are_told_in_a_few_words():
     assert k8s.described({}) == "starting"
-    assert k8s.described(conditions("Suspended")) == "waits in its queue"
+    assert k8s.described(conditions("Suspended")) == "queued"
     assert k8s.described(conditions(replicatedJobsStatus=[{"ready": 1}], restarts=2)) == "running, restart 2"
     assert k8s.described(conditions("Completed")) == "completed"
     assert k8s.described(conditions("Failed")) == "failed (why)"

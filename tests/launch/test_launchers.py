@@ -56,7 +56,7 @@ def test_a_job_is_followed_to_its_end_and_each_state_is_said_once(end, code, cap
 
 def test_ctrl_c_leaves_a_job_of_a_cluster_running(capsys):
     assert Scripted("runs", KeyboardInterrupt()).submit([job()], Recipe()) == exit_codes.INTERRUPTED
-    assert "left; the job goes on" in capsys.readouterr().err
+    assert "detached; the job is still running" in capsys.readouterr().err
 
 
 def test_without_follow_a_job_is_only_handed_over():

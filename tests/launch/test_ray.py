@@ -23,7 +23,7 @@ def test_the_drivers_and_the_actors_commands_are_as_recorded():
 
 def test_without_ray_the_way_to_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match="launcher=ray: needs Ray; install it with"):
+    with pytest.raises(ValueError, match="launcher=ray: Ray is not installed; install it with"):
         RAY.submit([job(*OPTIONS)], RAY.recipe([]))
 
 

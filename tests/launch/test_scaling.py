@@ -134,7 +134,7 @@ def test_rungs_keep_the_keys_of_the_command_and_their_own_come_last():
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("task.widths=[]", "at least one"), ("task.widths=[72]", "whole heads"), ("init_from=x", "begin at random"),
+    [("task.widths=[]", "at least one"), ("task.widths=[72]", "number of heads must be an integer"), ("init_from=x", "begin at random"),
      ("task.compute_budget=-1", "must be above 0")],
 )  # fmt: skip
 def test_a_ladder_that_cannot_be_is_refused(key, said, tmp_path, monkeypatch, capsys):

@@ -225,10 +225,10 @@ def test_the_page_asks_nobody_else(client):
 
 def test_settings_that_are_wrong_or_unsafe_are_refused_at_the_start():
     for change, why in (
-        ({"slots": 0}, "task.max_num_seqs=0"),
+        ({"max_num_seqs": 0}, "task.max_num_seqs=0"),
         ({"port": 70000}, "task.port=70000"),
         ({"timeout": 0.0}, "task.timeout=0"),
-        ({"max_length": 1}, "task.max_model_len=1"),
+        ({"max_model_len": 1}, "task.max_model_len=1"),
         ({"api_key_env": "NOT_SET"}, "task.api_key_env=NOT_SET"),
     ):
         with pytest.raises(ValueError, match=why):

@@ -93,7 +93,7 @@ def test_without_slurm_the_reason_is_said_and_no_job_is_left(monkeypatch, tmp_pa
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     overrides = ["run=a", "launcher=slurm"]
-    with pytest.raises(ValueError, match="sbatch: is not on this machine"):
+    with pytest.raises(ValueError, match="sbatch: command not found; install it"):
         launch([(composed(*overrides), overrides)])
     assert list((tmp_path / "runs" / "a" / "jobs").iterdir()) == []
 

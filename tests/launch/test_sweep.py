@@ -322,7 +322,7 @@ def test_a_job_that_an_earlier_sweep_left_in_a_cluster_is_followed_and_stopped_t
     one: Running = start(trial, config, [], SweepSearchConfig(), log=tmp_path / "log", rejoin=True)
     try:
         assert one.rejoined and one.child.args[-4:] == ["logs", "output_dir=runs", "run=s-000", "follow=true"]
-        assert one.stop() == "told SLURM job 17 to save and end"
+        assert one.stop() == "asked SLURM job 17 to save a checkpoint and exit"
         assert calls.read_text() == "--signal=TERM 17\n" and one.child.poll() is None
         assert one.stop() == ""  # once
         assert len(calls.read_text().splitlines()) == 1

@@ -113,8 +113,8 @@ def test_a_stopped_worker_does_not_start_again(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["launcher=tpu_vm"], "launcher.accelerator='': tpu_vm needs it"),
-        ([*OPTIONS, "launcher.reserved=true"], "launcher.spot=true: a reserved TPU"),
+        (["launcher=tpu_vm"], "launcher.accelerator='': required by tpu_vm"),
+        ([*OPTIONS, "launcher.reserved=true"], "launcher.spot=true: cannot be combined with launcher.reserved=true"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides, said):

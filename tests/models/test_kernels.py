@@ -88,10 +88,10 @@ def losses_of(config: ModelConfig) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves((value, grads))])
 
 
-@pytest.mark.parametrize("remat", ["none", "attention"])
+@pytest.mark.parametrize("remat", ["none", "save_attn_out"])
 @pytest.mark.parametrize("pattern", [["full"], ["sliding", "full"]])
 def test_a_model_is_the_same_with_a_kernel(pattern, remat):
-    kinds = {"pattern": [LayerKind[name] for name in pattern], "sliding_window": 30}
+    kinds = {"layer_types": [LayerKind[name] for name in pattern], "sliding_window": 30}
     config = replace(F32, remat=type(F32.remat)[remat])
     found, wanted = (
         losses_of(replace(config, attention=replace(F32.attention, implementation=kernel, **kinds)))
@@ -101,10 +101,10 @@ def test_a_model_is_the_same_with_a_kernel(pattern, remat):
 
 
 def test_a_kernel_is_chosen_by_platform_and_by_what_it_can_do():
-    auto = {"kernel": AttentionImplementation.auto}
+    auto = {"implementation": AttentionImplementation.auto}
     with_ = lambda **how: replace(F32, dtype=Dtype.bfloat16, attention=replace(F32.attention, **{**auto, **how}))
     assert (
-        kernels.select_implementation(with_(kernel=AttentionImplementation.xla), 256, "tpu")
+        kernels.select_implementation(with_(implementation=AttentionImplementation.xla), 256, "tpu")
         is AttentionImplementation.xla
     )
     assert kernels.select_implementation(F32, 256, "tpu") is AttentionImplementation.splash  # by default
@@ -112,21 +112,25 @@ def test_a_kernel_is_chosen_by_platform_and_by_what_it_can_do():
     assert kernels.select_implementation(with_(), 256, "tpu") is AttentionImplementation.splash
     assert kernels.select_implementation(with_(), 256, "gpu") is AttentionImplementation.triton
     assert (
-        kernels.select_implementation(with_(block=0), 256, "tpu") is AttentionImplementation.xla
+        kernels.select_implementation(with_(block_size=0), 256, "tpu") is AttentionImplementation.xla
     )  # that is another way
     assert kernels.select_implementation(with_(), 250, "tpu") is AttentionImplementation.xla
     assert kernels.select_implementation(with_(mask=AttentionMask.prefix), 256, "tpu") is AttentionImplementation.xla
-    assert kernels.select_implementation(with_(soft_cap=5.0), 256, "gpu") is AttentionImplementation.xla
-    assert kernels.select_implementation(with_(pattern=[LayerKind.sliding]), 256, "gpu") is AttentionImplementation.xla
+    assert kernels.select_implementation(with_(logit_softcap=5.0), 256, "gpu") is AttentionImplementation.xla
+    assert (
+        kernels.select_implementation(with_(layer_types=[LayerKind.sliding]), 256, "gpu") is AttentionImplementation.xla
+    )
     assert (
         kernels.select_implementation(replace(with_(), dtype=Dtype.float32), 256, "gpu") is AttentionImplementation.xla
     )
     with pytest.raises(
         ValueError, match=r"model\.attention\.implementation=triton: cannot do model\.attention\.logit_softcap=5"
     ):
-        kernels.select_implementation(with_(soft_cap=5.0, kernel=AttentionImplementation.triton), 256, "gpu")
+        kernels.select_implementation(
+            with_(logit_softcap=5.0, implementation=AttentionImplementation.triton), 256, "gpu"
+        )
     with pytest.raises(ValueError, match="rows of 250 tokens, which are no multiple of 128"):
-        kernels.select_implementation(with_(kernel=AttentionImplementation.splash), 250, "tpu")
+        kernels.select_implementation(with_(implementation=AttentionImplementation.splash), 250, "tpu")
 
 
 @pytest.mark.parametrize("kernel", [AttentionImplementation.splash, AttentionImplementation.triton])
@@ -139,8 +143,8 @@ def test_the_check_sees_a_kernel_that_ignores_borders(kernel, monkeypatch):
     assert kernels.max_error_vs_reference(kernel, config, interpret=True) > 0.1
 
 
-SLIDING = {"pattern": [LayerKind.sliding, LayerKind.full]}
-LATENT = {"head_dim": 192, "value_dim": 128, "latent": MLAConfig(kv_lora_rank=8, qk_rope_head_dim=64)}
+SLIDING = {"layer_types": [LayerKind.sliding, LayerKind.full]}
+LATENT = {"head_dim": 192, "v_head_dim": 128, "mla": MLAConfig(kv_lora_rank=8, qk_rope_head_dim=64)}
 DECISIONS = [  # platform, what differs from bf16 causal attention in rows of 256 tokens, kernel, reason
     ("cpu", {}, "xla", None),
     ("tpu", {}, "splash", None),
@@ -148,21 +152,21 @@ DECISIONS = [  # platform, what differs from bf16 causal attention in rows of 25
     ("tpu", {"head_dim": 80}, "splash", None),
     ("tpu", LATENT, "splash", None),
     ("tpu", SLIDING, "splash", None),
-    ("tpu", {"soft_cap": 5.0}, "splash", None),
+    ("tpu", {"logit_softcap": 5.0}, "splash", None),
     ("tpu", {"sinks": True}, "splash", None),
     ("tpu", {"mask": AttentionMask.bidirectional}, "xla", "model.attention.mask=bidirectional"),
     ("tpu", {"length": 250}, "xla", "rows of 250 tokens"),
     ("tpu", {"rows_cut": True}, "xla", "mesh.context"),
-    ("tpu", {"block": 64}, "xla", "model.attention.block_size=64"),
+    ("tpu", {"block_size": 64}, "xla", "model.attention.block_size=64"),
     ("tpu", {"dropout": 0.1}, "xla", "model.attention.dropout=0.1"),
-    ("tpu", {"kernel": AttentionImplementation.xla}, "xla", None),
+    ("tpu", {"implementation": AttentionImplementation.xla}, "xla", None),
     ("gpu", {}, "triton", None),
     ("cuda", {}, "triton", None),
     ("gpu", {"head_dim": 80}, "triton", None),
     ("gpu", {"dtype": "float32"}, "xla", "model.dtype=float32"),
     ("gpu", LATENT, "xla", "model.attention.v_head_dim=128"),
     ("gpu", SLIDING, "xla", "windows"),
-    ("gpu", {"soft_cap": 5.0}, "xla", "model.attention.logit_softcap=5.0"),
+    ("gpu", {"logit_softcap": 5.0}, "xla", "model.attention.logit_softcap=5.0"),
     ("gpu", {"sinks": True}, "xla", "model.attention.sinks=True"),
     ("gpu", {"mask": AttentionMask.prefix}, "xla", "model.attention.mask=prefix"),
     ("gpu", {"rows_cut": True}, "xla", "mesh.context"),
@@ -182,7 +186,12 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_supports_the_case(platfo
 
 @pytest.mark.parametrize(
     ("platform", "case"),
-    [("tpu", {"head_dim": 80, "soft_cap": 5.0}), ("tpu", {**LATENT, "sinks": True}), ("tpu", SLIDING), ("cuda", {})],
+    [
+        ("tpu", {"head_dim": 80, "logit_softcap": 5.0}),
+        ("tpu", {**LATENT, "sinks": True}),
+        ("tpu", SLIDING),
+        ("cuda", {}),
+    ],
 )
 def test_a_kernel_that_is_taken_lowers_for_devices_that_are_not_there(platform, case):
     config = replace(F32, dtype=Dtype.bfloat16, attention=replace(F32.attention, **case))

@@ -135,10 +135,10 @@ def test_a_tied_head_takes_no_adapter(target):
     ("wrong", "said"),
     [
         ({"dropout": 1.0}, "adapter.dropout=1.0"),
-        ({"double_quantization": True}, "adapter.double_quant=true"),
+        ({"double_quant": True}, "adapter.double_quant=true"),
         ({"rank": 0}, "adapter.rank=0"),
-        ({"targets": []}, "adapter.target_modules="),
-        ({"method": Method.none, "base": QuantizeBase.nf4}, "adapter.quantize_base=nf4"),
+        ({"target_modules": []}, "adapter.target_modules="),
+        ({"method": Method.none, "quantize_base": QuantizeBase.nf4}, "adapter.quantize_base=nf4"),
     ],
 )
 def test_what_is_not_carried_out_is_refused(wrong, said):

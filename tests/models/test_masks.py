@@ -62,7 +62,7 @@ def test_an_encoder_sees_all_of_a_document_and_nothing_of_another():
 
 
 def test_a_window_reaches_both_ways():
-    config = masked(AttentionMask.bidirectional, pattern=[LayerKind.sliding], sliding_window=2)
+    config = masked(AttentionMask.bidirectional, layer_types=[LayerKind.sliding], sliding_window=2)
     one = dataclasses.replace(config, num_layers=1)
     assert np.array_equal(sees(one)[:12], expected(lambda q, k: abs(q - k) < 2)[:12])
 
@@ -72,7 +72,9 @@ def test_a_causal_model_does_not_read_the_prefix():
 
 
 def test_a_prefix_model_without_a_prefix_is_refused():
-    with pytest.raises(ValueError, match=r"model\.attention\.mask=prefix: what is run here knows no prompts"):
+    with pytest.raises(
+        ValueError, match=r"model\.attention\.mask=prefix: this task has no prompts; use a model with mask=causal"
+    ):
         sees(masked(AttentionMask.prefix))
 
 

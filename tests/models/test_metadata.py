@@ -55,8 +55,8 @@ GEMMA = replace(
     LLAMA, norm_placement=NormPlacement.sandwich, norm_unit_offset=True, scale_embeddings=True, tied_embeddings=True,
     mlp=TANH,
 )  # fmt: skip
-GEMMA2 = replace(HEADS, pattern=[SLIDING, FULL], sliding_window=8, soft_cap=50.0, scale=32**-0.5)
-GEMMA3 = replace(HEADS, pattern=[SLIDING] * 5 + [FULL], sliding_window=8, qk_norm=QKNorm.head, scale=32**-0.5)
+GEMMA2 = replace(HEADS, layer_types=[SLIDING, FULL], sliding_window=8, logit_softcap=50.0, scale=32**-0.5)
+GEMMA3 = replace(HEADS, layer_types=[SLIDING] * 5 + [FULL], sliding_window=8, qk_norm=QKNorm.head, scale=32**-0.5)
 OLMOE = replace(
     LLAMA, attention=replace(SQUARE, num_kv_heads=4, qk_norm=QKNorm.projection),
     moe=MoEConfig(8, 0, 2, 64, norm_topk_prob=False),
@@ -220,8 +220,12 @@ def test_slices_onto_a_mesh_equal_the_whole(tmp_path, name):
 
 REFUSED = {
     "out_bias=False, which is True there": replace(LLAMA, attention=replace(HEADS, qkv_bias=True)),
-    "pattern=['sliding', 'sliding', 'sliding'], which is": replace(LLAMA, attention=replace(HEADS, pattern=[SLIDING])),
-    "pattern holds sliding, which llama.cpp leaves out": replace(LLAMA, attention=replace(SQUARE, pattern=[SLIDING])),
+    "layer_types=['sliding', 'sliding', 'sliding'], which is": replace(
+        LLAMA, attention=replace(HEADS, layer_types=[SLIDING])
+    ),
+    "layer_types holds sliding, which llama.cpp leaves out": replace(
+        LLAMA, attention=replace(SQUARE, layer_types=[SLIDING])
+    ),
     "attention.scale=0.5, which is": replace(GEMMA, attention=replace(GEMMA2, scale=0.5), final_logit_softcap=30.0),
     "beta_fast=16.0, which is 32.0 there": replace(LLAMA, rope=replace(YARN, beta_fast=16.0)),
     "num_kv_heads=2, which is 4 there": replace(OLMOE, attention=replace(OLMOE.attention, num_kv_heads=2)),

@@ -66,7 +66,7 @@ def running_sum(monkeypatch):
 
 
 def test_the_kind_of_a_layer_follows_from_the_config():
-    sliding = change(num_layers=3, attention={"pattern": [LayerKind.sliding, LayerKind.full]})
+    sliding = change(num_layers=3, attention={"layer_types": [LayerKind.sliding, LayerKind.full]})
     assert [mixer_kind(sliding, i) for i in range(3)] == ["sliding_attention", "full_attention", "sliding_attention"]
     assert mixer_kind(replace(sliding, mtp_num_layers=1), 3) == "full_attention"
     assert mixer_class(sliding, 0) is Attention and mixer_class(FAMILIES["latent"], 0) is LatentAttention

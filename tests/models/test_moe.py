@@ -53,7 +53,7 @@ def x_of(seed=3):
 
 def by_loop(config, state, x, real=REAL, taken=None):
     """The same sum in float64, one token, one expert at a time; `taken`: tokens of a row an expert takes."""
-    e, mlp = config.experts, config.mlp
+    e, mlp = config.moe, config.mlp
     w = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(state))
     x, out = np.asarray(x, np.float64), np.zeros((B, L, D))
     for b in range(B):
@@ -63,21 +63,24 @@ def by_loop(config, state, x, real=REAL, taken=None):
                 continue
             logits = x[b, t] @ w["router"]["kernel"] + w["router"]["bias"]
             scores = np.exp(logits - logits.max())
-            scores = scores / scores.sum() if e.score is RouterScore.softmax else 1 / (1 + np.exp(-logits))
+            scores = scores / scores.sum() if e.router_score is RouterScore.softmax else 1 / (1 + np.exp(-logits))
             choice = scores + w.get("balance_bias", 0)
             if e.num_groups > 1:
                 groups = choice.reshape(e.num_groups, -1)
-                worth = np.sort(groups, axis=1)[:, -e.group_best :].sum(1)
-                groups[np.argsort(-worth)[e.groups_per_token :]] = -np.inf
+                worth = np.sort(groups, axis=1)[:, -e.group_score_topk :].sum(1)
+                groups[np.argsort(-worth)[e.topk_groups :]] = -np.inf
                 choice = groups.reshape(-1)
             chosen = np.argsort(-choice)[:K]
-            weights = scores[chosen] / (scores[chosen].sum() if e.normalize else 1) * e.scale
+            weights = scores[chosen] / (scores[chosen].sum() if e.norm_topk_prob else 1) * e.routed_scaling_factor
             for expert, weight in zip(chosen, weights, strict=True):
                 count[expert] += 1
                 if taken is not None and count[expert] > taken:
                     continue
                 gate, up = (x[b, t] @ w[n]["kernel"][expert] + w[n]["bias"][expert] for n in ("gate", "up"))
-                gate, up = np.minimum(gate, mlp.clamp), np.clip(up, -mlp.clamp, mlp.clamp)
+                gate, up = (
+                    np.minimum(gate, mlp.activation_clamp),
+                    np.clip(up, -mlp.activation_clamp, mlp.activation_clamp),
+                )
                 hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + mlp.up_offset)
                 out[b, t] += weight * (hidden @ w["down"]["kernel"][expert] + w["down"]["bias"][expert])
     return out
@@ -85,10 +88,19 @@ def by_loop(config, state, x, real=REAL, taken=None):
 
 ROUTERS = {
     "softmax": {},
-    "not renormalised": {"normalize": False},
-    "sigmoid, bias, scale": {"score": RouterScore.sigmoid, "balance": LoadBalancing.bias, "scale": 2.5},
-    "groups by two": {"num_groups": 4, "groups_per_token": 2},
-    "groups by the best": {"num_groups": 4, "groups_per_token": 2, "group_best": 1, "score": RouterScore.sigmoid},
+    "not renormalised": {"norm_topk_prob": False},
+    "sigmoid, bias, scale": {
+        "router_score": RouterScore.sigmoid,
+        "load_balancing": LoadBalancing.bias,
+        "routed_scaling_factor": 2.5,
+    },
+    "groups by two": {"num_groups": 4, "topk_groups": 2},
+    "groups by the best": {
+        "num_groups": 4,
+        "topk_groups": 2,
+        "group_score_topk": 1,
+        "router_score": RouterScore.sigmoid,
+    },
 }
 routers = pytest.mark.parametrize("changes", ROUTERS.values(), ids=ROUTERS.keys())
 
@@ -139,7 +151,7 @@ def test_padding_reaches_no_expert_and_moves_nothing():
 
 
 def test_auxiliary_terms_follow_their_formulas():
-    config = replace(EXPERTS, aux_loss_weight=0.3, z_loss=0.2)
+    config = replace(EXPERTS, aux_loss_weight=0.3, router_z_loss_weight=0.2)
     logits = jax.random.normal(jax.random.key(0), (B, L, E))
     terms = auxiliary(route(logits, None, config), None, REAL, 2, config)
     for b, count in enumerate((10, 7)):
@@ -198,10 +210,10 @@ def test_two_kinds_of_layers_take_two_scans_however_many_there_are():
     [
         ({"experts_per_token": 9}, "experts_per_token=9: must be 1 to num_experts=8"),
         ({"num_groups": 3}, r"num_groups=3: must divide num_experts=8; valid: \[1, 2, 4, 8\]"),
-        ({"num_groups": 4, "groups_per_token": 1}, "groups_per_token=1: .* valid: 2 to 4"),
-        ({"num_groups": 4, "groups_per_token": 2, "group_best": 3}, "group_best=3: .* valid: 1 to 2"),
-        ({"num_dense_layers": 2}, "num_dense_layers=2: .* valid: 0 to 1"),
-        ({"z_loss": -1.0}, "z_loss=-1.0"),
+        ({"num_groups": 4, "topk_groups": 1}, "topk_groups=1: .* valid: 2 to 4"),
+        ({"num_groups": 4, "topk_groups": 2, "group_score_topk": 3}, "group_score_topk=3: .* valid: 1 to 2"),
+        ({"first_num_dense_layers": 2}, "first_num_dense_layers=2: .* valid: 0 to 1"),
+        ({"router_z_loss_weight": -1.0}, "router_z_loss_weight=-1.0"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0"),
     ],
 )

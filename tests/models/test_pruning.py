@@ -36,7 +36,7 @@ def filled(model, seed=0):
 
 @models
 def test_full_width_is_the_identity(model):
-    width = WidthConfig(model.embed_dim, model.mlp.hidden_dim, 4, 2)
+    width = WidthConfig(model.embed_dim, model.mlp.intermediate_dim, 4, 2)
     config, found = thin(model, width, params := filled(model))
     assert config == model
     jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -92,7 +92,7 @@ def test_the_larger_units_stay_in_their_order_and_layers_choose_for_themselves()
         (BASE, WidthConfig(num_heads=3), r"prune.width.num_heads=3: 2 key-value heads .* valid: \[2, 4\]"),
         (BASE, WidthConfig(num_kv_heads=1), r"prune.width.num_heads=4: 1 key-value heads .* at most 2"),
         (change(norm=Norm.layer), WidthConfig(embed_dim=8), "layer norms take its mean; thin the others"),
-        (change(experts=MoEConfig(num_experts=4)), WidthConfig(intermediate_dim=8), "with experts or latent attention"),
+        (change(moe=MoEConfig(num_experts=4)), WidthConfig(intermediate_dim=8), "with experts or latent attention"),
     ],
 )
 def test_widths_that_cannot_be_are_refused(model, width, said):

@@ -1,6 +1,7 @@
 """The decoder: causal, documents apart, the same by every road."""
 
 import dataclasses
+import re
 from dataclasses import replace
 
 import jax
@@ -12,7 +13,10 @@ from jax.flatten_util import ravel_pytree
 from configs.ranges import check_ranges
 from launch.planning.jaxpr_cost import jaxpr_cost
 from models.config import (
+    CHECKPOINT_NAMES,
+    SAVED_NAMES,
     Activation,
+    ActivationOffload,
     AttentionConfig,
     Dtype,
     LayerKind,
@@ -33,6 +37,7 @@ from models.config import (
 from models.decode.engine import decoding_params
 from models.layers import inverse_frequencies
 from models.mixers.registry import init_cache
+from models.remat import checkpoint_name
 from models.transformer import abstract_params, forward_cached, init_params, logits, make_apply, param_axes, stacks
 from trainer.objectives.cross_entropy import token_logprobs
 
@@ -71,13 +76,13 @@ FAMILIES = {
         norm_placement=NormPlacement.sandwich,
         norm_unit_offset=True,
         scale_embeddings=True,
-        final_soft_cap=10.0,
+        final_logit_softcap=10.0,
         rope=RopeConfig(theta=1e6, local_theta=1e4),
         attention={
             "qk_norm": QKNorm.head,
-            "pattern": [LayerKind.sliding, LayerKind.full],
+            "layer_types": [LayerKind.sliding, LayerKind.full],
             "sliding_window": 4,
-            "soft_cap": 5.0,
+            "logit_softcap": 5.0,
             "scale": 0.3,
         },
     ),
@@ -86,28 +91,28 @@ FAMILIES = {
     "sinks and unrotated layers": change(
         num_layers=3,
         rope=RopeConfig(layer_pattern=[True, False], scaling=RopeScaling.yarn, factor=4.0, truncate=False),
-        attention={"sinks": True, "pattern": [LayerKind.sliding, LayerKind.full], "sliding_window": 4},
-        mlp={"activation": Activation.gelu_sigmoid, "clamp": 2.0, "up_offset": 1.0},
+        attention={"sinks": True, "layer_types": [LayerKind.sliding, LayerKind.full], "sliding_window": 4},
+        mlp={"activation": Activation.gelu_sigmoid, "activation_clamp": 2.0, "up_offset": 1.0},
     ),
     "latent": change(
         rope=RopeConfig(interleaved=True, scaling=RopeScaling.yarn, factor=4.0, mscale_all_dim=0.7),
         attention={
             "num_kv_heads": 4,
             "head_dim": 12,
-            "value_dim": 6,
-            "latent": MLAConfig(kv_lora_rank=10, q_lora_rank=9, qk_rope_head_dim=4),
+            "v_head_dim": 6,
+            "mla": MLAConfig(kv_lora_rank=10, q_lora_rank=9, qk_rope_head_dim=4),
         },
     ),
-    "experts": change(experts=EXPERTS),
+    "experts": change(moe=EXPERTS),
     "first layer dense, shared and grouped experts": change(
         num_layers=3,
         tied_embeddings=False,
-        experts=replace(
+        moe=replace(
             EXPERTS,
             first_num_dense_layers=1,
             shared_intermediate_dim=12,
             router_score=RouterScore.sigmoid,
-            scale=2.5,
+            routed_scaling_factor=2.5,
             num_groups=4,
             topk_groups=2,
             load_balancing=LoadBalancing.bias,
@@ -264,6 +269,45 @@ def test_remat_dots_multiplies_with_no_weight_again():
     assert flops(Remat.full) - flops(Remat.save_dots) > 2 * of_attention
 
 
+def gradient_jaxpr(config):
+    params, tokens, positions, segments = setup(config)
+    loss = lambda params: jnp.square(run(config, params, tokens, positions, segments)).mean()
+    return jax.make_jaxpr(jax.grad(loss))(params)
+
+
+def test_the_model_uses_every_checkpoint_name_and_no_other():
+    """A name that the remat policies do not know would save and offload nothing."""
+    assert set(re.findall(r"\bname\[name=(\w+)\]", str(gradient_jaxpr(BASE)))) == set(CHECKPOINT_NAMES)
+    assert {name.name for name in ActivationOffload} <= {"layer_input", *SAVED_NAMES[Remat.save_qkv]}
+    with pytest.raises(ValueError, match="checkpoint name 'attention': no remat policy saves it; known: layer_input"):
+        checkpoint_name("attention", jnp.ones(2))
+
+
+def test_each_remat_policy_recomputes_less_than_the_one_before():
+    costs = [
+        jaxpr_cost(jaxpr := gradient_jaxpr(replace(BASE, remat=remat)), [False] * len(jaxpr.jaxpr.invars)).flops
+        for remat in (Remat.full, Remat.save_attn_out, Remat.save_qkv, Remat.none)
+    ]
+    assert costs[0] > costs[1] > costs[2] > costs[3]
+
+
+@pytest.mark.parametrize("name", list(ActivationOffload))
+def test_every_activation_of_the_menu_is_offloaded(name):
+    config = replace(BASE, remat=Remat.save_qkv, activation_offload=[name])
+    config.validate()
+    moved = lambda config: str(gradient_jaxpr(config)).count("MemorySpace.Host")
+    assert moved(config) > moved(replace(config, activation_offload=[])) == 0
+
+
+@pytest.mark.parametrize(
+    ("remat", "valid"), [("save_dots", "nothing"), ("full", "layer_input"), ("save_attn_out", "layer_input, attn_out")]
+)
+def test_activations_that_are_not_saved_cannot_be_offloaded(remat, valid):
+    config = replace(BASE, remat=Remat[remat], activation_offload=[ActivationOffload.qkv_proj])
+    with pytest.raises(ValueError, match=f"activation_offload: qkv_proj .* model.remat={remat}; valid: {valid};"):
+        config.validate()
+
+
 def test_llama_equals_a_float64_formula():
     config = BASE
     params, tokens, positions, segments = setup(config, rows=1)
@@ -304,9 +348,9 @@ def test_llama_equals_a_float64_formula():
 @pytest.mark.parametrize("chunk", [5, L])
 @families
 def test_bfloat16_gradients_stay_near_those_in_float32(config, chunk):
-    if experts := config.experts.num_experts:  # all are chosen: near ties fall otherwise in bf16, as they may
-        groups = config.experts.num_groups
-        config = replace(config, moe=replace(config.experts, experts_per_token=experts, topk_groups=groups))
+    if experts := config.moe.num_experts:  # all are chosen: near ties fall otherwise in bf16, as they may
+        groups = config.moe.num_groups
+        config = replace(config, moe=replace(config.moe, experts_per_token=experts, topk_groups=groups))
     params, tokens, positions, segments = setup(config)
 
     def gradient(config):
@@ -368,7 +412,7 @@ def test_rope_scaling_follows_the_published_formulas():
         ),
         (change(attention={"head_dim": 7}), "head_dim=7"),
         (change(dropout=1.0), "dropout=1.0"),
-        (change(attention={"pattern": []}), "pattern"),
+        (change(attention={"layer_types": []}), r"model\.attention\.layer_types=\[\]"),
     ],
 )
 def test_impossible_models_are_refused_by_name(config, message):

@@ -48,8 +48,10 @@ def corpus(tmp_path_factory):
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = JsonlConfig(paths=[str(folder / "a.jsonl")], validation_fraction=0.0)
-    rules = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, L)
-    return TokenCorpus(prepare_source(source, with_template(Bytes(), "plain"), folder / "out", rules=rules), "train")
+    encoding = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, L)
+    return TokenCorpus(
+        prepare_source(source, with_template(Bytes(), "plain"), folder / "out", encoding=encoding), "train"
+    )
 
 
 def row(corpus, documents, length=2 * L) -> TokenBatch:

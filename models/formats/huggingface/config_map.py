@@ -70,7 +70,7 @@ def read_common(hf: HFConfig, *, tied: bool = False, attention: Mapping[str, Any
         num_heads=heads,
         num_kv_heads=one_of(hf, "num_key_value_heads", default=heads),
         head_dim=one_of(hf, "head_dim", default=width // heads),
-        pattern=pattern,
+        layer_types=pattern,
         sliding_window=hf["sliding_window"] if sliding else AttentionConfig().sliding_window,
     )
     return ModelConfig(
@@ -116,7 +116,7 @@ def read_gemma(hf: HFConfig, qk_norm: QKNorm) -> ModelConfig:
         period = hf.get("sliding_window_pattern") or (2 if qk_norm is QKNorm.none else 6)
         kinds = [*["sliding_attention"] * (period - 1), "full_attention"]
         hf = {**hf, "layer_types": [kinds[i % period] for i in range(hf["num_hidden_layers"])]}
-    fields = {"qk_norm": qk_norm, "soft_cap": hf.get("attn_logit_softcapping"), "scale": scale}
+    fields = {"qk_norm": qk_norm, "logit_softcap": hf.get("attn_logit_softcapping"), "scale": scale}
     return read_common(
         hf,
         tied=True,
@@ -124,7 +124,7 @@ def read_gemma(hf: HFConfig, qk_norm: QKNorm) -> ModelConfig:
         norm_placement=NormPlacement.sandwich,
         norm_unit_offset=True,
         scale_embeddings=True,
-        final_soft_cap=hf.get("final_logit_softcapping"),
+        final_logit_softcap=hf.get("final_logit_softcapping"),
     )
 
 
@@ -143,7 +143,7 @@ def read_smollm3(hf: HFConfig) -> ModelConfig:
 
 def read_mixtral(hf: HFConfig) -> ModelConfig:
     experts = MoEConfig(hf["num_local_experts"], 0, hf["num_experts_per_tok"], hf["intermediate_size"])
-    return read_common(hf, experts=experts)
+    return read_common(hf, moe=experts)
 
 
 def read_qwen3_moe(hf: HFConfig) -> ModelConfig:
@@ -164,7 +164,7 @@ def read_qwen3_moe(hf: HFConfig) -> ModelConfig:
     fields = {"qkv_bias": bias, "out_bias": bias, "qk_norm": QKNorm.head}
     everywhere = {**hf, "layer_types": None, "max_window_layers": 0}
     return read_common(
-        everywhere if hf.get("use_sliding_window") else without_windows(hf), attention=fields, experts=experts
+        everywhere if hf.get("use_sliding_window") else without_windows(hf), attention=fields, moe=experts
     )
 
 
@@ -180,7 +180,7 @@ def read_olmoe(hf: HFConfig) -> ModelConfig:
     )
     bias = bool(hf.get("attention_bias", False))
     fields = {"qkv_bias": bias, "out_bias": bias, "qk_norm": QKNorm.projection}
-    return read_common(without_windows(hf), attention=fields, experts=experts)
+    return read_common(without_windows(hf), attention=fields, moe=experts)
 
 
 def read_gpt_oss(hf: HFConfig) -> ModelConfig:
@@ -196,7 +196,7 @@ def read_gpt_oss(hf: HFConfig) -> ModelConfig:
             activation_clamp=float(one_of(hf, "swiglu_limit", default=7.0)),
             up_offset=1.0,
         ),
-        experts=MoEConfig(hf["num_local_experts"], 0, hf["num_experts_per_tok"], width, bias=True, router_bias=True),
+        moe=MoEConfig(hf["num_local_experts"], 0, hf["num_experts_per_tok"], width, bias=True, router_bias=True),
     )
 
 
@@ -213,11 +213,11 @@ def read_deepseek(hf: HFConfig) -> ModelConfig:
         attention={
             "num_kv_heads": hf["num_attention_heads"],
             "head_dim": hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"],
-            "value_dim": hf["v_head_dim"],
-            "latent": MLAConfig(hf["kv_lora_rank"], hf.get("q_lora_rank") or 0, hf["qk_rope_head_dim"]),
+            "v_head_dim": hf["v_head_dim"],
+            "mla": MLAConfig(hf["kv_lora_rank"], hf.get("q_lora_rank") or 0, hf["qk_rope_head_dim"]),
             "out_bias": bool(hf.get("attention_bias", False)),
         },
-        experts=MoEConfig(
+        moe=MoEConfig(
             hf["n_routed_experts"],
             hf.get("first_k_dense_replace") or 0,
             hf["num_experts_per_tok"],

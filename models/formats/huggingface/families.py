@@ -122,7 +122,8 @@ def architecture_name(config: ModelConfig) -> ModelConfig:
     experts are trained and reached.
     """
     plain = ModelConfig()
-    how = ("dtype", "param_dtype", "products", "remat", "dropout", "init_std", "init_scaled_residual", "base_width")
+    ignored = ("dtype", "param_dtype", "matmul_precision", "remat", "dropout", "init_std", "init_scaled_residual")
+    ignored += ("mup_base_width",)
     a = dataclasses.replace(config.attention, dropout=0.0)
     pattern = [a.layer_types[i % len(a.layer_types)] for i in range(config.num_layers)]
     window = a.sliding_window if LayerKind.sliding in pattern else 0
@@ -150,9 +151,9 @@ def architecture_name(config: ModelConfig) -> ModelConfig:
     trained = MoEConfig(
         load_balancing=LoadBalancing.bias if experts.load_balancing is LoadBalancing.bias else LoadBalancing.none
     )
-    for name in ("balance", "balance_loss", "z_loss", "dispatch", "capacity_factor"):
+    for name in ("load_balancing", "aux_loss_weight", "router_z_loss_weight", "dispatch", "capacity_factor"):
         experts = dataclasses.replace(experts, **{name: getattr(trained, name)})
     if experts.num_groups == 1:
         experts = dataclasses.replace(experts, topk_groups=1, group_score_topk=2)
-    parts = {"attention": a, "rope": rope, "mlp": mlp, "experts": experts}
-    return dataclasses.replace(config, **parts, **{name: getattr(plain, name) for name in how})
+    parts = {"attention": a, "rope": rope, "mlp": mlp, "moe": experts}
+    return dataclasses.replace(config, **parts, **{name: getattr(plain, name) for name in ignored})

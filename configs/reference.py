@@ -131,6 +131,8 @@ def fields_of(module: str, name: str) -> dict[str, Field]:
             fields |= fields_of(where, base.id)
     for statement in node.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            if ast.unparse(statement.annotation).startswith("ClassVar"):
+                continue
             key, doc = statement.target.id, source(where).comment(statement)
             doc = doc or (fields[key].doc if key in fields else "")
             fields[key] = Field(key, statement.annotation, statement.value, doc, where)
@@ -350,8 +352,13 @@ def default_options() -> dict[str, str]:
 
 @cache
 def common_keys(below: str = "") -> tuple[Key, ...]:
+<<<<<<< HEAD
     """Returns keys that do not depend on group options; `below`: only this key or keys below it."""
     grouped = {package(group, "").rstrip(".") for group in groups()} | {"task", "data.sources.readers"}
+=======
+    """Keys that every run has, whichever options it chooses; `base`: only this one, or those below it."""
+    grouped = {package(group, "").rstrip(".") for group in groups()} | {"task", "data.sources"}
+>>>>>>> p-launch
     return tuple(
         key
         for key in keys_of(SCHEMA, "RunConfig", below=below)

@@ -1,1 +1,1 @@
-"""How a process, and a cluster job, starts."""
+"""Entry points: the command line, tasks, launchers, planning, sweeps and serving."""

@@ -92,7 +92,9 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
         group = key.partition(".")[0]
         value = _given(group, overrides)
         chosen = group if value is None else f"{group}={value}"
-        return f"{key}: set by the experiment, but {chosen} has no such key; use the experiment's {group}, or remove the key"
+        return (
+            f"{key}: set by the experiment, but {chosen} has no such key; use the experiment's {group} or drop the key"
+        )
     advice = hint(key)
     if advice is not None and _fits(advice, known):
         return f"{unknown}; did you mean {_with_value(advice, key, overrides)!r}?"

@@ -1,8 +1,8 @@
 """Multi-process initialization of JAX: explicit settings first, then detection of the cluster.
 
 `settings` is a pure function of the environment, so every cluster can be tested without one. JAX itself ignores
-`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, which launchers and Helm charts set; and under SLURM it assigns one GPU per task
-regardless of the job's request. This module corrects both.
+`JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, which launchers and Helm charts set; and under SLURM it assigns one GPU per
+task regardless of the job's request. This module corrects both.
 """
 
 import os

@@ -1,9 +1,9 @@
 """Heartbeats between the processes of a run: progress, what each one waits for, and which are lost.
 
-Each process writes a heartbeat every second to the key-value store of JAX's coordination service, hosted by process 0.
-Process 0 checks them and publishes which processes are silent or have exited with an error; the others read that with
-each of their heartbeats. A missing heartbeat alone ends no process: one exits only if JAX cannot continue, after a failed
-collective or when JAX itself aborts, and then reports which process was lost.
+Each process writes a heartbeat every second to the key-value store of JAX's coordination service, which process 0
+hosts. Process 0 checks them and publishes which processes are silent or have exited with an error; the others read
+that with each of their heartbeats. A missing heartbeat alone ends no process: one exits only if JAX cannot continue,
+after a failed collective or when JAX itself aborts, and then reports which process was lost.
 """
 
 import contextlib
@@ -203,7 +203,7 @@ class Peers:
         return {process: how for process, how in self._failures.items() if process != str(self.index)}
 
     def compared(self) -> str:
-        """Lists the progress of all processes, the slowest first: `process 2 (node7) after step 41: waiting for data`."""
+        """Lists the progress of all processes, slowest first: `process 2 (n7) after step 41: waiting for data`."""
         try:
             signs = self.signs()
         except Exception:

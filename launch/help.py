@@ -1,6 +1,6 @@
-"""Help of the command line: what it says of the tasks, of one task, and of a group or a key.
+"""Command-line help: the list of tasks, one task, a config group, or a key.
 
-Nothing here imports JAX or Hydra, so that help comes at once.
+Imports neither JAX nor Hydra, so that help prints at once.
 """
 
 import difflib
@@ -16,17 +16,17 @@ TRAINING = (
     "experiment", "phase", "model", "source", "tokenizer", "transform", "objective", "optimizer", "schedule", "adapter",
     "mesh", "checkpoint", "tracker", "launcher",
 )  # fmt: skip
-OF_RUN = ("run", "output_dir", "fake_devices")  # keys of a task that reads a run
+OF_RUN = ("run", "output_dir", "fake_devices")  # shared keys of tasks that read a run
 
 
 class Task(NamedTuple):
-    """What help says of a task."""
+    """Help of a task."""
 
     summary: str
-    keys: tuple[str, ...]  # set most often
+    keys: tuple[str, ...]  # the keys set most often
     examples: tuple[str, ...]
     groups: tuple[str, ...] = ()
-    shared: tuple[str, ...] | None = OF_RUN  # which keys of every run it reads, by their first word; None: all
+    shared: tuple[str, ...] | None = OF_RUN  # shared keys that it reads, by first component; None: all
 
 
 TASKS = {
@@ -47,8 +47,8 @@ TASKS = {
     "plan": Task(
         "Estimate memory, speed and cost of a run on devices that need not be present",
         (
-            "target", "search", "compile", "num_tokens", "price_per_device_hour", "scaling_law", "gradient_accumulation_steps", "data.batch_size",
-            "data.seq_len", "model.remat",
+            "target", "search", "compile", "num_tokens", "price_per_device_hour", "scaling_law",
+            "gradient_accumulation_steps", "data.batch_size", "data.seq_len", "model.remat",
         ),
         (
             "meshwright plan model=llama3_70b target=v5p-512",
@@ -61,8 +61,8 @@ TASKS = {
     "sweep": Task(
         "Train with several values of some keys and compare the results",
         (
-            "run", "sweep.trials", "sweep.max_concurrent_trials", "sweep.method", "sweep.metric", "sweep.mode", "sweep.pruning",
-            "sweep.warmup_steps", "sweep.retry_failed", "num_steps",
+            "run", "sweep.trials", "sweep.max_concurrent_trials", "sweep.method", "sweep.metric", "sweep.mode",
+            "sweep.pruning", "sweep.warmup_steps", "sweep.retry_failed", "num_steps",
         ),
         (
             "meshwright sweep experiment=hello optimizer.learning_rate=log:1e-4..1e-2 sweep.trials=8",
@@ -89,8 +89,8 @@ TASKS = {
     "scaling_ladder": Task(
         "Train runs of several sizes, fit a scaling law, and recommend a size for a compute budget",
         (
-            "run", "widths", "aspect_ratio", "tokens_per_param", "compute_budget", "output", "format", "data.batch_size",
-            "data.seq_len", "optimizer.learning_rate",
+            "run", "widths", "aspect_ratio", "tokens_per_param", "compute_budget", "output", "format",
+            "data.batch_size", "data.seq_len", "optimizer.learning_rate",
         ),
         (
             "meshwright scaling_ladder compute_budget=1e18",
@@ -115,8 +115,11 @@ TASKS = {
         (*OF_RUN, "seed", "init_from", "data"),
     ),
     "evaluate": Task(
-        "Measure loss, perplexity and bits per byte of a run, or its accuracy on problems",
-        ("run", "step", "max_eval_batches", "eval_tasks", "limit", "limit_per_group", "prefix", "dtype", "format", "data.max_eval_batches"),
+        "Measure loss, perplexity and bits per byte of a run, or its accuracy on multiple-choice tasks",
+        (
+            "run", "step", "max_eval_batches", "eval_tasks", "limit", "limit_per_group", "prefix", "dtype", "format",
+            "data.max_eval_batches",
+        ),
         (
             "meshwright evaluate run=hello",
             "meshwright evaluate run=hello source=[text] data.sources.text.paths=[DIR]",
@@ -138,7 +141,10 @@ TASKS = {
     ),
     "serve": Task(
         "Serve a run over HTTP with OpenAI's API and a chat page",
-        ("run", "step", "host", "port", "api_key_env", "max_num_seqs", "max_model_len", "max_queue_size", "timeout", "shutdown_timeout"),
+        (
+            "run", "step", "host", "port", "api_key_env", "max_num_seqs", "max_model_len", "max_queue_size", "timeout",
+            "shutdown_timeout",
+        ),
         (
             "meshwright serve run=hello",
             "meshwright serve run=tuned port=8080 max_num_seqs=32",
@@ -203,7 +209,11 @@ TASKS = {
     "logs": Task(
         "Print the log of the newest job of a run",
         ("run", "follow", "output_dir"),
-        ("meshwright logs run=hello", "meshwright logs run=hello follow=true", "meshwright logs run=mine output_dir=DIR"),
+        (
+            "meshwright logs run=hello",
+            "meshwright logs run=hello follow=true",
+            "meshwright logs run=mine output_dir=DIR",
+        ),
         (),
         ("run", "output_dir"),
     ),
@@ -224,7 +234,7 @@ START = (
 
 
 def overview() -> str:
-    """The tasks, and how to start."""
+    """Returns the list of tasks and commands to start with."""
     rows = [(name, task.summary) for name, task in TASKS.items()]
     return "\n".join(
         [
@@ -245,23 +255,23 @@ def asks_for_help(words: Sequence[str]) -> bool:
 
 
 def topics_of(words: Sequence[str]) -> list[str]:
-    """The words after `--help`."""
+    """Returns the words after `--help`."""
     index = next(i for i, word in enumerate(words) if asks_for_help([word]))
     return [*words[index].partition("=")[2:], *words[index + 1 :]] if "=" in words[index] else list(words[index + 1 :])
 
 
 def help_on(task: str, topics: Sequence[str]) -> str:
-    """Help of a task, or of what `--help` names. Raises: ValueError for a topic that it does not have."""
+    """Returns the help of a task, or of the given topics. Raises: ValueError for an unknown topic."""
     if not topics:
         return screen(task)
     return "\n\n".join(_topic(task, topic) for topic in topics)
 
 
 def screen(task: str) -> str:
-    """One screen of a task: its commonest keys, its groups, examples."""
+    """Returns one screen of help: the most common keys of a task, its groups and examples."""
     about, default = TASKS[task], reference.default_options()
     lines = [f"usage: meshwright {task} [KEY=VALUE ...]", "", f"{about.summary}."]
-    found = [_found(task, name) for name in about.keys]
+    found = [_key(task, name) for name in about.keys]
     keys = [(key.path, _short(key.default), _sentence(key.doc)) for key in found]
     lines += ["", "Keys set most often, with their defaults:", *_table(keys)]
     if about.groups:
@@ -281,8 +291,8 @@ def screen(task: str) -> str:
     return "\n".join([*lines, "", "More:", *_table(more)])
 
 
-def _found(task: str, name: str) -> Key:
-    """One key of a task, which only the sources that it is in are read for."""
+def _key(task: str, name: str) -> Key:
+    """Returns one key of a task; parses only the modules that define it."""
     first = name.partition(".")[0]
     own = {key.path: key for key in reference.option_keys("task", task)}
     if name in own:
@@ -292,8 +302,8 @@ def _found(task: str, name: str) -> Key:
     return reference.common_keys(name)[0]
 
 
-def _near(task: str, name: str) -> Iterator[Key]:
-    """Keys of a task that may be `name` or below it: what cannot be is not read."""
+def _candidates(task: str, name: str) -> Iterator[Key]:
+    """Yields keys of a task that may be `name` or below it."""
     about = TASKS[task]
     yield from reference.option_keys("task", task)
     if about.shared is None or name.split(".")[0] in about.shared:
@@ -306,19 +316,19 @@ def _near(task: str, name: str) -> Iterator[Key]:
 
 
 def keys_of_task(task: str) -> list[Key]:
-    """The keys that a command with this task reads: its own, those of every run, those of its groups."""
+    """Returns the keys that a task reads: its own, shared ones, and those of its groups."""
     about = TASKS[task]
     found = list(reference.option_keys("task", task))
     found += [key for key in reference.common_keys() if about.shared is None or key.path.split(".")[0] in about.shared]
     for group in about.groups:
-        if group != "sweep":  # its keys are the task's
+        if group != "sweep":  # listed as keys of the task
             for option in reference.classes().get(group, {}):
                 found += reference.option_keys(group, option)
     return found
 
 
 def owners(name: str) -> list[str]:
-    """The tasks that have a key of this name, or keys below it."""
+    """Returns the tasks that have this key, or keys below it."""
     return [
         task
         for task in reference.tasks()
@@ -336,7 +346,7 @@ def _topic(task: str, topic: str) -> str:
             return _group(group)
         if option.strip("[]") in reference.option_names(group):
             return _option(group, option.strip("[]"))
-    found = [key for key in _near(task, name) if key.path == name or key.path.startswith(f"{name}.")]
+    found = [key for key in _candidates(task, name) if key.path == name or key.path.startswith(f"{name}.")]
     if found:
         return _entries(_merged(found))
     known = keys_of_task(task)
@@ -346,8 +356,10 @@ def _topic(task: str, topic: str) -> str:
     words = [*dict.fromkeys([*TASKS[task].groups, *(part for key in known for part in _parents(key.path))]), "all"]
     near = difflib.get_close_matches(name, words, n=3, cutoff=0.6)
     near = near or [word for word in words if word.rsplit(".", 1)[-1] == name][:3]
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; `meshwright {task} --help` lists the commonest"
-    raise ValueError(f"--help {topic}: there is no such key or group{hint}")
+    hint = (
+        f"; did you mean {' or '.join(near)}?" if near else f"; `meshwright {task} --help` lists the most common keys"
+    )
+    raise ValueError(f"--help {topic}: no such key or group{hint}")
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -357,7 +369,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def _merged(keys: Iterable[Key]) -> list[tuple[Key, list[str]]]:
-    """Each different key once, with the options that have it."""
+    """Deduplicates keys; returns each with the options that have it."""
     found: dict[tuple, tuple[Key, list[str]]] = {}
     for key in keys:
         same = (key.path, key.type, key.default, key.doc, key.choices, key.bounds)
@@ -382,12 +394,12 @@ def _group(group: str) -> str:
             if own:
                 lines += ["", f"Keys of {group}={option}:", "", _entries([(key, []) for key, _ in own])]
     else:
-        lines += ["", f"`meshwright train {group}=NAME --cfg job` prints the config that an option composes."]
+        lines += ["", f"`meshwright train {group}=NAME --cfg job` prints the config composed with an option."]
     return "\n".join(lines)
 
 
 def _placed(group: str, keys: Iterable[Key]) -> Iterator[Key]:
-    """Keys with NAME in place of the option, where each option has a place of its own."""
+    """Yields keys with NAME in place of the option, for groups whose options have separate paths."""
     for key in keys:
         old, new = reference.package(group, key.option), reference.package(group, "NAME")
         yield Key(**{**vars(key), "path": key.path.replace(old, new, 1) if old else key.path})
@@ -430,13 +442,13 @@ def _short(default: str) -> str:
 
 
 def _sentence(doc: str) -> str:
-    """The first part of a text: up to the first semicolon or full stop."""
+    """Returns the text up to the first semicolon or full stop."""
     ends = [at for mark in ("; ", ". ") if (at := doc.find(mark)) > 0]
     return doc[: min(ends)] if ends else doc.rstrip(".")
 
 
 def _table(rows: Sequence[tuple[str, ...]], *, wrap: bool = False) -> list[str]:
-    """Rows with aligned columns, indented by two; the last column is cut, or wrapped."""
+    """Formats rows as aligned columns, indented by two; the last column is truncated or wrapped."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = []
     for row in rows:

@@ -1,7 +1,7 @@
 """Maps config keys of other trainers to the equivalent Meshwright keys.
 
-Covers Hugging Face Transformers, TRL and PEFT, MaxText, torchtitan, Levanter, LitGPT, and common misspellings. A hint is
-a key, or one or more KEY=VALUE settings.
+Covers Hugging Face Transformers, TRL and PEFT, MaxText, torchtitan, Levanter, LitGPT, and common misspellings. A hint
+is a key, or one or more KEY=VALUE settings.
 """
 
 HINTS: dict[str, str] = {

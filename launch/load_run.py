@@ -1,4 +1,4 @@
-"""A run that exists, opened to be evaluated, inspected or written with: it is read and never changed."""
+"""Loads a saved run read-only, for evaluation, inspection, generation and export."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,31 +26,31 @@ from trainer.optimizers.optimizer import eval_params
 from trainer.reference_sync import reference_from_state
 from trainer.state import TrainState
 
-# What a run makes of its records.
-OF_RECORDS = (
-    "records", "loss_on", "overlong", "max_bad_share", "packing", "seq_len", "classes",
+# Keys of `data` that define how records become rows.
+RECORD_KEYS = (
+    "format", "loss_mask", "on_overflow", "max_bad_fraction", "packing", "seq_len", "classes",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SavedRun:
     folder: RunFolder
-    config: RunConfig  # as saved, with what the command line may change
+    config: RunConfig  # the saved config with permitted command-line overrides
     step: int
     tokenizer: Tokenizer
-    core: Core  # of the model's own parameters, adapters merged
-    trained: Core  # of what the run trains: another one where that is adapters
+    core: Core  # for the model parameters, adapters merged
+    trained: Core  # for the trained parameters: differs from `core` for adapters
     checkpointer: Checkpointer
 
     def state(self) -> TrainState:
         return self.checkpointer.restore(self.step, self.trained.abstract).state
 
     def params(self) -> Params:
-        """The model's own parameters, to write with and to export: averaged ones where the run keeps an average."""
+        """Returns the model parameters for generation and export: the averaged ones if the optimizer has an average."""
         return model_params(self.scored_params())
 
     def scored_params(self) -> Params:
-        """What the run's loss is computed of: the same, and what it learns beside the model."""
+        """Returns the model parameters with the objective's additional ones, as the loss reads them."""
         adaptation = self.trained.adaptation
         if adaptation is None:
             return self.trained_params()
@@ -58,7 +58,7 @@ class SavedRun:
         return adaptation.merge(base.params, self.trained_params())
 
     def frozen(self) -> dict[str, Any]:
-        """The models that the run's loss only reads, the adapters' base aside."""
+        """Loads the frozen models of the loss (reference, teacher), without the base of adapters."""
         known, needs = self.checkpointer.read_json(self.step, "config"), self.config.objective.frozen_needs
         models = reference_from_state(self.state().opt_state) if needs.synced else {}
         for role in needs.loaded:
@@ -76,39 +76,39 @@ class SavedRun:
         return models
 
     def trained_params(self) -> Params:
-        """What the run trains: its adapters, where it has any."""
+        """Returns the trained parameters: the adapters, if the run has any."""
         if jax.tree.structure(jax.eval_shape(eval_params, self.trained.abstract)) and self._averages():
             return jax.jit(eval_params)(self.state())
         return self.checkpointer.restore_params(self.step, self.trained.abstract.params)
 
     def _averages(self) -> bool:
-        # Only then the optimizer's state, twice as large as the parameters, has to be read.
+        # Otherwise the optimizer state, twice the size of the parameters, need not be read.
         optimizer = self.config.optimizer
         return optimizer.ema_decay is not None or optimizer.kind == "schedule_free"
 
 
 def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = None) -> SavedRun:
-    """The run `run=NAME` at `step=K` or at its newest whole checkpoint, on the mesh of this command.
+    """Opens the run `run=NAME` at `step=K` or at its newest valid checkpoint, on the mesh of this command.
 
-    Model, tokenizer, optimizer and seed are the run's own; data is, too, unless the command names some. `dtype`: of
-    the computation, where it is not to be the run's.
-    Raises: ValueError where there is no such run or no such step.
+    Model, tokenizer, optimizer and seed come from the run; so does the data, unless the command sets data keys.
+    `dtype`: overrides the compute dtype of the run.
+    Raises: ValueError if the run or the step does not exist.
     """
     folder = run_folder(config)
     saved = folder.saved_config()
     named = named_keys(overrides)
     changed = {key.partition(".")[0] for key in named}
     for key in changed & {"model", "adapter", "optimizer", "tokenizer", "objective", "schedule"}:
-        raise ValueError(f"{key}: is fixed by the run {folder.name!r}; leave it out")
+        raise ValueError(f"{key}: fixed by the run {folder.name!r}; remove it from the command")
     data = config.data if changed & {"data", "source"} else saved.data
     if "source" not in changed and "data" in changed:
         data = dataclasses.replace(data, sources=saved.data.sources)
-    # What a run learns of its records holds for others too, unless the command says otherwise.
-    kept = [key for key in OF_RECORDS if f"data.{key}" not in named and "phase" not in named]
+    # The run's record format also applies to other data, unless the command changes it.
+    inherited = [key for key in RECORD_KEYS if f"data.{key}" not in named and "phase" not in named]
     transforms = changed & {"transform", "phase"} or any(key.startswith("data.transform") for key in named)
     data = dataclasses.replace(data, transform=(config if transforms else saved).data.transform)
     if saved.data.format is not DataFormat.text or saved.data.transform.kind != "none":
-        data = dataclasses.replace(data, **{key: getattr(saved.data, key) for key in kept})
+        data = dataclasses.replace(data, **{key: getattr(saved.data, key) for key in inherited})
     merged = dataclasses.replace(
         saved,
         data=data,
@@ -122,33 +122,33 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
     step = config.task.step if config.task.step is not None else checkpointer.latest_valid_step()
     if step is None:
         raise ValueError(
-            f"run={folder.name}: has no checkpoint yet; they come every {saved.checkpoint.save_interval_steps} steps"
+            f"run={folder.name}: has no checkpoint yet; one is saved every {saved.checkpoint.save_interval_steps} steps"
         )
     tokenizer = from_files(checkpointer.read_tokenizer(step))
     if not isinstance(saved.task, TrainConfig):
         merged = dataclasses.replace(merged, task=TrainConfig())
-    fitting = _fitting(merged)
-    core = trained = build_core(dataclasses.replace(fitting, adapter=AdapterConfig()), tokenizer)
+    adapted = _for_inference(merged)
+    core = trained = build_core(dataclasses.replace(adapted, adapter=AdapterConfig()), tokenizer)
     if saved.adapter.active:
-        trained = build_core(fitting, tokenizer)
+        trained = build_core(adapted, tokenizer)
     return SavedRun(folder, merged, step, tokenizer, core, trained, checkpointer)
 
 
 def open_writer(config: RunConfig, overrides: list[str]) -> SavedRun:
-    """A run that writes. Raises: as `open_run`, and ValueError for one that only judges."""
+    """Opens a run that generates text. Raises: as `open_run`, and ValueError for reward models and classifiers."""
     saved = open_run(config, overrides)
     if saved.core.model.outputs:
         raise ValueError(
-            f"run={saved.folder.name}: gives {saved.core.model.outputs} scores of a text "
-            f"({saved.config.objective.kind}) and writes none; meshwright predict run={saved.folder.name} tells them"
+            f"run={saved.folder.name}: computes {saved.core.model.outputs} scores per text "
+            f"({saved.config.objective.kind}) and cannot generate; use: meshwright predict run={saved.folder.name}"
         )
     return saved
 
 
-def _fitting(config: RunConfig) -> RunConfig:
-    """Evaluation and writing take no gradient: they need no microbatches, and rows enough for the mesh they get.
+def _for_inference(config: RunConfig) -> RunConfig:
+    """Adapts a config to inference: no gradient accumulation, and a batch size divisible by the mesh.
 
-    A kernel of attention is of the devices and the row lengths of training, so plain attention takes its place.
+    Attention kernels are chosen for the devices and sequence lengths of training, so the XLA attention replaces them.
     """
     assert isinstance(config.task, TrainConfig)
     shards = jax.device_count() // (max(config.mesh.tensor, 1) * max(config.mesh.context, 1))

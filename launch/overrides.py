@@ -1,4 +1,4 @@
-"""Overrides of the command line, from what a user types to what Hydra's grammar takes."""
+"""Translates command-line overrides to Hydra's grammar."""
 
 import re
 from collections.abc import Mapping
@@ -9,28 +9,28 @@ from configs.reference import groups
 from configs.schema import RunConfig
 from configs.tasks import ALIASES, TASKS
 
-# Keys whose value is taken as it is: Hydra's grammar would strip its spaces and read its brackets.
+# Keys with free text as value: Hydra's grammar would strip spaces and parse brackets.
 FREE_TEXT = ("task.prompt", "task.chat", "task.system")
 
 
 def is_override(word: str) -> bool:
-    """Whether a word of the command line sets or deletes a key."""
+    """Returns whether a command-line word sets or deletes a key."""
     return word.startswith("~") or ("=" in word and not word.startswith("-"))
 
 
 class Routes(NamedTuple):
-    """Where keys of a command line go: `num_steps=10` becomes `task.num_steps=10`."""
+    """Routes task keys of a command line: `num_steps=10` becomes `task.num_steps=10`."""
 
     own: frozenset[str]  # fields of the task's class
-    aliases: Mapping[str, str]  # further names of these
-    shared: frozenset[str]  # keys of every run
+    aliases: Mapping[str, str]  # alternative names of these
+    shared: frozenset[str]  # top-level keys of `RunConfig`
     groups: frozenset[str]
 
     def route(self, override: str) -> str:
-        """An override with `task.` in front where its key is the task's own; `+`, `++` and `~` stay in front.
+        """Prefixes an override with `task.` if it sets a key of the task; `+`, `++` and `~` stay in front.
 
-        A key or a group of every run wins. Keys below a group's name are the task's where no run has them: `sweep=NAME`
-        chooses an option, and `sweep.trials=8` is a key of the task.
+        Shared keys and groups take precedence. Keys below a group's name belong to the task if they are not shared:
+        `sweep=NAME` selects an option, and `sweep.trials=8` is a key of the task.
         """
         found = re.match(r"(\+\+|\+|~)?(\w+)(\.)?", override)
         if found is None:
@@ -43,17 +43,14 @@ class Routes(NamedTuple):
 
 
 def routes_of(task: str) -> Routes:
-    """The routes of a command with this task; of an unknown one those without keys of its own."""
+    """Returns the routes of a task; for an unknown task, without task keys."""
     own = frozenset(f.name for f in fields(TASKS[task])) - {"kind"} if task in TASKS else frozenset()
     shared = frozenset(f.name for f in fields(RunConfig))
     return Routes(own, ALIASES.get(task, {}), shared, frozenset(groups()))
 
 
 def quoted(override: str) -> str:
-    """A prompt or a chat message in quotes, unless it has some.
-
-    And [NAME=VALUE] of environment variables, which Hydra's grammar takes in quotes alone.
-    """
+    """Quotes prompts and chat messages that are not quoted yet, and the NAME=VALUE items of `launcher.env`."""
     key, _, value = override.partition("=")
     if key == "launcher.env" and value[:1] == "[" and value[-1:] == "]" and not set(value) & set("'\""):
         entries = (entry.strip().replace("${", "\\${") for entry in value[1:-1].split(","))

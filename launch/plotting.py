@@ -1,4 +1,4 @@
-"""All pictures: loss curves, plans, coordinate checks, scaling laws and sweeps."""
+"""Plots: loss curves, plans, coordinate checks, scaling laws and sweeps."""
 
 import math
 import textwrap
@@ -33,21 +33,21 @@ ORANGE, GREEN, BROWN, GREY = "#f2a541", "#54a24b", "#9d755d", "#bab0ac"
 
 @contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """A figure of hundreds of pixels, written at once to `path` at the end."""
-    # The Figure class, not pyplot: no global state, and no display is looked for.
+    """Yields a figure of `width` x `height` hundred pixels, written atomically to `path` on exit."""
+    # The Figure class, not pyplot: no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
-    half = path.with_name(path.name + ".tmp")
-    figure.savefig(half, format="png")
-    half.replace(path)
+    partial_file = path.with_name(path.name + ".tmp")
+    figure.savefig(partial_file, format="png")
+    partial_file.replace(path)
 
 
 def _plain(axes: "Axes", *sides: str, grid: bool = True) -> None:
-    """No frame on these sides, and a light grid."""
+    """Hides the frame on these sides (default: top and right) and adds a light grid."""
     for side in sides or ("top", "right"):
         axes.spines[side].set_visible(False)
     if grid:
@@ -64,9 +64,9 @@ Row = dict[str, Any]  # of metrics.jsonl
 
 
 def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) -> bool:
-    """Draws training and held-out loss over steps, 1200x700 pixels; bits per byte on the right if known.
+    """Plots training and validation loss over steps, 1200 x 700 pixels; bits per byte on the right axis if known.
 
-    A dotted line stands where the run went on after a stop.
+    Dotted vertical lines mark resumptions after a stop.
 
     Returns: whether there was anything to draw.
     """
@@ -79,16 +79,16 @@ def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) 
     with _figure(png_path, 12, 7) as figure:
         axes = figure.add_subplot()
         if len(steps):
-            axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1.0, label="training, each step")
+            axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1.0, label="training, per step")
             axes.plot(steps, smoothed(losses), color=BLUE, linewidth=2.2, label="training, smoothed")
         colours = (RED, ORANGE, GREEN, PURPLE, TEAL, BROWN)
         for index, name in enumerate(sources):
             at, values = _series(rows, name)
             source = name.removeprefix("eval/").removesuffix("/loss") if name.count("/") > 1 else ""
-            label = f"held-out {source}".rstrip()
+            label = f"validation {source}".rstrip()
             axes.plot(at, values, "o-", color=colours[index % len(colours)], markersize=5, linewidth=1.2, label=label)
         for index, step in enumerate(sorted({row["step"] for row in rows if START in row})):
-            label = None if index else "went on after a stop"
+            label = None if index else "resumed"
             axes.axvline(step, color="#888888", linewidth=0.9, linestyle=(0, (2, 3)), zorder=0, label=label)
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats per token)")
@@ -102,7 +102,7 @@ def draw_loss(metrics_jsonl: Path, png_path: Path, *, title: str | None = None) 
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A mean over about a 40th of the curve, around each point so that it does not lag behind a fall."""
+    """Returns a centered moving average over about 1/40 of the curve."""
     count = len(values)
     at = np.arange(count)
     before = np.minimum(at, max(1, count // 80))
@@ -118,7 +118,7 @@ def _series(rows: list[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _limits(rows: list[Row], sources: list[str], losses: np.ndarray) -> tuple[float, float]:
-    """Limits that show the whole curve, unless a spike in it would flatten the rest."""
+    """Returns y-limits that show the complete curve, clipped if a spike would flatten the rest."""
     parts = [losses, *(_series(rows, name)[1] for name in sources)]
     values = np.concatenate([part for part in parts if len(part)])
     low, high = float(values.min()), float(values.max())
@@ -131,14 +131,14 @@ def _limits(rows: list[Row], sources: list[str], losses: np.ndarray) -> tuple[fl
 
 
 def _add_bits_per_byte(axes: "Axes", rows: list[Row]) -> None:
-    """A second scale, when one factor turns nats per token into bits per byte all along the curve."""
+    """Adds a second axis, scaled by the median ratio of bits per byte to nats per token."""
     for loss, bits in (("train/nll", "train/bits_per_byte"), ("eval/loss", "eval/bits_per_byte")):
         ratios = [row[bits] / row[loss] for row in rows if row.get(loss) and row.get(bits)]
         if ratios:
             factor = float(np.median(ratios))
-            there, back = partial(np.multiply, factor), partial(np.multiply, 1 / factor)
+            forward, inverse = partial(np.multiply, factor), partial(np.multiply, 1 / factor)
             label = "bits per byte, at the mean bytes per token"
-            axes.secondary_yaxis("right", functions=(there, back)).set_ylabel(label)
+            axes.secondary_yaxis("right", functions=(forward, inverse)).set_ylabel(label)
             return
 
 
@@ -152,7 +152,7 @@ AXIS_COLOURS = {"tensor": RED, "context": GREEN, "expert": PURPLE, "fsdp": BLUE,
 
 
 def draw_plan(plan: "Plan", path: Path, title: str) -> None:
-    """Memory of a device, time of a step and the mesh, 1200 x 800 pixels."""
+    """Plots memory per device, step time and the mesh, 1200 x 800 pixels."""
     with _figure(path, 12, 8) as figure:
         memory, time, mesh = figure.subplots(3, 1, height_ratios=[1, 1, 2])
         _memory(memory, plan)
@@ -182,28 +182,28 @@ def _memory(axes: "Axes", plan: "Plan") -> None:
     total, room = plan.memory.total / 1e9, plan.capacity / 1e9
     _bar(axes, parts, COLOURS, "GB", max(total, room))
     axes.axvline(room, color="black", linewidth=1.5, linestyle="--")
-    said = f"fits, {room - total:.3g} GB to spare" if plan.fits else f"does not fit, by {total - room:.3g} GB"
-    _heading(axes, f"memory of a device: {total:.3g} of {room:.3g} GB, {said}")
+    verdict = f"fits, {room - total:.3g} GB free" if plan.fits else f"exceeds by {total - room:.3g} GB"
+    _heading(axes, f"memory per device: {total:.3g} of {room:.3g} GB, {verdict}")
     axes.set_xlim(0, max(total, room) * 1.02)
     axes.set_xlabel("GB")
 
 
 def _time(axes: "Axes", plan: "Plan") -> None:
     parts = {
-        "products": min(plan.compute_seconds, plan.device_seconds),
-        "waiting for memory": max(0.0, plan.device_seconds - plan.compute_seconds),
-        "waiting for the network": plan.exposed_seconds,
+        "compute": min(plan.compute_seconds, plan.device_seconds),
+        "memory-bound": max(0.0, plan.device_seconds - plan.compute_seconds),
+        "exposed communication": plan.exposed_seconds,
     }
     colours = dict(zip(parts, (BLUE, ORANGE, RED), strict=True))
     _bar(axes, parts, colours, "s", plan.step_seconds)
     hidden = plan.network_seconds - plan.exposed_seconds
-    text = f"time of a step: {plan.step_seconds:.3g} s, MFU {plan.mfu:.1%}; network beside it: {hidden:.3g} s"
+    text = f"step time: {plan.step_seconds:.3g} s, MFU {plan.mfu:.1%}; overlapped communication: {hidden:.3g} s"
     _heading(axes, text)
     axes.set_xlabel("seconds")
 
 
 def _mesh(axes: "Axes", plan: "Plan") -> None:
-    """Devices as squares: the nearest axis along the width, groups of it framed by the next ones."""
+    """Draws devices as squares: the innermost axis horizontally, shaded by the position on the next axis."""
     used = [(axis, size) for axis, size in plan.mesh.items() if size > 1] or [("data", 1)]
     n = plan.target.num_devices
     columns = used[-1][1]
@@ -226,9 +226,9 @@ def _mesh(axes: "Axes", plan: "Plan") -> None:
         axes.axhline(y - 0.5, color="white", linewidth=0.8)
     axes.set_xticks([])
     axes.set_yticks([])
-    more = f"; the first {shown * columns:,} of {n:,} are drawn" if shown < rows else ""
-    text = f"mesh: {describe_mesh(dict(used))}. Between white lines: one group along {used[-1][0]}"
-    text += f"; shades: places along {next_axis[0]}" if next_axis else ""
+    more = f"; first {shown * columns:,} of {n:,} devices shown" if shown < rows else ""
+    text = f"mesh: {describe_mesh(dict(used))}. White lines separate groups along {used[-1][0]}"
+    text += f"; shades: positions along {next_axis[0]}" if next_axis else ""
     _heading(axes, text + more)
 
 
@@ -242,7 +242,7 @@ def draw_coordinates(
     path: Path,
     title: str,
 ) -> None:
-    """A row for each parametrisation, a column for each part of the model, a line for each step."""
+    """Plots a row per parametrization, a column per model part and a line per step."""
     with _figure(path, 12, 7.5) as figure:
         parts = shown_parts(list(next(iter(found.values()))[0][-1]))
         panels = figure.subplots(len(found), len(parts), sharex=True, sharey="col", squeeze=False)
@@ -259,15 +259,15 @@ def draw_coordinates(
                 axes.set_xticks(widths, [str(width) for width in widths])
                 axes.minorticks_off()
                 _plain(axes)
-            row[0].set_ylabel(f"{name}\nmean |change since the start|")
+            row[0].set_ylabel(f"{name}\nmean |change from step 0|")
         for axes in panels[-1]:
             axes.set_xlabel("width (embed_dim)")
         panels[0][-1].legend(frameon=False, fontsize=8)
-        figure.suptitle(f"how far a step moves activations: {title}", fontsize=13)
+        figure.suptitle(f"muP coordinate check, change of activations: {title}", fontsize=13)
 
 
 def shown_parts(parts: list[str]) -> list[str]:
-    """Of many layers the first, one in the middle and the last, and the logits."""
+    """Returns the first, middle and last layer, and the logits."""
     layers = [part for part in parts if part != LOGITS]
     return [*dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]), LOGITS]
 
@@ -282,7 +282,7 @@ def draw_law(
     path: Path,
     title: str,
 ) -> None:
-    """Losses over compute with the law through them, and what it recommends for each budget."""
+    """Plots losses over compute with the fitted law, and the recommended size for each budget."""
     with _figure(path, 13, 6) as figure:
         losses, choice = figure.subplots(1, 2)
         least = min(p.flops for p in points)
@@ -299,13 +299,13 @@ def draw_law(
                 fitted = law.loss(size, flops * ours[0].tokens / ours[0].flops)
                 losses.plot(flops, fitted, color=shade, linewidth=1.2, alpha=0.8)
         line: dict[str, Any] = {"color": "black", "linewidth": 1.8}
-        losses.plot(budgets, [each.loss for each in along], **line, label="the law, at its best size")
+        losses.plot(budgets, [each.loss for each in along], **line, label="fitted law at the compute-optimal size")
         _band(losses, budgets, [each.loss_spread for each in along])
         losses.plot([best.flops], [best.loss], "*", color=RED, markersize=15, label=f"budget: loss {best.loss:.3f}")
         losses.set_yscale("log")
         losses.yaxis.set_major_formatter("{x:.3g}")
         losses.yaxis.set_minor_formatter("{x:.3g}")
-        losses.set_ylabel("held-out loss (nats per token)")
+        losses.set_ylabel("validation loss (nats per token)")
         _heading(losses, f"{len(points)} runs")
         choice.plot(budgets, [each.parameters for each in along], **line, label="recommended size")
         _band(choice, budgets, [each.parameters_spread for each in along])
@@ -313,14 +313,14 @@ def draw_law(
         marked = f"budget: {short_number(best.parameters)} parameters on {short_number(best.tokens)} tokens"
         choice.plot([best.flops], [best.parameters], "*", color=RED, markersize=15, label=marked)
         choice.set_yscale("log")
-        choice.set_ylabel("parameters without embeddings and head")
-        _heading(choice, "what to train")
+        choice.set_ylabel("parameters, excluding embeddings and head")
+        _heading(choice, "compute-optimal size")
         for axes in (losses, choice):
             axes.set_xscale("log")
             axes.set_xlabel("training FLOPs")
             _plain(axes)
             axes.legend(frameon=False, fontsize=9)
-        figure.suptitle(f"scaling law: {title}; shaded: with each run left out in turn", fontsize=13)
+        figure.suptitle(f"scaling law: {title}; shaded: leave-one-out refits", fontsize=13)
 
 
 def _band(axes: Any, x: np.ndarray, spreads: list[tuple[float, float] | None]) -> None:
@@ -342,7 +342,7 @@ PRUNED_COLOUR, BEST = "#8c8c8c", "#e4572e"
 
 
 def draw_sweep(trials: Sequence[Trial], space: Space, search: SweepSearchConfig, path: Path, *, title: str) -> bool:
-    """Values by trial, curves over steps, and a slice along each key; 1400 pixels wide, 400 for each row of panels.
+    """Plots values by trial, curves over steps and a slice per key; 1400 pixels wide, 400 per row of panels.
 
     Returns: whether there was anything to draw.
     """
@@ -375,7 +375,7 @@ def draw_sweep(trials: Sequence[Trial], space: Space, search: SweepSearchConfig,
 
 
 class _Sweep:
-    """Trials on common limits, in which the good ones can be distinguished: what is far worse stands at the edge."""
+    """Draws trials on shared limits that resolve the good ones; far worse values are drawn at the edge."""
 
     def __init__(self, trials: Sequence[Trial], search: SweepSearchConfig):
         from matplotlib.cm import ScalarMappable
@@ -392,16 +392,16 @@ class _Sweep:
         self.colours = ScalarMappable(Normalize(*coloured), "viridis" if search.mode is Mode.min else "viridis_r")
         ends = (better(search, best - margin), better(search, worst + 2 * margin))
         self.limits = (min(ends), max(ends))
-        self.edge = better(search, worst + 1.4 * margin)  # of what is worse, or has no value
+        self.edge = better(search, worst + 1.4 * margin)  # position of values beyond the limits, or missing
 
     def at(self, value: float | None) -> tuple[float, bool]:
-        """Where a value is drawn, and whether that is the edge."""
+        """Returns the position of a value, and whether it is at the edge."""
         if value is None or not self.limits[0] <= value <= self.limits[1]:
             return self.edge, True
         return value, False
 
     def points(self, axes: "Axes", placed: Sequence[tuple[float, Trial]]) -> None:
-        """Each trial at its place: what is done in the colour of its value, the others marked."""
+        """Draws each trial: completed ones colored by value, the others as markers."""
         best = best_of([trial for _, trial in placed], self.search)
         for x, trial in placed:
             y, beyond = self.at(trial.latest)
@@ -423,15 +423,15 @@ class _Sweep:
             axes.step([*at, self.trials[-1].number], [*so_far, so_far[-1]], where="post", color=BLUE, linewidth=1.5)
         self.points(axes, [(trial.number, trial) for trial in self.trials])
         axes.set_xlabel("trial")
-        _whole_ticks(axes)
+        _integer_ticks(axes)
 
     def curves(self, axes: "Axes") -> None:
         values = [value for trial in self.trials for value in trial.reports.values()]
-        # A start from far off would flatten the rest.
+        # High initial values would flatten the rest.
         good, bad = (0.0, 0.97) if self.search.mode is Mode.min else (0.03, 1.0)
         low, high = np.quantile(values, good), np.quantile(values, bad)
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)
-        for trial in reversed(ranked(self.trials, self.search)):  # the best one on top
+        for trial in reversed(ranked(self.trials, self.search)):  # best on top
             steps = sorted(trial.reports)
             values = [trial.reports[step] for step in steps]
             if trial.state == DONE:
@@ -448,11 +448,16 @@ class _Sweep:
             placed = [(float(trial.params[key]), trial) for trial in self.trials]
             if part.log:
                 axes.set_xscale("log")
+<<<<<<< HEAD
             elif part.is_integer:
                 _whole_ticks(axes)
+=======
+            elif part.whole:
+                _integer_ticks(axes)
+>>>>>>> p-launch
         else:
             seen: dict[str, int] = {}
-            for trial in self.trials:  # side by side, so that none hides another
+            for trial in self.trials:  # offset horizontally, so that none hides another
                 value = trial.params[key]
                 seen[value] = seen.get(value, -1) + 1
                 placed.append((part.values.index(value) + 0.09 * ((seen[value] + 2) % 5 - 2), trial))
@@ -462,7 +467,7 @@ class _Sweep:
         self.points(axes, placed)
 
 
-def _whole_ticks(axes: "Axes") -> None:
+def _integer_ticks(axes: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -485,8 +490,8 @@ def _legend(trials: Sequence[Trial]) -> list[Any]:
 
 def _title(title: str, trials: Sequence[Trial], search: SweepSearchConfig) -> str:
     best = best_of(trials, search)
-    said = f"{title}: {len(trials)} trials"
+    heading = f"{title}: {len(trials)} trials"
     if best is None:
-        return said
+        return heading
     values = ", ".join(f"{short(key, list(best.params))}={value}" for key, value in best.params.items())
-    return textwrap.fill(f"{said}; best {best.run}, {search.metric} {best.value:.4g} with {values}", 140)
+    return textwrap.fill(f"{heading}; best {best.run}, {search.metric} {best.value:.4g} with {values}", 140)

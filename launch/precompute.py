@@ -1,7 +1,8 @@
-"""What a frozen model says of each row, asked once before training and kept on disk: then no run holds that model.
+"""Precomputes the outputs of a frozen model (reference, teacher) per row and caches them on disk.
 
-A table belongs to one split of one source and to a key of all that its numbers depend on, which names its folder in
-`cached/` beside the prepared text: other weights, tokenizer, text, lengths or settings, another table.
+Training then does not hold that model in memory. A table holds one split of one source. Its folder, in `cached/` next
+to the prepared data, is named by a hash of everything that the values depend on: weights, tokenizer, data, lengths,
+settings.
 """
 
 import hashlib
@@ -25,12 +26,12 @@ from trainer.console import progress_bar
 from trainer.mesh import replicated
 
 VERSION = 1
-_FLUSH = 30.0  # seconds between notes of how far a table is filled
+_FLUSH = 30.0  # seconds between records of a table's progress
 
 
 @dataclass(frozen=True)
 class Tables:
-    """By source."""
+    """Tables of both splits, by source."""
 
     train: dict[str, ColumnCache]
     heldout: dict[str, ColumnCache]
@@ -48,9 +49,9 @@ NO_TABLES = Tables({}, {})
 
 
 def open_tables(config: RunConfig, core: Core, corpora: Corpora, record: Mapping[str, str]) -> Tables:
-    """The tables of a frozen model that a checkpoint would describe by `record`, filled or not.
+    """Opens the tables of the frozen model described by `record`, complete or not.
 
-    Raises: ValueError where a folder holds another table than its name says.
+    Raises: ValueError if a folder holds a table with a different key.
     """
     open_all = lambda split, of: {name: _open(config, core, corpora, record, split, name, of[name]) for name in of}
     return Tables(open_all("train", corpora.train), open_all("heldout", corpora.heldout))
@@ -59,31 +60,32 @@ def open_tables(config: RunConfig, core: Core, corpora: Corpora, record: Mapping
 def fill_tables(
     config: RunConfig, core: Core, corpora: Corpora, frozen: Mapping[str, Any], record: Mapping[str, str], say: Say
 ) -> Tables:
-    """Asks the model about every row that is not there yet; a pass that was cut off goes on where it was."""
+    """Computes the outputs for all missing rows; an interrupted pass resumes where it stopped."""
     if prepared_url(config) and jax.process_count() > 1:
         raise ValueError(
-            f"data.cache_dir={config.data.cache_dir}: outputs of the {precomputed(config)} model are read by all "
-            "processes from a disk that they share, and not from a store; name a folder of such a disk"
+            f"data.cache_dir={config.data.cache_dir}: cached outputs of the {precomputed(config)} model must be "
+            "on a disk that all processes share, not in an object store; set data.cache_dir to a folder on such a disk"
         )
     tables, role, objective = open_tables(config, core, corpora, record), precomputed(config), core.objective
     shapes = replicated(core.mesh)
-    ask = jax.jit(lambda frozen, batch: objective.columns(core.apply, frozen, batch), out_shardings=shapes)
+    compute = jax.jit(lambda frozen, batch: objective.columns(core.apply, frozen, batch), out_shardings=shapes)
     for split, corpora_of in (("train", corpora.train), ("heldout", corpora.heldout)):
+        shown = "train" if split == "train" else "validation"
         for name, corpus in corpora_of.items():
             table = (tables.train if split == "train" else tables.heldout)[name]
             if not table.complete:
-                start, began = table.filled, time.monotonic()
-                _fill(table, _rows(config, corpus, name), core, ask, frozen, f"{name}, {split}")
+                start, started = table.filled, time.monotonic()
+                _fill(table, _rows(config, corpus, name), core, compute, frozen, f"{name}, {shown}")
                 size = sum(file.stat().st_size for file in table.folder.glob("*.npy")) if is_main_process() else 0
-                rows, seconds = table.num_rows - start, time.monotonic() - began
-                said = f"asked about {rows:,} rows of {name} ({split}) in {seconds:.0f} s"
-                say(f"{role}: {said}; {size / 1e6:,.1f} MB in {table.folder}")
+                rows, seconds = table.num_rows - start, time.monotonic() - started
+                done = f"precomputed {rows:,} rows of {name} ({shown}) in {seconds:.0f} s"
+                say(f"{role}: {done}; {size / 1e6:,.1f} MB in {table.folder}")
     sync_processes("tables filled")
     return open_tables(config, core, corpora, record)
 
 
 def precomputed(config: RunConfig) -> str:
-    """The role of the frozen model whose outputs are stored."""
+    """Returns the role of the frozen model whose outputs are cached."""
     role = config.objective.frozen_needs.precomputed
     assert role is not None
     return role
@@ -126,23 +128,23 @@ def _open(
     return ColumnCache(folder, key, num_rows, dict(objective.column_spec(data.seq_len)))
 
 
-def _fill(table: ColumnCache, rows: Rows, core: Core, ask: Any, frozen: Mapping[str, Any], what: str) -> None:
-    start = table.filled  # the same in all processes, before one of them writes
-    sync_processes("table looked at")
+def _fill(table: ColumnCache, rows: Rows, core: Core, compute: Any, frozen: Mapping[str, Any], label: str) -> None:
+    start = table.filled  # read in all processes before process 0 writes
+    sync_processes("table opened")
     if is_main_process():
         table.begin()
-    size, nothing = core.batch_size, padding_row(rows[0])
-    noted = time.monotonic()
-    with progress_bar(f"asking about {what}", table.num_rows, quiet=not is_main_process()) as advance:
+    size, padding = core.batch_size, padding_row(rows[0])
+    flushed = time.monotonic()
+    with progress_bar(f"precomputing {label}", table.num_rows, quiet=not is_main_process()) as advance:
         for first in range(start, table.num_rows, size):
-            wanted = [first + int(slot) for slot in core.rows]
-            batch = core.place(stack([rows[i] if i < len(rows) else nothing for i in wanted]))
-            found = ask(frozen, batch)
+            indices = [first + int(slot) for slot in core.rows]
+            batch = core.place(stack([rows[i] if i < len(rows) else padding for i in indices]))
+            found = compute(frozen, batch)
             if is_main_process():
                 table.write(first, {key: np.asarray(value.addressable_data(0)) for key, value in found.items()})
-                if time.monotonic() - noted > _FLUSH:
+                if time.monotonic() - flushed > _FLUSH:
                     table.flush()
-                    noted = time.monotonic()
+                    flushed = time.monotonic()
             advance(min(first + size, table.num_rows))
     if is_main_process():
         table.flush()

@@ -1,4 +1,4 @@
-"""What tasks that measure something share: tables on the terminal, and numbers as JSON."""
+"""Report output shared by tasks: terminal tables, JSON and a plot."""
 
 import json
 import sys
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def open_console() -> "Console":
-    """Standard output, 120 columns wide where it is no terminal."""
+    """Returns a console on standard output, 120 columns wide if it is not a terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def make_table(*names: str, left: tuple[int, ...] = (0,), no_wrap: bool = False) -> "Table":
-    """A table without lines. `left`: columns of text; the others are numbers, on the right."""
+    """Creates a table without borders. `left`: indices of left-aligned columns; the others are right-aligned."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
@@ -40,9 +40,9 @@ def write_report(
     draw: Callable[[Path], None],
     show: Callable[[], None],
 ) -> None:
-    """Writes NAME.json and NAME.png into `folder`, and prints the JSON or, with `show`, what people read.
+    """Writes NAME.json and NAME.png to `folder`, and prints the JSON (`task.format=json`) or calls `show`.
 
-    `draw` gets the path of the picture.
+    `draw`: writes the plot to a path.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1)
@@ -57,7 +57,7 @@ def write_report(
 
 
 def short_number(number: float) -> str:
-    """`842`, `12.3k`, `1.25B`."""
+    """Formats a number with 3 digits and a unit: `842`, `12.3k`, `1.25B`."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

@@ -1,10 +1,10 @@
-"""Rollbacks of a run: what happened, written so that it can be looked into and done again.
+"""Records of rollbacks after loss spikes, for inspection and replay.
 
-    runs/NAME/incidents/STEP-N.json   what was seen, the checkpoint that the run went back to, the rows it left out
-                       /STEP-N.npz    the batch of that update, whole; N counts the incidents before
+    runs/NAME/incidents/STEP-N.json   the metrics, the checkpoint restored, the rows skipped
+                       /STEP-N.npz    the complete global batch of that update; N counts earlier incidents
 
-A start from that checkpoint reads the first, so that the rows stay left out whenever it comes. `meshwright replay` does
-the updates once more.
+Any later start from that checkpoint reads the JSON file and skips the same rows. `meshwright replay` repeats the
+updates.
 """
 
 import json
@@ -25,43 +25,43 @@ from trainer.reliability.sdc_check import SilentDataCorruption
 
 
 def by_name(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """Those of a run by STEP-N, the oldest first."""
+    """Returns the incidents of a run by STEP-N, oldest first."""
     files = sorted(folder.incidents.glob("*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))
     return {file.stem: json.loads(file.read_text()) for file in files}
 
 
 def of(folder: RunFolder) -> list[dict[str, Any]]:
-    """Those of a run, the oldest first."""
+    """Returns the incidents of a run, oldest first."""
     return [*by_name(folder).values()]
 
 
 def next_row(folder: RunFolder, step: int) -> int | None:
-    """The row of the data with which a start from the checkpoint of `step` begins; None: with its own."""
+    """Returns the first data row after the checkpoint of `step` if rows are skipped, else None."""
     return max((it["rows"][1] for it in of(folder) if it["rolled_back_to"] == step), default=None)
 
 
 def describe(source: BatchSource, rollback: Rollback, first_row: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What is written of a rollback to a checkpoint whose data begins at `first_row`. Closes the source."""
+    """Returns (record, batch arrays) of a rollback to a checkpoint with data from `first_row` on. Moves the source."""
     end = first_row + (rollback.step - rollback.to) * source.batch_size
     source.skip_to(end - source.batch_size)
     batch = source.global_batch()
     arrays = {**dict(zip(TokenBatch._fields, batch[:5], strict=True)), **columns_of(batch)}
-    told = {
+    record = {
         "step": rollback.step,
-        "values": {name: str(value) for name, value in rollback.values.items()},  # JSON knows no nan
+        "values": {name: str(value) for name, value in rollback.values.items()},  # JSON has no NaN
         "rolled_back_to": rollback.to,
         "rows": [first_row, end],
         "batch_rows": [end - source.batch_size, end],
     }
-    return told, {name: np.asarray(array) for name, array in arrays.items()}
+    return record, {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def write(folder: RunFolder, number: int, told: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
-    """`number`: of incidents before. By process 0 alone."""
-    path = folder.incidents / f"{told['step']}-{number}.json"
+def write(folder: RunFolder, number: int, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
+    """Writes a record; `number`: count of earlier incidents. Call it on process 0 only."""
+    path = folder.incidents / f"{record['step']}-{number}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
-    write_whole(path, json.dumps(told, indent=1) + "\n")
+    write_whole(path, json.dumps(record, indent=1) + "\n")
     return path
 
 

@@ -1,7 +1,7 @@
-"""The folder of a run: what stands where in it, who writes it, and whether a config may go on with it.
+"""Run folders: file layout, writers, and checks that a config may resume a run.
 
-A run of an object store (`output_dir=s3://BUCKET/runs`) is worked on in a copy on this machine, below `runs/.store`. What the
-store holds counts: the copy follows it at each start, and goes there before each checkpoint and at the end.
+A run in an object store (`output_dir=s3://BUCKET/runs`) has a local copy under `runs/.store`. The store is
+authoritative: the copy is updated from it at each start, and uploaded before each checkpoint and at the end.
 """
 
 import dataclasses
@@ -23,27 +23,29 @@ from models.config import COMPUTE_KEYS
 from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from trainer.checkpoint.remote_checkpointer import RemoteCheckpointer
 
-# Keys that may not change while a run goes on: they decide the shapes of what was saved, or what its numbers mean.
+# Keys that may not change when a run resumes: they determine the shapes or the meaning of saved values.
 SHAPE_KEYS = ("model", "adapter", "tokenizer", "objective.kind", "optimizer.kind")
-# Keys inside them that only say how to compute, not what.
+# Keys inside them that affect only how values are computed, so they may change.
 FREE_KEYS = (*(f"model.{key}" for key in COMPUTE_KEYS), "model.dtype", "tokenizer.train_max_bytes")
-GIT_FILE = "git.json"  # beside packages that were copied out of their checkout: the state of that
-COPIES = Path("runs") / ".store"  # of the runs of stores, in the folder of the command
-NOT_SENT = ("checkpoints", "jobs", "code", "read")  # folders that a store gets in another way, or never
+GIT_FILE = "git.json"  # next to packages copied from a checkout: the state of that checkout
+COPIES = Path("runs") / ".store"  # local copies of runs in object stores, relative to the working directory
+NOT_SENT = ("checkpoints", "jobs", "code", "read")  # folders uploaded separately, or never
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """`runs/NAME` and the names in it that other tools may hold on to."""
+    """`runs/NAME` and the stable file names in it."""
 
     path: Path
-    store: Store | None = None  # where it is kept, if not in `path`, which then is a copy
-    _sent: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict, compare=False)  # size, time by name
+    store: Store | None = None  # the authoritative copy, if not `path`
+    _sent: dict[str, tuple[int, int]] = dataclasses.field(
+        default_factory=dict, compare=False
+    )  # (size, mtime in ns) of uploaded files
 
     @property
     def where(self) -> str:
-        """For people."""
+        """Returns the location to display: the path or the URL."""
         return str(self.path if self.store is None else self.store.url)
 
     @property
@@ -89,13 +91,13 @@ class RunFolder:
         read_only: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> Checkpointer:
-        """The run's checkpoints, wherever they are."""
+        """Returns a checkpointer for the run's local or remote checkpoints."""
         if self.store is None:
             return Checkpointer(self.checkpoints, config, read_only=read_only, say=say)
         import jax
 
         process = jax.process_index()
-        own = "checkpoints" if process == 0 else f"checkpoints_{process}"  # hosts need not see each other's disks
+        own = "checkpoints" if process == 0 else f"checkpoints_{process}"  # hosts may not share a disk
         return RemoteCheckpointer(
             self.store.inside("checkpoints"),
             self.path / ("read" if read_only else own),
@@ -111,7 +113,7 @@ class RunFolder:
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 
     def send(self) -> None:
-        """Puts the files that changed into the store; checkpoints go their own way. By process 0 alone."""
+        """Uploads changed files, except checkpoints, to the store. Call it on process 0 only."""
         if self.store is None:
             return
         tops = [top for top in self.path.iterdir() if not top.name.startswith(NOT_SENT)]
@@ -120,50 +122,50 @@ class RunFolder:
                 continue
             name = file.relative_to(self.path).as_posix()
             try:
-                stat, content = file.stat(), file.read_bytes()  # at once: others may be appending to it
-            except FileNotFoundError:  # it had a name for a moment only
+                stat, content = file.stat(), file.read_bytes()  # stat before reading: other processes may be appending
+            except FileNotFoundError:  # a short-lived file
                 continue
             if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
                 self.store.write(name, content)
                 self._sent[name] = (stat.st_size, stat.st_mtime_ns)
 
     def fetch(self) -> None:
-        """Makes the copy what the store holds; one of a run that is no longer there is moved away."""
+        """Updates the local copy from the store; the copy of a run deleted from the store is renamed."""
         if self.store is None:
             return
-        there = self._of_store()
-        if "config.yaml" not in there and self.config.exists():
+        remote = self._remote_files()
+        if "config.yaml" not in remote and self.config.exists():
             number = len(list(self.path.parent.glob(f"{self.name}.gone*"))) + 1
             os.replace(self.path, self.path.with_name(f"{self.name}.gone_{number}"))
-        self.store.get(there, self.path)
+        self.store.get(remote, self.path)
 
-    def _of_store(self) -> list[str]:
+    def _remote_files(self) -> list[str]:
         assert self.store is not None
-        names, inside = self.store.top()
-        return names + [name for part in inside if not part.startswith(NOT_SENT) for name in self.store.files(part)]
+        names, subfolders = self.store.top()
+        return names + [name for part in subfolders if not part.startswith(NOT_SENT) for name in self.store.files(part)]
 
     def saved_config(self) -> RunConfig:
-        """The config that the run was started with.
+        """Returns the saved config of the run.
 
-        Raises: ValueError where there is no such run, with the names that there are.
+        Raises: ValueError if the run does not exist, with similar names.
         """
         if not self.config.exists():
             from launch.config_errors import did_you_mean
 
-            around = self.where.rpartition("/")[0]
-            there = [folder.name for folder in folders(around)]
-            hint = did_you_mean(self.name, there) if there else f"; {around} holds no runs yet"
-            raise ValueError(f"run={self.name}: there is no such run in {around}{hint}")
+            parent = self.where.rpartition("/")[0]
+            names = [folder.name for folder in folders(parent)]
+            hint = did_you_mean(self.name, names) if names else f"; {parent} contains no runs yet"
+            raise ValueError(f"run={self.name}: no such run in {parent}{hint}")
         return from_saved(yaml.safe_load(self.config.read_text()))
 
     def set_metrics_aside(self) -> None:
-        """Keeps what was measured before a `reset=[step]`, whose rows will have the same steps again."""
+        """Renames the metrics written before a `reset=[step]`, whose steps will repeat."""
         if self.metrics.exists():
             number = len(list(self.path.glob("metrics.before_reset*.jsonl"))) + 1
             os.replace(self.metrics, self.path / f"metrics.before_reset_{number}.jsonl")
 
     def write_start(self, config: RunConfig, overrides: list[str]) -> None:
-        """What this start of the run was told and where it runs. By process 0 alone."""
+        """Writes config, overrides and environment of this start. Call it on process 0 only."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, yaml.safe_dump(to_plain(config), sort_keys=False))
         write_whole(self.path / "overrides.yaml", yaml.safe_dump(overrides))
@@ -171,33 +173,33 @@ class RunFolder:
 
 
 def run_folder(config: RunConfig) -> RunFolder:
-    """The folder of this run; of one in a store its copy, as new as what the store holds."""
+    """Returns the folder of this run; for a run in a store, its updated local copy."""
     return folder_in(config.output_dir, config.run)
 
 
-def folder_in(runs: str, name: str) -> RunFolder:
-    """Raises: ValueError for a URL that has a secret in it, or a store that cannot be had."""
-    if not is_url(runs):
-        return RunFolder(Path(runs) / name)
-    folder = RunFolder(local_copy(runs) / name, Store(f"{runs.rstrip('/')}/{name}", _say))
+def folder_in(output_dir: str, name: str) -> RunFolder:
+    """Returns the folder of a run by name. Raises: ValueError for a URL with a secret or an unreachable store."""
+    if not is_url(output_dir):
+        return RunFolder(Path(output_dir) / name)
+    folder = RunFolder(local_copy(output_dir) / name, Store(f"{output_dir.rstrip('/')}/{name}", _say))
     try:
         folder.fetch()
     except FileNotFoundError as error:
-        raise ValueError(f"output_dir={runs}: is not there ({error}); make the bucket first") from None
+        raise ValueError(f"output_dir={output_dir}: does not exist ({error}); create the bucket first") from None
     return folder
 
 
-def folders(runs: str) -> list[RunFolder]:
-    """All runs of a folder or a store."""
-    if not is_url(runs):
-        return [RunFolder(path.parent) for path in sorted(Path(runs).glob("*/config.yaml"))]
-    store = Store(runs, _say)
-    return [folder_in(runs, name) for name in store.folders() if store.has(f"{name}/config.yaml")]
+def folders(output_dir: str) -> list[RunFolder]:
+    """Returns all runs in a folder or store."""
+    if not is_url(output_dir):
+        return [RunFolder(path.parent) for path in sorted(Path(output_dir).glob("*/config.yaml"))]
+    store = Store(output_dir, _say)
+    return [folder_in(output_dir, name) for name in store.folders() if store.has(f"{name}/config.yaml")]
 
 
 def local_copy(url: str) -> Path:
-    """Where what lies in a store is worked on."""
-    check_url(url, "runs")
+    """Returns the local folder that mirrors a store URL."""
+    check_url(url, "output_dir")
     scheme, _, rest = url.partition("://")
     return COPIES / scheme / rest.strip("/")
 
@@ -207,14 +209,14 @@ def _say(text: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file at once: a reader, or a kill, finds the old one or the new one."""
-    half = path.with_name(path.name + ".tmp")
-    half.write_text(text)
-    os.replace(half, path)
+    """Writes a file atomically: readers see the old or the new content, also after a kill."""
+    partial_file = path.with_name(path.name + ".tmp")
+    partial_file.write_text(text)
+    os.replace(partial_file, path)
 
 
 def environment() -> dict[str, Any]:
-    """Where the run stands: versions, machine, devices, commit. Never the environment variables, which hold keys."""
+    """Describes versions, machine, devices and commit. Excludes environment variables, which may hold secrets."""
     import jax
 
     versions = {}
@@ -244,13 +246,13 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the code that runs and whether files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    if (frozen := here.parent / GIT_FILE).exists():
+    """Returns the commit of the running code and its changed files; None outside a checkout."""
+    package = Path(__file__).resolve().parent
+    if (frozen := package.parent / GIT_FILE).exists():
         return json.loads(frozen.read_text())
     try:
         run = lambda *a: subprocess.run(
-            ["git", "-C", str(here), *a], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(package), *a], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
         return {
             "commit": run("rev-parse", "HEAD"),
@@ -261,12 +263,12 @@ def git_state() -> dict[str, Any] | None:
 
 
 def refuse_drift(saved: RunConfig, config: RunConfig, name: str) -> None:
-    """Raises: ValueError naming the first key that may not change while the run `name` goes on."""
+    """Raises: ValueError naming the first changed key that the run `name` cannot resume with."""
     before, now = to_plain(saved), to_plain(config)
     if saved.adapter.active and None not in (config.init_from, saved.init_from) and config.init_from != saved.init_from:
         raise ValueError(
-            f"init_from={config.init_from}: the adapters of the run {name!r} stand on init_from={saved.init_from}; "
-            "set it back, or leave it out"
+            f"init_from={config.init_from}: the adapters of the run {name!r} were trained on init_from="
+            f"{saved.init_from}; restore that value, or remove the key"
         )
     for key in SHAPE_KEYS:
         for path, old, new in _differences(_at(before, key), _at(now, key), key):
@@ -274,7 +276,7 @@ def refuse_drift(saved: RunConfig, config: RunConfig, name: str) -> None:
                 continue
             raise ValueError(
                 f"{path}={new}: the run {name!r} was started with {path}={old}, and its checkpoints depend on it; "
-                f"set it back, or begin another run with run=NAME (init_from={name} brings the weights along)"
+                f"restore that value, or start a new run with run=NAME (init_from={name} copies the weights)"
             )
 
 

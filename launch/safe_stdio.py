@@ -1,8 +1,8 @@
-"""What becomes of a process whose output finds no place.
+"""Standard output that survives full disks and handles closed pipes.
 
-A full disk must not end a run: a log on it loses lines, and the run continues. A closed pipe (`| head`, a pager that
-was quit) ends the process quietly, rather than letting it continue unseen. Work is not lost: a process that handles
-SIGTERM gets one, so a training run saves a checkpoint first, and a server finishes its answers.
+A full disk must not end a run: log lines are dropped, and the run continues. A closed pipe (`| head`, a pager that was
+quit) ends the process quietly. Work is not lost: a process that handles SIGTERM receives one, so a training run saves a
+checkpoint first, and a server completes its responses.
 """
 
 import errno
@@ -14,15 +14,15 @@ from typing import Any
 
 from launch import exit_codes
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of errors of a disk that takes nothing now
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errno values of a disk that accepts no writes
 
 
 class OutputClosed(Exception):
-    """Nobody reads the output any more. It is no BrokenPipeError, which Rich would turn into exit code 1."""
+    """The reader closed the output pipe. Not a BrokenPipeError, which Rich would turn into exit code 1."""
 
 
 class SafeStream:
-    """A stream that drops what the disk behind it does not take, and ends the process when its pipe is closed."""
+    """A stream that drops output on a full disk, and ends the process when its pipe is closed."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -50,21 +50,21 @@ class SafeStream:
                 raise
 
     def _close_pipe(self, error: BrokenPipeError) -> None:
-        """Raises: OutputClosed where nothing handles SIGTERM."""
+        """Sends SIGTERM to this process. Raises: OutputClosed if SIGTERM has no handler."""
         if callable(signal.getsignal(signal.SIGTERM)):
-            self.closed_pipe = True  # later output is dropped until the handler has ended the process
+            self.closed_pipe = True  # drop later output until the handler has ended the process
             os.kill(os.getpid(), signal.SIGTERM)
             return
         raise OutputClosed from error
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """The exit code of `action`, whose output goes through `Output`; OUTPUT_CLOSED where its pipe was closed.
+    """Runs `action` with `SafeStream` output and returns its exit code; OUTPUT_CLOSED if the pipe was closed.
 
-    What is still buffered is written here: at the interpreter's own exit a closed pipe would be reported as an error.
+    Flushes buffered output here: at interpreter exit, a closed pipe would be reported as an error.
     """
-    before = sys.stdout, sys.stderr
-    streams = [SafeStream(stream) for stream in before]
+    originals = sys.stdout, sys.stderr
+    streams = [SafeStream(stream) for stream in originals]
     sys.stdout, sys.stderr = streams
     try:
         try:
@@ -75,19 +75,19 @@ def guarded(action: Callable[[], int]) -> int:
     except OutputClosed:
         code = exit_codes.OUTPUT_CLOSED
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = originals
     if code == exit_codes.OUTPUT_CLOSED or any(stream.closed_pipe for stream in streams):
         code = exit_codes.OUTPUT_CLOSED
-        for stream in before:
-            _drop(stream)
+        for stream in originals:
+            _discard(stream)
     return code
 
 
-def _drop(stream: Any) -> None:
-    """Lets what is buffered for a closed pipe go nowhere."""
+def _discard(stream: Any) -> None:
+    """Discards output buffered for a closed pipe."""
     try:
         stream.flush()
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)

@@ -140,7 +140,7 @@ def log_cache_misses(counts: Mapping[str, float], parts: dict[str, str], folder:
     closest = max(earlier, key=lambda p: sum(p.get(name) == value for name, value in parts.items()))
     differing = [name for name, value in parts.items() if closest.get(name) != value]
     if not differing:
-        return "compilation cache: miss, although compiled earlier: its entry is gone, or it compiled too quickly to be cached"
+        return "compilation cache: miss, although compiled before: its entry is gone, or it compiled too fast to cache"
     if differing == ["program"]:
         return "compilation cache: miss, the program differs in its code or in another config key"
     why = [f"{name} was {closest.get(name, 'not recorded')!r}" for name in differing if name != "program"]

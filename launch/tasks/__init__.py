@@ -1,1 +1,1 @@
-"""What a process does: one file for each task of the command line."""
+"""Tasks of the command line, one module per task."""

@@ -1,4 +1,4 @@
-"""`meshwright convert from=hf:FOLDER to=RUN`, `from=RUN to=gguf:FILE` and so on: exact both ways, and checked."""
+"""`meshwright convert from=hf:FOLDER to=RUN`, `from=RUN to=gguf:FILE` and so on: lossless and verified."""
 
 import dataclasses
 import json
@@ -47,18 +47,19 @@ from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.reward import RewardConfig
 from trainer.optimizers.optimizer import SgdConfig
 
-CARRIED = "published"  # the folder in a run folder with what came beside the weights
+CARRIED = "published"  # subfolder of a run folder with the non-weight files of the source checkpoint
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Raises: ValueError where the two ends are not one published checkpoint and one run."""
+    """Converts in either direction. Raises: ValueError unless exactly one end is a published checkpoint."""
     task = config.task
     assert isinstance(task, ConvertConfig)
     origin, target = task.input or "", task.output or ""
     (from_kind, _), (to_kind, path) = published_kind(origin), published_kind(target)
     if not origin or not target or (from_kind is None) == (to_kind is None):
         raise ValueError(
-            "convert: give from=hf:FOLDER to=RUN or from=RUN to=hf:FOLDER; gguf:FILE and peft:FOLDER go for hf:FOLDER"
+            "convert: give from=hf:FOLDER to=RUN or from=RUN to=hf:FOLDER; gguf:FILE and "
+            "peft:FOLDER can replace hf:FOLDER"
         )
     if to_kind is None:
         return to_run(dataclasses.replace(config, run=target), overrides, origin)
@@ -70,14 +71,14 @@ def run(config: RunConfig, overrides: list[str]) -> int:
 
 
 def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
-    """A run at step 0, to be evaluated, written with, or begun from (`init_from=RUN`)."""
+    """Writes a run at step 0, for evaluation, generation, or training with `init_from=RUN`."""
     folder = run_folder(config)
     if folder.config.exists():
-        raise ValueError(f"to={folder.name}: this run exists already; give another name")
+        raise ValueError(f"to={folder.name}: this run already exists; choose another name")
     origin = resolve_weights(reference, config.output_dir, log, key="from")
     if config.adapter.active:
-        raise ValueError(f"adapter.method={config.adapter.method.name}: a conversion trains nothing; leave it out")
-    # Plain descent keeps no state: the checkpoint is the weights and nothing else.
+        raise ValueError(f"adapter.method={config.adapter.method.name}: conversion does not train; remove the key")
+    # SGD without momentum has no state: the checkpoint contains only the weights.
     policy = {"chat_template": config.tokenizer.chat_template, "add_bos": config.tokenizer.add_bos}
     tokenizer = configured(origin.tokenizer(), TokenizerConfig(**policy))
     config = dataclasses.replace(
@@ -89,15 +90,15 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         task=TrainConfig(),
     )
     if origin.model.outputs:
-        config = judging(config, origin)
+        config = _scoring_config(config, origin)
     core = build_core(config, tokenizer)
     with progress_bar(f"reading {reference}") as progress:
         state = core.init_state(params=origin.params(core.own, progress))
-    differs = None  # of merged adapters: nothing there holds the sums
+    differs = None  # merged adapters: the source does not store the merged weights
     if origin.checkpoint is not None:
         differs = first_difference(origin.checkpoint, origin.model, state.params)
     if differs is not None:
-        raise RuntimeError(f"{reference}: {differs} is not what was read from it; nothing was written")
+        raise RuntimeError(f"{reference}: {differs} differs from the loaded value; nothing was written")
     if is_main_process():
         folder.write_start(config, [])
         save_tokenizer(tokenizer, folder.tokenizer)
@@ -109,15 +110,15 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         checkpointer.save(0, state, source={}, config=saved, tokenizer=tokenizer.files())
         checkpointer.wait()
     parameters = num_params(core.model)["total"]
-    how = "adapters merged into their base" if origin.checkpoint is None else "every tensor equal bit for bit"
-    log(f"run {folder.name!r}: {parameters:,} parameters of {reference}, {how}")
+    how = "adapters merged into the base model" if origin.checkpoint is None else "all tensors bit-identical"
+    log(f"run {folder.name!r}: {parameters:,} parameters from {reference}, {how}")
     log(f"next:\n  meshwright generate run={folder.name} prompt='The '")
     log(f"  meshwright train run=mine init_from={folder.name} source=[text] data.sources.text.paths=[YOUR_FOLDER]")
     return 0
 
 
-def judging(config: RunConfig, origin: WeightsSource) -> RunConfig:
-    """The run of a published reward model, which has one output, or of one that tells classes."""
+def _scoring_config(config: RunConfig, origin: WeightsSource) -> RunConfig:
+    """Returns the config of a published reward model (one output) or sequence classifier."""
     if origin.model.outputs == 1:
         data = dataclasses.replace(config.data, format=DataFormat.preference)
         return dataclasses.replace(config, objective=RewardConfig(), data=data)
@@ -128,68 +129,72 @@ def judging(config: RunConfig, origin: WeightsSource) -> RunConfig:
 
 
 def to_published(config: RunConfig, task: ConvertConfig, overrides: list[str], kind: str, path: Path) -> int:
-    """A checkpoint that other tools load. It has its name only when it is whole and checked."""
+    """Writes a checkpoint for other tools. It gets its final name only after it is complete and verified."""
     if path.is_file() or (path.exists() and any(path.iterdir())):
-        raise ValueError(f"to={kind}:{path}: is there already and not empty; give another name")
+        raise ValueError(f"to={kind}:{path}: already exists and is not empty; choose another name")
     if task.dtype is not None and task.dtype not in SAVED_DTYPES[kind]:
-        raise ValueError(f"task.dtype={task.dtype}: must be one of {', '.join(SAVED_DTYPES[kind])} in {kind}:")
-    saved = without_further(open_run(config, overrides))
-    half = path.with_name(path.name + ".tmp")
-    if is_main_process() and half.exists():
-        shutil.rmtree(half) if half.is_dir() else half.unlink()
+        raise ValueError(f"task.dtype={task.dtype}: must be one of {', '.join(SAVED_DTYPES[kind])} for {kind}:")
+    saved = without_mtp(open_run(config, overrides))
+    partial_path = path.with_name(path.name + ".tmp")
+    if is_main_process() and partial_path.exists():
+        shutil.rmtree(partial_path) if partial_path.is_dir() else partial_path.unlink()
     carried = saved.folder.path / CARRIED
     before = json.loads((carried / "config.json").read_text()) if (carried / "config.json").exists() else {}
-    usual = "float32" if kind == "peft" else None
-    dtype = task.dtype or usual or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
-    params = saved.trained_params() if kind == "peft" else _without(saved.params())
+    default = "float32" if kind == "peft" else None
+    dtype = task.dtype or default or before.get("dtype") or before.get("torch_dtype") or saved.core.model.dtype.name
+    params = saved.trained_params() if kind == "peft" else _drop_mtp(saved.params())
     try:
-        written = WRITERS[kind](half, saved, params, before, dtype, task)
+        written = WRITERS[kind](partial_path, saved, params, before, dtype, task)
     except ValueError as error:
         raise ValueError(f"from={saved.folder.name}: {error}") from None
     sync_processes("written")
-    same = "" if written.checkpoint is None else compare_logits(half, saved, params, written.checkpoint, written.model)
+    same = (
+        ""
+        if written.checkpoint is None
+        else compare_logits(partial_path, saved, params, written.checkpoint, written.model)
+    )
     sync_processes("compared")
     if not is_main_process():
         return 0
     if path.exists():
         path.rmdir()
-    half.rename(path)
+    partial_path.rename(path)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     log(f"{kind}:{path}: {written.name}, {parameters:,} parameters in {dtype}, read back and equal{same}")
     return 0
 
 
-def without_further(saved: SavedRun) -> SavedRun:
-    """The run as others know its model: without modules for further tokens."""
+def without_mtp(saved: SavedRun) -> SavedRun:
+    """Returns the run without multi-token prediction modules, which other tools do not support."""
     core = saved.core
     if not core.model.mtp_num_layers:
         return saved
-    log(f"run {saved.folder.name!r}: its {core.model.mtp_num_layers} modules for further tokens are left out")
-    abstract = dataclasses.replace(core.abstract, params=_without(core.abstract.params))
+    log(f"run {saved.folder.name!r}: its {core.model.mtp_num_layers} multi-token prediction modules are not exported")
+    abstract = dataclasses.replace(core.abstract, params=_drop_mtp(core.abstract.params))
     model = dataclasses.replace(core.model, mtp_num_layers=0)
     return dataclasses.replace(saved, core=dataclasses.replace(core, model=model, abstract=abstract))
 
 
-def _without(params: Params) -> Params:
+def _drop_mtp(params: Params) -> Params:
     return {name: value for name, value in params.items() if name != MTP}
 
 
 class Written(NamedTuple):
-    """What a writer made, as its own reader sees it."""
+    """An exported checkpoint, as read back by its reader."""
 
-    name: str  # of its class or architecture, as others know it
-    checkpoint: Checkpoint | None  # None: of adapters, which have no logits of their own
+    name: str  # the model class or architecture name in the format
+    checkpoint: Checkpoint | None  # None for adapters, which have no logits without the base
     model: ModelConfig
 
 
 PROBE_TOKENS = 64
-ROUNDING = 1e-4  # of logits, where no weight was rounded
+ROUNDING = 1e-4  # tolerance of logits if all weights are bit-identical
 
 
-def compare_logits(half: Path, saved: SavedRun, params: Params, written: Checkpoint, model: ModelConfig) -> str:
-    """Runs the model on the weights that were written and on the run's, and says how far the logits are apart.
+def compare_logits(partial_path: Path, saved: SavedRun, params: Params, written: Checkpoint, model: ModelConfig) -> str:
+    """Runs the model on the exported and the original weights, and describes the difference of the logits.
 
-    Raises: RuntimeError where they differ though every weight has kept its bits, or are not finite.
+    Raises: RuntimeError if the logits are not finite, or differ although all weights are bit-identical.
     """
     core = saved.core
     with progress_bar("reading back") as progress:
@@ -210,62 +215,63 @@ def compare_logits(half: Path, saved: SavedRun, params: Params, written: Checkpo
         ours = forward(core.model, params)
         theirs = forward(dataclasses.replace(model, dtype=core.model.dtype), read_back)
         same = [jnp.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, read_back)), strict=True)]
-        apart, alike = jnp.abs(ours - theirs), ours.argmax(-1) == theirs.argmax(-1)
-        return apart.max(), apart.mean(), ours.std(), alike.mean(), jnp.all(jnp.stack(same))
+        difference, agreement = jnp.abs(ours - theirs), ours.argmax(-1) == theirs.argmax(-1)
+        return difference.max(), difference.mean(), ours.std(), agreement.mean(), jnp.all(jnp.stack(same))
 
-    most, mean, spread, alike, same = (float(x) for x in compare(params, read_back))
-    if not np.isfinite(most) or (same and most > ROUNDING * max(spread, 1)):
+    largest, mean, spread, agreement, same = (float(x) for x in compare(params, read_back))
+    if not np.isfinite(largest) or (same and largest > ROUNDING * max(spread, 1)):
         raise RuntimeError(
-            f"{half}: its logits differ from the run's by {most:.3g}, though its weights are "
-            f"{'the same' if same else 'near'}; it stays there to be looked at"
+            f"{partial_path}: its logits differ from the run's by {largest:.3g}, although its weights are "
+            f"{'identical' if same else 'close'}; the file is left there for inspection"
         )
-    if most == 0:
+    if largest == 0:
         return "; logits equal"
     return (
-        f"; logits differ by {mean:.2g} on average (their deviation: {spread:.2g}), "
-        f"the likeliest token is the same at {alike:.0%} of places"
+        f"; logits differ by {mean:.2g} on average (standard deviation of the logits: {spread:.2g}), "
+        f"the most likely token is equal at {agreement:.0%} of positions"
     )
 
 
 def write_folder(
-    half: Path, saved: SavedRun, params: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
+    partial_path: Path, saved: SavedRun, params: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
 ) -> Written:
-    """A folder that transformers, vLLM and others load."""
+    """Writes a Hugging Face folder, for transformers, vLLM and others."""
     model, carried = saved.core.model, saved.folder.path / CARRIED
     family = family_for(model)
     if before and architecture_name(read_model(before)) == architecture_name(model):
         family = family_of(before)
     shard_bytes = int(task.max_shard_size_gb * 1e9)
     with progress_bar("writing") as progress:
-        save_params(half, model, params, family, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+        save_params(partial_path, model, params, family, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
     sync_processes("weights")
-    written = Folder(half)
+    written = Folder(partial_path)
     read_back = read_model(written.config)
-    differs = first_difference(written, read_back, params)  # of every process, since each has its share of them
+    differs = first_difference(written, read_back, params)  # on every process: each holds a part of the parameters
     if differs is not None or architecture_name(read_back) != architecture_name(model):
         raise RuntimeError(
-            f"{half}: {differs or 'config.json'} is not what was written; it stays there to be looked at"
+            f"{partial_path}: {differs or 'config.json'} differs from the written value; "
+            "the output is left there for inspection"
         )
     if is_main_process():
         for name in BESIDE:
             if (carried / name).exists():
-                shutil.copyfile(carried / name, half / name)
-        log(write_tokenizer(half, saved.tokenizer, before))
+                shutil.copyfile(carried / name, partial_path / name)
+        log(write_tokenizer(partial_path, saved.tokenizer, before))
         if saved.config.data.classes:
-            name_classes(half / "config.json", saved.config.data.classes)
+            name_classes(partial_path / "config.json", saved.config.data.classes)
     return Written(written.config["architectures"][0], written, read_back)
 
 
 def name_classes(path: Path, classes: list[str]) -> None:
-    """In a config.json."""
+    """Adds the class names to a config.json."""
     named = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
     path.write_text(json.dumps(json.loads(path.read_text()) | named, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_file(
-    half: Path, saved: SavedRun, params: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
+    partial_path: Path, saved: SavedRun, params: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
 ) -> Written:
-    """A file that llama.cpp and what is built on it load."""
+    """Writes a GGUF file, for llama.cpp and tools based on it."""
     model, tokenizer = saved.core.model, saved.tokenizer
     row = architecture_for(model)
     metadata = {"general.type": "model", "general.name": saved.folder.name}
@@ -273,33 +279,39 @@ def write_file(
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     with progress_bar("writing") as progress:
-        gguf_files.save_params(half, model, params, row, metadata, dtype=dtype, progress=progress)
-    written = gguf_files.File(half) if is_main_process() else None
+        gguf_files.save_params(partial_path, model, params, row, metadata, dtype=dtype, progress=progress)
+    written = gguf_files.File(partial_path) if is_main_process() else None
     differs = gguf_files.first_wrong(written, model, params, row, dtype=dtype)
     if differs is not None:
-        raise RuntimeError(f"{half}: {differs} is not what was written; it stays there to be looked at")
+        raise RuntimeError(
+            f"{partial_path}: {differs} differs from the written value; the output is left there for inspection"
+        )
     sync_processes("weights")
-    there = gguf_files.File(half)
-    return Written(row.name, there, there.model)
+    read_back = gguf_files.File(partial_path)
+    return Written(row.name, read_back, read_back.model)
 
 
 def write_adapters(
-    half: Path, saved: SavedRun, adapters: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
+    partial_path: Path, saved: SavedRun, adapters: Params, before: dict[str, Any], dtype: str, task: ConvertConfig
 ) -> Written:
-    """A folder that PEFT loads onto the base."""
+    """Writes a PEFT adapter folder."""
     adapter, model = saved.config.adapter, saved.core.model
     if not adapter.active:
-        raise ValueError("has no adapters; export the model with to=hf:FOLDER")
+        raise ValueError("has no adapters; export the full model with to=hf:FOLDER")
     origin = saved.checkpointer.read_json(saved.step, "config")["base"]["origin"]
     family = family_for(model)
     if origin.startswith("hf:"):
         family = family_of(Folder(Path(origin.removeprefix("hf:"))).config)
     else:
-        log(f"the base is the run {origin}: convert from={origin} to=hf:FOLDER writes it, for PEFT to load these upon")
-    peft_files.save_adapters(half, model, adapter, adapters, family, base=origin.removeprefix("hf:"), dtype=dtype)
-    differs = peft_files.first_difference(half, model, adapter, adapters, family) if is_main_process() else None
+        log(f"the base is the run {origin}: export it for PEFT with: convert from={origin} to=hf:FOLDER")
+    peft_files.save_adapters(
+        partial_path, model, adapter, adapters, family, base=origin.removeprefix("hf:"), dtype=dtype
+    )
+    differs = peft_files.first_difference(partial_path, model, adapter, adapters, family) if is_main_process() else None
     if differs is not None:
-        raise RuntimeError(f"{half}: {differs} is not what was written; it stays there to be looked at")
+        raise RuntimeError(
+            f"{partial_path}: {differs} differs from the written value; the output is left there for inspection"
+        )
     return Written(f"adapters of {family.architecture}, rank {adapter.rank}", None, model)
 
 

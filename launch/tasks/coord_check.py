@@ -1,4 +1,4 @@
-"""`meshwright coord_check`: whether a run's rates carry over from width to width, seen in its first steps."""
+"""`meshwright coord_check`: muP coordinate check of activations across model widths."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +18,13 @@ from models.mup import at_width
 from trainer.activation_stats import activation_changes, slope
 from trainer.schedule import ConstantConfig
 
-Moved = list[list[dict[str, float]]]  # of each width, after each step, by layer
+Moved = list[list[dict[str, float]]]  # activation change by width, step and layer
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints the slopes and writes them with a picture to `task.output`. Exit code 1: with `model.mup_base_width`, too, how
-    far a step moves depends on the width.
+    """Prints the slopes and writes them with a plot to `task.output`.
+
+    Exit code 1: activation changes depend on the width even with `model.mup_base_width`.
     """
     task = config.task
     assert isinstance(task, CoordCheckConfig)
@@ -32,9 +33,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     corpora = load_corpora(config, RunFolder(folder / config.run), log)
     model = model_config(config, corpora.tokenizer)
     widths, base = sorted(task.widths), model.mup_base_width or min(task.widths)
-    models = {width: at_width(model, width) for width in widths}  # before the first is trained: all must be possible
+    models = {width: at_width(model, width) for width in widths}  # validates all widths before the first is trained
     found = {
-        name: [_moved(config, corpora, replace(models[width], mup_base_width=base_width)) for width in widths]
+        name: [_changes(config, corpora, replace(models[width], mup_base_width=base_width)) for width in widths]
         for name, base_width in ((f"base_width={base}", base), ("standard", None))
     }
     slopes = {
@@ -50,13 +51,13 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         "slopes": slopes,
         "moved": found,
     }
-    title = f"{config.run}: {config.optimizer.kind}, rate {config.optimizer.learning_rate:g}"
+    title = f"{config.run}: {config.optimizer.kind}, learning rate {config.optimizer.learning_rate:g}"
     transfers = max(abs(value) for value in next(iter(slopes.values())).values()) <= task.tolerance
 
     def show() -> None:
         _print(widths, found, slopes)
-        verdict = "so rates carry over" if transfers else f"of which one is beyond {task.tolerance:g}: they do NOT"
-        print(f"with model.mup_base_width={base}: slopes near 0 are wanted, {verdict}")
+        verdict = "learning rates transfer" if transfers else f"one is beyond {task.tolerance:g}: rates do NOT transfer"
+        print(f"with model.mup_base_width={base}: slopes should be near 0; {verdict}")
 
     draw = lambda path: draw_coordinates(widths, found, slopes, path, title)
     write_report(config, folder, config.run, report, draw, show)
@@ -65,21 +66,21 @@ def run(config: RunConfig, overrides: list[str]) -> int:
 
 def _check(config: RunConfig, task: CoordCheckConfig) -> None:
     if len(set(task.widths)) < 2:
-        raise ValueError(f"task.widths={task.widths}: a slope needs two widths at least, as [64,128,256]")
+        raise ValueError(f"task.widths={task.widths}: a slope needs at least two distinct widths, such as [64,128,256]")
     if task.num_steps < 1:
         raise ValueError(f"task.num_steps={task.num_steps}: must be at least 1")
     objective = config.objective
     if objective.frozen_needs.models or config.adapter.active or config.init_from is not None:
         raise ValueError(
-            "coordinates: looks at the first steps of models that begin at random; leave out init_from, adapters, and "
-            f"objectives with a reference or a teacher (objective={objective.kind}, init_from={config.init_from})"
+            "coord_check: measures the first steps from random initialization; remove init_from, adapters, and "
+            f"objectives with a reference or teacher model (objective={objective.kind}, init_from={config.init_from})"
         )
     if jax.process_count() > 1:
-        raise ValueError("coordinates: runs in one process; leave out launcher.num_processes")
+        raise ValueError("coord_check: runs in one process; remove launcher.num_processes")
 
 
-def _moved(config: RunConfig, corpora: Corpora, model: ModelConfig) -> list[dict[str, float]]:
-    """In the first steps at the peak of the learning rate."""
+def _changes(config: RunConfig, corpora: Corpora, model: ModelConfig) -> list[dict[str, float]]:
+    """Returns activation changes of the first steps at the peak learning rate."""
     task = config.task
     assert isinstance(task, CoordCheckConfig)
     config = replace(config, model=model, schedule=ConstantConfig(warmup_steps=0))
@@ -97,7 +98,7 @@ def _print(widths: list[int], found: dict[str, Moved], slopes: dict[str, dict[st
     console = open_console()
     for name, moved in found.items():
         of_widths = (f"width {width}" for width in widths)
-        table = make_table(f"{name}: moved after {len(moved[0])} steps", *of_widths, "slope")
+        table = make_table(f"{name}: change after {len(moved[0])} steps", *of_widths, "slope")
         for part in shown_parts(list(moved[0][-1])):
             table.add_row(part, *(f"{steps[-1][part]:.4g}" for steps in moved), f"{slopes[name][part]:+.2f}")
         console.print(table)

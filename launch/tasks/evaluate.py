@@ -1,4 +1,4 @@
-"""`meshwright evaluate run=NAME`: how good a run is, on held-out text, on other sources, or on problems."""
+"""`meshwright evaluate run=NAME`: loss on validation text or other sources, or multiple-choice accuracy."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from trainer.loglikelihood import Text, accuracy, make_score, score_texts
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints loss, perplexity, bits per byte and accuracy of each source and of all together; or scores of problems."""
+    """Prints loss, perplexity, bits per byte and accuracy by source and overall, or multiple-choice scores."""
     task = config.task
     assert isinstance(task, EvaluateConfig)
     files = {
@@ -26,19 +26,23 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     }
     saved = open_run(config, overrides, dtype=task.dtype)
     if not files:
-        return on_sources(saved, config, task)
-    return on_problems(saved, files, prefix_ids(saved.tokenizer, task.prefix), task.format)
+        return evaluate_sources(saved, config, task)
+    return evaluate_tasks(saved, files, prefix_ids(saved.tokenizer, task.prefix), task.format)
 
 
-def on_problems(saved: SavedRun, files: dict[str, list[MultipleChoice]], prefix: list[int], form: Format) -> int:
-    """Which answer the model finds likeliest; a line as soon as a file is done."""
-    texts = {name: problem_texts(saved.tokenizer, problems, prefix) for name, problems in files.items()}
+def evaluate_tasks(saved: SavedRun, files: dict[str, list[MultipleChoice]], prefix: list[int], form: Format) -> int:
+    """Scores multiple-choice tasks by answer likelihood; prints a line per file as it completes."""
+    texts = {name: task_texts(saved.tokenizer, problems, prefix) for name, problems in files.items()}
     width = max(map(len, files))
-    too_long = max(len(text.ids) for of_file in texts.values() for text in of_file)
+    longest = max(len(text.ids) for of_file in texts.values() for text in of_file)
     model, mesh = saved.core.model, saved.core.mesh
-    if model.position.name == "learned" and too_long > model.max_seq_len:
-        raise ValueError(f"task.eval_tasks: one has {too_long} tokens, and positions end at {model.max_seq_len}")
-    model.refuse_masks(AttentionMask.bidirectional, why="an encoder gives texts no probability; evaluate it on sources")
+    if model.position.name == "learned" and longest > model.max_seq_len:
+        raise ValueError(
+            f"task.eval_tasks: an example has {longest} tokens, more than model.max_seq_len={model.max_seq_len}"
+        )
+    model.refuse_masks(
+        AttentionMask.bidirectional, why="encoders assign no likelihood to text; evaluate them on sources"
+    )
     prompts = model.attention.mask is AttentionMask.prefix
     score, params = make_score(saved.core.apply, constrain=saved.core.constrain, prefix=prompts), saved.params()
     found: dict[str, dict[str, float]] = {}
@@ -61,17 +65,17 @@ def on_problems(saved: SavedRun, files: dict[str, list[MultipleChoice]], prefix:
 
 
 def prefix_ids(tokenizer: Tokenizer, prefix: str | None) -> list[int]:
-    """Raises: ValueError where the text is no special token."""
+    """Returns the ids of `task.prefix`. Raises: ValueError if it is not a special token."""
     if prefix is None:
         return []
     if prefix not in tokenizer.special_tokens:
         known = ", ".join(sorted(tokenizer.special_tokens)[:8]) or "none"
-        raise ValueError(f"task.prefix={prefix!r}: is no special token of the run's tokenizer; it has {known}")
+        raise ValueError(f"task.prefix={prefix!r}: is not a special token of the run's tokenizer; available: {known}")
     return [tokenizer.special_tokens[prefix]]
 
 
-def problem_texts(tokenizer: Tokenizer, problems: list[MultipleChoice], prefix: list[int]) -> list[Text]:
-    """Context and continuation are tokenised apart and joined, so that the border is the same for every option."""
+def task_texts(tokenizer: Tokenizer, problems: list[MultipleChoice], prefix: list[int]) -> list[Text]:
+    """Tokenizes context and continuation separately, so that every option splits at the same position."""
     texts = []
     for problem in problems:
         for context, continuation in problem.options:
@@ -81,7 +85,7 @@ def problem_texts(tokenizer: Tokenizer, problems: list[MultipleChoice], prefix: 
     return texts
 
 
-def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
+def evaluate_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     data = dataclasses.replace(
         saved.config.data,
         max_eval_batches=task.max_eval_batches or saved.config.data.max_eval_batches,
@@ -91,7 +95,7 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     quiet = task.format is Format.json
     corpora = load_corpora(merged, saved.folder, (lambda text: None) if quiet else log)
     if not corpora.heldout:
-        raise ValueError("data: no source holds out text; set data.sources.NAME.validation_fraction above 0")
+        raise ValueError("data: no source has validation text; set data.sources.NAME.validation_fraction above 0")
     found = build_evaluation(merged, corpora, saved.core, saved.frozen())(saved.scored_params())
     if not is_main_process():
         return 0
@@ -100,8 +104,8 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     else:
         print(f"run {saved.folder.name!r} at step {saved.step}")
         rewards = sorted({key.rpartition("/")[2] for key in found if "/reward_" in key})
-        judged = ("precision", "recall", "f1", "roc_auc", "reciprocal_rank", "similarity")
-        columns = ("loss", "perplexity", "bits_per_byte", "accuracy", *judged, *rewards, "tokens", "n")
+        metrics = ("precision", "recall", "f1", "roc_auc", "reciprocal_rank", "similarity")
+        columns = ("loss", "perplexity", "bits_per_byte", "accuracy", *metrics, *rewards, "tokens", "n")
         rows = {
             source or "all": {
                 c: found[key] for c in columns if (key := f"eval/{source}/{c}".replace("//", "/")) in found
@@ -114,12 +118,12 @@ def on_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -> int:
     return 0
 
 
-def print_table(what: str, rows: dict[str, dict[str, float]], columns: tuple[str, ...]) -> None:
+def print_table(label: str, rows: dict[str, dict[str, float]], columns: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    table.add_column(what)
+    table.add_column(label)
     shown = [column for column in columns if any(column in row for row in rows.values())]
     for column in shown:
         table.add_column(column.replace("_", " "), justify="right")

@@ -1,4 +1,4 @@
-"""`meshwright generate run=NAME prompt='...'`, or `chat='...'`: text from a run, streamed to the terminal."""
+"""`meshwright generate run=NAME prompt='...'`, or `chat='...'`: streams generated text to the terminal."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from models.decode.sampling import SamplingConfig
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints prompt and completion of each prompt, or the answer in a chat; `format=json`: one object a line."""
+    """Prints each prompt with its completion, or the chat response; `format=json`: one object per line."""
     task = config.task
     assert isinstance(task, GenerateConfig)
     chat = conversation(task)
@@ -37,22 +37,22 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     )
     sampling.validate()
     if task.diffusion_steps < 0:
-        raise ValueError(f"task.diffusion_steps={task.diffusion_steps}: must not be negative; 0: one for each token")
+        raise ValueError(f"task.diffusion_steps={task.diffusion_steps}: must not be negative; 0: one step per token")
     saved = open_writer(config, overrides)
-    stop, begun, given = list(task.stop), prompts, list(prompts)
+    stop, shown, inputs = list(task.stop), prompts, list(prompts)
     if chat is not None:
-        begun, given, ending = answer_to(saved.tokenizer, chat, config.run)
+        shown, inputs, ending = encode_chat(saved.tokenizer, chat, config.run)
         stop += ending
-    begun = [prompt for prompt in begun for _ in range(task.num_samples)]
-    given = [prompt for prompt in given for _ in range(task.num_samples)]
-    stream = len(given) == 1 and task.format is Format.table and is_main_process()
+    shown = [prompt for prompt in shown for _ in range(task.num_samples)]
+    inputs = [prompt for prompt in inputs for _ in range(task.num_samples)]
+    stream = len(inputs) == 1 and task.format is Format.table and is_main_process()
     if stream and chat is None:
-        show(str(given[0]))
+        show(str(inputs[0]))
     results = generate_batches(
         saved.params(),
         saved.core.model,
         saved.tokenizer,
-        given,
+        inputs,
         sampling,
         stop=stop,
         constrain=saved.core.constrain,
@@ -62,17 +62,17 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     if chat is not None:
         results = [(text.lstrip(), completion) for text, completion in results]
     if is_main_process():
-        print_all(begun, results, task.format, chat is not None, stream)
+        print_all(shown, results, task.format, chat is not None, stream)
     return 0
 
 
 def print_all(
-    begun: Sequence[str], results: Sequence[tuple[str, Completion]], format: Format, chat: bool, streamed: bool
+    prompts: Sequence[str], results: Sequence[tuple[str, Completion]], format: Format, chat: bool, streamed: bool
 ) -> None:
     if streamed:
         print()
         return
-    for number, (prompt, (text, completion)) in enumerate(zip(begun, results, strict=True), 1):
+    for number, (prompt, (text, completion)) in enumerate(zip(prompts, results, strict=True), 1):
         if format is Format.json:
             row = {
                 "prompt": prompt,
@@ -82,7 +82,7 @@ def print_all(
             }
             print(json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False))
         else:
-            print(f"--- {number} of {len(begun)}\n{'' if chat else prompt}{text}")
+            print(f"--- {number} of {len(prompts)}\n{'' if chat else prompt}{text}")
 
 
 class Conversation(NamedTuple):
@@ -91,38 +91,38 @@ class Conversation(NamedTuple):
 
 
 def conversation(task: GenerateConfig) -> Conversation | None:
-    """What `chat=`, `task.system=` and `task.messages_file=` say; None without them.
+    """Returns the messages of `chat=`, `task.system=` and `task.messages_file=`; None if none is set.
 
-    Raises: ValueError where they contradict each other, and for messages that are none.
+    Raises: ValueError for contradictory keys or invalid messages.
     """
     if task.chat is None and task.messages_file is None:
         if task.system is not None:
-            raise ValueError(f"task.system={task.system!r}: opens a chat, and there is none; add chat='Hello'")
+            raise ValueError(f"task.system={task.system!r}: needs a chat; add chat='Hello'")
         return None
     if task.prompt is not None or task.prompts or task.prompt_file is not None:
         raise ValueError(
-            "chat: a chat and a prompt exclude each other; chat= is answered through the run's template, prompt= is "
-            "gone on with as it is"
+            "chat: a chat and a prompt are mutually exclusive; chat= is answered through the run's chat template, "
+            "prompt= is continued verbatim"
         )
     messages, tools = [], None
     if task.messages_file is not None:
         messages, tools = read_chat(Path(task.messages_file))
     system = [] if task.system is None else [{"role": "system", "content": task.system}]
-    said = [] if task.chat is None else [{"role": "user", "content": task.chat}]
-    messages = [*system, *messages, *said]
+    user = [] if task.chat is None else [{"role": "user", "content": task.chat}]
+    messages = [*system, *messages, *user]
     check_messages(messages)
     return Conversation(messages, tools)
 
 
 def read_chat(path: Path) -> Conversation:
-    """Messages, and tools where the file has any. Raises: ValueError naming the file."""
+    """Reads messages and optional tools from a JSON file. Raises: ValueError naming the file."""
     key = f"task.messages_file={path}"
     if not path.is_file():
-        raise ValueError(f"{key}: there is no such file")
+        raise ValueError(f"{key}: no such file")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{key}: is not JSON: {error}") from None
+        raise ValueError(f"{key}: invalid JSON: {error}") from None
     content = content if isinstance(content, dict) else {"messages": content}
     messages, tools = content.get("messages"), content.get("tools")
     if not isinstance(messages, list) or not isinstance(tools, list | None):
@@ -130,28 +130,30 @@ def read_chat(path: Path) -> Conversation:
     return Conversation(messages, tools)
 
 
-def answer_to(tokenizer: Tokenizer, chat: Conversation, run: str) -> tuple[list[str], list[str | list[int]], list[str]]:
-    """(the rendered chat, its ids, texts that end the answer). Raises: ValueError for a run without a template."""
+def encode_chat(
+    tokenizer: Tokenizer, chat: Conversation, run: str
+) -> tuple[list[str], list[str | list[int]], list[str]]:
+    """Returns (rendered chat, token ids, stop strings). Raises: ValueError for a run without a chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"chat: the run {run!r} has no chat template; begin a run from it with one: meshwright train run=NAME "
+            f"chat: the run {run!r} has no chat template; train a run with one: meshwright train run=NAME "
             f"init_from={run} tokenizer.chat_template=plain (or {', '.join(t for t in TEMPLATES if t != 'plain')}, or "
-            "a file); prompt= works without"
+            "a file); prompt= needs no template"
         )
-    given = {"tools": chat.tools, "special_tokens": tokenizer.special_texts, "add_generation_prompt": True}
-    text = render(tokenizer.chat_template, chat.messages, **given)
+    options = {"tools": chat.tools, "special_tokens": tokenizer.special_texts, "add_generation_prompt": True}
+    text = render(tokenizer.chat_template, chat.messages, **options)
     after = text_after_turn(tokenizer)
     return [text], [chat_ids(tokenizer, chat.messages, tools=chat.tools)], [] if after is None else [after]
 
 
 def without_leading_space() -> Callable[[str], None]:
-    """`show`, once there is something to see: templates of some models begin an answer with a space."""
-    begun = False
+    """Returns a `show` that strips leading whitespace: some chat templates put a space before the response."""
+    started = False
 
     def show_rest(text: str) -> None:
-        nonlocal begun
-        text = text if begun else text.lstrip()
-        begun = begun or bool(text)
+        nonlocal started
+        text = text if started else text.lstrip()
+        started = started or bool(text)
         show(text)
 
     return show_rest
@@ -163,13 +165,13 @@ def show(text: str) -> None:
 
 
 def all_prompts(task: GenerateConfig) -> list[str]:
-    """Prompts of the command line and of a file. Raises: ValueError where there is none."""
+    """Returns the prompts of the command line and the file. Raises: ValueError if there are none."""
     prompts = ([task.prompt] if task.prompt is not None else []) + list(task.prompts)
     if task.prompt_file is not None:
         path = Path(task.prompt_file)
         if not path.is_file():
-            raise ValueError(f"task.prompt_file={task.prompt_file}: there is no such file")
+            raise ValueError(f"task.prompt_file={task.prompt_file}: no such file")
         prompts += [line for line in path.read_text().splitlines() if line]
     if not prompts:
-        raise ValueError("prompt=null: give a text to go on from: prompt='def ', or chat='Hello' to be answered")
+        raise ValueError("prompt=null: give a text to continue, prompt='def ', or a chat message, chat='Hello'")
     return prompts

@@ -1,4 +1,4 @@
-"""`meshwright inspect run=NAME [step=K]`: what a checkpoint holds. Equal hashes mean an equal run."""
+"""`meshwright inspect run=NAME [step=K]`: prints the contents of a checkpoint, with hashes for comparison."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from trainer.checkpoint.checksums import state_hash
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints the facts of one checkpoint; `format=json` for machines."""
+    """Prints step, sizes, hashes and data position of one checkpoint; `format=json` prints JSON."""
     task = config.task
     assert isinstance(task, InspectConfig)
     saved = open_run(config, overrides)
@@ -51,7 +51,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
 
 
 def next_batch(saved: SavedRun) -> dict[str, Any]:
-    """Where the data stands, and the hash of the global batch that comes next."""
+    """Returns the data position, the hash of the next global batch, and its first example."""
     position = saved.checkpointer.read_json(saved.step, "source")
     original = saved.folder.saved_config()
     merged = dataclasses.replace(saved.config, data=original.data)
@@ -69,15 +69,18 @@ def next_batch(saved: SavedRun) -> dict[str, Any]:
 
 
 def first_example(tokenizer: Tokenizer, batch: TokenBatch | ColumnBatch, *, in_place: bool) -> str:
-    """The first document or conversation of a batch as text, what is learnt of it between ⟦ and ⟧; of a pair the chosen
-    one. `in_place`: targets stand behind the tokens in whose places they belong.
+    """Renders the first example of a batch, of a pair the chosen one; tokens in the loss are between ⟦ and ⟧.
+
+    `in_place`: targets belong to the positions of their tokens, and are printed after them.
     """
     batch = flat_rows(batch)
     size = int((batch.segment_ids[0] == 1).sum())
     if in_place:
-        told = np.stack([batch.tokens[0, :size], batch.targets[0, :size]], 1).reshape(-1)  # each token, then its target
+        interleaved = np.stack([batch.tokens[0, :size], batch.targets[0, :size]], 1).reshape(
+            -1
+        )  # each token, then its target
         hidden = batch.loss_mask[0, :size] > 0
         shown = np.stack([np.ones(size, bool), hidden], 1).reshape(-1)
-        return marked_text(tokenizer, told[shown].tolist(), (np.arange(2 * size) % 2 == 1)[shown].tolist())
-    learnt = [False, *(batch.loss_mask[0, : size - 1] > 0).tolist()]  # of tokens, not of targets
-    return marked_text(tokenizer, batch.tokens[0, :size].tolist(), learnt)
+        return marked_text(tokenizer, interleaved[shown].tolist(), (np.arange(2 * size) % 2 == 1)[shown].tolist())
+    trained = [False, *(batch.loss_mask[0, : size - 1] > 0).tolist()]  # shifted: the mask is of targets
+    return marked_text(tokenizer, batch.tokens[0, :size].tolist(), trained)

@@ -1,4 +1,4 @@
-"""`meshwright plan`: whether a run fits, how fast it is and what it costs, on devices that need not be there."""
+"""`meshwright plan`: estimates memory, speed and cost of a run on devices that need not be present."""
 
 import re
 from pathlib import Path
@@ -23,12 +23,12 @@ from launch.scaling.law import CHINCHILLA, CHINCHILLA_SOURCE, compute_optimal, r
 from launch.weights_source import inherit_model_config
 from trainer.mesh import describe_mesh
 
-CONVENTION = "6 x weights of products + 3 x attention over half of the row (models/flops.py); peak is dense bf16"
-TOP = 3  # of a search, compiled with compile=true and shown in any case
+CONVENTION = "6 x matmul weights + 3 x attention over half of the row (models/flops.py); peak is dense bf16"
+TOP = 3  # best search results: shown, and compiled with compile=true
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints the plan, and writes it with a picture to `task.output`."""
+    """Prints the plan, and writes it with a plot to `task.output`. Exit code 1: it does not fit."""
     task = config.task
     assert isinstance(task, PlanConfig)
     disable_devices()
@@ -43,20 +43,20 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     )
     choices = _chosen(config, target, free, task)
     best = choices[0]
-    told = None
+    compiled = None
     if task.compile:
         tried = [(choice, compile_step(choice.config, target)) for choice in choices[: TOP if task.search else 1]]
         fitting = [pair for pair in tried if pair[1].peak_bytes <= pair[0].plan.capacity]
-        best, told = (fitting or tried)[0]
+        best, compiled = (fitting or tried)[0]
     title = _title(best, overrides)
-    found = describe(best, task, told)
+    found = describe(best, task, compiled)
     if task.search:
         found["others"] = [_line(choice) for choice in choices if choice is not best][:9]
     folder = Path(task.output or Path("runs" if is_url(config.output_dir) else config.output_dir) / "plans")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title)
     draw = lambda path: draw_plan(best.plan, path, title)
     write_report(config, folder, name, found, draw, lambda: _print(title, best.plan, found))
-    return 0 if (best.plan.fits if told is None else found["compiled"]["fits"]) else 1
+    return 0 if (best.plan.fits if compiled is None else found["compiled"]["fits"]) else 1
 
 
 def _chosen(config: RunConfig, target: Target, free: Free, task: PlanConfig) -> list[Choice]:
@@ -79,7 +79,7 @@ def _title(choice: Choice, overrides: list[str]) -> str:
 
 
 def describe(choice: Choice, task: PlanConfig, compiled: Compiled | None) -> dict[str, Any]:
-    """All that is known, as plain values: bytes, seconds, dollars."""
+    """Returns the plan as JSON values, in bytes, seconds and dollars."""
     plan, config, hardware = choice.plan, choice.config, choice.plan.target.hardware
     tokens = task.num_tokens or float(task.num_steps * plan.tokens_per_step)
     seconds = tokens / plan.tokens_per_second
@@ -158,59 +158,59 @@ def _print(title: str, plan: Plan, found: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {short_number(n)}" for name, n in plan.parameters.items() if n and name != "total")
     console.print(f"parameters  {plan.parameters['total']:,} ({parts})")
     if plan.active_parameters != plan.parameters["total"]:
-        console.print(f"            {plan.active_parameters:,} of them active for a token")
+        console.print(f"            {plan.active_parameters:,} active per token")
     if plan.trainable_parameters != plan.parameters["total"]:
         console.print(f"            {plan.trainable_parameters:,} trainable")
-    console.print(f"FLOPs       {plan.flops_per_token:.4g} a token: {CONVENTION}")
+    console.print(f"FLOPs       {plan.flops_per_token:.4g} per token: {CONVENTION}")
     console.print(f"mesh        {describe_mesh(plan.mesh)}; remat {plan.remat}; {plan.num_microbatches} microbatches")
     if plan.schedule is not None:
         console.print(f"stages      {plan.schedule.in_words}")
     row = found["seq_len"]
-    console.print(f"batch       {plan.batch_size:,} rows of {row:,}: {plan.tokens_per_step:,} tokens a step")
+    console.print(f"batch       {plan.batch_size:,} rows of {row:,}: {plan.tokens_per_step:,} tokens per step")
 
-    table = make_table("memory of a device", "", "", left=(0, 2))
+    table = make_table("memory per device", "", "", left=(0, 2))
     for name, size in plan.memory._asdict().items():
         if size >= 5e6:
             table.add_row(name, gb(size), f"{size / plan.capacity:.1%}")
     spare = plan.capacity - plan.memory.total
-    said = f"fits, {gb(spare)} to spare" if plan.fits else f"DOES NOT FIT, by {gb(-spare)}"
-    table.add_row("total", gb(plan.memory.total), f"of {gb(plan.capacity)}: {said}")
+    verdict = f"fits, {gb(spare)} free" if plan.fits else f"DOES NOT FIT, exceeds by {gb(-spare)}"
+    table.add_row("total", gb(plan.memory.total), f"of {gb(plan.capacity)}: {verdict}")
     if compiled := found.get("compiled"):
         off = plan.memory.total / compiled["peak_bytes"] - 1
         fits = "fits" if compiled["fits"] else "DOES NOT FIT"
         table.add_row("XLA", gb(compiled["peak_bytes"]), f"{fits}; the estimate is {off:+.1%}")
     console.print(table)
     if plan.traffic:
-        columns = ("network, each step", "", "collectives", "sent by a device", "seconds", "")
+        columns = ("communication per step", "", "collectives", "sent per device", "seconds", "")
         table = make_table(*columns, left=(0, 1, 3, 5))
         for t in plan.traffic:
-            beside = "beside computation" if t.hidden else "waited for"
-            table.add_row(f"{t.axis}: {t.kind}", t.what, f"{t.count:,}", gb(t.bytes), f"{t.seconds:.3f}", beside)
+            overlap = "overlapped" if t.hidden else "exposed"
+            table.add_row(f"{t.axis}: {t.kind}", t.what, f"{t.count:,}", gb(t.bytes), f"{t.seconds:.3f}", overlap)
         console.print(table)
     if compiled:
-        table = make_table("compiled collectives", "count", "results", "started early")
+        table = make_table("compiled collectives", "count", "results", "asynchronous")
         for c in compiled["collectives"] or ():
             table.add_row(f"{c['axes']}: {c['kind']}", f"{c['count']:,}", gb(c["bytes"]), f"{c['hidden']:,}")
         console.print(table)
         console.print(f"compiled in {compiled['seconds']:.1f} s")
     s = found["seconds"]
     console.print(
-        f"step        {s['step']:.4g} s = device {s['device']:.4g} (products {s['products']:.4g}) + network waited for "
-        f"{s['network_waited_for']:.4g} (of {s['network']:.4g})"
+        f"step        {s['step']:.4g} s = device {s['device']:.4g} (compute {s['products']:.4g}) + exposed "
+        f"communication {s['network_waited_for']:.4g} (of {s['network']:.4g})"
     )
     console.print(
-        f"speed       {plan.tokens_per_second:,.0f} tokens/s, {found['tokens_per_second_per_device']:,.0f} a device, "
+        f"speed       {plan.tokens_per_second:,.0f} tokens/s, {found['tokens_per_second_per_device']:,.0f} per device, "
         f"MFU {plan.mfu:.1%}"
     )
     b = found["budget"]
     console.print(
         f"budget      {short_number(b['tokens'])} tokens: {b['days']:,.2f} days, "
-        f"{b['device_hours']:,.0f} device-hours, ${b['dollars']:,.0f} at ${b['dollars_per_device_hour']:g} an hour, "
-        f"{b['kilowatt_hours']:,.0f} kWh"
+        f"{b['device_hours']:,.0f} device-hours, ${b['dollars']:,.0f} at "
+        f"${b['dollars_per_device_hour']:g} per device-hour, {b['kilowatt_hours']:,.0f} kWh"
     )
     o = found["compute_optimal"]
     console.print(
-        f"            its {b['flops']:.3g} FLOPs would go furthest with {short_number(o['parameters'])} parameters on "
+        f"            compute-optimal for {b['flops']:.3g} FLOPs: {short_number(o['parameters'])} parameters on "
         f"{short_number(o['tokens'])} tokens ({o['law']})"
     )
     for other in found.get("others", ())[: TOP - 1]:

@@ -1,6 +1,6 @@
-"""`meshwright predict run=NAME`: what a run that judges says of texts: rewards, classes, or vectors.
+"""`meshwright predict run=NAME`: rewards, class probabilities or embeddings of texts.
 
-Shape letters: N texts, O outputs (1 of a reward model; one for each class; the width of a vector).
+Shape letters: N texts, O outputs (1 for a reward model; the number of classes; the embedding width).
 """
 
 import json
@@ -24,39 +24,39 @@ from launch.build import is_main_process, log, sync_processes
 from launch.load_run import SavedRun, open_run
 from trainer.console import progress_bar
 
-Said = Conversation | str
-ROUND = 32  # lengths of rows are multiples of it, so that few programs are compiled
+Input = Conversation | str
+LENGTH_MULTIPLE = 32  # row lengths are padded to multiples of it, to limit recompilation
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """One JSON object a line for each text; or `task.output=FILE`, .jsonl, or .npy with an array [N, O]."""
+    """Prints one JSON object per text, or writes `task.output`: .jsonl, or .npy with an array [N, O]."""
     task = config.task
     assert isinstance(task, PredictConfig)
     if task.output is not None and Path(task.output).suffix not in (".jsonl", ".npy"):
         raise ValueError(f"task.output={task.output}: must end in .jsonl or .npy")
     if task.batch_size < 1:
         raise ValueError(f"task.batch_size={task.batch_size}: must be at least 1")
-    said = [*task.texts, *(one for name in task.files for one in read_file(Path(name)))]
-    if not said:
-        raise ValueError("predict: give texts, task.texts=['...'], or files of them, task.files=[FILE.txt,FILE.jsonl]")
+    inputs = [*task.texts, *(one for name in task.files for one in read_file(Path(name)))]
+    if not inputs:
+        raise ValueError("predict: give texts with task.texts=['...'] or files with task.files=[FILE.txt,FILE.jsonl]")
     saved = open_run(config, overrides)
     objective = saved.core.objective
     if saved.config.objective.model_needs.is_token_level:
         raise ValueError(
-            f"run={saved.folder.name}: its objective, {saved.config.objective.kind}, judges no texts; phase=reward, "
-            "classify and embed make runs that do"
+            f"run={saved.folder.name}: its objective, {saved.config.objective.kind}, does not score texts; train a run "
+            "with phase=reward, classify or embed"
         )
-    found_NO = judge(saved, objective, said, task.batch_size)
+    found_NO = compute_outputs(saved, objective, inputs, task.batch_size)
     if is_main_process():
         write_found(found_NO, objective, saved.config.data.classes, task.output)
     sync_processes("predicted")
     return 0
 
 
-def read_file(path: Path) -> Iterator[Said]:
-    """A text a line, or of a .jsonl a text or a conversation. Raises: ValueError naming a line that is neither."""
+def read_file(path: Path) -> Iterator[Input]:
+    """Yields a text per line; from .jsonl, texts or conversations. Raises: ValueError naming an invalid line."""
     if not path.is_file():
-        raise ValueError(f"task.files: {path} is not there")
+        raise ValueError(f"task.files: {path} does not exist")
     if path.suffix != ".jsonl":
         yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
         return
@@ -71,34 +71,34 @@ def read_file(path: Path) -> Iterator[Said]:
         raise ValueError(f"task.files: {path}, {entry['first']}: {reason}")
 
 
-def judge(saved: SavedRun, objective: Any, said: list[Said], batch_size: int) -> np.ndarray:
-    """[N, O] f32, in the order given; texts of like length are read together."""
+def compute_outputs(saved: SavedRun, objective: Any, inputs: list[Input], batch_size: int) -> np.ndarray:
+    """Returns outputs [N, O] f32 in input order; batches texts of similar length."""
     core, data = saved.core, saved.config.data
     rules = EncodingConfig(data.loss_mask, OnOverflow.truncate, data.seq_len, data.format)
-    ids = [encoded(saved.tokenizer, one, rules, index) for index, one in enumerate(said)]
+    ids = [encoded(saved.tokenizer, one, rules, index) for index, one in enumerate(inputs)]
     rows = math.ceil(batch_size / core.mesh.size) * core.mesh.size
     read = jax.jit(lambda params, batch: objective.read(core.apply, params, batch))
     params, order = saved.params(), sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     found: dict[int, np.ndarray] = {}
-    with progress_bar("reading", len(ids)) as advance:
+    with progress_bar("predicting", len(ids)) as advance:
         for first in range(0, len(order), rows):
-            these = order[first : first + rows]
-            batch = padded([ids[i] for i in these], rows)
-            found |= zip(these, np.asarray(read(params, batch)), strict=False)
-            advance(len(these))
+            indices = order[first : first + rows]
+            batch = padded([ids[i] for i in indices], rows)
+            found |= zip(indices, np.asarray(read(params, batch)), strict=False)
+            advance(len(indices))
     return np.stack([found[i] for i in range(len(ids))])
 
 
-def encoded(tokenizer: Tokenizer, said: Said, rules: EncodingConfig, index: int) -> np.ndarray:
+def encoded(tokenizer: Tokenizer, text: Input, rules: EncodingConfig, index: int) -> np.ndarray:
     try:
-        return encode_whole(tokenizer, said, rules).ids
+        return encode_whole(tokenizer, text, rules).ids
     except BadRow as error:
         raise ValueError(f"predict: text {index + 1}: {error.reason}") from None
 
 
 def padded(ids: list[np.ndarray], rows: int) -> TokenBatch:
-    """One text a row."""
-    length = math.ceil(max(map(len, ids)) / ROUND) * ROUND
+    """Pads each text to a row; adds empty rows up to `rows`."""
+    length = math.ceil(max(map(len, ids)) / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     tokens, segments = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row, of_text in enumerate(ids):
         tokens[row, : len(of_text)], segments[row, : len(of_text)] = of_text, 1

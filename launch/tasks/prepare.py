@@ -1,4 +1,4 @@
-"""`meshwright prepare`: tokenizer and token shards of a run, before it starts."""
+"""`meshwright prepare`: trains the tokenizer and writes token shards ahead of training."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from launch.weights_source import inherit_model_config, inherit_tokenizer
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Makes what is missing; `train` with the same run name, sources and tokenizer finds it all done."""
+    """Prepares missing data; `train` with the same run name, sources and tokenizer reuses it."""
     folder, say = run_folder(config), lambda text: print(text, flush=True) if is_main_process() else None
     config = inherit_model_config(config, overrides, folder, say)
     inherit_tokenizer(config, overrides, folder, say)
@@ -19,7 +19,5 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             print(f"{name}: {Path(manifest.folder) / 'manifest.json'}")
             for file, reasons in manifest.bad.items():
                 for reason, entry in reasons.items():
-                    print(
-                        f"  left out: {file}: {reason}, {entry['count']} times; first: {entry['first'] or 'the file'}"
-                    )
+                    print(f"  skipped: {file}: {reason}, {entry['count']} times; first: {entry['first'] or 'the file'}")
     return 0

@@ -1,4 +1,4 @@
-"""`meshwright replay run=NAME`: the updates before a rollback once more, and the rows of the batch that spoiled one."""
+"""`meshwright replay run=NAME`: repeats the updates before a rollback and finds the rows with the highest loss."""
 
 import dataclasses
 import json
@@ -17,26 +17,27 @@ from launch.run_folder import RunFolder, run_folder
 from trainer.objective import Params
 from trainer.reliability.loss_spikes import NO_LIMITS, WATCHED
 
-EXCERPT = 160  # characters of a row that are shown
+EXCERPT = 160  # characters of a row to print
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints loss and gradient norm of each update up to the incident, whether they are those of then, and the rows.
+    """Prints loss and gradient norm of each update up to the incident, whether they match, and the worst rows.
 
-    Raises: ValueError where there is no such incident, or no checkpoint before it any more.
+    Raises: ValueError if the incident does not exist, or its checkpoint has been deleted.
     """
     task = config.task
     assert isinstance(task, ReplayConfig)
     folder = run_folder(config)
     saved = dataclasses.replace(folder.saved_config(), output_dir=config.output_dir, run=config.run)
-    name, incident = chosen(folder, task.rollback)
+    name, incident = select_incident(folder, task.rollback)
     with ExitStack() as stack:
         checkpointer = stack.enter_context(folder.checkpointer(read_only=True, say=log))
         first = incident["rolled_back_to"]
         if first not in checkpointer.steps():
             raise ValueError(
-                f"task.rollback={name}: the run went back to step {first}, whose checkpoint is gone "
-                f"(checkpoint.max_to_keep={saved.checkpoint.max_to_keep}); the batch is in {folder.incidents / name}.npz"
+                f"task.rollback={name}: rolled back to step {first}, whose checkpoint has been deleted "
+                f"(checkpoint.max_to_keep={saved.checkpoint.max_to_keep}); the batch is in "
+                f"{folder.incidents / name}.npz"
             )
         corpora = load_corpora(saved, folder, log)
         saved, core, _, frozen, source = build_run(saved, corpora, checkpointer)
@@ -45,13 +46,13 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         source.set_state(checkpointer.read_json(first, "source"))
         source.skip_to(incident["rows"][0])
         values: dict[str, float] = {}
-        told, params, batch = [], state.params, None
+        updates, params, batch = [], state.params, None
         for step in range(first + 1, incident["step"] + 1):
             batch = source.next_batch(state)
             params = jax.tree.map(lambda leaf: leaf.copy(), state.params) if step == incident["step"] else None
             state, metrics = core.train_step(state, frozen.models, batch, NO_LIMITS)
             values = {key: float(jax.device_get(metrics[key])) for key in WATCHED}
-            told.append({"step": step, **values})
+            updates.append({"step": step, **values})
             if task.format is not Format.json:
                 log(f"step {step}: " + ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
     same = {key: str(value) for key, value in values.items()} == incident["values"]
@@ -61,30 +62,32 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     shown = [{"row": start + row, "loss": loss, "text": text_of(corpora.tokenizer, batch, row)} for row, loss in rows]
     if is_main_process():
         if task.format is Format.json:
-            print(json.dumps({"incident": name, "same": same, "updates": told, "rows": shown}, indent=2))
+            print(json.dumps({"incident": name, "same": same, "updates": updates, "rows": shown}, indent=2))
         else:
-            then = ", ".join(f"{key} {value}" for key, value in incident["values"].items())
+            recorded = ", ".join(f"{key} {value}" for key, value in incident["values"].items())
             print(
-                f"as then, bit for bit ({then})" if same else f"not as then: {then}; another mesh or machine rounds so"
+                f"bit-identical to the recorded values ({recorded})"
+                if same
+                else f"differs from the recorded values: {recorded}; another mesh or machine rounds differently"
             )
             for row in shown:
                 print(f"row {row['row']}: loss {row['loss']:.4f}  {row['text']!r}")
     return 0
 
 
-def chosen(folder: RunFolder, name: str | None) -> tuple[str, dict[str, Any]]:
-    """An incident by its name, STEP-N; None: the newest. Raises: ValueError where it is not there."""
-    there = incidents.by_name(folder)
-    if not there:
-        raise ValueError(f"run={folder.name}: never went back; {folder.incidents} is empty")
-    if name is not None and name not in there:
-        raise ValueError(f"task.rollback={name}: no such incident of {folder.name}; there are: {', '.join(there)}")
-    name = name or [*there][-1]
-    return name, there[name]
+def select_incident(folder: RunFolder, name: str | None) -> tuple[str, dict[str, Any]]:
+    """Returns an incident by name, STEP-N; None: the newest. Raises: ValueError if it does not exist."""
+    known = incidents.by_name(folder)
+    if not known:
+        raise ValueError(f"run={folder.name}: has no rollbacks; {folder.incidents} is empty")
+    if name is not None and name not in known:
+        raise ValueError(f"task.rollback={name}: no such incident of {folder.name}; known: {', '.join(known)}")
+    name = name or [*known][-1]
+    return name, known[name]
 
 
 def worst_rows(core: Core, params: Params, frozen: Any, batch: Any, count: int) -> list[tuple[int, float]]:
-    """The rows with the largest loss by itself, what is not finite first: (row, loss)."""
+    """Returns (row, loss) of the rows with the highest individual loss, non-finite ones first."""
     loss_of = jax.jit(
         lambda mask, params, frozen, batch: core.eval_step(
             params, frozen, batch._replace(loss_mask=batch.loss_mask * mask)
@@ -101,7 +104,7 @@ def worst_rows(core: Core, params: Params, frozen: Any, batch: Any, count: int) 
 
 
 def text_of(tokenizer: Any, batch: Any, row: int) -> str:
-    """The beginning of a row, where this process holds it."""
+    """Decodes the start of a row; returns "" if another process holds it."""
     for shard in batch.tokens.addressable_shards:
         first = shard.index[0].start or 0
         if first <= row < first + shard.data.shape[0]:

@@ -1,4 +1,4 @@
-"""`meshwright runs`: the runs of a folder, one line each."""
+"""`meshwright runs`: lists the runs in a folder."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from trainer.tracker import START
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Prints the table, newest run last. An empty or absent folder is said, not an error."""
+    """Prints a table of runs, newest last. An empty or missing folder is reported, not an error."""
     task = config.task
     assert isinstance(task, RunsConfig)
     rows = [describe(folder) for folder in folders(config.output_dir)]
@@ -23,14 +23,14 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     if task.format is Format.json:
         print(json.dumps(rows, indent=2))
     elif not rows:
-        print(f"no runs in {config.output_dir}; begin with: meshwright train experiment=hello")
+        print(f"no runs in {config.output_dir}; start with: meshwright train experiment=hello")
     else:
         _print_table(rows)
     return 0
 
 
 def describe(folder: RunFolder) -> dict[str, Any]:
-    """One run: name, step, losses, how it ended, when it last wrote."""
+    """Returns name, step, losses, final state and last update of a run."""
     saved = yaml.safe_load(folder.config.read_text())
     latest = last_values(folder.metrics)
     summary = json.loads(folder.summary.read_text()) if folder.summary.exists() else {}
@@ -50,7 +50,7 @@ def describe(folder: RunFolder) -> dict[str, Any]:
 
 
 def last_values(metrics: Path) -> dict[str, Any]:
-    """The last value of each metric in a `metrics.jsonl`; a broken last line is passed over."""
+    """Returns the last value of each metric in a `metrics.jsonl`; skips incomplete lines."""
     values: dict[str, Any] = {}
     if metrics.exists():
         for line in metrics.read_text().splitlines():

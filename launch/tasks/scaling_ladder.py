@@ -1,4 +1,4 @@
-"""`meshwright scaling_ladder`: runs of several sizes and lengths, the law that they follow, and what it recommends."""
+"""`meshwright scaling_ladder`: trains several model sizes and lengths, and fits a scaling law."""
 
 import json
 import os
@@ -29,17 +29,18 @@ from models.flops import flops_per_token
 from trainer.loop import DONE
 
 METRIC = "eval/loss"
-BEYOND = 100.0  # times the FLOPs of the largest run, where no budget is given
-NOTE = "rung.json"  # in a rung's folder: the keys that it was started with
+DEFAULT_BUDGET = 100.0  # compute budget if none is given, in multiples of the FLOPs of the largest run
+NOTE = "rung.json"  # in each rung's folder: its overrides
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Trains what is not trained yet, prints rungs, law and recommendation, and writes them with a picture to
-    `task.output`. Returns the exit code of a rung that did not end well.
+    """Trains missing rungs, prints rungs, law and recommendation, and writes them with a plot to `task.output`.
+
+    Returns the exit code of the first failed rung, or 0.
     """
     task = config.task
     assert isinstance(task, ScalingLadderConfig)
-    jax.config.update("jax_platforms", "cpu")  # the devices are for the rungs
+    jax.config.update("jax_platforms", "cpu")  # leave the devices to the rungs
     _check(config, task)
     points: list[Point] = []
     climbed = rungs(config)
@@ -47,15 +48,15 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     for number, rung in enumerate(climbed, 1):
         folder, start = RunFolder(Path(config.output_dir) / rung.run), time.monotonic()
         given = arguments(config, overrides, rung)
-        _refuse_other_keys(folder, given)
-        kept = _finished(folder, rung)
-        code = 0 if kept else _train(given, rung, folder)
+        _check_same_keys(folder, given)
+        finished = _finished(folder, rung)
+        code = 0 if finished else _train(given, rung, folder)
         if code:
             return code
         model = model_config(config, load_tokenizer(folder.tokenizer))
         point = _point(rung, folder, with_keys(model, rung.keys), config.data.seq_len)
         points.append(point)
-        took = "kept" if kept else f"{time.monotonic() - start:,.0f} s"
+        took = "already trained" if finished else f"{time.monotonic() - start:,.0f} s"
         _say(
             task,
             f"{number} of {len(climbed)}: {rung.run}: {point.parameters:,.0f} parameters, {point.tokens:,.0f} tokens, "
@@ -63,7 +64,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         )
     law = fit_law(points)
     others = left_out(points, law)
-    budget = task.compute_budget or BEYOND * max(point.flops for point in points)
+    budget = task.compute_budget or DEFAULT_BUDGET * max(point.flops for point in points)
     family = sizes(config, model, budget)
     ratio = points[0].tokens / points[0].parameters if law.of_compute else None
     best = recommend(law, others, family, budget, ratio)
@@ -78,25 +79,29 @@ def _check(config: RunConfig, task: ScalingLadderConfig) -> None:
     for key in ("widths", "tokens_per_param"):
         values = getattr(task, key)
         if not values or min(values) <= 0 or len(set(values)) < len(values):
-            raise ValueError(f"task.{key}={values}: must name at least one, each once and above 0")
+            raise ValueError(f"task.{key}={values}: must be a list of distinct values above 0, at least one")
     if task.aspect_ratio is not None and task.aspect_ratio <= 0:
-        raise ValueError(f"task.aspect_ratio={task.aspect_ratio}: must be above 0; null: all as deep as the model")
+        raise ValueError(f"task.aspect_ratio={task.aspect_ratio}: must be above 0; null: keep the depth of the model")
     if task.compute_budget is not None and task.compute_budget <= 0:
-        raise ValueError(f"task.compute_budget={task.compute_budget:g}: training FLOPs must be above 0, as 1e20")
+        raise ValueError(f"task.compute_budget={task.compute_budget:g}: training FLOPs must be above 0, such as 1e20")
     if config.init_from is not None or config.adapter.active:
-        raise ValueError("ladder: a law is of models that begin at random; leave out init_from and adapter")
+        raise ValueError(
+            "scaling_ladder: scaling laws need models trained from random initialization; remove init_from and adapter"
+        )
     if not config.objective.model_needs.is_token_level:
-        raise ValueError(f"ladder: a law is of losses of tokens, not of objective={config.objective.kind}")
+        raise ValueError(
+            f"scaling_ladder: scaling laws need a per-token loss, which objective={config.objective.kind} does not have"
+        )
 
 
 def arguments(config: RunConfig, overrides: list[str], rung: Rung) -> list[str]:
-    """Of `train`: what the command names, but what is the ladder's own, and what makes the rung."""
+    """Returns the overrides of `train` for a rung: those of the command without ladder keys, and the rung's own."""
     known = {f"task.{f.name}" for f in fields(TrainConfig)} - {"task.num_steps", "task.kind"}
     given = [o for o in overrides if not _own(o.partition("=")[0], known)]
     if "task.sample_tokens" not in named_keys(overrides):
         given.append("task.sample_tokens=0")
-    made = {f"model.{key}": value for key, value in rung.keys.items()} | {"task.num_steps": rung.num_steps}
-    return [*given, *(f"{key}={value}" for key, value in made.items()), f"run={rung.run}"]
+    rung_keys = {f"model.{key}": value for key, value in rung.keys.items()} | {"task.num_steps": rung.num_steps}
+    return [*given, *(f"{key}={value}" for key, value in rung_keys.items()), f"run={rung.run}"]
 
 
 def _own(key: str, of_train: set[str]) -> bool:
@@ -110,19 +115,19 @@ def _finished(folder: RunFolder, rung: Rung) -> bool:
     return summary["step"] == rung.num_steps and summary["ended"] == DONE
 
 
-def _refuse_other_keys(folder: RunFolder, given: list[str]) -> None:
-    """Raises: ValueError where the rung was begun with other keys: losses of different runs make no law."""
+def _check_same_keys(folder: RunFolder, given: list[str]) -> None:
+    """Raises: ValueError if the rung was started with different keys, since its loss would not be comparable."""
     note = folder.path / NOTE
     before = json.loads(note.read_text()) if note.exists() else given
     if differing := sorted(set(before) ^ set(given)):
         raise ValueError(
-            f"{differing[0]}: {folder.path} was begun with other keys, as it is in one command and not in the other; "
-            "set it back, or begin another ladder with run=NAME"
+            f"{differing[0]}: {folder.path} was started with different keys: this one is in only one of the two "
+            "commands; restore the original keys, or start another ladder with run=NAME"
         )
 
 
 def _train(given: list[str], rung: Rung, folder: RunFolder) -> int:
-    """Its exit code."""
+    """Runs the rung in a child process and returns its exit code."""
     folder.path.mkdir(parents=True, exist_ok=True)
     write_whole(folder.path / NOTE, json.dumps(given, indent=1) + "\n")
     log = folder.path / "rung.log"
@@ -130,19 +135,23 @@ def _train(given: list[str], rung: Rung, folder: RunFolder) -> int:
     with log.open("ab") as output:
         env = os.environ | {"PYTHONPATH": python_path()}
         child = subprocess.Popen(command, stdout=output, stderr=output, env=env)
-        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves, and leaves with 75
+        before = signal.signal(
+            signal.SIGTERM, lambda *_: child.terminate()
+        )  # it saves a checkpoint and exits with code 75
         try:
             code = child.wait()
-        except KeyboardInterrupt:  # the terminal has told the child, too
+        except KeyboardInterrupt:  # the child received it from the terminal, too
             child.wait()
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
     if code == exit_codes.PREEMPTED:
-        print(f"meshwright: {rung.run}: preempted; the same command goes on from there", file=sys.stderr)
+        print(f"meshwright: {rung.run}: preempted; run the same command to resume", file=sys.stderr)
     elif code or not _finished(folder, rung):
         last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-        print(f"{last}\nmeshwright: {rung.run}: ended with {code} before its last step; see {log}", file=sys.stderr)
+        print(
+            f"{last}\nmeshwright: {rung.run}: exited with code {code} before its last step; see {log}", file=sys.stderr
+        )
         return code if code > 0 else exit_codes.FAILED
     return code
 
@@ -150,7 +159,7 @@ def _train(given: list[str], rung: Rung, folder: RunFolder) -> int:
 def _point(rung: Rung, folder: RunFolder, model: ModelConfig, seq_len: int) -> Point:
     evaluation = json.loads(folder.summary.read_text())["evaluation"]
     if METRIC not in evaluation:
-        raise ValueError(f"{folder.path}: no source holds out text to evaluate on, so there is no {METRIC} to fit")
+        raise ValueError(f"{folder.path}: no source has validation text, so there is no {METRIC} to fit")
     flops = rung.tokens * flops_per_token(model, seq_len)
     return Point(rung.parameters, rung.tokens, flops, evaluation[METRIC])
 
@@ -172,7 +181,7 @@ def _describe(
         "recommendation": best._asdict() | {"times_largest": best.flops / max(p.flops for p in points)},
         "overrides": [f"{key}={value}" for key, value in keys.items()],
         "procedure": "Hoffmann et al. 2022 (2203.15556), section 3.3; parameters without embeddings and head; FLOPs by "
-        "models/flops.py; spreads: refits with each run left out",
+        "models/flops.py; spreads: leave-one-out refits",
     }
 
 
@@ -180,22 +189,22 @@ def _say(task: ScalingLadderConfig, text: str) -> None:
     print(text, flush=True, file=sys.stderr if task.format is Format.json else sys.stdout)
 
 
-def _print(told: dict[str, Any]) -> None:
+def _print(report: dict[str, Any]) -> None:
     console = open_console()
-    table = make_table("run", "parameters", "tokens", "FLOPs", "loss", "by the law", no_wrap=True)
-    for row in told["rungs"]:
+    table = make_table("run", "parameters", "tokens", "FLOPs", "loss", "fitted", no_wrap=True)
+    for row in report["rungs"]:
         sizes = f"{row['parameters']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}"
         table.add_row(row["run"], *sizes, f"{row['loss']:.4f}", f"{row['fitted']:.4f}")
     console.print(table)
     between = lambda pair, form: "" if pair is None else f" ({pair[0]:{form}} to {pair[1]:{form}})"
-    law = ", ".join(f"{name} {v:.4g}{between(told['left_out'][name], '.3g')}" for name, v in told["law"].items())
-    of = "A / C^alpha" if told["of"] == "compute" else "A / N^alpha + B / D^beta"
-    console.print(f"law         E + {of}: {law}; in brackets: with each run left out in turn", soft_wrap=True)
-    if told["law"]["E"] < 0.05:
-        console.print("            no floor E is in sight: the law is of these sizes, and says little far beyond them")
-    best = told["recommendation"]
+    law = ", ".join(f"{name} {v:.4g}{between(report['left_out'][name], '.3g')}" for name, v in report["law"].items())
+    of = "A / C^alpha" if report["of"] == "compute" else "A / N^alpha + B / D^beta"
+    console.print(f"law         E + {of}: {law}; in parentheses: range of leave-one-out refits", soft_wrap=True)
+    if report["law"]["E"] < 0.05:
+        console.print("            the irreducible loss E is near 0: the law is unreliable far beyond these sizes")
+    best = report["recommendation"]
     console.print(
-        f"budget      {best['flops']:.3g} FLOPs, {best['times_largest']:.3g} times those of the largest run here",
+        f"budget      {best['flops']:.3g} FLOPs, {best['times_largest']:.3g} times the largest run",
         soft_wrap=True,
     )
     console.print(
@@ -203,4 +212,4 @@ def _print(told: dict[str, Any]) -> None:
         f"{best['tokens']:,.0f} tokens; loss {best['loss']:.4f}{between(best['loss_spread'], '.4f')}",
         soft_wrap=True,
     )
-    console.print(f"to run      {' '.join(told['overrides'])}", soft_wrap=True, markup=False)
+    console.print(f"to run      {' '.join(report['overrides'])}", soft_wrap=True, markup=False)

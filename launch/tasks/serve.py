@@ -1,4 +1,4 @@
-"""`meshwright serve run=NAME`: a run behind OpenAI's HTTP interface, and a page to chat with it."""
+"""`meshwright serve run=NAME`: serves a run with an OpenAI-compatible HTTP API and a chat page."""
 
 import os
 import signal
@@ -16,17 +16,17 @@ from launch.load_run import SavedRun, open_writer
 from models.decode.engine import Engine, EngineConfig, Request
 from models.decode.sampling import SamplingConfig
 
-if TYPE_CHECKING:  # only this task pays for the server's packages
+if TYPE_CHECKING:  # the server's packages are imported only by this task
     from launch.serving.scheduler import Scheduler
     from launch.serving.service import Served
 
-LONGEST = 4096  # tokens of a slot where none are asked for: beyond it a cache costs memory that few use
+DEFAULT_MAX_LENGTH = 4096  # maximum tokens per slot by default; longer KV caches are rarely used
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Serves until SIGTERM or SIGINT: 0 then, 1 where the engine has failed.
+    """Serves until SIGTERM or SIGINT; returns 0, or 1 if the engine has failed.
 
-    Raises: ValueError for settings that are wrong or unsafe, without the extra, and for more than one process.
+    Raises: ValueError for invalid or unsafe settings, a missing extra, or more than one process.
     """
     task = config.task
     assert isinstance(task, ServeConfig)
@@ -41,8 +41,8 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     loopback = is_loopback(task.host)
     if not loopback and key is None:
         raise ValueError(
-            f"task.host={task.host}: others could reach the server, so it needs a key: put one into an environment "
-            "variable and name it, task.api_key_env=VARIABLE; or stay on this machine with task.host=127.0.0.1"
+            f"task.host={task.host}: the server is reachable from other machines and needs an API key: set one in an "
+            "environment variable, named by task.api_key_env=VARIABLE; or serve locally with task.host=127.0.0.1"
         )
     listening = listen(task.host, task.port)
     try:
@@ -60,7 +60,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             loopback=loopback,
         )
         scheduler = Scheduler(engine, slots=task.max_num_seqs, max_queue=task.max_queue_size)
-        # uvicorn raises again the signal that it ended with: then it has done its work.
+        # uvicorn re-raises the signal that stopped it, after its shutdown.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         serve(
@@ -76,81 +76,81 @@ def run(config: RunConfig, overrides: list[str]) -> int:
 
 
 def check(task: ServeConfig, environ: Mapping[str, str]) -> str | None:
-    """The API key, if there is one. Raises: ValueError naming key, value and what would be right."""
+    """Validates the settings and returns the API key, if any. Raises: ValueError naming key, value and fix."""
     if jax.process_count() > 1:
         raise ValueError(
-            f"serve: runs in one process, and this job has {jax.process_count()}: requests come to one of them, and "
-            "the others would not know; start it once, on one host with all its devices"
+            f"serve: runs in one process, and this job has {jax.process_count()}: requests would reach only one of "
+            "them; start one process, on one host with all its devices"
         )
     least = {"port": 0, "max_num_seqs": 1, "max_queue_size": 0, "max_request_bytes": 1000, "shutdown_timeout": 0}
     for name, value in least.items():
         if getattr(task, name) < value:
             raise ValueError(f"task.{name}={getattr(task, name)}: must be at least {value}")
     if task.port > 65535:
-        raise ValueError(f"task.port={task.port}: must be at most 65535; 0 takes a free one")
+        raise ValueError(f"task.port={task.port}: must be at most 65535; 0 selects a free port")
     if not task.timeout > 0:
         raise ValueError(f"task.timeout={task.timeout}: must be above 0, in seconds")
     if task.max_model_len is not None and task.max_model_len < 2:
         raise ValueError(
-            f"task.max_model_len={task.max_model_len}: must be at least 2, a prompt and an answer of a token"
+            f"task.max_model_len={task.max_model_len}: must be at least 2: one prompt token and one output token"
         )
     if task.api_key_env is None:
         return None
     key = environ.get(task.api_key_env, "").strip()
     if not key:
         raise ValueError(
-            f"task.api_key_env={task.api_key_env}: is the name of an environment variable that holds the key, and "
-            "there is none of that name, or it is empty"
+            f"task.api_key_env={task.api_key_env}: names the environment variable with the API key, which is "
+            "unset or empty; set it"
         )
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"task.api_key_env={task.api_key_env}: the key must be of printable ASCII, as headers are")
+        raise ValueError(
+            f"task.api_key_env={task.api_key_env}: the key must be printable ASCII, as required in HTTP headers"
+        )
     return key
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket before the model is read, so that a port in use is known at once. Raises: ValueError."""
+    """Binds a socket before the model is loaded, so that a port in use fails at once. Raises: ValueError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, socket.SOCK_STREAM)
+        listening_socket = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"task.host={host}: {error}") from None
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        return made
+        listening_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening_socket.bind(address)
+        return listening_socket
     except OSError as error:
-        made.close()
-        raise ValueError(f"task.port={port}: {error.strerror}; take another one, or 0 for a free one") from None
+        listening_socket.close()
+        raise ValueError(f"task.port={port}: {error.strerror}; choose another port, or 0 for a free one") from None
 
 
 def make_engine(saved: SavedRun, task: ServeConfig) -> Engine:
-    """Of the run's weights, with all its programs compiled."""
+    """Creates the decoding engine and compiles all its programs."""
     model = saved.core.model
-    length = task.max_model_len or min(model.max_seq_len, LONGEST)
+    length = task.max_model_len or min(model.max_seq_len, DEFAULT_MAX_LENGTH)
     if length > model.max_seq_len:
-        raise ValueError(
-            f"task.max_model_len={length}: longer than model.max_seq_len={model.max_seq_len}, for which the run was made"
-        )
+        raise ValueError(f"task.max_model_len={length}: exceeds model.max_seq_len={model.max_seq_len} of the run")
     chunk = 64 if jax.default_backend() == "cpu" else 512
     settings = EngineConfig(slots=task.max_num_seqs, length=length, chunk=chunk)
     engine = Engine(
         saved.params(), model, settings, vocab_size=saved.tokenizer.vocab_size, constrain=saved.core.constrain
     )
-    log(f"serve: read {saved.folder.name} at step {saved.step}; compiling")
+    log(f"serve: loaded {saved.folder.name} at step {saved.step}; compiling")
     warm_up(engine)
     return engine
 
 
 def warm_up(engine: Engine) -> None:
-    """Has every program compiled that requests may ask for, so that none of them waits for it."""
+    """Compiles every program that requests may need, so that no request waits for compilation."""
     sampling = SamplingConfig(max_new_tokens=4, repetition_penalty=1.1)
     size = 16
-    while size <= engine.engine.chunk and size + 1 < engine.length:  # a prompt in one piece of each shape
+    while size <= engine.engine.chunk and size + 1 < engine.length:  # single-chunk prompts of each shape
         engine.submit(Request([0] * (size + 1), sampling, top_logprobs=size == 16))
         size *= 2
         while engine.busy:
             engine.step()
-    for first in (1, 1):  # the second one copies what the first one has read
+    for first in (1, 1):  # the second request reuses the prefix of the first
         length = min(engine.engine.chunk + 2, engine.length - 1)
         engine.submit(Request([first] * length, sampling))
     while engine.busy:
@@ -167,11 +167,11 @@ def announce(
     template = (
         "has a chat template"
         if served.tokenizer.chat_template is not None
-        else "has no chat template: it goes on with texts, /v1/chat/completions refuses"
+        else "no chat template: /v1/completions only, /v1/chat/completions is refused"
     )
     log(f"serve: {served.name} at step {served.step}, {count / 1e6:.4g}M parameters; {template}")
     log(
-        f"serve: {task.max_num_seqs} slots of {served.length} tokens, {task.max_queue_size} more requests may wait; "
-        + ("the API key is asked for" if served.api_key is not None else "no API key")
+        f"serve: {task.max_num_seqs} slots of {served.length} tokens, queue of {task.max_queue_size} requests; "
+        + ("API key required" if served.api_key is not None else "no API key")
     )
-    log(f"serve: {address} (page), {address}/v1 (base URL of clients); Ctrl-C ends it")
+    log(f"serve: {address} (page), {address}/v1 (base URL of clients); press Ctrl-C to stop")

@@ -1,13 +1,13 @@
-"""`meshwright sweep`: trains with other values of some keys, and says which are best.
+"""`meshwright sweep`: hyperparameter search over runs of `train`.
 
-    runs/sweeps/NAME/sweep.json     what varies and how; another is refused when the sweep goes on
-                     journal.log    the record of the trials (Optuna's journal)
-                     code/          the packages as they were at the newest start: all trials run the same
-                     logs/          what each trial printed
-                     results.jsonl  a line for each trial, with its command
+    runs/sweeps/NAME/sweep.json     search space and settings; must not change when the sweep resumes
+                     journal.log    state of the trials (Optuna's journal)
+                     code/          copy of the packages at the last start, which all trials run
+                     logs/          output of each trial
+                     results.jsonl  one line per trial, with its command
                      sweep.png
 
-Each trial is a run of its own, NAME-000, NAME-001, ..., in the folder of runs.
+Each trial is a separate run, NAME-000, NAME-001, ..., in `output_dir`.
 """
 
 import json
@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.launchers import SkypilotConfig, TpuVmConfig
 from configs.schema import RunConfig, to_typed
-from configs.sweeps import Pruning
+from configs.sweeps import Method, Pruning
 from configs.tasks import SweepConfig, TrainConfig
 from launch import exit_codes
 from launch.config_errors import explain, named_keys
@@ -41,28 +41,29 @@ from launch.sweeps.study import WAITING, Study, Trial, best_of, chosen_method, i
 from launch.sweeps.trials import command, gpu_shares
 from trainer.tracker import WandbConfig
 
-DROPPED = ("task=", "task.sweep.", "run=", "sweep=", "launcher.follow=", "launcher.dry_run=")  # not a trial's
-FREE = ("launcher", "tracker", "trackers.", "checkpoint.", "devices")  # may change while a sweep goes on
+DROPPED = ("task=", "task.sweep.", "run=", "sweep=", "launcher.follow=", "launcher.dry_run=")  # not passed to trials
+FREE = ("launcher", "tracker", "trackers.", "checkpoint.", "devices")  # may change when a sweep resumes
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
-    """Runs the trials that are wanted and not done yet, then shows all. Returns the exit code."""
+    """Runs the missing trials, then prints all results. Returns the exit code."""
     task = config.task
     assert isinstance(task, SweepConfig)
     search, folder = task.sweep, Path(config.output_dir) / "sweeps" / config.run
-    route = routes_of("train").route  # a YAML file may have the keys as the command line does
+    route = routes_of("train").route  # keys in a YAML file may omit `task.` as well
     search.parameters = {route(key): text for key, text in search.parameters.items()}
     imported()
     if "://" in config.output_dir:
         raise ValueError(
-            f"output_dir={config.output_dir}: a sweep reads the run folders; mount the bucket and name its folder"
+            f"output_dir={config.output_dir}: a sweep needs local run folders; mount the bucket and set "
+            "output_dir to its folder"
         )
-    arguments = [*(o for o in overrides if not o.lstrip("+~").startswith(DROPPED)), *grouped(config)]
-    definition = defined(config, arguments)
+    arguments = [*(o for o in overrides if not o.lstrip("+~").startswith(DROPPED)), *wandb_groups(config)]
+    definition = sweep_definition(config, arguments)
     saved = read_definition(folder)
     if saved:
         refuse_drift(saved, definition, config.run)
-        search.parameters = saved["over"]  # in the order of the first start, which the choices depend on
+        search.parameters = saved["over"]  # in the order of the first start: proposals depend on it
     space = checked_space(search.parameters, arguments, config.run)
     points_of(search, space)
     check_pruning(task)
@@ -71,16 +72,16 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     if config.launcher.dry_run:
         return dry_run(config, task, arguments, space)
     if not saved:
-        refuse_strangers(config)
+        check_unused_runs(config)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder, config.run):
+    with sweep_lock(folder, config.run):
         study = Study(folder, config.run, search, space, task.num_steps)
         write_whole(folder / "sweep.json", json.dumps(definition | {"over": search.parameters}, indent=2) + "\n")
-        begun = sum(trial.ended for trial in study.trials())
+        num_ended = sum(trial.ended for trial in study.trials())
         method = chosen_method(search, space).name
-        ended = f", {begun} of them ended" if begun else ""
+        ended = f", {num_ended} ended" if num_ended else ""
         print(f"sweep {config.run!r}: {study.wanted} trials{ended}, {method} over {', '.join(space)}", flush=True)
-        conductor = SweepRunner(
+        runner = SweepRunner(
             study,
             search,
             arguments,
@@ -91,25 +92,25 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             on_end=lambda trial: write_results(folder, study, arguments),
             screen=ProgressDisplay(config.run, search),
         )
-        code = conductor.conduct()
+        code = runner.conduct()
         write_results(folder, study, arguments)
     return conclude(config, folder, study, arguments, code)
 
 
 def conclude(config: RunConfig, folder: Path, study: Study, arguments: Sequence[str], code: int) -> int:
-    """The table, the picture, and what to do next."""
+    """Prints the results table, writes the plot, and prints the best command."""
     trials, search = study.trials(), study.search
     if code in (exit_codes.PREEMPTED, exit_codes.INTERRUPTED):
         ended = sum(trial.ended for trial in trials)
-        say(f"sweep {config.run!r} stopped with {ended} of {study.wanted} trials ended; the same command goes on")
+        say(f"sweep {config.run!r} stopped with {ended} of {study.wanted} trials ended; run the same command to resume")
     if any(trial.ended for trial in trials):
         print_table([trial for trial in trials if trial.state != WAITING], search)
         if draw_sweep(trials, study.space, search, folder / "sweep.png", title=config.run):
-            print(f"\nall of it: {folder / 'results.jsonl'}, {folder / 'sweep.png'}")
+            print(f"\nresults: {folder / 'results.jsonl'}, {folder / 'sweep.png'}")
     best = best_of(trials, search)
     if best is not None:
         words = command(arguments, best)[:-1]
-        print(f"best: {best.run}, {search.metric} {best.value:.5g}; again, under a name of its own:")
+        print(f"best: {best.run}, {search.metric} {best.value:.5g}; to repeat it as a separate run:")
         print(f"  {spelt_command([*words, f'run={config.run}-best'])}")
     return code
 
@@ -120,7 +121,7 @@ def write_results(folder: Path, study: Study, arguments: Sequence[str]) -> None:
 
 
 def composed_trial(arguments: Sequence[str]) -> RunConfig:
-    """Raises: ValueError, or Hydra's errors, where it is none."""
+    """Composes the config of a trial. Raises: ValueError or Hydra's errors for invalid arguments."""
     config = to_typed(_node(arguments))
     assert isinstance(config.task, TrainConfig)
     return config
@@ -130,20 +131,20 @@ def _node(arguments: Sequence[str]) -> DictConfig:
     return compose("root", overrides=["task=train", *arguments])
 
 
-def checked_space(over: dict[str, str], arguments: Sequence[str], name: str) -> Space:
-    """The space, where each of its kinds of trials is a valid command line.
+def checked_space(parameters: dict[str, str], arguments: Sequence[str], name: str) -> Space:
+    """Returns the search space after validating a command line of each kind of trial.
 
     Raises: ValueError naming the key, the value, the reason and the fix.
     """
-    twice = sorted(set(over) & named_keys(list(arguments)))
-    if twice:
-        raise ValueError(f"{twice[0]}: has one value and varies in the sweep as well; leave one of the two out")
-    named = [f"{key}={value}" for key, value in over.items()]
+    duplicates = sorted(set(parameters) & named_keys(list(arguments)))
+    if duplicates:
+        raise ValueError(f"{duplicates[0]}: set to one value and also varied by the sweep; remove one of the two")
+    named = [f"{key}={value}" for key, value in parameters.items()]
     try:
         base = _node(arguments)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error, [*arguments, *named])) from None
-    space = read_space(over, base)
+    space = read_space(parameters, base)
     for values in kinds(space):
         given = [*arguments, *(f"{key}={value}" for key, value in values.items())]
         try:
@@ -154,37 +155,39 @@ def checked_space(over: dict[str, str], arguments: Sequence[str], name: str) -> 
 
 
 def check_launcher(config: RunConfig, parallel: int) -> None:
-    """Raises: ValueError where trials cannot be told apart there, or would leave something that costs."""
+    """Raises: ValueError if the launcher cannot separate trials, or would leave paid resources running."""
     launcher = config.launcher
     if not launcher.follow:
-        raise ValueError("launcher.follow=false: a sweep stays with its trials, and reads them; leave it out")
+        raise ValueError(
+            "launcher.follow=false: not supported for sweeps, which read the results of their trials; remove the key"
+        )
     if isinstance(launcher, TpuVmConfig) and launcher.name is None:
         raise ValueError(
-            "launcher.name=null: each trial would ask for a TPU of its own, and all of them stay, and cost; give one "
+            "launcher.name=null: each trial would create a separate TPU, and all would keep running at a cost; set one "
             "name for all trials"
         )
     shared = {TpuVmConfig: "name", SkypilotConfig: "cluster"}.get(type(launcher))
     if parallel > 1 and shared is not None and getattr(launcher, shared):
         raise ValueError(
-            f"sweep.max_concurrent_trials={parallel}: launcher.{shared}={getattr(launcher, shared)} has one trial at a time; leave "
-            "sweep.max_concurrent_trials out"
+            f"sweep.max_concurrent_trials={parallel}: launcher.{shared}={getattr(launcher, shared)} "
+            "runs one trial at a time; remove sweep.max_concurrent_trials"
         )
 
 
 def check_pruning(task: SweepConfig) -> None:
-    """Raises: ValueError where trials could not be compared before their end."""
+    """Raises: ValueError if pruning is on but the metric is not measured during trials."""
     search = task.sweep
     if search.pruning is Pruning.none:
         return
     if search.metric.startswith("eval/") and not 0 < task.eval_every < task.num_steps:
         raise ValueError(
-            f"sweep.pruning={search.pruning.name}: {search.metric} is measured at the end of a trial only; give "
-            f"task.eval_every=N, fewer than task.num_steps={task.num_steps}"
+            f"sweep.pruning={search.pruning.name}: {search.metric} is measured only at the end of a trial; set "
+            f"task.eval_every=N below task.num_steps={task.num_steps}"
         )
 
 
-def grouped(config: RunConfig) -> list[str]:
-    """Trials are one group in W&B, where no other is given."""
+def wandb_groups(config: RunConfig) -> list[str]:
+    """Returns overrides that group the trials in W&B, unless a group is configured."""
     return [
         f"trackers.{name}.group={config.run}"
         for name, tracker in config.trackers.items()
@@ -192,8 +195,8 @@ def grouped(config: RunConfig) -> list[str]:
     ]
 
 
-def defined(config: RunConfig, arguments: Sequence[str]) -> dict[str, Any]:
-    """What may not change while a sweep goes on."""
+def sweep_definition(config: RunConfig, arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings that must not change when a sweep resumes."""
     task = config.task
     assert isinstance(task, SweepConfig)
     search = task.sweep
@@ -215,12 +218,12 @@ def read_definition(folder: Path) -> dict[str, Any]:
 
 
 def refuse_drift(saved: dict[str, Any], now: dict[str, Any], name: str) -> None:
-    """Raises: ValueError naming the first thing that differs from what the sweep was begun with."""
+    """Raises: ValueError naming the first setting that differs from the saved sweep."""
 
     def refuse(given: str, before: str) -> None:
         raise ValueError(
-            f"{given}: the sweep {name!r} was begun {before}, and its trials would not compare; set it back, or begin "
-            "another with run=NAME"
+            f"{given}: the sweep {name!r} was started {before}, and its trials would not be comparable; restore that "
+            "value, or start another sweep with run=NAME"
         )
 
     for key, before in saved.items():
@@ -238,24 +241,29 @@ def refuse_drift(saved: dict[str, Any], now: dict[str, Any], name: str) -> None:
             refuse(given, f"with {key}={old[key]}" if key in old else "without it")
 
 
-def refuse_strangers(config: RunConfig) -> None:
-    """Raises: ValueError where the first trial would go on with a run that is no trial of this sweep."""
-    there = sorted(Path(config.output_dir).glob(f"{config.run}-[0-9][0-9][0-9]"))
-    if there:
-        raise ValueError(f"run={config.run}: {there[0]} is there, of another sweep; choose another name with run=NAME")
+def check_unused_runs(config: RunConfig) -> None:
+    """Raises: ValueError if a run with the name of a trial exists that does not belong to this sweep."""
+    existing = sorted(Path(config.output_dir).glob(f"{config.run}-[0-9][0-9][0-9]"))
+    if existing:
+        raise ValueError(
+            f"run={config.run}: {existing[0]} exists and belongs to another sweep; choose another name with run=NAME"
+        )
 
 
 @contextmanager
-def alone(folder: Path, name: str) -> Iterator[None]:
-    """Raises: ValueError where another process carries out this sweep."""
+def sweep_lock(folder: Path, name: str) -> Iterator[None]:
+    """Holds the lock of the sweep. Raises: ValueError if another process runs this sweep."""
     file = folder / "process.json"
     if file.exists():
         other = json.loads(file.read_text())
         if is_alive(other):
-            raise ValueError(f"run={name}: process {other['pid']} carries out this sweep; let it end, or end it first")
+            raise ValueError(
+                f"run={name}: process {other['pid']} already runs this sweep; wait for it or stop it first"
+            )
         if other["host"] != os.uname().nodename:
             raise ValueError(
-                f"run={name}: this sweep was begun on {other['host']} and has not ended there; if it has, delete {file}"
+                f"run={name}: this sweep was started on {other['host']} and has not ended there; if that "
+                f"process is gone, delete {file}"
             )
     write_whole(file, json.dumps(identity(os.getpid())) + "\n")
     try:
@@ -265,16 +273,16 @@ def alone(folder: Path, name: str) -> Iterator[None]:
 
 
 def dry_run(config: RunConfig, task: SweepConfig, arguments: Sequence[str], space: Space) -> int:
-    """Prints the commands of the trials, as far as they do not depend on results. Writes nothing."""
+    """Prints the trial commands that do not depend on results. Writes nothing."""
     search = task.sweep
     study = Study(None, config.run, search, space, task.num_steps)
     method = chosen_method(search, space)
     print(f"# {study.wanted} trials, {method.name} over {', '.join(space)}, {search.max_concurrent_trials} at once")
-    count = study.wanted if method.name != "bayes" else study.num_random
+    count = study.wanted if method is not Method.tpe else study.num_random
     shown: list[Trial] = []
     while len(shown) < count and (trial := study.next()) is not None:
         shown.append(trial)
         print(f"$ {spelt_command(command(arguments, trial))}")
     if len(shown) < study.wanted:
-        print(f"# {study.wanted - len(shown)} more, which depend on the results")
+        print(f"# {study.wanted - len(shown)} more trials, which depend on results")
     return 0

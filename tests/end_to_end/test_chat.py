@@ -37,7 +37,7 @@ MISTAKES = {
     "a system without a chat": (["run=chat", "task.system=x"], "add chat='Hello'"),
     "a file that is not there": (
         ["run=chat", "task.messages_file=no.json"],
-        "task.messages_file=no.json: there is no such",
+        "task.messages_file=no.json: no such",
     ),
     "roles of another format": (["run=chat", "task.messages_file=bad.json"], "messages[0].role='human'"),
 }

@@ -44,7 +44,7 @@ def contents(path: Path):
 
 def test_in_and_out_again_is_the_same_file_and_mistakes_are_named(published, tmp_path):
     out, _ = meshwright(tmp_path, "convert", f"from=gguf:{published}", "to=tiny", "model.dtype=float32")
-    assert "every tensor equal bit for bit" in out
+    assert "all tensors bit-identical" in out
     out, _ = meshwright(tmp_path, "convert", "from=tiny", "to=gguf:back.gguf")
     assert "gguf:back.gguf: llama" in out and "in float32, read back and equal" in out
     (before, theirs), (after, ours) = contents(published), contents(tmp_path / "back.gguf")
@@ -57,7 +57,7 @@ def test_in_and_out_again_is_the_same_file_and_mistakes_are_named(published, tmp
     assert after.header.metadata["tokenizer.chat_template"] == TEMPLATE
     assert not list(tmp_path.glob("*.tmp"))
     for arguments, reason in (
-        (["from=tiny", "to=gguf:back.gguf"], "is there already"),
+        (["from=tiny", "to=gguf:back.gguf"], "already exists"),
         (["from=tiny", "to=hf:back", "task.dtype=q8_0"], "task.dtype=q8_0: must be one of float32"),
         ([f"from=gguf:{published}", "to=gguf:other.gguf"], "from=hf:FOLDER to=RUN"),
     ):

@@ -85,16 +85,16 @@ def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(hom
     """Over shuffled rows, microbatches, a mesh and a resume that does not even read it again."""
     meshwright(home, "train", "run=online", *(a for a in CACHED if "cache" not in a))
     out, _ = meshwright(home, "train", "run=cached", *CACHED, "task.num_steps=5")
-    assert "teacher: asked about" in out and "synthetic (heldout)" in out
+    assert "teacher: precomputed" in out and "synthetic (validation)" in out
     (home / "runs" / "teacher").rename(home / "runs" / "elsewhere")
     try:
         out, _ = meshwright(home, "train", "run=cached", *CACHED)
     finally:
         (home / "runs" / "elsewhere").rename(home / "runs" / "teacher")
-    assert "asked about" not in out
+    assert "precomputed" not in out
     mesh = ["fake_devices=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "task.gradient_accumulation_steps=2"]
     out, _ = meshwright(home, "train", "run=cached_mesh", *CACHED, *mesh)
-    assert "asked about" not in out
+    assert "precomputed" not in out
     for run in ("cached", "cached_mesh"):
         for step, loss in losses(home, run).items():
             assert loss == pytest.approx(losses(home, "online")[step], rel=1e-5, abs=1e-7), (run, step)

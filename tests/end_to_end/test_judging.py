@@ -158,9 +158,9 @@ MISTAKES = {
     ),
     "concat": (["train", "run=wrong", *COMMON, *PHASES["classify"], "data.packing=concat"], "data.packing=best_fit"),
     "writes none": (["generate", "run=classify", "prompt=x"], "meshwright predict run=classify"),
-    "judges none": (["predict", "run=base", "task.texts=[x]"], "judges no texts"),
+    "judges none": (["predict", "run=base", "task.texts=[x]"], "does not score texts"),
     "nothing asked": (["predict", "run=classify"], "give texts"),
-    "no file": (["predict", "run=classify", "task.files=[none.txt]"], "none.txt is not there"),
+    "no file": (["predict", "run=classify", "task.files=[none.txt]"], "none.txt does not exist"),
     "bad line": (["predict", "run=classify", "task.files=[mail.jsonl]"], "mail.jsonl, "),
     "other outputs": (
         ["train", "run=wrong", *COMMON, *PHASES["reward"], "init_from=base", "run=classify"],

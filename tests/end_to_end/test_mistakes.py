@@ -65,7 +65,7 @@ def test_a_misspelt_task_suggests_the_right_one(tmp_path):
 
 def test_a_run_that_is_not_there_lists_those_that_are(tmp_path):
     _, err = meshwright(tmp_path, "generate", "run=nobody", "prompt=x", expect=2)
-    assert "run=nobody: there is no such run" in err
+    assert "run=nobody: no such run" in err
 
 
 def test_the_command_alone_says_what_it_can(tmp_path):

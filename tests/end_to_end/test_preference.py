@@ -109,9 +109,9 @@ def test_adapters_have_the_base_as_their_reference(home):
 def test_a_reference_that_is_asked_in_advance_is_not_held_and_changes_nothing(home):
     cached = [*DPO, "objective.precompute_ref_log_probs=true"]
     out, _ = meshwright(home, "train", "run=cached", *cached, "task.num_steps=4")
-    assert "reference: asked about" in out
+    assert "reference: precomputed" in out
     out, _ = meshwright(home, "train", "run=cached", *cached)
-    assert "asked about" not in out and "resumes at step 4" in out
+    assert "precomputed" not in out and "resumes at step 4" in out
     for step, loss in losses(home, "cached").items():
         assert loss == pytest.approx(losses(home, "a")[step], rel=1e-6), step
     last, online = (
@@ -119,7 +119,7 @@ def test_a_reference_that_is_asked_in_advance_is_not_held_and_changes_nothing(ho
     )
     assert last["eval/reward_margin"] == pytest.approx(online["eval/reward_margin"], rel=1e-5)
     other, _ = meshwright(home, "train", "run=longer", *cached, "data.seq_len=80", "task.num_steps=2")
-    assert "reference: asked about" in other  # another length, another table
+    assert "reference: precomputed" in other  # another length, another table
     lora = ["adapter=lora", "adapter.rank=4", "adapter.target_modules=[attention]", "task.num_steps=2"]
     meshwright(home, "train", "run=cached_lora", *cached, *lora)
     assert losses(home, "cached_lora")[1] == pytest.approx(0.6931472, abs=1e-5)

@@ -47,7 +47,7 @@ def test_who_is_left_alone_says_by_whom_and_leaves_to_be_started_again(tmp_path)
     _, err = both[1].communicate(timeout=100)
     both[0].communicate()
     assert both[1].returncode == 75, err
-    assert "process 1 of 2" in err and "process 0 " in err and "is gone" in err
+    assert "process 1 of 2" in err and "process 0 " in err and "is lost" in err
 
 
 def test_a_job_in_the_background_is_followed_and_stopped_with_a_checkpoint(tmp_path):

@@ -10,8 +10,8 @@ from tests.end_to_end.run import TINY, losses, meshwright, metrics
 
 STEPS = 100
 RUN = [
-    *TINY, "source=[text]", "data.sources.text.paths=[poison.txt]", "checkpoint.save_interval_steps=10", "loss_spikes.window=64",
-    "loss_spikes.num_std=20",
+    *TINY, "source=[text]", "data.sources.text.paths=[poison.txt]", "checkpoint.save_interval_steps=10",
+    "loss_spikes.window=64", "loss_spikes.num_std=20",
     "optimizer.learning_rate=3e-3", "data.max_eval_batches=1",
 ]  # fmt: skip
 

@@ -153,7 +153,7 @@ def test_it_writes_and_evaluates(unbroken):
     with_prefix, _ = meshwright(folder, *scored, "task.prefix='<|endoftext|>'")
     assert "acc 1.0000" in plain and "acc 1.0000" in with_prefix
     _, err = meshwright(folder, *scored, "task.prefix=nothing", expect=2)
-    assert "task.prefix='nothing': is no special token" in err
+    assert "task.prefix='nothing': is not a special token" in err
     _, err = meshwright(folder, "evaluate", "run=a", "task.eval_tasks=[pest.jsonl]", expect=2)
     assert "task.eval_tasks=pest.jsonl: file not found" in err
     out, _ = meshwright(folder, "runs", "format=json")

@@ -26,7 +26,7 @@ def test_explicit_settings_win_over_the_cluster():
 
 
 def test_incomplete_explicit_settings_name_what_is_missing():
-    with pytest.raises(ValueError, match="JAX_PROCESS_ID must be set"):
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID must also be set"):
         settings({key: EXPLICIT[key] for key in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES")})
 
 

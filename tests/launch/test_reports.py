@@ -1,4 +1,4 @@
-"""Reports of what was measured: a JSON file, a picture, and one form of both for the terminal."""
+"""Reports: a JSON file, a PNG, and output on the terminal as JSON or tables."""
 
 import json
 
@@ -13,14 +13,14 @@ def test_numbers_have_three_figures(number, said):
     assert short_number(number) == said
 
 
-def test_columns_of_numbers_stand_on_the_right():
+def test_columns_of_numbers_are_right_aligned():
     table = make_table("name", "count", "what", left=(0, 2))
     assert [column.justify for column in table.columns] == ["left", "right", "left"]
 
 
 @pytest.mark.parametrize("form", ["table", "json"])
-def test_a_report_is_written_and_printed_in_the_form_that_was_asked_for(tmp_path, capsys, form):
-    config = composed(f"format={form}")
+def test_a_report_is_written_and_printed_in_the_requested_format(tmp_path, capsys, form):
+    config = composed("task=plan", f"task.format={form}")
     draw = lambda path: path.write_bytes(b"picture")
     write_report(config, tmp_path / "new", "one", {"a": 1}, draw, lambda: print("a is 1"))
     assert json.loads((tmp_path / "new" / "one.json").read_text()) == {"a": 1}

@@ -174,7 +174,7 @@ def test_finished_rungs_are_kept_and_make_a_law(tmp_path, monkeypatch, capsys):
     assert report["recommendation"]["flops"] == 1e13
     assert (tmp_path / "runs/ladders/l.png").stat().st_size > 10_000
     assert read_law(tmp_path / "runs/ladders/l.json") == pytest.approx(HOFFMANN, rel=1e-3)
-    assert run(command) == 0 and len(started) == 9 and "(kept)" in capsys.readouterr().out
+    assert run(command) == 0 and len(started) == 9 and "(already trained)" in capsys.readouterr().out
     assert run([*command, "optimizer.learning_rate=0.5"]) == 2
     assert "optimizer.learning_rate=0.5" in capsys.readouterr().err
     law = "task.scaling_law=runs/ladders/l.json"

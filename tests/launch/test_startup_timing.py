@@ -140,7 +140,9 @@ def test_a_kernel_that_fails_on_these_devices_is_not_trained_with(monkeypatch, c
     assert "the platform's kernel does not support model.attention.mask=prefix" in capsys.readouterr().out
     monkeypatch.undo()
     assert verify_attention_kernel(config, core) is AttentionImplementation.auto
-    core.model = ModelConfig(attention=AttentionConfig(num_heads=3, num_kv_heads=2))  # raises when it is traced
+    core.model = ModelConfig(
+        attention=AttentionConfig(3, 2, implementation=AttentionImplementation.auto)
+    )  # raises when it is traced
     assert verify_attention_kernel(config, core) is AttentionImplementation.xla
     assert "splash does not compile" in capsys.readouterr().out
     core.constrain = NoConstraint("cpu")

@@ -15,8 +15,13 @@ from launch.cli import run
 from launch.launchers.supervisor import identity
 from launch.sweeps import trials
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial
+<<<<<<< HEAD
 from launch.sweeps.trials import MetricReader, Running, command, gpu_shares, start
 from launch.tasks.sweep import check_launcher, grouped, refuse_drift
+=======
+from launch.sweeps.trials import Measured, Running, command, gpu_shares, start
+from launch.tasks.sweep import check_launcher, refuse_drift, wandb_groups
+>>>>>>> p-launch
 from tests.launch import sweeps
 from tests.launch.jobs import composed, job
 from tests.launch.programs import program
@@ -100,7 +105,7 @@ def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(qu
     teller.start()
     assert swept("run=cut", *given) == 75
     teller.join()
-    assert "stopped with 1 of 3 trials ended; the same command goes on" in capfd.readouterr().err
+    assert "stopped with 1 of 3 trials ended; run the same command to resume" in capfd.readouterr().err
     assert len((quick / "cut-001" / "metrics.jsonl").read_text().splitlines()) < 6
     monkeypatch.delenv("SECONDS_OF_A_STEP")
     assert swept("run=cut", *given) == 0
@@ -113,11 +118,19 @@ def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(qu
 def test_what_would_not_compare_is_refused():
     begun = {"over": {RATE: "log:1e-5..1"}, "method": "random", "seed": 0, "arguments": ["model=tiny", "seed=1"]}
     for change, said in {
+<<<<<<< HEAD
         ("method", "tpe"): "sweep.method=tpe: the sweep 'a' was begun with sweep.method=random",
         ("over", RATE): f"{RATE}=2,4: the sweep 'a' was begun with {RATE}=log:1e-5..1",
         ("over", LAYERS): f"{LAYERS}=2,4: the sweep 'a' was begun without it",
         ("arguments", "seed=2"): "seed=2: the sweep 'a' was begun with seed=1",
         ("arguments", None): "seed is not given: the sweep 'a' was begun with seed=1",
+=======
+        ("method", "bayes"): "sweep.method=tpe: the sweep 'a' was started with sweep.method=random",
+        ("over", RATE): f"{RATE}=2,4: the sweep 'a' was started with {RATE}=log:1e-5..1",
+        ("over", LAYERS): f"{LAYERS}=2,4: the sweep 'a' was started without it",
+        ("arguments", "seed=2"): "seed=2: the sweep 'a' was started with seed=1",
+        ("arguments", None): "seed is not given: the sweep 'a' was started with seed=1",
+>>>>>>> p-launch
     }.items():
         key, value = change
         now = dict(begun)
@@ -126,7 +139,9 @@ def test_what_would_not_compare_is_refused():
             now[key] = {**begun["over"], value: "2,4"}
         if key == "arguments":
             now[key] = ["model=tiny", *([value] if value else [])]
-        with pytest.raises(ValueError, match="would not compare; set it back, or begin another") as refused:
+        with pytest.raises(
+            ValueError, match="would not be comparable; restore that value, or start another"
+        ) as refused:
             refuse_drift(begun, now, "a")
         assert said in str(refused.value)
     refuse_drift(begun, dict(begun), "a")
@@ -137,7 +152,7 @@ def test_a_sweep_gets_more_trials_but_no_others(quick, capfd):
     assert swept(*given, "sweep.trials=2") == 0
     before = results(quick, "a")
     assert swept(*given, "sweep.trials=2", "task.num_steps=7") == 2
-    assert "task.num_steps=7: the sweep 'a' was begun with task.num_steps=6" in capfd.readouterr().err
+    assert "task.num_steps=7: the sweep 'a' was started with task.num_steps=6" in capfd.readouterr().err
     assert swept(*given, "sweep.trials=3", "sweep.max_concurrent_trials=2", "launcher.max_restarts=0") == 0
     after = results(quick, "a")
     compared = lambda rows: [(row["params"], row["value"], row["seconds"]) for row in rows]
@@ -155,7 +170,7 @@ def test_two_processes_do_not_carry_out_one_sweep(quick, capfd):
     folder.mkdir(parents=True)
     (folder / "process.json").write_text(json.dumps(identity(os.getppid())))
     assert swept("run=a", "seed=1,2") == 2
-    assert f"process {os.getppid()} carries out this sweep" in capfd.readouterr().err
+    assert f"process {os.getppid()} already runs this sweep" in capfd.readouterr().err
 
 
 def test_a_trial_may_fail_or_be_preempted_and_the_others_go_on(quick, capfd):
@@ -259,8 +274,8 @@ def test_a_dry_run_shows_the_commands_of_the_real_one(quick, capfd):
 
 
 def test_trials_are_a_group_in_wandb_where_no_other_is_given():
-    assert grouped(composed("run=a", "tracker=[wandb,tensorboard]")) == ["trackers.wandb.group=a"]
-    assert grouped(composed("run=a", "tracker=[wandb]", "trackers.wandb.group=mine")) == []
+    assert wandb_groups(composed("run=a", "tracker=[wandb,tensorboard]")) == ["trackers.wandb.group=a"]
+    assert wandb_groups(composed("run=a", "tracker=[wandb]", "trackers.wandb.group=mine")) == []
 
 
 def test_a_preset_holds_a_space_and_the_command_line_adds_to_it(quick):
@@ -285,7 +300,7 @@ TPU = ["launcher=tpu_vm", "launcher.accelerator=v6e-16", "launcher.runtime=r", "
 @pytest.mark.parametrize(
     ("options", "parallel", "said"),
     [
-        (TPU, 1, "launcher.name=null: each trial would ask for a TPU of its own"),
+        (TPU, 1, "launcher.name=null: each trial would create a separate TPU"),
         ([*TPU, "launcher.name=mine"], 2, "sweep.max_concurrent_trials=2: launcher.name=mine has one trial at a time"),
         (["launcher=skypilot", "launcher.cluster=mine"], 2, "launcher.cluster=mine has one trial at a time"),
         (["launcher=slurm", "launcher.follow=false"], 1, "launcher.follow=false: a sweep stays with its trials"),

@@ -352,13 +352,8 @@ def default_options() -> dict[str, str]:
 
 @cache
 def common_keys(below: str = "") -> tuple[Key, ...]:
-<<<<<<< HEAD
-    """Returns keys that do not depend on group options; `below`: only this key or keys below it."""
-    grouped = {package(group, "").rstrip(".") for group in groups()} | {"task", "data.sources.readers"}
-=======
-    """Keys that every run has, whichever options it chooses; `base`: only this one, or those below it."""
+    """Returns keys that do not depend on group options; `base`: only this key or keys below it."""
     grouped = {package(group, "").rstrip(".") for group in groups()} | {"task", "data.sources"}
->>>>>>> p-launch
     return tuple(
         key
         for key in keys_of(SCHEMA, "RunConfig", below=below)

@@ -448,13 +448,8 @@ class _Sweep:
             placed = [(float(trial.params[key]), trial) for trial in self.trials]
             if part.log:
                 axes.set_xscale("log")
-<<<<<<< HEAD
             elif part.is_integer:
-                _whole_ticks(axes)
-=======
-            elif part.whole:
                 _integer_ticks(axes)
->>>>>>> p-launch
         else:
             seen: dict[str, int] = {}
             for trial in self.trials:  # offset horizontally, so that none hides another

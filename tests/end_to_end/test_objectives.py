@@ -93,7 +93,10 @@ MISTAKES = {
     "an encoder does not predict": (["model.attention.mask=bidirectional"], "a bidirectional model sees; set"),
     "another transform": (["phase=mlm", "transform=diffusion"], "trains on tokens masked by transform=mlm"),
     "a causal model": (["phase=mlm", "model.attention.mask=causal"], "set model.attention.mask=bidirectional"),
-    "no modules": (["objective=multi_token"], "model.mtp_num_layers=0: objective=multi_token needs multi-token prediction modules"),
+    "no modules": (
+        ["objective=multi_token"],
+        "model.mtp_num_layers=0: objective=multi_token needs multi-token prediction modules",
+    ),
     "modules for nothing": (["model.mtp_num_layers=1"], "does not train MTP modules; use objective=multi_token"),
     "conversations": (
         ["transform=fim", "data.format=chat", "data.packing=best_fit"],

@@ -15,13 +15,8 @@ from launch.cli import run
 from launch.launchers.supervisor import identity
 from launch.sweeps import trials
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial
-<<<<<<< HEAD
 from launch.sweeps.trials import MetricReader, Running, command, gpu_shares, start
-from launch.tasks.sweep import check_launcher, grouped, refuse_drift
-=======
-from launch.sweeps.trials import Measured, Running, command, gpu_shares, start
 from launch.tasks.sweep import check_launcher, refuse_drift, wandb_groups
->>>>>>> p-launch
 from tests.launch import sweeps
 from tests.launch.jobs import composed, job
 from tests.launch.programs import program
@@ -118,19 +113,11 @@ def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(qu
 def test_what_would_not_compare_is_refused():
     begun = {"over": {RATE: "log:1e-5..1"}, "method": "random", "seed": 0, "arguments": ["model=tiny", "seed=1"]}
     for change, said in {
-<<<<<<< HEAD
-        ("method", "tpe"): "sweep.method=tpe: the sweep 'a' was begun with sweep.method=random",
-        ("over", RATE): f"{RATE}=2,4: the sweep 'a' was begun with {RATE}=log:1e-5..1",
-        ("over", LAYERS): f"{LAYERS}=2,4: the sweep 'a' was begun without it",
-        ("arguments", "seed=2"): "seed=2: the sweep 'a' was begun with seed=1",
-        ("arguments", None): "seed is not given: the sweep 'a' was begun with seed=1",
-=======
-        ("method", "bayes"): "sweep.method=tpe: the sweep 'a' was started with sweep.method=random",
+        ("method", "tpe"): "sweep.method=tpe: the sweep 'a' was started with sweep.method=random",
         ("over", RATE): f"{RATE}=2,4: the sweep 'a' was started with {RATE}=log:1e-5..1",
         ("over", LAYERS): f"{LAYERS}=2,4: the sweep 'a' was started without it",
         ("arguments", "seed=2"): "seed=2: the sweep 'a' was started with seed=1",
         ("arguments", None): "seed is not given: the sweep 'a' was started with seed=1",
->>>>>>> p-launch
     }.items():
         key, value = change
         now = dict(begun)

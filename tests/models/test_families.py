@@ -130,11 +130,7 @@ def test_logits_equal_those_of_transformers(published, measured, request):
     output = make_apply(config)(params, tokens, positions_BL=positions, segment_ids_BL=jnp.ones_like(positions))
     apart = np.abs(logits(output) - want).max() / max(1, np.abs(want).max())
     assert apart < 1e-4
-<<<<<<< HEAD
     measured("Families vs. transformers", request.node.callspec.id, logits=apart)
-=======
-    measured("Families compared with transformers", request.node.callspec.id, logits=apart)
->>>>>>> p-models
 
 
 def test_export_equals_the_import_bitwise_and_loads_in_transformers(published, tmp_path):

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Adapters vs. frozen matrices, and weights of few bits below them."""
-=======
 """Low-rank adapters on frozen and quantized weights."""
->>>>>>> p-models
 
 import dataclasses
 
@@ -256,13 +252,7 @@ def test_nf4_equals_bitsandbytes(shape, double, measured):
         assert np.abs(apart).max() <= 1 and (apart != 0).mean() < 0.02
     back = theirs.dequantize_4bit(codes, state).numpy().T
     largest = np.abs(np.asarray(found.array()[0]) - back).max() / np.abs(weight).max()
-    measured(
-<<<<<<< HEAD
-        "Weights of 4 bits vs. bitsandbytes", f"{shape}{', scales in 8 bits' if double else ''}", weights=largest
-=======
-        "4-bit weights compared with bitsandbytes", f"{shape}{', scales in 8 bits' if double else ''}", weights=largest
->>>>>>> p-models
-    )
+    measured("Weights of 4 bits vs. bitsandbytes", f"{shape}{', scales in 8 bits' if double else ''}", weights=largest)
     np.testing.assert_allclose(found.array()[0], back, atol=2e-3 if double else 1e-6)
 
 

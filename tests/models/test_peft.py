@@ -82,13 +82,8 @@ def test_adapters_of_peft_give_its_logits_bound_and_merged(theirs, measured, req
 
     bound = np.abs(forward(bind_adapters(adapter, axes, base, adapters)) - wanted).max()
     inside = np.abs(forward(merge(adapter, axes, base, adapters, jnp.dtype("float32"))) - wanted).max()
-<<<<<<< HEAD
-    assert beside < 1e-5 and inside < 1e-5
-    measured("Adapters vs. PEFT", request.node.callspec.id, logits=beside, merged_logits=inside)
-=======
     assert bound < 1e-5 and inside < 1e-5
-    measured("Adapters compared with PEFT", request.node.callspec.id, logits=bound, merged_logits=inside)
->>>>>>> p-models
+    measured("Adapters vs. PEFT", request.node.callspec.id, logits=bound, merged_logits=inside)
 
 
 def test_what_is_written_is_loaded_by_peft_with_the_same_logits(theirs, tmp_path):

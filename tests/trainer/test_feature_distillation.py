@@ -169,7 +169,7 @@ def test_values_that_cannot_be_are_refused(changes, said):
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"teacher_dim": None}, "32 wide in the student and 48 in the teacher; set it to 48"),
+        ({"teacher_dim": None}, "width 32 in the student and 48 in the teacher; set it to 48"),
         ({"layer_mapping": [[0, 4]]}, "the teacher has no layer 4; choose 0 to 3"),
         ({"layer_mapping": [[2, 1]]}, "the student has no layer 2"),
     ],

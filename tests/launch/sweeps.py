@@ -1,9 +1,9 @@
-"""A stand-in for `meshwright train` that takes a moment: a bowl over the learning rate, saved at every step.
+"""A fast replacement of `meshwright train` with a quadratic loss in the log learning rate, saved at every step.
 
     python sweeps.py train KEY=VALUE ...
 
-The loss falls towards (log10(learning rate) + 2)^2. `model.num_layers` says how it ends: 1 well, 3 with code 1, 4 with
-code 2, 5 leaves with 75 once, 6 measures nothing finite. It goes on where it was, and leaves with 75 on SIGTERM.
+The loss falls towards (log10(learning rate) + 2)^2. `model.num_layers` sets the outcome: 1 success, 3 exit code 1, 4 exit
+code 2, 5 exit code 75 once, 6 non-finite metrics. It resumes from its last step, and exits with code 75 on SIGTERM.
 """
 
 import json
@@ -19,7 +19,7 @@ SECONDS = float(os.environ.get("SECONDS_OF_A_STEP", "0"))
 
 def main() -> int:
     given = dict(word.partition("=")[::2] for word in sys.argv[2:])
-    folder = Path(given["runs"]) / given["run"]
+    folder = Path(given["output_dir"]) / given["run"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "starts", "a") as starts:
         starts.write("start\n")
@@ -27,8 +27,8 @@ def main() -> int:
     if kind in (3, 4):
         print(f"meshwright: model.num_layers={kind}: is not wanted here", file=sys.stderr)
         return {3: 1, 4: 2}[kind]
-    told = []
-    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    signals = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     (folder / "config.yaml").write_text("{}")
     metrics = folder / "metrics.jsonl"
     step = len(metrics.read_text().splitlines()) if metrics.exists() else 0
@@ -40,7 +40,7 @@ def main() -> int:
         with metrics.open("a") as file:
             file.write(json.dumps({"step": step, "eval/loss": loss}) + "\n")
         time.sleep(SECONDS)
-        if told or (kind == 5 and step == 2):
+        if signals or (kind == 5 and step == 2):
             return 75
     (folder / "summary.json").write_text(json.dumps({"ended": "done", "step": step}))
     return 0

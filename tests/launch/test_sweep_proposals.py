@@ -18,7 +18,7 @@ WIDE: dict = {RATE: Range(1e-5, 1.0, True, False), LAYERS: Range(1, 8, False, Tr
 
 
 def study(folder: Path | None, **settings) -> Study:
-    search = SweepSearchConfig(**{"over": {"a": "b"}, "method": Method.random, "trials": 8} | settings)
+    search = SweepSearchConfig(**{"parameters": {"a": "b"}, "method": Method.random, "trials": 8} | settings)
     return Study(folder, "s", search, WIDE, num_steps=100)
 
 
@@ -194,10 +194,10 @@ def test_a_goal_of_max_turns_the_order_round():
 
 @pytest.mark.parametrize("pruning", [Pruning.median, Pruning.hyperband])
 def test_pruning_ends_what_is_worse_after_the_steps_that_all_get(tmp_path, pruning):
-    one, steps = study(tmp_path, trials=20, pruning=pruning, prune_after=9), []
+    one, steps = study(tmp_path, trials=20, pruning=pruning, warmup_steps=9), []
     while (trial := one.next()) is not None:
         # A handle of another process, as after a restart: nothing of it is in memory.
-        again = study(tmp_path, trials=20, pruning=pruning, prune_after=9)
+        again = study(tmp_path, trials=20, pruning=pruning, warmup_steps=9)
         step, ended = 0, False
         while step < 81 and not ended:
             step += 3

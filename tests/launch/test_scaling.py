@@ -134,7 +134,8 @@ def test_rungs_keep_the_keys_of_the_command_and_their_own_come_last():
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("task.widths=[]", "at least one"), ("task.widths=[72]", "number of heads must be an integer"), ("init_from=x", "begin at random"),
+    [("task.widths=[]", "at least one"), ("task.widths=[72]", "number of heads must be an integer"),
+     ("init_from=x", "random initialization"),
      ("task.compute_budget=-1", "must be above 0")],
 )  # fmt: skip
 def test_a_ladder_that_cannot_be_is_refused(key, said, tmp_path, monkeypatch, capsys):
@@ -190,7 +191,7 @@ def test_a_rung_that_fails_ends_the_ladder_with_its_code(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ladder.subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: 2))
     assert run(["scaling_ladder", *TINY, "task.widths=[32,64,128]"]) == 2
-    assert "default-w32-t10: ended with 2" in capsys.readouterr().err
+    assert "default-w32-t10: exited with code 2" in capsys.readouterr().err
 
 
 def test_a_law_of_compute_is_drawn_too(tmp_path):
@@ -213,4 +214,4 @@ def test_coordinates_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert report["slopes"]["standard"]["logits"] > report["slopes"]["base_width=32"]["logits"]
     assert (tmp_path / "runs/coord_check/c.png").stat().st_size > 10_000
     assert "slope" in capsys.readouterr().out
-    assert run([*command, "task.widths=[32]"]) == 2 and "two widths" in capsys.readouterr().err
+    assert run([*command, "task.widths=[32]"]) == 2 and "two distinct widths" in capsys.readouterr().err

@@ -56,9 +56,9 @@ MISTAKES = {
     ),
     "a schedule that does not fit": (["seed=1,2", "schedule=wsd", "schedule.decay_fraction=3"], "decay_fraction=3"),
     "nothing that varies": ([], "sweep: no key varies"),
-    "a key given twice": (["seed=1,2", "++seed=3"], "seed: has one value and varies in the sweep as well"),
-    "pruning without evaluations": (["seed=1,2", "sweep.pruning=median"], "give task.eval_every=N"),
-    "runs in a bucket": (["seed=1,2", "output_dir=s3://a/b"], "output_dir=s3://a/b: a sweep reads the run folders"),
+    "a key given twice": (["seed=1,2", "++seed=3"], "seed: set to one value and also varied by the sweep"),
+    "pruning without evaluations": (["seed=1,2", "sweep.pruning=median"], "set task.eval_every=N below task.num_steps"),
+    "runs in a bucket": (["seed=1,2", "output_dir=s3://a/b"], "output_dir=s3://a/b: a sweep needs local run folders"),
     "a misspelt key of the sweep": (["seed=1,2", "sweep.trails=3"], "did you mean 'sweep.trials'"),
 }
 
@@ -71,7 +71,7 @@ def test_a_mistake_is_named_before_anything_starts(quick, capfd, arguments, said
     assert not quick.exists()
 
 
-def test_trials_run_and_the_best_is_told(quick, capfd):
+def test_trials_run_and_the_best_is_printed(quick, capfd):
     assert swept("run=a", f"{RATE}=1e-4,1e-2,1e-1", "sweep.max_concurrent_trials=2") == 0
     rows = results(quick, "a")
     assert [row["value"] for row in rows] == [4 + 1 / 6, 1 / 6, 1 + 1 / 6]
@@ -288,9 +288,9 @@ TPU = ["launcher=tpu_vm", "launcher.accelerator=v6e-16", "launcher.runtime=r", "
     ("options", "parallel", "said"),
     [
         (TPU, 1, "launcher.name=null: each trial would create a separate TPU"),
-        ([*TPU, "launcher.name=mine"], 2, "sweep.max_concurrent_trials=2: launcher.name=mine has one trial at a time"),
-        (["launcher=skypilot", "launcher.cluster=mine"], 2, "launcher.cluster=mine has one trial at a time"),
-        (["launcher=slurm", "launcher.follow=false"], 1, "launcher.follow=false: a sweep stays with its trials"),
+        ([*TPU, "launcher.name=mine"], 2, "sweep.max_concurrent_trials=2: launcher.name=mine runs one trial at a time"),
+        (["launcher=skypilot", "launcher.cluster=mine"], 2, "launcher.cluster=mine runs one trial at a time"),
+        (["launcher=slurm", "launcher.follow=false"], 1, "launcher.follow=false: not supported for sweeps"),
     ],
 )
 def test_launchers_that_could_not_tell_trials_apart_are_refused(options, parallel, said):

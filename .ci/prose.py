@@ -23,7 +23,7 @@ RETIRED = {
     r"beg[aiu]ns?|beginn?ings?": "starts, is initialized from, start",
     r"stands?|stood|standing": "is, holds, represents, is located",
     r"so many|as many as|so much as": "a count or a name",
-    r"by itself|of its own": "alone, independently, separate",
+    r"by itself": "alone, independently",
     r"anew": "again",
     r"deals? out|dealt|dealing out": "distributes, assigns",
     r"learnt": "trained on, learned",

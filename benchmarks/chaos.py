@@ -95,7 +95,7 @@ class Job:
         found = [re.match(r'\{"step": (\d+)', row) for row in rows[-3:]]
         return max((int(match[1]) for match in found if match), default=0)
 
-    def attempt(self, count: int) -> supervisor.Ended:
+    def attempt(self, count: int) -> supervisor.AttemptResult:
         """One start of all processes, to the end of the last."""
         for fault in self.damage:
             damage(self.checkpoints, fault)
@@ -244,7 +244,7 @@ def child(arguments: Sequence[str]) -> None:
     inside = [entry.split(":") for entry in os.environ.get("CHAOS", "").split(",") if entry]
     poisoned = [int(step) for kind, step, _ in inside if kind == "not a number"]
     flipped = {int(step): int(victim) for kind, step, victim in inside if kind == "flip a parameter"}
-    made, guard = trainer.step._accumulate, trainer.reliability.sdc_check.IntegrityWatch.guard
+    made, guard = trainer.step._accumulate, trainer.reliability.sdc_check.SDCChecker.guard
 
     def poisoned_gradients(loss_sum, params, frozen, batch, rng, num_microbatches):  # type: ignore[no-untyped-def]
         import jax.numpy as jnp
@@ -283,7 +283,7 @@ def child(arguments: Sequence[str]) -> None:
 
     trainer.step._accumulate = poisoned_gradients
     launch.assemble.make_train_step = with_step(trainer.step.make_train_step)
-    trainer.reliability.sdc_check.IntegrityWatch.guard = guarding
+    trainer.reliability.sdc_check.SDCChecker.guard = guarding
     sys.exit(run(list(arguments)))
 
 

@@ -33,7 +33,9 @@ def prepare(folder: str, tokenizer: str) -> tuple[int, float]:
     get_tokenizer(config, run_folder(config), print)
     start = time.perf_counter()
     corpora = load_corpora(config, run_folder(config), print)
-    return sum(c.num_tokens for c in [*corpora.train.values(), *corpora.heldout.values()]), time.perf_counter() - start
+    return sum(
+        c.num_tokens for c in [*corpora.train.values(), *corpora.validation.values()]
+    ), time.perf_counter() - start
 
 
 def rows(folder: str, packing: str):

@@ -22,7 +22,7 @@ from configs.schema import RunConfig
 from launch.build import Corpora, build_core, build_source, load_corpora, model_config
 from launch.run_folder import run_folder
 from models.config import ModelConfig
-from models.mup import at_width
+from models.mup import scale_to_width
 from models.transformer import init_params, make_apply, param_axes
 from trainer.reliability.loss_spikes import NO_LIMITS
 from trainer.schedule import LinearConfig
@@ -56,7 +56,7 @@ def main() -> None:
     found = {}
     for name, base in ((f"mup_base_width={widths[0]}", widths[0]), ("standard", None)):
         for width in widths:
-            wide = replace(at_width(model, width), mup_base_width=base)
+            wide = replace(scale_to_width(model, width), mup_base_width=base)
             found[name, width] = losses(config, corpora, wide, rates, batches)
             print(f"{name}, width {width}: {' '.join(f'{loss:.3f}' for loss in found[name, width])}", flush=True)
     print(table(widths, rates, found))

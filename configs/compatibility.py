@@ -16,20 +16,20 @@ MASK_REASONS = {
 }
 
 
-def settle_outputs(data: DataConfig, objective: ObjectiveConfig, model: ModelConfig) -> None:
-    """Sets `model.outputs` as required by the objective, so that checkpoints record the model's head.
+def set_num_labels(data: DataConfig, objective: ObjectiveConfig, model: ModelConfig) -> None:
+    """Sets `model.num_labels` as required by the objective, so that checkpoints record the model's head.
 
-    Raises: ValueError if `model.outputs` is set to another number, or `data.classes` do not fit the objective.
+    Raises: ValueError if `model.num_labels` is set to another number, or `data.classes` do not fit the objective.
     """
     objective.check_classes(len(data.classes))
     num_labels = objective.model_needs.num_labels
     needed = len(data.classes) if num_labels is None else num_labels
-    if objective.kind and model.outputs not in (0, needed):
+    if objective.kind and model.num_labels not in (0, needed):
         raise ValueError(
-            f"model.outputs={model.outputs}: objective={objective.kind} needs {needed} (0: logits of the vocabulary); "
+            f"model.num_labels={model.num_labels}: objective={objective.kind} needs {needed} (0: token logits); "
             "remove the key"
         )
-    model.outputs = needed
+    model.num_labels = needed
 
 
 def check_compatibility(

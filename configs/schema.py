@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from configs.compatibility import check_compatibility, settle_outputs
+from configs.compatibility import check_compatibility, set_num_labels
 from configs.launchers import LAUNCHERS, LauncherConfig, LocalConfig
 from configs.ranges import check_ranges
 from configs.sweeps import SweepSearchConfig
@@ -333,5 +333,5 @@ def validate(config: RunConfig) -> None:
             "data.packing=concat: splits conversations and texts across rows, so answers would be trained on without "
             "their prompt; use data.packing=best_fit"
         )
-    settle_outputs(config.data, config.objective, config.model)
+    set_num_labels(config.data, config.objective, config.model)
     check_compatibility(config.data, config.objective, config.model, config.adapter)

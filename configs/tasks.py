@@ -187,7 +187,7 @@ class ReplayConfig(ReportTaskConfig):
     """Repeats the updates before a rollback (`loss_spikes.policy=rollback`); lists the rows with the largest loss."""
 
     kind: str = "replay"
-    rollback: str | None = None  # rollback to replay, by the name STEP-N of its file in incidents/; null: the newest
+    rollback: str | None = None  # rollback to replay, by the name STEP-N of its file in rollbacks/; null: the newest
     rows: int = 5  # rows of the batch to print, those with the largest loss
 
 

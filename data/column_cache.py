@@ -56,7 +56,7 @@ class ColumnCache:
     def complete(self) -> bool:
         return self.filled == self.num_rows
 
-    def begin(self) -> None:
+    def open_for_writing(self) -> None:
         """Opens the columns for writing; allocates all rows first if the cache is new."""
         if not (self.folder / "filled.json").exists():
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -363,7 +363,7 @@ def batch_hash(batch: TokenBatch | ColumnBatch) -> str:
     return digest.hexdigest()
 
 
-def heldout_batches(
+def validation_batches(
     rows: Rows, *, batch_size: int, slots: Sequence[int], max_batches: int, place: Place
 ) -> Iterator[Any]:
     """Yields the first validation batches, always the same; the last one is filled with padding rows."""

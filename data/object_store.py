@@ -158,7 +158,7 @@ class Store:
     def _try(self, name: str, action: Callable[[], T], say: Say | None = None) -> T:
         return with_retries(f"{self.url}/{name}".rstrip("/"), action, say or self.say)
 
-    def inside(self, name: str) -> "Store":
+    def subfolder(self, name: str) -> "Store":
         """Returns the subfolder `name` as a store."""
         return Store(f"{self.url}/{name}", self.say)
 
@@ -172,9 +172,9 @@ class Store:
 
     def folders(self) -> list[str]:
         """Returns the names of the direct subfolders."""
-        return self.top()[1]
+        return self.list_dir()[1]
 
-    def top(self) -> tuple[list[str], list[str]]:
+    def list_dir(self) -> tuple[list[str], list[str]]:
         """Returns the names of direct files and subfolders. Raises: FileNotFoundError if the bucket is missing."""
         try:
             found = self._try("", lambda: self._fs.ls(self._full(""), detail=True))

@@ -2,9 +2,9 @@
 
     FOLDER/shard_00000.train.tokens.npy   u16 or u32, concatenated documents
           /shard_00000.train.offsets.npy  i64 [documents + 1]
-          /shard_00000.train.learnt.npy   bool per token: the loss mask; only for formats other than text
+          /shard_00000.train.loss_mask.npy   bool per token: the loss mask; only for formats other than text
           /shard_00000.train.values.npy   f32 [documents]: preference margins, if the objective reads them
-          /shard_00000.heldout.*          the validation split, never trained on
+          /shard_00000.validation.*          the validation split, never trained on
           /shard_00000.json               inputs and counts of the shard; written last
           /manifest.json                  settings, hashes, counts, bad records; written after all shards
 
@@ -37,7 +37,7 @@ from data.records.record import BadRecords
 from data.sources.readers import SourceConfig, SourceShard
 from data.tokenizers.tokenizer import Tokenizer, fingerprint
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 VERSION = 1
 EXAMPLES_VERSION = 1  # version of the record encoding
@@ -68,7 +68,7 @@ class Manifest(NamedTuple):
     def count(self, split: str, kind: str) -> int:
         """Returns a count of a split: `documents`, `tokens` or `bytes`.
 
-        Formats other than text also have `learnt` (tokens in the loss) and `shortened` (truncated examples).
+        Formats other than text also have `loss_tokens` and `truncated` (truncated examples).
         """
         return self.content["counts"][split][kind]
 
@@ -112,7 +112,7 @@ def shard_folder(
     return root / f"{name}-{_sha(settings(source, tokenizer, encoding))[:12]}"
 
 
-def prepare_source(
+def tokenize_source(
     source: SourceConfig,
     tokenizer: Tokenizer,
     folder: Path,
@@ -173,7 +173,7 @@ class ShardCache:
             if manifest is None or _content(folder / MANIFEST) == manifest:
                 continue
             (folder / MANIFEST).unlink(missing_ok=True)
-            store.get([name for name in store.top()[0] if name != MANIFEST], folder)
+            store.get([name for name in store.list_dir()[0] if name != MANIFEST], folder)
             store.get([MANIFEST], folder)
 
     def send(self) -> None:
@@ -216,7 +216,7 @@ def _manifest(wanted: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str,
     bad = BadRecords()
     for shard in shards:
         bad.merge(shard["bad_records"])
-    kinds = ("documents", "tokens", "bytes", *(("learnt", "shortened") if "examples" in wanted else ()))
+    kinds = ("documents", "tokens", "bytes", *(("loss_tokens", "truncated") if "examples" in wanted else ()))
     counts = {split: {kind: sum(s["counts"][split][kind] for s in shards) for kind in kinds} for split in SPLITS}
     return {
         "settings": wanted,
@@ -245,7 +245,7 @@ def _documents(
         for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
             content = text.encode("utf-8", "surrogatepass")
             digest = hashlib.sha256(content).digest()
-            yield _Document(digest, digest, len(content), np.array(tokenizer.begin(ids) + end))
+            yield _Document(digest, digest, len(content), np.array(tokenizer.add_bos_token(ids) + end))
 
 
 def _examples(
@@ -289,7 +289,7 @@ def _make_shard(
         content.update(document.content)
         # Split by content: a document stays in its split regardless of its position and its neighbors.
         share = int.from_bytes(document.digest[:8], "big") / 2**64
-        split = "heldout" if share < source.validation_fraction else "train"
+        split = "validation" if share < source.validation_fraction else "train"
         arrays[split].append(document.ids.astype(dtype))
         sizes[split] += document.size
         truncated[split] += document.truncated
@@ -302,7 +302,7 @@ def _make_shard(
         save("tokens", np.concatenate([np.zeros(0, dtype), *arrays[split]]))
         save("offsets", np.cumsum(lengths))
         if encoding is not None:
-            save("learnt", np.concatenate([np.zeros(0, bool), *masks[split]]))
+            save("loss_mask", np.concatenate([np.zeros(0, bool), *masks[split]]))
         if encoding is not None and encoding.margins:
             save("values", np.array(values[split], np.float32))
     counts: dict[str, dict[str, int]] = {
@@ -311,7 +311,7 @@ def _make_shard(
     if encoding is not None:
         for split in SPLITS:
             targets = sum(int(mask[1:].sum()) for mask in masks[split])
-            counts[split] |= {"learnt": targets, "shortened": truncated[split]}
+            counts[split] |= {"loss_tokens": targets, "truncated": truncated[split]}
     shard = {
         "name": stem.name,
         "made_of": made_of,
@@ -400,7 +400,7 @@ class TokenCorpus:
         shards = [s["name"] for s in manifest.content["shards"]]
         self.fingerprint = f"{manifest.fingerprint}:{split}"
         carve = self._needs_split(manifest)
-        source = "train" if carve and split == "heldout" else split
+        source = "train" if carve and split == "validation" else split
         load = lambda name, kind: np.load(
             manifest.folder / f"{name}.{source}.{kind}.npy", mmap_mode="r", allow_pickle=False
         )
@@ -410,7 +410,7 @@ class TokenCorpus:
         self.examples_per_record = examples_per_record(format, examples.get("negatives", 0))
         # A class label follows the last token: it is a target, never an input.
         self._num_labels = int(format is DataFormat.classification)
-        self._loss_masks = [load(name, "learnt") for name in shards] if manifest.masked else None
+        self._loss_masks = [load(name, "loss_mask") for name in shards] if manifest.masked else None
         offsets = [load(name, "offsets") for name in shards]
         self._shard = np.concatenate([np.full(len(o) - 1, i, np.int32) for i, o in enumerate(offsets)])
         self._start = np.concatenate([np.asarray(o[:-1]) for o in offsets])
@@ -426,7 +426,7 @@ class TokenCorpus:
     @staticmethod
     def _needs_split(manifest: Manifest) -> bool:
         fraction = manifest.content["settings"]["source"]["validation_fraction"]
-        return fraction > 0 and manifest.count("heldout", "documents") == 0
+        return fraction > 0 and manifest.count("validation", "documents") == 0
 
     def _split_longest(self, split: str, fraction: float) -> None:
         longest, total = int(np.argmax(self.lengths)), int(self.lengths.sum())

@@ -19,13 +19,13 @@ from configs.schema import RunConfig, to_plain
 from configs.tasks import TrainConfig
 from data.batch import TokenBatch
 from data.column_cache import ColumnCache
-from data.loader import Mixture, Rows, TokenLoader, heldout_batches, make_rows, with_columns
+from data.loader import Mixture, Rows, TokenLoader, make_rows, validation_batches, with_columns
 from data.object_store import is_url
 from data.records.chat_encoding import configured
-from data.records.encoding import NOUNS, EncodingConfig, read_said, texts_of
+from data.records.encoding import NOUNS, EncodingConfig, extract_texts, read_content
 from data.records.record import BadRecords
 from data.sources.readers import SourceConfig, SourceShard
-from data.tokenize_shards import Manifest, ShardCache, TokenCorpus, prepare_source, read_manifest, shard_folder
+from data.tokenize_shards import Manifest, ShardCache, TokenCorpus, read_manifest, shard_folder, tokenize_source
 from data.tokenizers.kinds import build_tokenizer, load_tokenizer, save_tokenizer
 from data.tokenizers.tokenizer import Tokenizer
 from launch.run_folder import RunFolder, local_copy, write_whole
@@ -53,7 +53,7 @@ from trainer.mesh import (
 from trainer.objective import Batch, BatchSource, Objective, Params
 from trainer.objective_params import init_objective_params, model_params, objective_param_axes, with_objective_params
 from trainer.objectives.prefix_lm import Prefixed
-from trainer.reference_sync import with_moving_models
+from trainer.reference_sync import with_reference_sync
 from trainer.state import TrainState, abstract_state, init_sharded_state
 from trainer.step import EvalStep, make_eval_step, make_train_step
 from trainer.xla_options import compiler_options
@@ -108,7 +108,7 @@ class Corpora:
     tokenizer: Tokenizer
     manifests: dict[str, Manifest]
     train: dict[str, TokenCorpus]
-    heldout: dict[str, TokenCorpus]  # validation split of each source that has one
+    validation: dict[str, TokenCorpus]  # validation split of each source that has one
 
     @property
     def bad_records(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _documents(config: RunConfig) -> Iterator[str]:
 def _texts(source: SourceConfig, unit: SourceShard, bad: BadRecords, rules: EncodingConfig | None) -> Iterator[str]:
     if rules is None:
         return source.read(unit, bad)
-    return (text for _, said in read_said(source, unit, bad, rules) for text in texts_of(said))
+    return (text for _, said in read_content(source, unit, bad, rules) for text in extract_texts(said))
 
 
 def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
@@ -187,7 +187,7 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
         copies.fetch()
     manifests = {name: read_manifest(folder) for name, folder in prepared.items()}
     train = {name: TokenCorpus(manifest, "train") for name, manifest in manifests.items()}
-    heldout = {name: TokenCorpus(manifest, "heldout") for name, manifest in manifests.items()}
+    heldout = {name: TokenCorpus(manifest, "validation") for name, manifest in manifests.items()}
     heldout = {name: corpus for name, corpus in heldout.items() if corpus.num_tokens}
     return Corpora(tokenizer, manifests, train, heldout)
 
@@ -225,13 +225,13 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
                 bar.update(task, completed=done, total=total, note=f"{tokens:,} tokens")
 
             folder = shard_folder(root, name, source, tokenizer, rules)
-            manifest = prepare_source(source, tokenizer, folder, show, encoding=rules, max_bad_share=share)
+            manifest = tokenize_source(source, tokenizer, folder, show, encoding=rules, max_bad_share=share)
             bad = sum(e["count"] for reasons in manifest.bad.values() for e in reasons.values())
             said = f"; {bad:,} bad records skipped, see summary.json" if bad else ""
             documents, tokens = manifest.count("train", "documents"), manifest.count("train", "tokens")
-            held = TokenCorpus(manifest, "heldout").num_tokens
+            held = TokenCorpus(manifest, "validation").num_tokens
             if rules is not None:
-                cut = sum(manifest.count(split, "shortened") for split in ("train", "heldout"))
+                cut = sum(manifest.count(split, "truncated") for split in ("train", "validation"))
                 tokens_to = f"{tokens:,} tokens"
                 if config.objective.model_needs.is_token_level:
                     tokens_to += f", {manifest.count('train', 'learnt'):,} of them in the loss"
@@ -347,7 +347,7 @@ def build_core(
     schedule = config.schedule.build(config.optimizer.learning_rate, task.num_steps)
     # Adapters have their own initialization, on trained weights.
     width = model if model.mup_base_width is not None and adaptation is None else None
-    optimizer = with_moving_models(config.optimizer.build(schedule, axes, width), synced)
+    optimizer = with_reference_sync(config.optimizer.build(schedule, axes, width), synced)
     constrain = constrain or make_constrain(mesh, config.sharding)
     apply = make_apply(model, constrain, neftune_alpha=config.objective.neftune_alpha)
     objective = config.objective.build(_token_bytes(model, tokenizer))
@@ -469,11 +469,11 @@ def build_evaluation(
     data = config.data
     transform = data.transform.build(corpora.tokenizer, data.seq_len)
     rows_of = lambda name, corpus: make_rows(corpus, data, config.seed, name, transform, config.objective.data_needs)
-    rows = {name: rows_of(name, corpus) for name, corpus in corpora.heldout.items()}
+    rows = {name: rows_of(name, corpus) for name, corpus in corpora.validation.items()}
     rows = with_columns(rows, tables or {})
 
     def batches(packed: Rows) -> Iterator[TokenBatch]:
-        return heldout_batches(
+        return validation_batches(
             packed,
             batch_size=core.batch_size,
             slots=core.rows.tolist(),

@@ -11,7 +11,7 @@ from data.tokenizers.kinds import StreamDecoder
 from data.tokenizers.tokenizer import Tokenizer
 from data.transforms import Diffusion
 from models.config import ModelConfig
-from models.decode.diffusion import write_masked
+from models.decode.diffusion import generate_masked
 from models.decode.engine import Completion, generate
 from models.decode.sampling import SamplingConfig
 from models.logical_axes import ShardingConstraint
@@ -80,7 +80,7 @@ def generate_batches(
     rows = [StopText(tokenizer, stop, show if i == 0 else lambda text: None) for i in range(len(prompts))]
     if unmasking is not None:
         given = {"stop_ids": tokenizer.stop_ids, "vocab_size": tokenizer.vocab_size, "constrain": constrain}
-        found = write_masked(params, model, encoded, sampling, **unmasking._asdict(), **given)
+        found = generate_masked(params, model, encoded, sampling, **unmasking._asdict(), **given)
         cut = [_until(row, completion) for row, completion in zip(rows, found, strict=True)]
         return [(row.finish(), completion) for row, completion in zip(rows, cut, strict=True)]
     completions = generate(
@@ -118,7 +118,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
     Raises: ValueError for an empty prompt if the tokenizer has neither BOS nor EOS.
     """
-    ids = tokenizer.begin(tokenizer.encode(prompt))
+    ids = tokenizer.add_bos_token(tokenizer.encode(prompt))
     if ids:
         return ids
     first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id

@@ -228,7 +228,7 @@ def init_or_resume(
         if config.init_from is None:
             return InitialState(core.init_state(), {}, [], f"{run}: starts")
         source_weights = prune_source(resolve_weights(config.init_from, config.output_dir, log), config)
-        source_weights = with_head(source_weights, core.model.outputs)
+        source_weights = with_head(source_weights, core.model.num_labels)
         # Weight averages and similar state are initialized from these weights, not from random ones.
         state = core.init_state(params=initial_params(core, source_weights, config.seed))
         return InitialState(state, {}, [], f"{run}: starts with the weights of {source_weights.name}")

@@ -137,9 +137,9 @@ def open_run(config: RunConfig, overrides: list[str], *, dtype: Dtype | None = N
 def open_writer(config: RunConfig, overrides: list[str]) -> SavedRun:
     """Opens a run that generates text. Raises: as `open_run`, and ValueError for reward models and classifiers."""
     saved = open_run(config, overrides)
-    if saved.core.model.outputs:
+    if saved.core.model.num_labels:
         raise ValueError(
-            f"run={saved.folder.name}: computes {saved.core.model.outputs} scores per text "
+            f"run={saved.folder.name}: computes {saved.core.model.num_labels} scores per text "
             f"({saved.config.objective.kind}) and cannot generate; use: meshwright predict run={saved.folder.name}"
         )
     return saved

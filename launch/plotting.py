@@ -294,7 +294,7 @@ def draw_law(
             shade = _shade(len(names) - 1 - index, len(names))
             label = f"{short_number(size)} parameters"
             losses.plot([p.flops for p in ours], [p.loss for p in ours], "o", color=shade, label=label)
-            if not law.of_compute:
+            if not law.is_compute_law:
                 flops = np.geomspace(ours[0].flops / 2, ours[-1].flops * 4, 50)
                 fitted = law.loss(size, flops * ours[0].tokens / ours[0].flops)
                 losses.plot(flops, fitted, color=shade, linewidth=1.2, alpha=0.8)

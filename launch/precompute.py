@@ -34,11 +34,11 @@ class Tables:
     """Tables of both splits, by source."""
 
     train: dict[str, ColumnCache]
-    heldout: dict[str, ColumnCache]
+    validation: dict[str, ColumnCache]
 
     @property
     def all(self) -> list[ColumnCache]:
-        return [*self.train.values(), *self.heldout.values()]
+        return [*self.train.values(), *self.validation.values()]
 
     @property
     def complete(self) -> bool:
@@ -54,7 +54,7 @@ def open_tables(config: RunConfig, core: Core, corpora: Corpora, record: Mapping
     Raises: ValueError if a folder holds a table with a different key.
     """
     open_all = lambda split, of: {name: _open(config, core, corpora, record, split, name, of[name]) for name in of}
-    return Tables(open_all("train", corpora.train), open_all("heldout", corpora.heldout))
+    return Tables(open_all("train", corpora.train), open_all("validation", corpora.validation))
 
 
 def fill_tables(
@@ -69,10 +69,10 @@ def fill_tables(
     tables, role, objective = open_tables(config, core, corpora, record), precomputed(config), core.objective
     shapes = replicated(core.mesh)
     compute = jax.jit(lambda frozen, batch: objective.columns(core.apply, frozen, batch), out_shardings=shapes)
-    for split, corpora_of in (("train", corpora.train), ("heldout", corpora.heldout)):
+    for split, corpora_of in (("train", corpora.train), ("validation", corpora.validation)):
         shown = "train" if split == "train" else "validation"
         for name, corpus in corpora_of.items():
-            table = (tables.train if split == "train" else tables.heldout)[name]
+            table = (tables.train if split == "train" else tables.validation)[name]
             if not table.complete:
                 start, started = table.filled, time.monotonic()
                 _fill(table, _rows(config, corpus, name), core, compute, frozen, f"{name}, {shown}")
@@ -106,7 +106,7 @@ def _open(
 ) -> ColumnCache:
     objective, data, role = core.objective, config.data, precomputed(config)
     num_rows = len(_rows(config, corpus, name))
-    if split == "heldout" and data.max_eval_batches:
+    if split == "validation" and data.max_eval_batches:
         num_rows = min(num_rows, data.max_eval_batches * core.batch_size)
     key = {
         "version": VERSION,
@@ -132,7 +132,7 @@ def _fill(table: ColumnCache, rows: Rows, core: Core, compute: Any, frozen: Mapp
     start = table.filled  # read in all processes before process 0 writes
     sync_processes("table opened")
     if is_main_process():
-        table.begin()
+        table.open_for_writing()
     size, padding = core.batch_size, padding_row(rows[0])
     flushed = time.monotonic()
     with progress_bar(f"precomputing {label}", table.num_rows, quiet=not is_main_process()) as advance:

@@ -1,7 +1,7 @@
 """Records of rollbacks after loss spikes, for inspection and replay.
 
-    runs/NAME/incidents/STEP-N.json   the metrics, the checkpoint restored, the rows skipped
-                       /STEP-N.npz    the complete global batch of that update; N counts earlier incidents
+    runs/NAME/rollbacks/STEP-N.json   the metrics, the checkpoint restored, the rows skipped
+                       /STEP-N.npz    the complete global batch of that update; N counts earlier rollbacks
 
 Any later start from that checkpoint reads the JSON file and skips the same rows. `meshwright replay` repeats the
 updates.
@@ -25,13 +25,13 @@ from trainer.reliability.sdc_check import SilentDataCorruption
 
 
 def by_name(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """Returns the incidents of a run by STEP-N, oldest first."""
-    files = sorted(folder.incidents.glob("*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))
+    """Returns the rollbacks of a run by STEP-N, oldest first."""
+    files = sorted(folder.rollbacks.glob("*.json"), key=lambda file: int(file.stem.rpartition("-")[2]))
     return {file.stem: json.loads(file.read_text()) for file in files}
 
 
 def of(folder: RunFolder) -> list[dict[str, Any]]:
-    """Returns the incidents of a run, oldest first."""
+    """Returns the rollbacks of a run, oldest first."""
     return [*by_name(folder).values()]
 
 
@@ -57,8 +57,8 @@ def describe(source: BatchSource, rollback: Rollback, first_row: int) -> tuple[d
 
 
 def write(folder: RunFolder, number: int, record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Path:
-    """Writes a record; `number`: count of earlier incidents. Call it on process 0 only."""
-    path = folder.incidents / f"{record['step']}-{number}.json"
+    """Writes a record; `number`: count of earlier rollbacks. Call it on process 0 only."""
+    path = folder.rollbacks / f"{record['step']}-{number}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
     write_whole(path, json.dumps(record, indent=1) + "\n")
@@ -76,7 +76,7 @@ def handle_rollback(
     if before >= limit:
         log(
             f"meshwright: loss_spikes.max_rollbacks={limit}: stopping after {before} rollbacks; look at "
-            f"{folder.incidents}, and start again with a smaller optimizer.learning_rate or other data"
+            f"{folder.rollbacks}, and start again with a smaller optimizer.learning_rate or other data"
         )
         return exit_codes.FAILED
     first_row = next_row(folder, rollback.to)
@@ -97,7 +97,7 @@ def handle_rollback(
 
 def handle_corruption(checkpointer: Checkpointer, error: SilentDataCorruption) -> int:
     """Discards the checkpoints since the last check that passed: they may hold corrupted values."""
-    before = checkpointer.before(error.sound + 1)
+    before = checkpointer.latest_before(error.sound + 1)
     discarded = checkpointer.discard_after(-1 if before is None else before)
     since = f"; checkpoints of steps {', '.join(map(str, discarded))} are discarded" if discarded else ""
     log(

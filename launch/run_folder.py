@@ -81,8 +81,8 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
-    def incidents(self) -> Path:
-        return self.path / "incidents"
+    def rollbacks(self) -> Path:
+        return self.path / "rollbacks"
 
     def checkpointer(
         self,
@@ -99,7 +99,7 @@ class RunFolder:
         process = jax.process_index()
         own = "checkpoints" if process == 0 else f"checkpoints_{process}"  # hosts may not share a disk
         return RemoteCheckpointer(
-            self.store.inside("checkpoints"),
+            self.store.subfolder("checkpoints"),
             self.path / ("read" if read_only else own),
             config,
             read_only=read_only,
@@ -109,7 +109,7 @@ class RunFolder:
 
     def has_checkpoints(self) -> bool:
         if self.store is not None:
-            return any(name.isdigit() for name in self.store.inside("checkpoints").folders())
+            return any(name.isdigit() for name in self.store.subfolder("checkpoints").folders())
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 
     def send(self) -> None:
@@ -141,7 +141,7 @@ class RunFolder:
 
     def _remote_files(self) -> list[str]:
         assert self.store is not None
-        names, subfolders = self.store.top()
+        names, subfolders = self.store.list_dir()
         return names + [name for part in subfolders if not part.startswith(NOT_SENT) for name in self.store.files(part)]
 
     def saved_config(self) -> RunConfig:

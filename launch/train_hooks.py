@@ -60,8 +60,8 @@ def build_hooks(
     stateful, ordered, average = dict(stateful), [], jax.jit(eval_params)
 
     evaluation = None
-    if corpora.heldout:
-        compute = build_evaluation(config, corpora, core, parts.frozen.models, parts.frozen.tables.heldout)
+    if corpora.validation:
+        compute = build_evaluation(config, corpora, core, parts.frozen.models, parts.frozen.tables.validation)
         evaluation = hooks.EvaluateEvery(
             task.eval_every,
             num_steps=num_steps,
@@ -124,7 +124,7 @@ def generates(parts: RunParts, corpora: Corpora) -> bool:
     """Returns whether text samples are wanted and the model can generate them; logs it if it cannot."""
     config, model = parts.config, parts.core.model
     assert isinstance(config.task, TrainConfig)
-    if not config.task.sample_tokens or model.outputs:
+    if not config.task.sample_tokens or model.num_labels:
         return False
     is_encoder = model.attention.mask is AttentionMask.bidirectional
     if is_encoder and unmasking_of(config, corpora.tokenizer) is None:

@@ -30,7 +30,7 @@ from models.adapters.lora import AdapterConfig
 from models.attention.kernels import without_kernel
 from models.config import COMPUTE_KEYS, ModelConfig
 from models.formats.gguf.files import File
-from models.formats.huggingface.checkpoint_files import BESIDE, Checkpoint, Folder, load_params
+from models.formats.huggingface.checkpoint_files import TOKENIZER_FILES, Checkpoint, Folder, load_params
 from models.formats.huggingface.families import family_of, read_model
 from models.formats.huggingface.peft import Folder as AdapterFolder
 from models.pruning import WidthConfig, prune_params, pruned_config, select_units, widths
@@ -245,12 +245,12 @@ def with_head(source: WeightsSource, outputs: int) -> WeightsSource:
 
     Raises: ValueError if logits are requested from weights without an LM head.
     """
-    if source.model.outputs == outputs:
+    if source.model.num_labels == outputs:
         return source
     if not outputs and not source.model.tied_embeddings:
         raise ValueError(
-            f"init_from={source.reference}: {source.name} has {source.model.outputs} scores and no LM head; start from "
-            "a run of a language model"
+            f"init_from={source.reference}: {source.name} has {source.model.num_labels} scores and no LM head; start "
+            "from a run of a language model"
         )
 
     def params(abstract: Params, *progress: Any) -> Params:
@@ -258,15 +258,15 @@ def with_head(source: WeightsSource, outputs: int) -> WeightsSource:
         mesh, spec = table.sharding.mesh, (*table.sharding.spec, None, None)[:2]
         lies = lambda *shape: jax.ShapeDtypeStruct(shape, table.dtype, sharding=NamedSharding(mesh, P(*spec[::-1])))
         shapes = {key: leaf for key, leaf in abstract.items() if key != "score"}
-        if source.model.outputs:
-            shapes["score"] = lies(table.shape[1], source.model.outputs)
+        if source.model.num_labels:
+            shapes["score"] = lies(table.shape[1], source.model.num_labels)
         elif not source.model.tied_embeddings:
             shapes["head"] = lies(*table.shape[::-1])
         found = source.params(shapes, *progress)
         remaining = {key: leaf for key, leaf in found.items() if key not in ("score", "head")}
         return remaining | ({"score": _zeros(abstract["score"])} if outputs else {})
 
-    return replace(source, model=replace(source.model, outputs=outputs), params=params, checkpoint=None)
+    return replace(source, model=replace(source.model, num_labels=outputs), params=params, checkpoint=None)
 
 
 def outputs_of(params: Params) -> int:
@@ -329,7 +329,9 @@ def _folder(path: Path) -> WeightsSource:
             )
         return configured(config.build(lambda: iter(())), config)
 
-    extra_files = {name: (path / name).read_bytes() for name in ("config.json", *BESIDE) if (path / name).is_file()}
+    extra_files = {
+        name: (path / name).read_bytes() for name in ("config.json", *TOKENIZER_FILES) if (path / name).is_file()
+    }
     load = lambda abstract, *progress: load_params(folder, model, abstract, *progress)
     return WeightsSource(folder.label, model, config, tokenizer, load, folder.label, folder, extra_files=extra_files)
 
@@ -403,7 +405,7 @@ def inherit_model_config(config: RunConfig, overrides: list[str], folder: RunFol
         config = replace(config, adapter=adapter or config.adapter)
     if "model" not in named:
         # The head follows from the objective, not from the weights.
-        model = replace(model, outputs=config.model.outputs)
+        model = replace(model, num_labels=config.model.num_labels)
         config = replace(config, model=with_changes(model, config, overrides))
     if not _chooses_tokenizer(named):
         config = replace(config, tokenizer=replace(tokenizer, **_policy_keys(config, named)))

@@ -58,7 +58,7 @@ class AttentionMask(enum.Enum):
     bidirectional = "bidirectional"  # all tokens: an encoder
 
 
-OTHER_MASKS = (AttentionMask.prefix, AttentionMask.bidirectional)
+NON_CAUSAL_MASKS = (AttentionMask.prefix, AttentionMask.bidirectional)
 
 
 class ContextParallel(enum.Enum):
@@ -252,7 +252,7 @@ class ModelConfig:
     embed_dim: int = field(default=64, metadata={"min": 1})  # Width of the residual stream
     vocab_size: int = 0  # Rows of the embedding; 0: size of the tokenizer's vocabulary
     # Width of the score head that replaces the LM head (reward, classes); set by the objective; 0: LM head
-    outputs: int = field(default=0, metadata={"min": 0})
+    num_labels: int = field(default=0, metadata={"min": 0})
     # Size of the learned position table and maximum length of generated text, in tokens
     max_seq_len: int = field(default=8192, metadata={"min": 1})
     norm: Norm = Norm.rms  # Normalization

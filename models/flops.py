@@ -76,7 +76,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, adapters: int | None = No
     `adapters`: number of adapter parameters; all other weights are frozen and their gradients are not computed.
     """
     matrices = sum(p.active for p in _sizes(config) if p.path.endswith("/kernel"))
-    head = config.embed_dim * (config.outputs or config.vocab_size)
+    head = config.embed_dim * (config.num_labels or config.vocab_size)
     head *= 1 + config.mtp_num_layers  # each MTP module applies the head once
     mixers = mixer_flops(config, seq_len)
     if adapters is not None:

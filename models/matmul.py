@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from models.cpu_workarounds import barrier, left_transposed_product
-from models.weight_views import Kernel
+from models.weight_views import WeightView
 
 
-def einsum_f32(spec: str, a: jax.Array, b: jax.Array | Kernel, dtype: jnp.dtype) -> jax.Array:
+def einsum_f32(spec: str, a: jax.Array, b: jax.Array | WeightView, dtype: jnp.dtype) -> jax.Array:
     """Computes `einsum(spec, a, b)` in a's dtype with f32 accumulation and returns it in `dtype`.
 
     Gradients are computed in the same way and returned in the dtype of their operand: gradients of f32 master weights
     are not rounded to bf16, and no matmul mixes dtypes. Each dim of `spec` occurs in two of the three terms.
     """
-    if isinstance(b, Kernel):
+    if isinstance(b, WeightView):
         return b.product(spec, a, dtype)
     spec, a_dims, b_dims, y_dims = _with_joined_dims(spec, a.shape, b.shape)
     y = _contract(spec, a.reshape(a_dims), b.reshape(b_dims), dtype)

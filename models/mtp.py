@@ -1,8 +1,8 @@
-"""Multi-token prediction: modules that predict further tokens than the next (DeepSeek-V3 2024, section 2.2).
+"""Multi-token prediction (MTP): modules that predict tokens beyond the next one (DeepSeek-V3 2024, section 2.2).
 
-Module k reads, at each place, what the one before it has made of that place (the model's layers, for the first) and the
-embedding of the token k places on; what it makes of both, through the model's own head, predicts the token k + 1 places
-on. Embedding and head are shared, the rest is each module's own. Training reads them; writing and exports do not.
+At each position, module k reads the hidden state of the previous module (for the first, of the model) and the
+embedding of the token k positions ahead, and predicts the token k + 1 positions ahead through the model's head. Embedding and head
+are shared; the other parameters are separate. Only training uses the modules; generation and export do not.
 
 Shape letters: K modules, B batch, L length, D model, E twice D.
 """
@@ -21,11 +21,11 @@ from models.logical_axes import RESIDUAL, TOKENS
 from models.mup import final_norm_factor
 from models.remat import remat
 
-MTP = "further"  # their name in the tree of parameters, stacked on a leading `layers` dim
+MTP = "mtp"  # their name in the parameter tree, stacked on a leading `layers` dim
 
 
 class MTPBlock(nnx.Module):
-    """One module, around a block like the model's last one."""
+    """One module: norms and a projection before a block like the last one of the model."""
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig, block: nnx.Module):
         D = config.embed_dim
@@ -36,7 +36,7 @@ class MTPBlock(nnx.Module):
         self.block = block
 
     def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, context, layer, rng):
-        """(what the next module reads, what the head reads, terms of the block's experts)."""
+        """Returns (input of the next module, input of the head, auxiliary terms of the experts)."""
         both_BLE = jnp.concatenate([self.hidden_norm(x_BLD), self.embedding_norm(embedded_BLD)], axis=-1)
         x_BLD = context.constrain(self.projection(both_BLE), RESIDUAL)
         after = self.block(x_BLD, context, layer, rng)  # type: ignore[operator]
@@ -44,7 +44,7 @@ class MTPBlock(nnx.Module):
         return x_BLD, self.final_norm(x_BLD), after.terms
 
 
-def run_further(
+def run_mtp(
     graph: Any,
     weights: Any,
     first: int,
@@ -55,10 +55,10 @@ def run_further(
     config: ModelConfig,
     rng: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-    """(hidden states for the head [K, B, L, D], sums of the experts' terms).
+    """Returns (hidden states for the head [K, B, L, D], sums of the experts' auxiliary terms).
 
-    `graph`, `weights`: of the modules, numbered from `first` on for random numbers. At the last places of a row and of
-    each document they read tokens of what follows; the loss must mask these places.
+    `graph`, `weights`: of the modules, with random keys numbered from `first`. At the last positions of a row and of
+    each document they read tokens of the next document; the loss must mask these positions.
     """
     layer = LayerFlags(*(jnp.asarray(x) for x in MTP_LAYER))
 

@@ -48,7 +48,7 @@ class Kind(enum.Enum):
     finite = "finite"
 
 
-def kind_of(axes: Sequence[str], *, vector: bool = False) -> Kind:
+def weight_kind(axes: Sequence[str], *, vector: bool = False) -> Kind:
     """Returns the kind of a weight with these logical axes. `vector`: a bias or norm scale of any rank."""
     names = [name for name in axes if name not in STACKED]
     wide = [name in WIDE for name in names]
@@ -65,7 +65,7 @@ def init_factor(config: ModelConfig, axes: Sequence[str]) -> float:
     m = config.width_ratio
     if tuple(axes) == ("vocab", "embed"):
         return table_factor(config)
-    return {Kind.hidden: m**-0.5, Kind.output: 1 / m}.get(kind_of(axes), 1.0)
+    return {Kind.hidden: m**-0.5, Kind.output: 1 / m}.get(weight_kind(axes), 1.0)
 
 
 def table_factor(config: ModelConfig) -> float:
@@ -78,7 +78,7 @@ def final_norm_factor(config: ModelConfig) -> float:
     return 1 / (config.width_ratio * table_factor(config)) if config.tied_embeddings else 1.0
 
 
-def kept_by(config: ModelConfig, path: str) -> float:
+def stored_scale(config: ModelConfig, path: str) -> float:
     """Returns the stored scale c of the parameter at `path` ('final_norm/scale')."""
     if path == "embedding":
         return table_factor(config)
@@ -118,7 +118,7 @@ def width_keys(config: ModelConfig, embed_dim: int) -> dict[str, int]:
     return found
 
 
-def at_width(config: ModelConfig, embed_dim: int) -> ModelConfig:
+def scale_to_width(config: ModelConfig, embed_dim: int) -> ModelConfig:
     """Returns `config` scaled by `width_keys`. Raises: ValueError as `width_keys`."""
     for key, value in width_keys(config, embed_dim).items():
         config = _with(config, key, value)

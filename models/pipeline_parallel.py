@@ -1,9 +1,9 @@
-"""Pipeline parallelism: each stage of devices holds some of the layers, and microbatches go through all of them.
+"""Pipeline parallelism: each stage holds some of the layers, and microbatches pass through all stages.
 
-One program over arrays with a leading dim of stages, as in GSPMD (Xu et al. 2021 [2105.04663], section 3.3): in a turn
-every stage runs its layers on its microbatch, then all move on by one stage. The derivative of that loop is the way
-back. With several rounds a stage holds as many groups of layers, and microbatches come around so often: the
-interleaved schedule of Narayanan et al. 2021 [2104.04473], section 2.2, which waits less.
+One program over arrays with a leading stage dim, as in GSPMD (Xu et al. 2021 [2105.04663], section 3.3): in each turn
+every stage runs its layers on its microbatch, then all microbatches move to the next stage. The backward pass is the
+derivative of that loop. With R rounds a stage holds R groups of layers: the interleaved schedule of Narayanan et al.
+2021 [2104.04473], section 2.2, which has a smaller bubble.
 
 Shape letters: S stages, M microbatches, R rounds, B rows of the batch, b rows of a microbatch.
 """
@@ -22,9 +22,7 @@ from models.remat import remat
 
 
 class Schedule(NamedTuple):
-    """Who does what when. Microbatches go in groups of as many as there are stages; a group goes through all rounds
-    before the next one starts, so that what leaves the last stage is awaited by the first.
-    """
+    """The pipeline schedule. Groups of S microbatches finish all rounds one after the other."""
 
     stages: int
     rounds: int
@@ -35,12 +33,12 @@ class Schedule(NamedTuple):
         return self.rounds * self.microbatches + self.stages - 1
 
     @property
-    def in_words(self) -> str:
-        waiting = (self.stages - 1) / self.turns  # of the time a stage has nothing to do
-        return f"{self.microbatches} microbatches in {self.rounds} rounds; each waits {waiting:.0%} of the time"
+    def description(self) -> str:
+        waiting = (self.stages - 1) / self.turns  # the pipeline bubble
+        return f"{self.microbatches} microbatches in {self.rounds} rounds; the bubble is {waiting:.0%} of the time"
 
     def at(self, turn: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array]:
-        """(microbatch, round) of a stage. Before its first and after its last it repeats them, for nothing."""
+        """Returns (microbatch, round) of a stage; before its first and after its last turn they repeat as padding."""
         done = jnp.clip(turn - stage, 0, self.rounds * self.microbatches - 1)
         group, rest = jnp.divmod(done, self.stages * self.rounds)
         round_, place = jnp.divmod(rest, self.stages)
@@ -48,16 +46,16 @@ class Schedule(NamedTuple):
 
 
 def schedule_over(config: PipelineConfig, constrain: ShardingConstraint) -> Schedule | None:
-    """None where there is one stage."""
+    """Returns the schedule; None with one stage."""
     return None if constrain.stages == 1 else Schedule(constrain.stages, config.num_repeats, config.num_microbatches)
 
 
 def schedule_of(
     config: PipelineConfig, constrain: ShardingConstraint, num_rows: int, num_layers: int
 ) -> Schedule | None:
-    """None where all devices run all layers: there is one stage, or rows or layers do not divide.
+    """Returns the schedule; None if all devices run all layers: with one stage, or if rows or layers do not divide.
 
-    The last is for batches of any size that are only read; what trains is checked at its start.
+    The latter occurs for evaluation batches of any size; training batches are checked at start-up.
     """
     shown = constrain.shown_stages
     rows = num_rows * (constrain.stages // shown)
@@ -81,11 +79,10 @@ def run_in_stages(
     moving: Any,
     fixed: Any,
 ) -> Any:
-    """What `moving` is after all layers; its leaves, and those of `fixed`, are of rows: [B, ...].
+    """Runs all layers in pipeline stages and returns `moving`; its leaves and those of `fixed` are [B, ...].
 
-    `layers(constrain, scanned, moving, fixed, microbatch)` runs consecutive layers, whose share of `scanned` (leaves
-    [layers, ...]) it is given, on the rows of one microbatch. `again` wraps what a stage does in a turn: what it is to
-    compute anew for the way back.
+    `layers(constrain, scanned, moving, fixed, microbatch)` runs consecutive layers, with their slice of `scanned` (leaves
+    [layers, ...]), on the rows of one microbatch. `again` applies remat to the work of a stage in a turn.
     """
     S, R, M = constrain.shown_stages, schedule.rounds, schedule.microbatches
     copies = schedule.stages // S  # a share of the program holds the rows of one stage only
@@ -107,7 +104,7 @@ def run_in_stages(
     def turn(carried: Any, now: jax.Array) -> tuple[Any, None]:
         here, left = carried
         microbatch_S, round_S = schedule.at(now, stage_S)
-        # Numbers of one stage are made anew on all: taken out of those of each stage they would have to be sent.
+        # Recomputed on every stage: slicing the values of all stages would need communication.
         entered, first_round = schedule.at(now, 0)
         begins_S = (stage_S == 0) & (first_round == 0)
         next_one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, entered, 1, False), entering)

@@ -8,13 +8,13 @@ In reading order: outputs, embedding and head, a block, stacks of blocks, parame
 - feed-forward layers, or a mixture of experts after optional dense layers (`models/moe.py`)
 - RMS or layer norms before and/or after each sub-layer; rotary, learned or no positions; soft caps, sinks, dropout
 - a language-model head, tied or not, or scores of each token; multi-token prediction (`models/mtp.py`)
-- remat and host offload (`models/remat.py`), pipeline stages (`models/pipeline_parallel.py`), 8-bit products, weight views such
-  as LoRA (`models/weight_views.py`), captured hidden states and attention weights (`models/captures.py`)
+- remat and host offload (`models/remat.py`), pipeline stages (`models/pipeline_parallel.py`), 8-bit matmuls, weight
+  views such as LoRA (`models/weight_views.py`), captured hidden states and attention weights (`models/captures.py`)
 
 Flax NNX modules are used for construction only. At the border everything is a nested dict of arrays: `init_params`
 makes it, `param_axes` names its dims, `make_apply` gives a pure function of it. Layers are stacked on a leading
-`layers` dim and run by one scan, so that compile time does not grow with depth unless `model.scan_unroll` asks for it; where
-the first layers of a mixture of experts are plain, they are a stack of their own before it.
+`layers` dim and run by one scan, so compile time does not grow with depth unless `model.scan_unroll` is raised. The
+first dense layers of a mixture of experts are a separate stack.
 
 Shape letters: B batch, L length, S key length, D model, N query heads, V vocab.
 """
@@ -36,34 +36,34 @@ from models.matmul import einsum_f32
 from models.mixers.base import Cache
 from models.mixers.registry import mixer_class
 from models.moe import Auxiliary, Experts
-from models.mtp import MTP, MTPBlock, run_further
+from models.mtp import MTP, MTPBlock, run_mtp
 from models.mup import final_norm_factor
 from models.pipeline_parallel import run_layers_in_stages, schedule_of
 from models.remat import checkpoint_name, remat
-from models.weight_views import Kernel, as_array, as_head, is_view, transposed
+from models.weight_views import WeightView, as_array, as_head, is_view, transposed
 
 Params = Any  # a nested dict of arrays
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass gives: logits are `softcap(hidden @ head)`, made where they are needed and in pieces.
+    """Result of a forward pass. Logits are `softcap(hidden @ head)`, computed in chunks where they are needed.
 
-    Of a model with `outputs` the head has so many columns, which are no words.
+    With `num_labels` the head has that many columns: scores instead of logits.
     """
 
     hidden_BLD: jax.Array
-    head_DV: jax.Array | Kernel  # in the parameters' dtype: cast at use, so that its gradient is summed in it
+    head_DV: jax.Array | WeightView  # in the dtype of parameters: cast at use, so that gradients accumulate in it
     logit_soft_cap: float | None
     auxiliary: Auxiliary | None = None  # of a mixture of experts
-    further_KBLD: jax.Array | None = None  # of the modules for further tokens, where they were asked for
-    inside: Captures | None = None  # of the layers that were asked for
+    mtp_KBLD: jax.Array | None = None  # hidden states of the multi-token-prediction modules, on request
+    captures: Captures | None = None  # captured activations, on request
 
 
 class Apply(Protocol):
-    """A model as the training core sees it. `rng` None: no dropout.
+    """The interface of a model to the training core. `rng` None: no dropout.
 
-    `prefix_BL` bool, for models with `model.attention.mask=prefix`: the tokens of each document's prompt. `further`:
-    the modules for further tokens are run, too. `asked`: what layers are to show of their inside.
+    `prefix_BL` bool, for models with `model.attention.mask=prefix`: the tokens of each document's prompt. `mtp`:
+    also run the multi-token-prediction modules. `capture`: activations to capture.
     """
 
     def __call__(
@@ -75,13 +75,13 @@ class Apply(Protocol):
         segment_ids_BL: jax.Array,
         rng: jax.Array | None = None,
         prefix_BL: jax.Array | None = None,
-        further: bool = False,
-        asked: CaptureSpec | None = None,
+        mtp: bool = False,
+        capture: CaptureSpec | None = None,
     ) -> ModelOutput: ...
 
 
 class EmbedAndHead(nnx.Module):
-    """What stands around the layers: embeddings, the last norm, the head."""
+    """Embeddings, the final norm and the head."""
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         D, V, std = config.embed_dim, config.vocab_size, config.init_std
@@ -91,15 +91,15 @@ class EmbedAndHead(nnx.Module):
         table = (config.max_seq_len, D), ("positions", "embed")
         self.position_embedding = param(rngs, *table, std, config) if learned else None
         self.final_norm = Normalization(rngs, config, (D,), ("embed",), start=final_norm_factor(config))
-        logits = not (config.tied_embeddings or config.outputs)
+        logits = not (config.tied_embeddings or config.num_labels)
         self.head = param(rngs, (D, V), ("embed", "vocab"), std, config) if logits else None
-        # At 0 a score says nothing yet, whatever the width.
-        scores = (D, config.outputs), ("embed", "outputs")
-        self.score = param(rngs, *scores, 0, config) if config.outputs else None
+        # Scores start at 0, regardless of the width.
+        scores = (D, config.num_labels), ("embed", "outputs")
+        self.score = param(rngs, *scores, 0, config) if config.num_labels else None
 
     def embed(self, tokens_BL, positions_BL, rng: jax.Array | None, constrain: ShardingConstraint) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype.name)
-        # Whole vectors for the look-up: gathering from a table that is split along them defeats the partitioner.
+        # Unsharded embedding dim for the lookup: the partitioner cannot gather from a table sharded along it.
         table_VD = constrain(as_array(self.embedding[...]).astype(dtype), ("vocab", None))
         x_BLD = table_VD[tokens_BL]
         if config.scale_embeddings:
@@ -113,22 +113,22 @@ class EmbedAndHead(nnx.Module):
             return ModelOutput(self.final_norm(x_BLD), as_array(self.score[...]), None)
         head_DV = transposed(self.embedding[...]) if self.head is None else self.head[...]
         head_DV = as_head(head_DV)
-        if not is_view(head_DV):  # gathered here, once: the loss reads it for each chunk of a row
+        if not is_view(head_DV):  # gathered once: the loss reads it for every chunk of a row
             head_DV = constrain(head_DV, ("embed", "vocab"))
         return ModelOutput(self.final_norm(x_BLD), head_DV, self.config.final_logit_softcap)
 
 
 class BlockOutput(NamedTuple):
-    """Activations after a layer, and what else came of it; None where there is none."""
+    """Activations after a layer, and its other results; None if there are none."""
 
     x_BLD: jax.Array
     terms: Auxiliary | None  # of a mixture of experts
-    weights_BNLS: jax.Array | None  # of attention, where they were asked for
-    cache: Any  # of the layer, with the new tokens, in decoding
+    weights_BNLS: jax.Array | None  # attention weights, on request
+    cache: Any  # of the layer, updated with the new tokens, in decoding
 
 
 class Block(nnx.Module):
-    """One layer: a mixer and a feed-forward or experts, each with its norms and its residual sum."""
+    """One layer: a mixer and an MLP or experts, each with norms and a residual connection."""
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig, stack: "LayerStack"):
         out_std = config.init_std
@@ -147,43 +147,43 @@ class Block(nnx.Module):
         """`cache`: of this layer, in decoding."""
         mixer_rng, *residual_rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         norm = lambda module, x: x if module is None else module(x)
-        # Between products that are cut by heads or hidden width, rows lie in pieces: norms and sums are not repeated,
-        # and what is kept for the backward pass is a piece (Korthikanti et al. 2022 [2205.05198], section 4.2.2).
+        # Sequence parallelism (Korthikanti et al. 2022 [2205.05198], section 4.2.2): between tensor-parallel matmuls
+        # rows are sharded by tokens, so norms and residuals are not replicated and saved activations are sharded.
         read = lambda module, x: context.constrain(norm(module, x), TOKENS)
-        made = lambda module, y, rng: dropout(norm(module, context.constrain(y, RESIDUAL)), self.config.dropout, rng)
+        write = lambda module, y, rng: dropout(norm(module, context.constrain(y, RESIDUAL)), self.config.dropout, rng)
         h_BLD, terms, weights_BNLS = read(self.attention_norm, x_BLD), None, None
         if cache is None:
             y_BLD, weights_BNLS = self.attention(h_BLD, context, layer, mixer_rng)
         else:
             y_BLD, cache = self.attention.step(h_BLD, cache, context, layer)
-        x_BLD = x_BLD + made(self.attention_post_norm, y_BLD, residual_rngs[0])
+        x_BLD = x_BLD + write(self.attention_post_norm, y_BLD, residual_rngs[0])
         h_BLD = read(self.mlp_norm, x_BLD)
         if isinstance(self.mlp, Experts):
             y_BLD, terms = self.mlp(h_BLD, context.segments > 0, context.constrain)
         else:
             y_BLD = self.mlp(h_BLD, context.constrain)
-        x_BLD = x_BLD + made(self.mlp_post_norm, y_BLD, residual_rngs[1])
+        x_BLD = x_BLD + write(self.mlp_post_norm, y_BLD, residual_rngs[1])
         return BlockOutput(context.constrain(x_BLD, RESIDUAL), terms, weights_BNLS, cache)
 
 
 class LayerStack(NamedTuple):
-    """Layers of one kind, which one scan runs."""
+    """Consecutive layers of one kind, run by one scan."""
 
-    name: str  # in the tree of parameters
+    name: str  # in the parameter tree
     start: int
     stop: int
     dense: bool
 
 
 def stacks(config: ModelConfig) -> list[LayerStack]:
-    """In the order of the layers; `layers` is always one of them."""
+    """Returns the stacks in the order of the layers; `layers` is always one of them."""
     first = config.layers_before_experts
     rest = LayerStack("layers", first, config.num_layers, not config.moe.num_experts)
     return [LayerStack("dense_layers", 0, first, True), rest] if first else [rest]
 
 
 def all_stacks(config: ModelConfig) -> list[LayerStack]:
-    """With that of the modules for further tokens, which no forward pass runs unasked."""
+    """Returns all stacks, including the multi-token-prediction modules, which run on request only."""
     own, n = stacks(config), config.num_layers
     return [*own, LayerStack(MTP, n, n + config.mtp_num_layers, own[-1].dense)] if config.mtp_num_layers else own
 
@@ -202,7 +202,7 @@ def _abstract_block(config: ModelConfig, stack: LayerStack) -> nnx.Module:
 
 
 def projections(config: ModelConfig, stack: LayerStack) -> dict[tuple[str, ...], Linear]:
-    """The plain products with weights of a layer, by the path of their parameters."""
+    """Returns the linear layers of a block by the path of their parameters."""
     modules = nnx.iter_modules(_abstract_block(config, stack))
     return {path: module for path, module in modules if isinstance(module, Linear)}
 
@@ -212,15 +212,15 @@ def _block_graph(config: ModelConfig, stack: LayerStack) -> nnx.GraphDef:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Fresh weights as a nested dict; those of the layers have a leading dim `layers`, in each of `all_stacks`.
+    """Initializes parameters as a nested dict; each of `all_stacks` has a leading `layers` dim.
 
     Normal with `init_std`, output projections scaled by depth, biases 0, norms 1 (GPT-2, section 2.3); with
-    `base_width` by width, too (models/mup.py).
+    `mup_base_width` also by width (models/mup.py).
     """
     ends_key, layers_key = jax.random.split(key)
     ends = nnx.to_pure_dict(nnx.state(EmbedAndHead(nnx.Rngs(ends_key), config), nnx.Param))
     keys = jax.random.split(layers_key, config.num_layers)
-    if config.mtp_num_layers:  # beside the others, which are the same without them
+    if config.mtp_num_layers:  # a separate key: the other layers are the same without them
         more = jax.random.split(jax.random.fold_in(layers_key, config.num_layers), config.mtp_num_layers)
         keys = jnp.concatenate([keys, more])
 
@@ -232,12 +232,12 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def abstract_params(config: ModelConfig) -> Params:
-    """The tree of `init_params` as `jax.ShapeDtypeStruct`s; costs no memory at any size."""
+    """Returns the tree of `init_params` as `jax.ShapeDtypeStruct`s, without allocating memory."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def param_axes(config: ModelConfig) -> Params:
-    """The tree of `init_params` with a tuple of logical axis names for each array."""
+    """Returns the tree of `init_params` with a tuple of logical axis names for each array."""
     named = lambda module, lead: nnx.to_pure_dict(
         jax.tree.map(
             lambda p: p.replace((*lead, *p.get_metadata()["axes"])),
@@ -252,7 +252,7 @@ def param_axes(config: ModelConfig) -> Params:
 def make_apply(
     config: ModelConfig, constrain: ShardingConstraint = no_constraint, *, neftune_alpha: float = 0.0
 ) -> Apply:
-    """The forward pass over whole rows as a pure function of the parameters; see `neftune_noise` for `neftune_alpha`."""
+    """Returns the forward pass as a pure function of the parameters; `neftune_alpha`: see `neftune_noise`."""
 
     def apply(params, tokens_BL, *, positions_BL, segment_ids_BL, **options) -> ModelOutput:
         given = {"config": config, "constrain": constrain, "neftune_alpha": neftune_alpha}
@@ -268,7 +268,7 @@ def _ends(params: Params, config: ModelConfig) -> EmbedAndHead:
 
 
 class Rows(NamedTuple):
-    """What all layers read of their rows besides the activations."""
+    """Per-row inputs of all layers."""
 
     positions_BL: jax.Array
     segment_ids_BL: jax.Array
@@ -276,29 +276,29 @@ class Rows(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """What moves through a stack of layers."""
+    """The values carried through a stack of layers."""
 
     x_BLD: jax.Array
-    inside: Captures | None  # buffers of what was asked for
-    terms: Auxiliary | None = None  # sums of the experts' terms over the stack
+    captures: Captures | None  # buffers of captured activations
+    terms: Auxiliary | None = None  # sums of the experts' auxiliary terms over the stack
 
 
 class Scanned(NamedTuple):
-    """What a scan over the layers of a stack reads: arrays with a leading dim of layers."""
+    """Inputs of the scan over a stack: arrays with a leading `layers` dim."""
 
     weights: Params
     layer: LayerFlags
     index: jax.Array
 
 
-def _context(config: ModelConfig, rows: Rows, asked: CaptureSpec | None, constrain: ShardingConstraint) -> Context:
-    shows_attention = asked is not None and asked.attention
+def _context(config: ModelConfig, rows: Rows, capture: CaptureSpec | None, constrain: ShardingConstraint) -> Context:
+    shows_attention = capture is not None and capture.attention
     return make_context(config, *rows, 0, rows.positions_BL.shape[1], constrain, shows_attention=shows_attention)
 
 
-def _run_layers(graph, asked, config: ModelConfig, constrain, scanned: Scanned, stream: Stream, rows: Rows, rng):
-    """`stream` after consecutive layers of a stack, whose blocks have this graph."""
-    context = _context(config, rows, asked, constrain)
+def _run_layers(graph, capture, config: ModelConfig, constrain, scanned: Scanned, stream: Stream, rows: Rows, rng):
+    """Runs consecutive layers of a stack, whose blocks have this graph."""
+    context = _context(config, rows, capture, constrain)
 
     def layer(x_BLD: jax.Array, scanned: Scanned) -> BlockOutput:
         key = None if rng is None else jax.random.fold_in(rng, scanned.index)
@@ -309,18 +309,18 @@ def _run_layers(graph, asked, config: ModelConfig, constrain, scanned: Scanned, 
 
     def body(carried: tuple[jax.Array, Captures | None], scanned: Scanned):
         after = layer(carried[0], scanned)
-        # Not inside what is computed anew: buffers that are only written to need no copy for each layer.
-        return (after.x_BLD, record(asked, carried[1], scanned.index, after.x_BLD, after.weights_BNLS)), after.terms
+        # Outside of remat: buffers that are only written need no copy per layer.
+        return (after.x_BLD, record(capture, carried[1], scanned.index, after.x_BLD, after.weights_BNLS)), after.terms
 
-    carried, terms = jax.lax.scan(body, (stream.x_BLD, stream.inside), scanned, unroll=config.scan_unroll or True)
+    carried, terms = jax.lax.scan(body, (stream.x_BLD, stream.captures), scanned, unroll=config.scan_unroll or True)
     return Stream(*carried, jax.tree.map(lambda leaf: leaf.sum(0), terms))
 
 
 def _run_stack(
-    config, stack: LayerStack, asked, constrain: ShardingConstraint, weights: Params, stream: Stream, rows: Rows, rng
+    config, stack: LayerStack, capture, constrain: ShardingConstraint, weights: Params, stream: Stream, rows: Rows, rng
 ):
-    """`stream` after all layers of a stack, which lie on pipeline stages where the mesh has these."""
-    run = partial(_run_layers, _block_graph(config, stack), asked)
+    """Runs all layers of a stack, in pipeline stages if the mesh has any."""
+    run = partial(_run_layers, _block_graph(config, stack), capture)
     of_stack = lambda leaf: jnp.asarray(leaf[stack.start : stack.stop])
     scanned = Scanned(weights, *jax.tree.map(of_stack, (layer_flags(config), np.arange(config.num_layers))))
     arguments = config, constrain, scanned, stream, rows, rng
@@ -340,11 +340,11 @@ def forward(
     constrain: ShardingConstraint = no_constraint,
     rng: jax.Array | None = None,
     prefix_BL: jax.Array | None = None,
-    further: bool = False,
-    asked: CaptureSpec | None = None,
+    mtp: bool = False,
+    capture: CaptureSpec | None = None,
     neftune_alpha: float = 0.0,
 ) -> ModelOutput:
-    """One pass over whole rows."""
+    """Runs the model on complete rows, without a cache."""
     ends = _ends(params, config)
     embed_rng, layer_rng = (None, None) if rng is None else jax.random.split(rng)
     x_BLD = neftune_noise(
@@ -352,19 +352,19 @@ def forward(
     )
     x_BLD = constrain(x_BLD, RESIDUAL)
     rows = Rows(positions_BL, segment_ids_BL, bidirectional_tokens(config, segment_ids_BL, prefix_BL))
-    stream = Stream(x_BLD, init_captures(asked, x_BLD, config.attention.num_heads))
+    stream = Stream(x_BLD, init_captures(capture, x_BLD, config.attention.num_heads))
     for stack in stacks(config):
-        stream = _run_stack(config, stack, asked, constrain, params[stack.name], stream, rows, layer_rng)
+        stream = _run_stack(config, stack, capture, constrain, params[stack.name], stream, rows, layer_rng)
     terms, num_layers = stream.terms, stack.stop - stack.start  # of the last stack, which has the experts
-    x_BLD, further_KBLD = constrain(stream.x_BLD, TOKENS), None
-    if further:
-        modules, context = all_stacks(config)[-1], _context(config, rows, asked, constrain)
+    x_BLD, mtp_KBLD = constrain(stream.x_BLD, TOKENS), None
+    if mtp:
+        modules, context = all_stacks(config)[-1], _context(config, rows, capture, constrain)
         embed = lambda tokens_BL, positions_BL: ends.embed(tokens_BL, positions_BL, None, constrain)
         weights = _block_graph(config, modules), params[MTP], modules.start
-        further_KBLD, more = run_further(*weights, x_BLD, tokens_BL, embed, context, config, layer_rng)
+        mtp_KBLD, more = run_mtp(*weights, x_BLD, tokens_BL, embed, context, config, layer_rng)
         terms, num_layers = jax.tree.map(jnp.add, terms, more), num_layers + config.mtp_num_layers
     terms = jax.tree.map(lambda leaf: leaf / num_layers, terms)
-    return ends.output(x_BLD, constrain)._replace(auxiliary=terms, further_KBLD=further_KBLD, inside=stream.inside)
+    return ends.output(x_BLD, constrain)._replace(auxiliary=terms, mtp_KBLD=mtp_KBLD, captures=stream.captures)
 
 
 def forward_cached(
@@ -378,11 +378,11 @@ def forward_cached(
     first_row: jax.Array | int = 0,
     shown: jax.Array | int | None = None,
 ) -> tuple[ModelOutput, Cache]:
-    """One pass with the cache of earlier tokens; each row is one document. See `Cache` for the rules.
+    """Runs the model with the cache of earlier tokens; each row is one document. See `Cache` for the rules.
 
     Rows of the batch are those of the cache from `first_row` on. The layers of `params` are a tuple, one tree each
-    (see `models.decode.engine.decoding_params`): a scan would copy what it cuts out of a stack. `shown`: the length of a
-    prompt that sees all of itself, and is read in one piece.
+    (see `models.decode.engine.decoding_params`): a scan would copy the slices of a stack. `shown`: the length of a
+    bidirectional prompt, which is read in one call.
     """
     ends = _ends(params, config)
     x_BLD = constrain(ends.embed(tokens_BL, positions_BL, None, constrain), RESIDUAL)
@@ -399,7 +399,7 @@ def forward_cached(
 
 
 def logits(output: ModelOutput) -> jax.Array:
-    """[B, L, V] f32, whole: for decoding and for tests; training makes them in pieces."""
+    """Returns logits [B, L, V] in f32, for decoding and tests; training computes them in chunks."""
     x_BLV = einsum_f32("BLD,DV->BLV", output.hidden_BLD, output.head_DV, jnp.dtype("float32"))
     cap = output.logit_soft_cap
     return x_BLV if cap is None else cap * jnp.tanh(x_BLV / cap)

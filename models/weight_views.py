@@ -26,10 +26,10 @@ from models.cpu_workarounds import matrix_first_product, transposed_weight
 from models.logical_axes import Axes
 
 
-class Kernel:
+class WeightView:
     """View of a weight [lead..., in..., out...], read like a parameter."""
 
-    def __getitem__(self, _: object) -> "Kernel":
+    def __getitem__(self, _: object) -> "WeightView":
         return self
 
     def product(self, spec: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -40,15 +40,15 @@ class Kernel:
         """Returns the weight as an array, for layers that do not only multiply with it."""
         raise NotImplementedError
 
-    def transposed(self) -> "jax.Array | Kernel":
+    def transposed(self) -> "jax.Array | WeightView":
         """Returns [V, D] as [D, V], for a tied embedding."""
         return transposed_weight(self.array())
 
-    def as_head(self) -> "jax.Array | Kernel":
+    def as_head(self) -> "jax.Array | WeightView":
         """Returns the weight for the output head; an array by default, because a loss reads it for each chunk."""
         return self.array()
 
-    def view_axes(self, axes: Axes, num_lead: int) -> "Kernel":
+    def view_axes(self, axes: Axes, num_lead: int) -> "WeightView":
         """Returns this view with logical axes in place of its arrays, for a weight with logical axes `axes`.
 
         Required for views that are checkpointed or sharded. `num_lead`: leading dims of the stack of matrices.
@@ -57,24 +57,24 @@ class Kernel:
 
 
 def is_view(weight: Any) -> bool:
-    return isinstance(weight, Kernel)
+    return isinstance(weight, WeightView)
 
 
-def as_array(weight: jax.Array | Kernel) -> jax.Array:
-    return weight.array() if isinstance(weight, Kernel) else weight
+def as_array(weight: jax.Array | WeightView) -> jax.Array:
+    return weight.array() if isinstance(weight, WeightView) else weight
 
 
-def transposed(weight: jax.Array | Kernel) -> jax.Array | Kernel:
-    return weight.transposed() if isinstance(weight, Kernel) else transposed_weight(weight)
+def transposed(weight: jax.Array | WeightView) -> jax.Array | WeightView:
+    return weight.transposed() if isinstance(weight, WeightView) else transposed_weight(weight)
 
 
-def as_head(weight: jax.Array | Kernel) -> jax.Array | Kernel:
-    return weight.as_head() if isinstance(weight, Kernel) else weight
+def as_head(weight: jax.Array | WeightView) -> jax.Array | WeightView:
+    return weight.as_head() if isinstance(weight, WeightView) else weight
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TransposedWeight(Kernel):
+class TransposedWeight(WeightView):
     """A kernel [in..., out...] stored as a matrix [OUT, IN], multiplied from the left; not differentiable."""
 
     matrix: jax.Array
@@ -96,7 +96,7 @@ class TransposedWeight(Kernel):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Table(Kernel):
+class TiedEmbedding(WeightView):
     """Tied embedding [V, D], whose head is a `TransposedWeight`; not differentiable."""
 
     table: jax.Array

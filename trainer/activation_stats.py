@@ -52,9 +52,9 @@ def activation_changes(
 def _activations(apply: Apply, num_layers: int, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Returns the outputs of all layers [P, B, L, D] and the logits [B, L, V]."""
     rows = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
-    output = apply(params, batch.tokens, **rows, asked=CaptureSpec(tuple(range(num_layers))))
-    assert output.inside is not None
-    return output.inside.hidden_PBLD, logits(output)
+    output = apply(params, batch.tokens, **rows, capture=CaptureSpec(tuple(range(num_layers))))
+    assert output.captures is not None
+    return output.captures.hidden_PBLD, logits(output)
 
 
 def slope(widths: Iterable[float], sizes: Iterable[float]) -> float:

@@ -35,7 +35,7 @@ def sum_batches(eval_step: EvalStep, params: Params, frozen: Mapping[str, Any], 
     return sums
 
 
-def summarise(sums: Sums) -> dict[str, float]:
+def summarize(sums: Sums) -> dict[str, float]:
     """Returns means by name. `loss` is the plain cross entropy in nats per token if the objective reports `nll`."""
     means = {name: total / weight if weight > 0 else math.nan for name, (total, weight) in sums.items()}
     result = {name: value for name, value in means.items() if name not in ("nll", "bytes")}
@@ -59,7 +59,7 @@ def evaluate(
     sums = sum_batches(eval_step, params, frozen, batches)
     if not sums:
         raise ValueError("evaluation: the validation split has no batch; use data with more documents")
-    return summarise(sums)
+    return summarize(sums)
 
 
 def collect_outputs(
@@ -96,8 +96,8 @@ def evaluate_sources(
             raise ValueError(
                 f"evaluation: the validation split of source {name!r} has no batch; use a source with more documents"
             )
-        result |= {f"eval/{name}/{metric}": value for metric, value in summarise(sums).items()}
+        result |= {f"eval/{name}/{metric}": value for metric, value in summarize(sums).items()}
         for metric, (total, weight) in sums.items():
             before = together.get(metric, (0.0, 0.0))
             together[metric] = (before[0] + total, before[1] + weight)
-    return result | {f"eval/{metric}": value for metric, value in summarise(together).items()}
+    return result | {f"eval/{metric}": value for metric, value in summarize(together).items()}

@@ -185,7 +185,7 @@ class LossInputs(NamedTuple):
         """Runs the policy's forward pass over `batch` (default: the batch of the loss)."""
         return run_model(self.apply, self.params, self.batch if batch is None else batch, self.rng, **options)
 
-    def of_frozen(self, role: str) -> "LossInputs":
+    def with_frozen(self, role: str) -> "LossInputs":
         """Returns inputs with the same batch and the frozen model of this role, without dropout."""
         model = self.frozen[role]
         own = isinstance(model, FrozenModel)

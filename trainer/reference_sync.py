@@ -27,7 +27,7 @@ def _state_type(roles: tuple[str, ...]) -> Any:
     return type("SyncState", (ReferenceSyncState, namedtuple("SyncState", ("inner", *roles))), {})
 
 
-def with_moving_models(
+def with_reference_sync(
     optimizer: optax.GradientTransformation, syncs: Mapping[str, Sync]
 ) -> optax.GradientTransformation:
     """Extends `optimizer` by one copy of the parameters per role, updated on the schedule of its `Sync`.

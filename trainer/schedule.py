@@ -51,7 +51,7 @@ class ScheduleConfig:
         return self.with_parts(self.warmup_steps * num_steps // total, decay * num_steps // total)
 
     def shortened(self, num_steps: int) -> str | None:
-        """What `fitted` shortens, in words; None where everything fits."""
+        """Returns a log line of what `fitted` shortens; None if everything fits."""
         fitted = self.fitted(num_steps)
         before, now = ((s.warmup_steps, s.num_decay(num_steps)) for s in (self, fitted))
         parts = [
@@ -60,7 +60,7 @@ class ScheduleConfig:
         return f"schedule: {', '.join(parts)}, to fit num_steps={num_steps}" if parts else None
 
     def num_decay(self, num_steps: int) -> int:
-        """Steps of a decay that has a length of its own."""
+        """Returns the steps of a decay with a fixed length."""
         return 0
 
     def with_parts(self, warmup_steps: int, decay_steps: int) -> Self:

@@ -24,7 +24,7 @@ ANSWERS = {RecordFormat.instruction: ("output", "response"), RecordFormat.comple
 T = TypeVar("T")
 
 
-class BadRow(ValueError):
+class InvalidRecord(ValueError):
     """An unusable record: a reason that is shared by many records, and the detail of this one."""
 
     def __init__(self, reason: str, detail: str = ""):
@@ -63,7 +63,7 @@ def read_each(
     for record in source.records(unit, bad):
         try:
             yield record, convert(record)
-        except BadRow as error:
+        except InvalidRecord as error:
             count_bad(bad, record, error)
 
 
@@ -72,7 +72,7 @@ def format_of(named: RecordFormat, fields: Mapping[str, Any], text_field: str = 
     return find_format(fields, text_field) if named is RecordFormat.auto else named
 
 
-def count_bad(bad: BadRecords, record: Record, error: BadRow) -> None:
+def count_bad(bad: BadRecords, record: Record, error: InvalidRecord) -> None:
     bad.add(record.file, error.reason, f"{record.where}: {error.detail}" if error.detail else record.where)
 
 
@@ -88,7 +88,7 @@ def find_format(fields: Mapping[str, Any], text_field: str = "text") -> RecordFo
         return RecordFormat.completion
     if text_field in fields:
         return RecordFormat.text
-    raise BadRow("fields of no known format", _names(fields))
+    raise InvalidRecord("fields of no known format", _names(fields))
 
 
 def to_conversation(fields: Mapping[str, Any], format: RecordFormat, text_field: str = "text") -> Conversation | str:
@@ -113,11 +113,11 @@ def to_conversation(fields: Mapping[str, Any], format: RecordFormat, text_field:
 def _with_answers(conversation: Conversation) -> Conversation:
     answers = [(i, m) for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
     if not answers:
-        raise BadRow("no assistant turn")
+        raise InvalidRecord("no assistant turn")
     for i, message in answers:
         reasoning = any(message.get(key) for key in ("reasoning_content", "thinking", "reasoning"))
         if not (message["content"] or "").strip() and not message.get("tool_calls") and not reasoning:
-            raise BadRow("empty answer", f"message {i + 1}")
+            raise InvalidRecord("empty answer", f"message {i + 1}")
     return conversation
 
 
@@ -126,20 +126,20 @@ def _with_answers(conversation: Conversation) -> Conversation:
 
 def _field(fields: Mapping[str, Any], name: str) -> Any:
     if name not in fields:
-        raise BadRow(f"no field {name!r}", _names(fields))
+        raise InvalidRecord(f"no field {name!r}", _names(fields))
     return fields[name]
 
 
 def text_of(fields: Mapping[str, Any], name: str) -> str:
     value = _field(fields, name)
     if not isinstance(value, str):
-        raise BadRow(f"field {name!r} is not a string", f"it is {_short(value)}")
+        raise InvalidRecord(f"field {name!r} is not a string", f"it is {_short(value)}")
     return value
 
 
 def _filled(text: str, reason: str) -> str:
     if not text.strip():
-        raise BadRow(reason)
+        raise InvalidRecord(reason)
     return text
 
 
@@ -158,9 +158,9 @@ def _list(value: Any, name: str) -> list[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRow(f"field {name!r} is invalid JSON", _short(value)) from None
+            raise InvalidRecord(f"field {name!r} is invalid JSON", _short(value)) from None
     if not isinstance(value, list):
-        raise BadRow(f"field {name!r} is not a list", f"it is {_short(value)}")
+        raise InvalidRecord(f"field {name!r} is not a list", f"it is {_short(value)}")
     return value
 
 
@@ -181,7 +181,7 @@ def _instruction(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages = []
     for pair in _list(fields.get("history") or [], "history"):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise BadRow("field 'history' is not a list of string pairs", f"it has {_short(pair)}")
+            raise InvalidRecord("field 'history' is not a list of string pairs", f"it has {_short(pair)}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -198,7 +198,7 @@ def _turns(value: Any, name: str, role: str) -> list[dict[str, Any]]:
         return [{"role": role, "content": _filled(value, "empty answer" if role == "assistant" else f"empty {name}")}]
     if isinstance(value, list):
         return message_list(value)
-    raise BadRow(f"field {name!r} is neither a string nor a list of messages", f"it is {_short(value)}")
+    raise InvalidRecord(f"field {name!r} is neither a string nor a list of messages", f"it is {_short(value)}")
 
 
 # Messages
@@ -207,7 +207,7 @@ def _turns(value: Any, name: str, role: str) -> list[dict[str, Any]]:
 def message_list(value: Any) -> list[dict[str, Any]]:
     found = _list(value, "messages")
     if not found:
-        raise BadRow("no messages")
+        raise InvalidRecord("no messages")
     return [_message(i, message) for i, message in enumerate(found)]
 
 
@@ -215,11 +215,11 @@ def _message(i: int, message: Any) -> dict[str, Any]:
     """Normalizes a message: `role` and `content` keys; content parts become one text, reasoning and tool calls."""
     where = f"message {i + 1}"
     if not isinstance(message, Mapping):
-        raise BadRow("a message is not an object", f"{where} is {_short(message)}")
+        raise InvalidRecord("a message is not an object", f"{where} is {_short(message)}")
     raw_role = message.get("role", message.get("from"))
     role = RENAMED.get(raw_role, raw_role) if isinstance(raw_role, str) else raw_role
     if role not in ROLES:
-        raise BadRow("unknown message role", f"{where}: {_short(raw_role)}")
+        raise InvalidRecord("unknown message role", f"{where}: {_short(raw_role)}")
     content = message.get("content", message.get("value"))
     rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
     if raw_role == "function_call":
@@ -231,9 +231,9 @@ def _message(i: int, message: Any) -> dict[str, Any]:
         if not rest["tool_calls"]:
             del rest["tool_calls"]
     if content is None and role != "assistant":
-        raise BadRow("a message without content", where)
+        raise InvalidRecord("a message without content", where)
     if not isinstance(content, str | None):
-        raise BadRow("message content is not a string", f"{where}: {_short(content)}")
+        raise InvalidRecord("message content is not a string", f"{where}: {_short(content)}")
     return {**rest, "role": role, "content": content if content is not None or rest.get("tool_calls") else ""}
 
 
@@ -241,15 +241,17 @@ def _join_parts(parts: list[Any], rest: dict[str, Any], where: str) -> tuple[dic
     texts, reasoning, calls = [], [], []
     for part in parts:
         if not isinstance(part, Mapping):
-            raise BadRow("a content part is not an object", f"{where}: {_short(part)}")
+            raise InvalidRecord("a content part is not an object", f"{where}: {_short(part)}")
         kind = part.get("type")
         value = part.get("value", part.get(kind) if isinstance(kind, str) else None)
         if kind == "tool_call":
             calls += _calls(value, where)
         elif kind not in ("text", "reasoning", "thinking"):
-            raise BadRow("a content part is neither text, reasoning nor a tool call", f"{where}: type {_short(kind)}")
+            raise InvalidRecord(
+                "a content part is neither text, reasoning nor a tool call", f"{where}: type {_short(kind)}"
+            )
         elif not isinstance(value, str):
-            raise BadRow("a content part without text", where)
+            raise InvalidRecord("a content part without text", where)
         else:
             (texts if kind == "text" else reasoning).append(value)
     if reasoning:
@@ -265,14 +267,14 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRow("a tool call is invalid JSON", f"{where}: {_short(value)}") from None
+            raise InvalidRecord("a tool call is invalid JSON", f"{where}: {_short(value)}") from None
     return [_call(call, where) for call in (value if isinstance(value, list) else [value])]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRow("a tool call without a name", f"{where}: {_short(call)}")
+        raise InvalidRecord("a tool call without a name", f"{where}: {_short(call)}")
     function = {**function, "arguments": _parsed(function["arguments"])} if "arguments" in function else dict(function)
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
 
@@ -293,6 +295,6 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     found = _list(value, "tools")
     for tool in found:
         if not isinstance(tool, Mapping):
-            raise BadRow("a tool is not an object", _short(tool))
+            raise InvalidRecord("a tool is not an object", _short(tool))
     bare = lambda tool: "name" in tool and "function" not in tool and "type" not in tool
     return [{"type": "function", "function": dict(tool)} if bare(tool) else dict(tool) for tool in found] or None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.records.chat_encoding import encode_chat
-from data.records.chat_formats import BadRow, Conversation, count_bad, read_conversations
+from data.records.chat_formats import Conversation, InvalidRecord, count_bad, read_conversations
 from data.records.labels import Labelled, Match, read_labelled, read_matches
 from data.records.preference import Pair, read_pairs
 from data.records.record import BadRecords, Record
@@ -121,7 +121,7 @@ class Example(NamedTuple):
 Content = Conversation | Pair | Labelled | Match | str
 
 
-def read_said(
+def read_content(
     source: SourceConfig, unit: SourceShard, bad: BadRecords, encoding: EncodingConfig
 ) -> Iterator[tuple[Record, Content]]:
     """Yields every usable record of a shard with its parsed content; counts the others in `bad`."""
@@ -146,7 +146,7 @@ def read_examples(
     if encoding.format is DataFormat.unpaired_preference:
         yield from _unpaired_examples(source, unit, bad, tokenizer, encoding)
         return
-    for record, content in read_said(source, unit, bad, encoding):
+    for record, content in read_content(source, unit, bad, encoding):
         first = (
             content.chosen
             if isinstance(content, Pair)
@@ -158,7 +158,7 @@ def read_examples(
             encode_chat(tokenizer, first.messages)  # raises with instructions
         try:
             yield content, encode_content(tokenizer, content, encoding)
-        except BadRow as error:
+        except InvalidRecord as error:
             count_bad(bad, record, error)
         except ValueError as error:
             count_bad(bad, record, _refused(error))
@@ -174,12 +174,12 @@ def _unpaired_examples(
             encode_chat(tokenizer, conversation.messages)  # raises with instructions
         try:
             if other is None:
-                raise BadRow("no other record to take a mismatched completion from")
+                raise InvalidRecord("no other record to take a mismatched completion from")
             yield (
                 conversation._replace(messages=conversation.messages[:-1]),
                 encode_unpaired(tokenizer, unpaired, other, encoding),
             )
-        except BadRow as error:
+        except InvalidRecord as error:
             count_bad(bad, record, error)
         except ValueError as error:
             count_bad(bad, record, _refused(error))
@@ -192,11 +192,11 @@ def encode_content(tokenizer: Tokenizer, content: Content, encoding: EncodingCon
     if isinstance(content, Labelled):
         return (encode_labelled(tokenizer, content, encoding),)
     if isinstance(content, Match):
-        return tuple(encode_whole(tokenizer, text, encoding) for text in content.texts)
+        return tuple(encode_full_text(tokenizer, text, encoding) for text in content.texts)
     return (encode_example(tokenizer, content, encoding),)
 
 
-def encode_whole(tokenizer: Tokenizer, content: Conversation | str, encoding: EncodingConfig) -> Example:
+def encode_full_text(tokenizer: Tokenizer, content: Conversation | str, encoding: EncodingConfig) -> Example:
     """Encodes a text or conversation for pooling: the loss mask selects only its last token.
 
     With `data.on_overflow=truncate` a longer text is truncated but keeps its end token.
@@ -204,30 +204,30 @@ def encode_whole(tokenizer: Tokenizer, content: Conversation | str, encoding: En
     """
     if isinstance(content, str):
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        ids = np.array(tokenizer.begin(tokenizer.encode(content)) + end, np.int32)
+        ids = np.array(tokenizer.add_bos_token(tokenizer.encode(content)) + end, np.int32)
     else:
         ids, _ = encode_chat(tokenizer, content.messages, tools=content.tools)
         end = ids[-1:].tolist()
     long = len(ids) > encoding.max_length
     if long and encoding.on_overflow is not OnOverflow.truncate:
-        raise BadRow(f"longer than data.seq_len={encoding.max_length}", f"{len(ids)} tokens")
+        raise InvalidRecord(f"longer than data.seq_len={encoding.max_length}", f"{len(ids)} tokens")
     if long:
         ids = np.concatenate([ids[: encoding.max_length - len(end)], np.array(end, np.int32)])
     if not len(ids):
-        raise BadRow("empty document")
+        raise InvalidRecord("empty document")
     return Example(ids, np.arange(len(ids)) == len(ids) - 1, long)
 
 
 def encode_labelled(tokenizer: Tokenizer, labelled: Labelled, encoding: EncodingConfig) -> Example:
     """Encodes a text followed by its class, which is the target of the last token. Raises: as `encode_whole`."""
-    ids, _, truncated, _ = encode_whole(tokenizer, labelled.content, encoding)
+    ids, _, truncated, _ = encode_full_text(tokenizer, labelled.content, encoding)
     ids = np.append(ids, np.int32(labelled.label))
     return Example(ids, np.arange(len(ids)) == len(ids) - 1, truncated)
 
 
-def _refused(error: ValueError) -> BadRow:
+def _refused(error: ValueError) -> InvalidRecord:
     # Errors of templates and tokenizers include the position, which would make every reason unique.
-    return BadRow(re.sub(r"messages\[\d+\]", "a message", str(error))[:160], str(error)[:300])
+    return InvalidRecord(re.sub(r"messages\[\d+\]", "a message", str(error))[:160], str(error)[:300])
 
 
 def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, encoding: EncodingConfig) -> Example:
@@ -238,7 +238,7 @@ def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, encod
     """
     if isinstance(conversation, str):
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        ids = np.array(tokenizer.begin(tokenizer.encode(conversation)) + end, np.int32)
+        ids = np.array(tokenizer.add_bos_token(tokenizer.encode(conversation)) + end, np.int32)
         return _checked(Example(ids, np.ones(len(ids), bool)))
     ids, assistant = encode_chat(tokenizer, conversation.messages, tools=conversation.tools)
     assistant = with_ends(ids, assistant, tokenizer.stop_ids)
@@ -252,7 +252,7 @@ def encode_example(tokenizer: Tokenizer, conversation: Conversation | str, encod
     turns = assistant if encoding.loss_mask is LossMask.all else mask
     length = _truncated_length(turns, encoding)
     if not length:
-        raise BadRow(f"longer than data.seq_len={encoding.max_length}", f"{len(ids)} tokens")
+        raise InvalidRecord(f"longer than data.seq_len={encoding.max_length}", f"{len(ids)} tokens")
     return _checked(Example(ids[:length], mask[:length], truncated=True))
 
 
@@ -267,9 +267,9 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, encoding: EncodingConfig) -> t
     chosen, rejected = (encode_example(tokenizer, side, of_last) for side in (pair.chosen, pair.rejected))
     starts = [int(np.argmax(side.loss_mask)) for side in (chosen, rejected)]
     if starts[0] != starts[1] or not np.array_equal(chosen.ids[: starts[0]], rejected.ids[: starts[0]]):
-        raise BadRow("the chat template renders the prompt differently for the two answers")
+        raise InvalidRecord("the chat template renders the prompt differently for the two answers")
     if np.array_equal(chosen.ids, rejected.ids):
-        raise BadRow("chosen equals rejected" + (" before data.seq_len" if chosen.truncated else ""))
+        raise InvalidRecord("chosen equals rejected" + (" before data.seq_len" if chosen.truncated else ""))
     return chosen._replace(value=pair.margin), rejected
 
 
@@ -289,7 +289,7 @@ def encode_unpaired(
     mismatched = encode_example(tokenizer, mixed, of_last._replace(on_overflow=OnOverflow.truncate))
     starts = [int(np.argmax(side.loss_mask)) for side in (own, mismatched)]
     if starts[0] != starts[1] or not np.array_equal(own.ids[: starts[0]], mismatched.ids[: starts[0]]):
-        raise BadRow("the chat template renders the prompt differently for another answer")
+        raise InvalidRecord("the chat template renders the prompt differently for another answer")
     label = np.array([unpaired.label], own.ids.dtype)
     return own._replace(ids=np.append(own.ids, label), loss_mask=np.append(own.loss_mask, False)), mismatched
 
@@ -304,7 +304,7 @@ def _truncated_length(turns: np.ndarray, encoding: EncodingConfig) -> int:
 
 def _checked(example: Example) -> Example:
     if not example.loss_mask[1:].any():  # the first token is never a target
-        raise BadRow("no token contributes to the loss" + (" before data.seq_len" if example.truncated else ""))
+        raise InvalidRecord("no token contributes to the loss" + (" before data.seq_len" if example.truncated else ""))
     return example
 
 
@@ -334,14 +334,14 @@ def with_ends(ids: np.ndarray, mask: np.ndarray, stop_ids: Sequence[int]) -> np.
     return mask
 
 
-def texts_of(content: Content) -> list[str]:
+def extract_texts(content: Content) -> list[str]:
     """Returns the texts of a record, for tokenizer training."""
     if isinstance(content, Pair):
-        return [*texts_of(content.chosen), *texts_of(content.rejected)]
+        return [*extract_texts(content.chosen), *extract_texts(content.rejected)]
     if isinstance(content, Labelled):
-        return texts_of(content.content)
+        return extract_texts(content.content)
     if isinstance(content, UnpairedExample):
-        return texts_of(content.conversation)
+        return extract_texts(content.conversation)
     if isinstance(content, Match):
         return list(content.texts)
     if isinstance(content, str):

@@ -10,7 +10,7 @@ with the positive; the positives of the other records in a batch serve as in-bat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data.records.chat_formats import BadRow, Conversation, format_of, read_each, text_of, to_conversation
+from data.records.chat_formats import Conversation, InvalidRecord, format_of, read_each, text_of, to_conversation
 from data.records.record import BadRecords, Record
 from data.sources.readers import SourceConfig, SourceShard
 
@@ -53,7 +53,7 @@ def to_label(fields: Mapping[str, Any], classes: Sequence[str]) -> int:
     """Returns the class index of a record. Raises: BadRow if the class is missing or not in `classes`."""
     name = next((name for name in LABELS if name in fields), None)
     if name is None:
-        raise BadRow("no field 'label'", f"its fields: {', '.join(map(str, fields))[:200]}")
+        raise InvalidRecord("no field 'label'", f"its fields: {', '.join(map(str, fields))[:200]}")
     value = fields[name]
     if isinstance(value, bool):
         value = int(value)
@@ -61,7 +61,7 @@ def to_label(fields: Mapping[str, Any], classes: Sequence[str]) -> int:
         return list(classes).index(str(value))
     if isinstance(value, int) and 0 <= value < len(classes):
         return value
-    raise BadRow(f"field {name!r} is not one of data.classes", repr(value)[:60])
+    raise InvalidRecord(f"field {name!r} is not one of data.classes", repr(value)[:60])
 
 
 def read_matches(
@@ -75,18 +75,18 @@ def to_match(fields: Mapping[str, Any], negatives: int) -> Match:
     """Returns the texts of a record. Raises: BadRow if a field is missing or not a string, or the texts are equal."""
     names = next((names for names in MATCHED if all(name in fields for name in names)), None)
     if names is None:
-        raise BadRow("no anchor and positive fields", f"its fields: {', '.join(map(str, fields))[:200]}")
+        raise InvalidRecord("no anchor and positive fields", f"its fields: {', '.join(map(str, fields))[:200]}")
     texts = [text_of(fields, name).strip() for name in names]
     if negatives:
         found = fields.get("negatives", fields.get("negative"))
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise BadRow("no field 'negative' or 'negatives' with strings")
+            raise InvalidRecord("no field 'negative' or 'negatives' with strings")
         if len(found) < negatives:
-            raise BadRow("fewer negatives than objective.negatives", f"{len(found)}")
+            raise InvalidRecord("fewer negatives than objective.negatives", f"{len(found)}")
         texts += [text.strip() for text in found[:negatives]]
     if not all(texts):
-        raise BadRow("empty text")
+        raise InvalidRecord("empty text")
     if texts[0] == texts[1]:
-        raise BadRow("anchor and positive are equal")
+        raise InvalidRecord("anchor and positive are equal")
     return Match(tuple(texts))

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from data.records.chat_formats import (
-    BadRow,
     Conversation,
+    InvalidRecord,
     instruction_text,
     message_list,
     read_each,
@@ -53,21 +53,21 @@ def to_pair(fields: Mapping[str, Any]) -> Pair:
     """Parses a record. Raises: BadRow if a field is missing or invalid, or the answers are equal."""
     for name in ("chosen", "rejected"):
         if name not in fields:
-            raise BadRow(f"no field {name!r}", f"its fields: {', '.join(map(str, fields))[:200]}")
+            raise InvalidRecord(f"no field {name!r}", f"its fields: {', '.join(map(str, fields))[:200]}")
     prompt = _prompt(fields)
     system = fields.get("system")
     if system not in (None, ""):
         prompt = [{"role": "system", "content": text_of(fields, "system")}, *prompt]
     chosen, rejected = ([*prompt, *_answer(fields[name], name, bool(prompt))] for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise BadRow("chosen equals rejected")
+        raise InvalidRecord("chosen equals rejected")
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1]["role"] != "assistant":
-            raise BadRow(f"field {name!r} does not end with an assistant turn")
+            raise InvalidRecord(f"field {name!r} does not end with an assistant turn")
         if not (messages[-1]["content"] or "").strip() and not messages[-1].get("tool_calls"):
-            raise BadRow("empty answer", f"field {name!r}")
+            raise InvalidRecord("empty answer", f"field {name!r}")
     if chosen[:-1] != rejected[:-1]:
-        raise BadRow("chosen and rejected have different prompts")
+        raise InvalidRecord("chosen and rejected have different prompts")
     tools = read_tools(fields.get("tools"))
     return Pair(Conversation(chosen, tools), Conversation(rejected, tools))
 
@@ -75,7 +75,7 @@ def to_pair(fields: Mapping[str, Any]) -> Pair:
 def _margin(fields: Mapping[str, Any]) -> float:
     value = fields.get("margin")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow("field 'margin' is not a finite number", repr(value)[:60])
+        raise InvalidRecord("field 'margin' is not a finite number", repr(value)[:60])
     return float(value)
 
 
@@ -85,7 +85,7 @@ def _prompt(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
             value = fields[name]
             if name == "prompt" and isinstance(value, str):
                 if not value.strip():
-                    raise BadRow("empty prompt")
+                    raise InvalidRecord("empty prompt")
                 return [{"role": "user", "content": value}]
             return message_list(value)
     return [{"role": "user", "content": instruction_text(fields)}] if "instruction" in fields else []
@@ -102,7 +102,7 @@ def _answer(value: Any, name: str, prompted: bool) -> list[dict[str, Any]]:
 def _transcript(text: str, name: str) -> list[dict[str, Any]]:
     parts = SPEAKER.split(text)
     if parts[0].strip() or len(parts) < 3:
-        raise BadRow(f"field {name!r} is neither messages nor a transcript, and the record has no prompt")
+        raise InvalidRecord(f"field {name!r} is neither messages nor a transcript, and the record has no prompt")
     return [
         {"role": SPEAKERS[speaker], "content": text.strip()}
         for speaker, text in zip(parts[1::2], parts[2::2], strict=True)

@@ -7,7 +7,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from data.records.chat_formats import BadRow, Conversation, format_of, read_each, to_conversation
+from data.records.chat_formats import Conversation, InvalidRecord, format_of, read_each, to_conversation
 from data.records.preference import to_pair
 from data.records.record import BadRecords, Record, RecordFormat
 from data.sources.readers import SourceConfig, SourceShard
@@ -33,17 +33,17 @@ def to_unpaired(fields: Mapping[str, Any], format: RecordFormat = RecordFormat.a
         pair = to_pair(fields)
         return [UnpairedExample(pair.chosen, True), UnpairedExample(pair.rejected, False)]
     if "label" not in fields:
-        raise BadRow("no field 'label'", f"its fields: {', '.join(map(str, fields))[:200]}")
+        raise InvalidRecord("no field 'label'", f"its fields: {', '.join(map(str, fields))[:200]}")
     label = fields["label"]
     if label not in (True, False):  # 0 and 1, too
-        raise BadRow("field 'label' is neither true nor false", f"it is {label!r}"[:80])
+        raise InvalidRecord("field 'label' is neither true nor false", f"it is {label!r}"[:80])
     conversation = to_conversation(fields, format_of(format, fields))
     if isinstance(conversation, str):
-        raise BadRow("a text without a prompt")
+        raise InvalidRecord("a text without a prompt")
     if conversation.messages[-1]["role"] != "assistant":
-        raise BadRow("the conversation does not end with an assistant turn")
+        raise InvalidRecord("the conversation does not end with an assistant turn")
     if len(conversation.messages) < 2:
-        raise BadRow("an answer without a prompt")
+        raise InvalidRecord("an answer without a prompt")
     return [UnpairedExample(conversation, bool(label))]
 
 

@@ -23,7 +23,7 @@ from data.tokenizers.tokenizer import (
     between_special,
     changed_file,
     check_ids,
-    policy_of,
+    read_policy,
     refuse_changed,
 )
 from data.tokenizers.train_sentencepiece import train_sentencepiece
@@ -272,7 +272,7 @@ def from_files(files: Mapping[str, bytes]) -> Tokenizer:
     except Exception:
         refuse_changed(changed)  # more helpful than the library's error for a corrupt file
         raise
-    policy = policy_of(description, files, tokenizer.policy)
+    policy = read_policy(description, files, tokenizer.policy)
     tokenizer = tokenizer.with_policy(**{f.name: getattr(policy, f.name) for f in dataclasses.fields(TokenizerPolicy)})
     check_ids(description, tokenizer, changed)
     refuse_changed(changed)

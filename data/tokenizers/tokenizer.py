@@ -145,7 +145,7 @@ class Tokenizer(ABC):
     def _with_added(self, texts: list[str]) -> "Tokenizer":
         """Returns a copy with new special tokens."""
 
-    def begin(self, ids: list[int]) -> list[int]:
+    def add_bos_token(self, ids: list[int]) -> list[int]:
         """Prepends BOS if the policy requires it and the ids do not start with BOS already."""
         return [self.bos_id, *ids] if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
@@ -208,7 +208,9 @@ def describe(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bytes:
     return (json.dumps(described, indent=1, sort_keys=True) + "\n").encode()
 
 
-def policy_of(description: Mapping[str, Any], files: Mapping[str, bytes], default: TokenizerPolicy) -> TokenizerPolicy:
+def read_policy(
+    description: Mapping[str, Any], files: Mapping[str, bytes], default: TokenizerPolicy
+) -> TokenizerPolicy:
     """Reads the policy of saved files; files from before policies were saved get the `default`."""
     policy = description.get("policy")
     if policy is None:

@@ -13,7 +13,7 @@ from launch import exit_codes
 from launch.launchers import supervisor
 from launch.launchers.base import say
 from launch.launchers.job import Job, Recipe, assignments, distributed_env, python_path
-from launch.launchers.supervisor import Ended, SupervisedLauncher, supervise_job
+from launch.launchers.supervisor import AttemptResult, SupervisedLauncher, supervise_job
 
 
 class LocalLauncher(SupervisedLauncher[LocalConfig]):
@@ -42,7 +42,7 @@ class LocalLauncher(SupervisedLauncher[LocalConfig]):
         return 0
 
 
-def attempt(job: Job[LocalConfig], count: int) -> Ended:
+def attempt(job: Job[LocalConfig], count: int) -> AttemptResult:
     """Starts `count` processes and waits until all have ended."""
     port = job.launcher.port or free_port()
     children = []
@@ -69,7 +69,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _follow(job: Job, children: list[subprocess.Popen]) -> Ended:
+def _follow(job: Job, children: list[subprocess.Popen]) -> AttemptResult:
     def end_all() -> None:
         for child in children:
             if child.poll() is None:

@@ -14,7 +14,7 @@ from launch.launchers import supervisor
 from launch.launchers.base import LogTail
 from launch.launchers.job import Job, Recipe, assignments, distributed_env, secrets
 from launch.launchers.local import process_log
-from launch.launchers.supervisor import Ended, SupervisedLauncher, supervise_job
+from launch.launchers.supervisor import AttemptResult, SupervisedLauncher, supervise_job
 
 LOST = -9  # exit code assigned to a process whose actor is lost
 START_SECONDS = 600.0  # timeout for scheduling all actors
@@ -62,7 +62,7 @@ def import_ray() -> Any:
     return ray
 
 
-def attempt(job: Job[RayConfig], count: int, tail: LogTail) -> Ended:
+def attempt(job: Job[RayConfig], count: int, tail: LogTail) -> AttemptResult:
     """Creates `count` actors, starts their processes and waits until all have ended."""
     ray = import_ray()
     group = _group(job, count)

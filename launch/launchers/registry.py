@@ -27,13 +27,13 @@ LAUNCHERS: dict[str, Launcher] = {
 }
 
 # Tasks that always run in this process: read-only tasks, and tasks that launch runs themselves.
-HERE = ("plan", "sweep", "scaling_ladder", "inspect", "runs", "status", "logs", "stop")
+IN_PROCESS_TASKS = ("plan", "sweep", "scaling_ladder", "inspect", "runs", "status", "logs", "stop")
 
 
 def launches(config: RunConfig) -> bool:
     """Returns whether the config requests a job instead of running the task in this process."""
     launcher = config.launcher
-    if MARK in os.environ or config.task.kind in HERE:
+    if MARK in os.environ or config.task.kind in IN_PROCESS_TASKS:
         return False
     if isinstance(launcher, LocalConfig):
         supervised = launcher.num_processes > 1 or launcher.max_restarts or not launcher.follow or launcher.dry_run

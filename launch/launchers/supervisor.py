@@ -21,11 +21,11 @@ from launch.startup_timing import began
 
 GRACE_SECONDS = 10.0  # for the other processes after one has died: they may block in a collective forever
 
-Attempt = Callable[[int], "Ended"]
+Attempt = Callable[[int], "AttemptResult"]
 
 
 @dataclass(frozen=True)
-class Ended:
+class AttemptResult:
     """Outcome of one attempt to run all processes."""
 
     code: int  # exit code of the process that failed first; negative: signal number
@@ -73,7 +73,7 @@ def watch(
     end_all: Callable[[], None],
     kill_all: Callable[[], None],
     pause: float = 0.05,
-) -> Ended:
+) -> AttemptResult:
     """Waits for all processes, forwards signals to them, and stops the rest when one has failed.
 
     `codes`: returns the exit code of each process, None while it runs. `end_all`: asks the running processes to save a
@@ -107,9 +107,9 @@ def watch(
             signal.signal(number, handler)
         kill_all()
     if first is None:
-        return Ended(0)
+        return AttemptResult(0)
     index, code = first
-    return Ended(code, f"process {index} {exit_description(code)}", index, asked)
+    return AttemptResult(code, f"process {index} {exit_description(code)}", index, asked)
 
 
 def as_exit_code(code: int) -> int:

@@ -25,7 +25,7 @@ from launch.launchers.job import (
     run_command,
     secrets,
 )
-from launch.launchers.supervisor import Ended, supervise
+from launch.launchers.supervisor import AttemptResult, supervise
 
 SCRIPT = "worker.sh"
 HOME = "meshwright"  # working directory of the processes, in the worker's home directory
@@ -107,17 +107,17 @@ def script(job: Job[TpuVmConfig]) -> str:
     )
 
 
-def attempt(job: Job[TpuVmConfig]) -> Ended:
+def attempt(job: Job[TpuVmConfig]) -> AttemptResult:
     """Starts the workers and follows the log of worker 0 until the job or the slice ends."""
     start(job)
     while True:
         show_log(job, follow=True)
         found = state(job)
         if found != READY:
-            return Ended(exit_codes.PREEMPTED, f"TPU {tpu(job)} was preempted: {found or 'not found'}")
+            return AttemptResult(exit_codes.PREEMPTED, f"TPU {tpu(job)} was preempted: {found or 'not found'}")
         code = check_output(ssh(job, "0", f"cat {HOME}/{place(job)}/exit_code 2> /dev/null || true"))
         if code:  # the worker script has already restarted its process where that could help
-            return Ended(int(code), f"worker 0 ended with {code}", asked=True)
+            return AttemptResult(int(code), f"worker 0 ended with {code}", asked=True)
         time.sleep(PAUSE)  # the ssh connection was lost
 
 

@@ -108,7 +108,7 @@ def parse_target(text: str, devices: int | None = None) -> Target:
     return Target(hardware, count * slices, slices)
 
 
-def of_kind(device_kind: str) -> Hardware:
+def hardware_for(device_kind: str) -> Hardware:
     """Returns the hardware for JAX's `device_kind`. Raises: ValueError if it is unknown."""
     known = [h for h in HARDWARE.values() if h.kind.lower() in device_kind.lower()]
     if not known:
@@ -116,10 +116,10 @@ def of_kind(device_kind: str) -> Hardware:
     return max(known, key=lambda h: len(h.kind))
 
 
-def present() -> Target:
+def local_target() -> Target:
     """Returns the devices of this job as a target. Raises: ValueError if their kind is unknown."""
     device = jax.devices()[0]
-    hardware = of_kind(device.device_kind)
+    hardware = hardware_for(device.device_kind)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         hardware = replace(hardware, memory=float(limit))

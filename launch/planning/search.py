@@ -10,7 +10,7 @@ from typing import NamedTuple
 from configs.schema import RunConfig
 from configs.tasks import TrainConfig
 from launch.planning.estimate import Plan, estimate
-from launch.planning.hardware import Target, present
+from launch.planning.hardware import Target, local_target
 from launch.planning.local_shapes import frozen_configs, product
 from models.config import ActivationOffload, ModelConfig, Remat
 from trainer.mesh import AXES, MeshConfig, mesh_sizes
@@ -173,7 +173,7 @@ def resolve_auto_mesh(config: RunConfig, model: ModelConfig, say: Callable[[str]
     """
     if not config.mesh.auto:
         return config
-    best = search(replace(config, model=model), present(), Free())[0]
+    best = search(replace(config, model=model), local_target(), Free())[0]
     shape = " ".join(f"mesh.{axis}={size}" for axis, size in best.plan.mesh.items() if size > 1) or "one device"
     memory = f"about {best.plan.memory.total / 1e9:.2f} GB per device"
     say(

@@ -32,7 +32,7 @@ class Law(NamedTuple):
     beta: float = 0.0
 
     @property
-    def of_compute(self) -> bool:
+    def is_compute_law(self) -> bool:
         return not self.B
 
     def loss(self, x: Any, tokens: Any = 1.0) -> Any:
@@ -133,7 +133,7 @@ def _fit(x: np.ndarray, y: np.ndarray, near: Law | None) -> np.ndarray:
     grid[:, 1::2] -= grid[:, 2::2] * center
     order = np.argsort(_value(grid, x, y)[0], kind="stable")
     starts = list(grid[order[:NUM_STARTS]])
-    if near is not None and near.of_compute == (x.shape[1] == 1):
+    if near is not None and near.is_compute_law == (x.shape[1] == 1):
         factors, exponents = (near.A, near.B)[: x.shape[1]], (near.alpha, near.beta)
         terms = [v for factor, power in zip(factors, exponents, strict=False) for v in (_log(factor), power)]
         theta = np.array([_log(near.E), *terms])
@@ -174,7 +174,7 @@ def _value(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray,
     return value, np.stack(columns, axis=1)
 
 
-def left_out(points: Sequence[Point], law: Law) -> list[Law]:
+def leave_one_out_fits(points: Sequence[Point], law: Law) -> list[Law]:
     """Returns refits of `law` with each point left out in turn, skipping fits with too few points."""
     found = []
     for i in range(len(points)):

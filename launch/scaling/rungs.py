@@ -111,12 +111,12 @@ def recommend(
 
     Raises: ValueError if the fitted loss does not decrease with size and tokens.
     """
-    if law.alpha <= 0 or (not law.of_compute and law.beta <= 0):
+    if law.alpha <= 0 or (not law.is_compute_law and law.beta <= 0):
         raise ValueError(
             f"the fitted law (alpha {law.alpha:.3g}, beta {law.beta:.3g}) does not decrease with size and tokens; the "
             "runs are too few, too similar or too noisy: add values to task.widths and task.tokens_per_param"
         )
-    valid = [other for other in others if other.alpha > 0 and (other.of_compute or other.beta > 0)]
+    valid = [other for other in others if other.alpha > 0 and (other.is_compute_law or other.beta > 0)]
     size, loss = _best(law, family, budget, ratio)
     return Recommendation(
         size.keys,
@@ -132,7 +132,7 @@ def recommend(
 def _best(law: Law, family: Sequence[Size], budget: float, ratio: float | None) -> tuple[Size, float]:
     parameters = np.array([size.parameters for size in family], float)
     tokens = budget / np.array([size.flops_per_token for size in family])
-    if law.of_compute:
+    if law.is_compute_law:
         assert ratio is not None
         nearest = int(np.argmin(np.abs(np.log(tokens / parameters / ratio))))
         return family[nearest], float(law.loss(budget))

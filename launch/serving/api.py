@@ -24,13 +24,13 @@ from launch.serving.prometheus_metrics import CLIENT_GONE, MetricsMiddleware
 from launch.serving.request_schema import Body, ChatBody, CompletionBody
 from launch.serving.responses import DONE, KEEP_ALIVE, Chat, FullText, Shape, Text, sse_event, usage
 from launch.serving.scheduler import Scheduler
-from launch.serving.service import Job, Served, Service
+from launch.serving.service import ActiveRequest, ServerSettings, Service
 
 T = TypeVar("T")
 JOIN_SECONDS = 10.0  # timeout for the engine thread; longer than any engine step
 
 
-def create_app(served: Served, scheduler: Scheduler) -> FastAPI:
+def create_app(served: ServerSettings, scheduler: Scheduler) -> FastAPI:
     """Returns the application, whose lifespan starts and stops the scheduler."""
     service = Service(served, scheduler)
 
@@ -82,7 +82,7 @@ def _add_errors(app: FastAPI) -> None:
         return ApiError(500, f"internal error: {type(error).__name__}").response()
 
 
-def _add_models(app: FastAPI, served: Served, service: Service) -> None:
+def _add_models(app: FastAPI, served: ServerSettings, service: Service) -> None:
     model = {
         "id": served.name,
         "object": "model",
@@ -193,7 +193,7 @@ def page_headers(page: str) -> dict[str, str]:
 # Responses
 
 
-async def _respond(request: HttpRequest, body: Body, job: Job, shape: Shape) -> Response:
+async def _respond(request: HttpRequest, body: Body, job: ActiveRequest, shape: Shape) -> Response:
     head = {
         "id": shape.prefix + uuid.uuid4().hex,
         "created": int(time.time()),
@@ -209,7 +209,7 @@ async def _respond(request: HttpRequest, body: Body, job: Job, shape: Shape) -> 
         job.release()
 
 
-async def _full_response(job: Job, shape: Shape, head: dict[str, Any]) -> dict[str, Any]:
+async def _full_response(job: ActiveRequest, shape: Shape, head: dict[str, Any]) -> dict[str, Any]:
     texts = [FullText() for _ in job.tickets]
     async for found in job.pieces():
         if found is not None:
@@ -220,7 +220,7 @@ async def _full_response(job: Job, shape: Shape, head: dict[str, Any]) -> dict[s
     return head | {"object": shape.full_object, "choices": choices, "usage": used}
 
 
-async def _events(job: Job, shape: Shape, head: dict[str, Any], include_usage: bool) -> AsyncIterator[str]:
+async def _events(job: ActiveRequest, shape: Shape, head: dict[str, Any], include_usage: bool) -> AsyncIterator[str]:
     head = head | {"object": shape.chunk_object}
     extra = {"usage": None} if include_usage else {}
     try:

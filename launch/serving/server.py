@@ -8,7 +8,7 @@ import uvicorn
 
 from launch.serving.api import create_app
 from launch.serving.scheduler import Scheduler
-from launch.serving.service import Served
+from launch.serving.service import ServerSettings
 
 ERROR_SECONDS = 5  # extra seconds at shutdown to send errors to unfinished requests
 
@@ -33,7 +33,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    served: Served, scheduler: Scheduler, listening: socket.socket, grace: float, started: Callable[[], None]
+    served: ServerSettings, scheduler: Scheduler, listening: socket.socket, grace: float, started: Callable[[], None]
 ) -> None:
     """Serves until SIGTERM or SIGINT, then waits up to `grace` seconds for open requests."""
     config = uvicorn.Config(

@@ -22,7 +22,7 @@ PROBE = {"type": "function", "function": {"name": "probe", "description": "", "p
 
 
 @dataclass(frozen=True)
-class Served:
+class ServerSettings:
     """The served model and the server's limits."""
 
     name: str
@@ -36,7 +36,7 @@ class Served:
     loopback: bool = True  # reachable only from this machine
 
 
-class Job:
+class ActiveRequest:
     """The completions of one HTTP request in progress."""
 
     def __init__(self, service: "Service", tickets: list[Ticket], choices: list[Choice], prompt_tokens: int):
@@ -103,7 +103,7 @@ class Job:
 class Service:
     """Validates requests and submits them to the scheduler; called by the routes."""
 
-    def __init__(self, served: Served, scheduler: Scheduler):
+    def __init__(self, served: ServerSettings, scheduler: Scheduler):
         self.served, self.scheduler, self.metrics = served, scheduler, Metrics(scheduler)
         self.takes_chats = served.tokenizer.chat_template is not None
         self.takes_tools = self.takes_chats and _renders_tools(served.tokenizer)
@@ -120,7 +120,7 @@ class Service:
     def record_duration(self, seconds: float) -> None:
         self._seconds += 0.1 * (seconds - self._seconds)
 
-    async def chat(self, body: ChatBody) -> Job:
+    async def chat(self, body: ChatBody) -> ActiveRequest:
         """Starts a chat completion. Raises: ApiError if the request is invalid or the queue is full."""
         self.check_model(body.model)
         prompt = await asyncio.to_thread(self._chat_prompt, body)
@@ -128,7 +128,7 @@ class Service:
         top = (body.top_logprobs or 0) if body.logprobs else 0
         return self._submit(body, [prompt], max_tokens, top, "messages", self._ending)
 
-    async def complete(self, body: CompletionBody) -> Job:
+    async def complete(self, body: CompletionBody) -> ActiveRequest:
         """Starts a text completion. Raises: ApiError as `chat`."""
         self.check_model(body.model)
         prompts = await asyncio.to_thread(self._prompts, body)
@@ -136,7 +136,7 @@ class Service:
 
     def _submit(
         self, body: Body, prompts: Sequence[list[int]], max_tokens: int | None, top: int, param: str, ending: list[str]
-    ) -> Job:
+    ) -> ActiveRequest:
         requests = []
         for prompt in prompts:
             room = self.served.length - len(prompt)
@@ -171,7 +171,7 @@ class Service:
         except Stopped as error:
             raise ApiError(503, str(error), code="stopped") from None
         new_choice = lambda: Choice(self.served.tokenizer, [*body.stops, *ending], strip=param == "messages")
-        return Job(self, tickets, [new_choice() for _ in tickets], sum(map(len, prompts)))
+        return ActiveRequest(self, tickets, [new_choice() for _ in tickets], sum(map(len, prompts)))
 
     def _prompts(self, body: CompletionBody) -> list[list[int]]:
         try:

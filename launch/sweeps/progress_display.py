@@ -12,7 +12,7 @@ from rich.text import Text
 
 from configs.sweeps import SweepSearchConfig
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial, best_of, ranked
-from launch.sweeps.trials import Running, num_steps
+from launch.sweeps.trials import RunningTrial, num_steps
 from trainer.reliability.goodput import duration
 
 SHOWN, FAILURES = 40, 5  # maximum number of trials in the table, and of failure messages below it
@@ -44,7 +44,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, trials: Sequence[Trial], wanted: int, running: Sequence[Running]) -> None:
+    def show(self, trials: Sequence[Trial], wanted: int, running: Sequence[RunningTrial]) -> None:
         """Updates the progress bar, if the output is a terminal."""
         if self._bar is None:
             return
@@ -106,7 +106,7 @@ def short(key: str, keys: Sequence[str]) -> str:
     return last if sum(other.rsplit(".", 1)[-1] == last for other in keys) == 1 else key
 
 
-def spelt_command(words: Sequence[str]) -> str:
+def format_command(words: Sequence[str]) -> str:
     return shlex.join(["meshwright", *words])
 
 
@@ -122,5 +122,5 @@ def as_row(trial: Trial, words: Sequence[str]) -> dict[str, Any]:
         "params": trial.params,
         "seconds": round(trial.seconds, 1),
         "message": trial.message,
-        "command": spelt_command(words),
+        "command": format_command(words),
     }

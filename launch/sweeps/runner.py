@@ -18,7 +18,7 @@ from launch.launchers.base import say
 from launch.launchers.supervisor import identity
 from launch.sweeps.progress_display import ProgressDisplay
 from launch.sweeps.study import DONE, FAILED, PRUNED, RUNNING, Study, Trial, best_of
-from launch.sweeps.trials import STARTS, Running, num_steps, start, wait_for_orphan
+from launch.sweeps.trials import STARTS, RunningTrial, num_steps, start, wait_for_orphan
 
 PAUSE = 0.5  # polling interval in seconds
 GIVE_UP = 3  # the sweep ends when its first trials, this many, have all failed
@@ -37,7 +37,7 @@ class SweepRunner:
     shares: Sequence[Sequence[str]]  # GPUs of each slot
     on_end: Callable[[Trial], None]  # called after each trial
     screen: ProgressDisplay
-    running: dict[int, Running] = field(default_factory=dict)  # by slot
+    running: dict[int, RunningTrial] = field(default_factory=dict)  # by slot
     unfinished: list[Trial] = field(default_factory=list)  # interrupted trials to resume
     starts: dict[int, int] = field(default_factory=dict)  # restarts by trial number
     pruned: set[int] = field(default_factory=set)
@@ -46,7 +46,7 @@ class SweepRunner:
     gave_up: str = ""  # reason
     exit_code: int = 0  # set when giving up
 
-    def conduct(self) -> int:
+    def run(self) -> int:
         """Runs trials until the requested number has ended. Returns the exit code."""
         self.unfinished = [trial for trial in self.study.trials() if trial.state == RUNNING]
         for trial in self.unfinished:
@@ -134,7 +134,7 @@ class SweepRunner:
             del self.running[slot]
             self._end(one)
 
-    def _end(self, one: Running) -> None:
+    def _end(self, one: RunningTrial) -> None:
         outcome = one.outcome(self.search)
         self.study.report(one.trial, one.measured.reports())
         self.study.note(one.trial, seconds=one.seconds)
@@ -157,7 +157,7 @@ class SweepRunner:
     def _log(self, trial: Trial) -> Path:
         return self.logs / f"{trial.run}.log"
 
-    def _requeue(self, one: Running) -> bool:
+    def _requeue(self, one: RunningTrial) -> bool:
         """Queues an interrupted trial for a restart, at most STARTS times. Returns whether it remains open."""
         trial = self.study.trial(one.trial.number)
         if one.asked:  # the sweep itself is stopping

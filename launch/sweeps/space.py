@@ -33,7 +33,7 @@ class Range(NamedTuple):
 Space = dict[str, Values | Range]  # by key
 
 
-def varies(override: str) -> bool:
+def is_sweep_override(override: str) -> bool:
     """Returns whether a command-line override specifies several values."""
     key, _, value = override.partition("=")
     if key.startswith("~") or key in ("task.sample_prompt", "launcher.env", "task.sweep.parameters"):
@@ -51,12 +51,12 @@ def split_varying_keys(overrides: Sequence[str]) -> list[str]:
 
     Raises: ValueError if such a key has a prefix like +, which Hydra does not support here.
     """
-    given = {o.partition("=")[0]: o.partition("=")[2] for o in overrides if varies(o)}
+    given = {o.partition("=")[0]: o.partition("=")[2] for o in overrides if is_sweep_override(o)}
     for key in given:
         if not re.fullmatch(r"[\w.@/]+", key):
             raise ValueError(f"{key}={given[key]}: a swept key must exist in the config; remove the {key[0]!r}")
     # ++, because the dict has no such keys yet.
-    rest = [f"++{o}" if o.startswith("task.sweep.parameters=") else o for o in overrides if not varies(o)]
+    rest = [f"++{o}" if o.startswith("task.sweep.parameters=") else o for o in overrides if not is_sweep_override(o)]
     if not given:
         return rest
     escaped = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in given.items()}
@@ -164,7 +164,7 @@ def _examples(part: Range) -> list[str]:
     return list(dict.fromkeys(format_value(part, value) for value in (part.low, middle, part.high)))
 
 
-def kinds(space: Space) -> Iterator[dict[str, str]]:
+def corner_points(space: Space) -> Iterator[dict[str, str]]:
     """Yields combinations that contain every listed value and the ends of every range, for validation up front."""
     options = {
         key: part.values if isinstance(part, Values) else (format_value(part, part.low), format_value(part, part.high))

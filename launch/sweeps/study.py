@@ -59,7 +59,7 @@ def chosen_method(search: SweepSearchConfig, space: Space) -> Method:
     return Method.tpe if any(isinstance(part, Range) for part in space.values()) else Method.grid
 
 
-def points_of(search: SweepSearchConfig, space: Space) -> list[dict[str, str]]:
+def grid_points(search: SweepSearchConfig, space: Space) -> list[dict[str, str]]:
     """Returns the points of a grid search, or none for other methods.
 
     Raises: ValueError if a key has a range, or the grid has more points than sweep.trials.
@@ -90,7 +90,7 @@ class Study:
         optuna = self._optuna = imported()
         self.name, self.search, self.space = name, search, space
         self.method = chosen_method(search, space)
-        points = points_of(search, space)
+        points = grid_points(search, space)
         storage = None
         if folder is not None:
             from optuna.storages import JournalStorage

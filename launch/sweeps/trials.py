@@ -95,7 +95,7 @@ class Outcome:
 
 
 @dataclass
-class Running:
+class RunningTrial:
     """A running trial."""
 
     trial: Trial
@@ -179,7 +179,7 @@ def start(
     code: Path | None = None,
     gpus: Sequence[str] = (),
     rejoin: bool = False,
-) -> Running:
+) -> RunningTrial:
     """Starts the command of a trial.
 
     `code`: folder with the packages to run; None: the current ones. `rejoin`: follow the cluster job submitted by an
@@ -208,7 +208,7 @@ def start(
             preexec_fn=_end_with_the_sweep if sys.platform == "linux" else None,
         )
     measured = MetricReader(run_folder(config).metrics, search.metric, num_steps(config))
-    return Running(trial, config, child, log, measured, rejoined=rejoin)
+    return RunningTrial(trial, config, child, log, measured, rejoined=rejoin)
 
 
 def num_steps(config: RunConfig) -> int:

@@ -31,7 +31,7 @@ from models.formats.gguf import files as gguf_files
 from models.formats.gguf.metadata import architecture_for
 from models.formats.huggingface import peft as peft_files
 from models.formats.huggingface.checkpoint_files import (
-    BESIDE,
+    TOKENIZER_FILES,
     Checkpoint,
     Folder,
     first_difference,
@@ -89,7 +89,7 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
         data=dataclasses.replace(config.data, sources={}),
         task=TrainConfig(),
     )
-    if origin.model.outputs:
+    if origin.model.num_labels:
         config = _scoring_config(config, origin)
     core = build_core(config, tokenizer)
     with progress_bar(f"reading {reference}") as progress:
@@ -119,11 +119,11 @@ def to_run(config: RunConfig, overrides: list[str], reference: str) -> int:
 
 def _scoring_config(config: RunConfig, origin: WeightsSource) -> RunConfig:
     """Returns the config of a published reward model (one output) or sequence classifier."""
-    if origin.model.outputs == 1:
+    if origin.model.num_labels == 1:
         data = dataclasses.replace(config.data, format=DataFormat.preference)
         return dataclasses.replace(config, objective=RewardConfig(), data=data)
     named = json.loads(origin.extra_files["config.json"]).get("id2label") or {}
-    classes = [named.get(str(i), f"LABEL_{i}") for i in range(origin.model.outputs)]
+    classes = [named.get(str(i), f"LABEL_{i}") for i in range(origin.model.num_labels)]
     data = dataclasses.replace(config.data, format=DataFormat.classification, classes=classes, packing=Packing.best_fit)
     return dataclasses.replace(config, objective=ClassificationConfig(), data=data)
 
@@ -253,7 +253,7 @@ def write_folder(
             "the output is left there for inspection"
         )
     if is_main_process():
-        for name in BESIDE:
+        for name in TOKENIZER_FILES:
             if (carried / name).exists():
                 shutil.copyfile(carried / name, partial_path / name)
         log(write_tokenizer(partial_path, saved.tokenizer, before))
@@ -281,7 +281,7 @@ def write_file(
     with progress_bar("writing") as progress:
         gguf_files.save_params(partial_path, model, params, row, metadata, dtype=dtype, progress=progress)
     written = gguf_files.File(partial_path) if is_main_process() else None
-    differs = gguf_files.first_wrong(written, model, params, row, dtype=dtype)
+    differs = gguf_files.first_mismatch(written, model, params, row, dtype=dtype)
     if differs is not None:
         raise RuntimeError(
             f"{partial_path}: {differs} differs from the written value; the output is left there for inspection"

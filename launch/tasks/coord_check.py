@@ -14,7 +14,7 @@ from launch.plotting import draw_coordinates, shown_parts
 from launch.reports import make_table, open_console, write_report
 from launch.run_folder import RunFolder
 from models.config import ModelConfig
-from models.mup import at_width
+from models.mup import scale_to_width
 from trainer.activation_stats import activation_changes, slope
 from trainer.schedule import ConstantConfig
 
@@ -33,7 +33,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     corpora = load_corpora(config, RunFolder(folder / config.run), log)
     model = model_config(config, corpora.tokenizer)
     widths, base = sorted(task.widths), model.mup_base_width or min(task.widths)
-    models = {width: at_width(model, width) for width in widths}  # validates all widths before the first is trained
+    models = {
+        width: scale_to_width(model, width) for width in widths
+    }  # validates all widths before the first is trained
     found = {
         name: [_changes(config, corpora, replace(models[width], mup_base_width=base_width)) for width in widths]
         for name, base_width in ((f"base_width={base}", base), ("standard", None))

@@ -79,7 +79,7 @@ def task_texts(tokenizer: Tokenizer, problems: list[MultipleChoice], prefix: lis
     texts = []
     for problem in problems:
         for context, continuation in problem.options:
-            before = tokenizer.begin(tokenizer.encode(context)) or prefix
+            before = tokenizer.add_bos_token(tokenizer.encode(context)) or prefix
             ids = before + tokenizer.encode(continuation)
             texts.append(Text(ids, max(len(before), 1)))
     return texts
@@ -94,7 +94,7 @@ def evaluate_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -
     merged = dataclasses.replace(saved.config, data=data)
     quiet = task.format is Format.json
     corpora = load_corpora(merged, saved.folder, (lambda text: None) if quiet else log)
-    if not corpora.heldout:
+    if not corpora.validation:
         raise ValueError("data: no source has validation text; set data.sources.NAME.validation_fraction above 0")
     found = build_evaluation(merged, corpora, saved.core, saved.frozen())(saved.scored_params())
     if not is_main_process():
@@ -110,7 +110,7 @@ def evaluate_sources(saved: SavedRun, config: RunConfig, task: EvaluateConfig) -
             source or "all": {
                 c: found[key] for c in columns if (key := f"eval/{source}/{c}".replace("//", "/")) in found
             }
-            for source in [*corpora.heldout, ""]
+            for source in [*corpora.validation, ""]
         }
         if not saved.config.objective.model_needs.is_token_level:
             rows = {name: {"n" if c == "tokens" else c: v for c, v in row.items()} for name, row in rows.items()}

@@ -164,7 +164,7 @@ def _print(title: str, plan: Plan, found: dict[str, Any]) -> None:
     console.print(f"FLOPs       {plan.flops_per_token:.4g} per token: {CONVENTION}")
     console.print(f"mesh        {describe_mesh(plan.mesh)}; remat {plan.remat}; {plan.num_microbatches} microbatches")
     if plan.schedule is not None:
-        console.print(f"stages      {plan.schedule.in_words}")
+        console.print(f"stages      {plan.schedule.description}")
     row = found["seq_len"]
     console.print(f"batch       {plan.batch_size:,} rows of {row:,}: {plan.tokens_per_step:,} tokens per step")
 

@@ -15,8 +15,8 @@ import numpy as np
 from configs.schema import RunConfig
 from configs.tasks import PredictConfig
 from data.batch import TokenBatch
-from data.records.chat_formats import BadRow, Conversation, find_format, to_conversation
-from data.records.encoding import EncodingConfig, OnOverflow, encode_whole
+from data.records.chat_formats import Conversation, InvalidRecord, find_format, to_conversation
+from data.records.encoding import EncodingConfig, OnOverflow, encode_full_text
 from data.records.record import BadRecords
 from data.sources.readers import JsonlConfig
 from data.tokenizers.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def read_file(path: Path) -> Iterator[Input]:
         for record in source.records(unit, bad):
             try:
                 yield to_conversation(record.fields, find_format(record.fields))
-            except BadRow as error:
+            except InvalidRecord as error:
                 raise ValueError(f"task.files: {path}, {record.where}: {error.reason}") from None
     for reason, entry in bad.found.get(str(path), {}).items():
         raise ValueError(f"task.files: {path}, {entry['first']}: {reason}")
@@ -91,8 +91,8 @@ def compute_outputs(saved: SavedRun, objective: Any, inputs: list[Input], batch_
 
 def encoded(tokenizer: Tokenizer, text: Input, rules: EncodingConfig, index: int) -> np.ndarray:
     try:
-        return encode_whole(tokenizer, text, rules).ids
-    except BadRow as error:
+        return encode_full_text(tokenizer, text, rules).ids
+    except InvalidRecord as error:
         raise ValueError(f"predict: text {index + 1}: {error.reason}") from None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from configs.schema import RunConfig
 from configs.tasks import Format, ReplayConfig
-from launch import rollbacks as incidents
+from launch import rollbacks
 from launch.build import Core, is_main_process, load_corpora, log
 from launch.initial_state import build_run
 from launch.run_folder import RunFolder, run_folder
@@ -37,7 +37,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             raise ValueError(
                 f"task.rollback={name}: rolled back to step {first}, whose checkpoint has been deleted "
                 f"(checkpoint.max_to_keep={saved.checkpoint.max_to_keep}); the batch is in "
-                f"{folder.incidents / name}.npz"
+                f"{folder.rollbacks / name}.npz"
             )
         corpora = load_corpora(saved, folder, log)
         saved, core, _, frozen, source = build_run(saved, corpora, checkpointer)
@@ -77,9 +77,9 @@ def run(config: RunConfig, overrides: list[str]) -> int:
 
 def select_incident(folder: RunFolder, name: str | None) -> tuple[str, dict[str, Any]]:
     """Returns an incident by name, STEP-N; None: the newest. Raises: ValueError if it does not exist."""
-    known = incidents.by_name(folder)
+    known = rollbacks.by_name(folder)
     if not known:
-        raise ValueError(f"run={folder.name}: has no rollbacks; {folder.incidents} is empty")
+        raise ValueError(f"run={folder.name}: has no rollbacks; {folder.rollbacks} is empty")
     if name is not None and name not in known:
         raise ValueError(f"task.rollback={name}: no such incident of {folder.name}; known: {', '.join(known)}")
     name = name or [*known][-1]

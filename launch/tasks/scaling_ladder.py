@@ -22,7 +22,7 @@ from launch.launchers.job import python_path
 from launch.plotting import draw_law
 from launch.reports import make_table, open_console, write_report
 from launch.run_folder import RunFolder, write_whole
-from launch.scaling.law import Law, Point, fit_law, left_out, spread
+from launch.scaling.law import Law, Point, fit_law, leave_one_out_fits, spread
 from launch.scaling.rungs import Recommendation, Rung, recommend, rungs, sizes, with_keys
 from models.config import ModelConfig
 from models.flops import flops_per_token
@@ -63,10 +63,10 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             f"{point.flops:.2e} FLOPs: loss {point.loss:.4f} ({took})",
         )
     law = fit_law(points)
-    others = left_out(points, law)
+    others = leave_one_out_fits(points, law)
     budget = task.compute_budget or DEFAULT_BUDGET * max(point.flops for point in points)
     family = sizes(config, model, budget)
-    ratio = points[0].tokens / points[0].parameters if law.of_compute else None
+    ratio = points[0].tokens / points[0].parameters if law.is_compute_law else None
     best = recommend(law, others, family, budget, ratio)
     found = _describe(config, climbed, points, law, others, best)
     folder = Path(task.output or Path(config.output_dir) / "ladders")
@@ -168,15 +168,15 @@ def _describe(
     config: RunConfig, climbed: list[Rung], points: list[Point], law: Law, others: list[Law], best: Recommendation
 ) -> dict[str, Any]:
     tokens_per_step = config.data.batch_size * config.data.seq_len
-    fitted = [float(law.loss(p.flops) if law.of_compute else law.loss(p.parameters, p.tokens)) for p in points]
+    fitted = [float(law.loss(p.flops) if law.is_compute_law else law.loss(p.parameters, p.tokens)) for p in points]
     rows = zip(climbed, points, fitted, strict=True)
-    constants = [name for name in Law._fields if not law.of_compute or name not in ("B", "beta")]
+    constants = [name for name in Law._fields if not law.is_compute_law or name not in ("B", "beta")]
     steps = round(best.tokens / tokens_per_step)
     keys = {f"model.{key}": value for key, value in best.keys.items()} | {"task.num_steps": steps}
     return {
         "rungs": [{"run": rung.run, **point._asdict(), "fitted": value} for rung, point, value in rows],
         "law": {name: getattr(law, name) for name in constants},
-        "of": "compute" if law.of_compute else "parameters and tokens",
+        "of": "compute" if law.is_compute_law else "parameters and tokens",
         "left_out": {name: spread(others, lambda other, name=name: getattr(other, name)) for name in constants},
         "recommendation": best._asdict() | {"times_largest": best.flops / max(p.flops for p in points)},
         "overrides": [f"{key}={value}" for key, value in keys.items()],

@@ -18,7 +18,7 @@ from models.decode.sampling import SamplingConfig
 
 if TYPE_CHECKING:  # the server's packages are imported only by this task
     from launch.serving.scheduler import Scheduler
-    from launch.serving.service import Served
+    from launch.serving.service import ServerSettings
 
 DEFAULT_MAX_LENGTH = 4096  # maximum tokens per slot by default; longer KV caches are rarely used
 
@@ -35,7 +35,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         from launch.serving.middleware import is_loopback
         from launch.serving.scheduler import Scheduler
         from launch.serving.server import serve
-        from launch.serving.service import Served
+        from launch.serving.service import ServerSettings
     except ImportError as error:
         raise ValueError(f"serve: needs the extra ({error.name} is missing): pip install -e '.[serve]'") from None
     loopback = is_loopback(task.host)
@@ -48,7 +48,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     try:
         saved = open_writer(config, overrides)
         engine = make_engine(saved, task)
-        served = Served(
+        served = ServerSettings(
             name=saved.folder.name,
             step=saved.step,
             created=int(saved.checkpointer.folder_of(saved.step).stat().st_mtime),
@@ -159,7 +159,7 @@ def warm_up(engine: Engine) -> None:
 
 
 def announce(
-    saved: SavedRun, served: "Served", scheduler: "Scheduler", task: ServeConfig, listening: socket.socket
+    saved: SavedRun, served: "ServerSettings", scheduler: "Scheduler", task: ServeConfig, listening: socket.socket
 ) -> None:
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"

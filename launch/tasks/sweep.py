@@ -34,15 +34,15 @@ from launch.launchers.supervisor import identity, is_alive
 from launch.overrides import routes_of
 from launch.plotting import draw_sweep
 from launch.run_folder import write_whole
-from launch.sweeps.progress_display import ProgressDisplay, as_row, print_table, spelt_command
+from launch.sweeps.progress_display import ProgressDisplay, as_row, format_command, print_table
 from launch.sweeps.runner import SweepRunner
-from launch.sweeps.space import Space, kinds, read_space
-from launch.sweeps.study import WAITING, Study, Trial, best_of, chosen_method, imported, points_of
+from launch.sweeps.space import Space, corner_points, read_space
+from launch.sweeps.study import WAITING, Study, Trial, best_of, chosen_method, grid_points, imported
 from launch.sweeps.trials import command, gpu_shares
 from trainer.tracker import WandbConfig
 
 DROPPED = ("task=", "task.sweep.", "run=", "sweep=", "launcher.follow=", "launcher.dry_run=")  # not passed to trials
-FREE = ("launcher", "tracker", "trackers.", "checkpoint.", "devices")  # may change when a sweep resumes
+FREE = ("launcher", "tracker", "trackers.", "checkpoint.", "fake_devices")  # may change when a sweep resumes
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:
@@ -65,7 +65,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
         refuse_drift(saved, definition, config.run)
         search.parameters = saved["over"]  # in the order of the first start: proposals depend on it
     space = checked_space(search.parameters, arguments, config.run)
-    points_of(search, space)
+    grid_points(search, space)
     check_pruning(task)
     check_launcher(config, search.max_concurrent_trials)
     shares = gpu_shares(search, config.launcher.kind)
@@ -92,7 +92,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
             on_end=lambda trial: write_results(folder, study, arguments),
             screen=ProgressDisplay(config.run, search),
         )
-        code = runner.conduct()
+        code = runner.run()
         write_results(folder, study, arguments)
     return conclude(config, folder, study, arguments, code)
 
@@ -111,7 +111,7 @@ def conclude(config: RunConfig, folder: Path, study: Study, arguments: Sequence[
     if best is not None:
         words = command(arguments, best)[:-1]
         print(f"best: {best.run}, {search.metric} {best.value:.5g}; to repeat it as a separate run:")
-        print(f"  {spelt_command([*words, f'run={config.run}-best'])}")
+        print(f"  {format_command([*words, f'run={config.run}-best'])}")
     return code
 
 
@@ -145,7 +145,7 @@ def checked_space(parameters: dict[str, str], arguments: Sequence[str], name: st
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error, [*arguments, *named])) from None
     space = read_space(parameters, base)
-    for values in kinds(space):
+    for values in corner_points(space):
         given = [*arguments, *(f"{key}={value}" for key, value in values.items())]
         try:
             composed_trial([*given, f"run={name}"])
@@ -282,7 +282,7 @@ def dry_run(config: RunConfig, task: SweepConfig, arguments: Sequence[str], spac
     shown: list[Trial] = []
     while len(shown) < count and (trial := study.next()) is not None:
         shown.append(trial)
-        print(f"$ {spelt_command(command(arguments, trial))}")
+        print(f"$ {format_command(command(arguments, trial))}")
     if len(shown) < study.wanted:
         print(f"# {study.wanted - len(shown)} more trials, which depend on results")
     return 0

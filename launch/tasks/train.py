@@ -34,8 +34,8 @@ from trainer.mesh import describe_mesh
 from trainer.metrics import TrainMetrics, peak
 from trainer.objective import BatchSource
 from trainer.reliability.goodput import GoodputRecorder
-from trainer.reliability.loss_spikes import NO_LIMITS, Rollback, SpikeWatch, TooManyRollbacks
-from trainer.reliability.sdc_check import IntegrityWatch, SilentDataCorruption
+from trainer.reliability.loss_spikes import NO_LIMITS, LossSpikeDetector, Rollback, TooManyRollbacks
+from trainer.reliability.sdc_check import SDCChecker, SilentDataCorruption
 from trainer.reliability.watchdog import Watchdog
 from trainer.state import TrainState
 from trainer.tracker import START, Trackers, build_trackers
@@ -88,7 +88,7 @@ def train_once(config: RunConfig, overrides: list[str]) -> int | None:
             trackers.log_config(to_plain(config))
             if recorder.starts > 1:  # marks the restart in curves
                 trackers.log(first_step, {START: float(recorder.starts)})
-            spikes = SpikeWatch(config.loss_spikes, say=log, before=checkpointer.before)
+            spikes = LossSpikeDetector(config.loss_spikes, say=log, before=checkpointer.latest_before)
             hooks = build_hooks(
                 parts, corpora, folder, checkpointer, recorder, trackers, {"metrics": metrics, "spikes": spikes}
             )
@@ -144,7 +144,7 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
     tokens, mesh = tokens_per_step(config, core), describe_mesh(core.mesh.shape)
     log(f"model: {parameters:,} parameters; {tokens:,} tokens a step; mesh: {mesh} ({devices})")
     if schedule := schedule_over(core.model.pipeline, core.constrain):
-        log(f"stages: {schedule.in_words}")
+        log(f"stages: {schedule.description}")
     if shortened := config.schedule.shortened(config.task.num_steps):
         log(shortened)
 
@@ -177,7 +177,7 @@ def start_trackers(config: RunConfig, folder: RunFolder, first_step: int) -> Tra
 
 
 def build_report(
-    metrics: TrainMetrics, spikes: SpikeWatch, trackers: Trackers, recorder: GoodputRecorder, first_step: int
+    metrics: TrainMetrics, spikes: LossSpikeDetector, trackers: Trackers, recorder: GoodputRecorder, first_step: int
 ) -> Callable[..., None]:
     """Returns the loop's `report(step, values, timing)`: it logs metrics, books time and watches for spikes."""
 
@@ -198,7 +198,7 @@ def run_loop(
     folder: RunFolder,
     parts: RunParts,
     state: TrainState,
-    spikes: SpikeWatch,
+    spikes: LossSpikeDetector,
     hooks: Hooks,
     report: Callable[..., None],
     recorder: GoodputRecorder,
@@ -232,7 +232,7 @@ def run_loop(
 
     first_step = int(state.step)
     if config.sdc_check.every:
-        step = IntegrityWatch(config.sdc_check, core.train_step, core.abstract).guard(step, first_step)
+        step = SDCChecker(config.sdc_check, core.train_step, core.abstract).guard(step, first_step)
     try:
         with recorder.phase("step"), watchdog:
             return fit(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from models.logical_axes import Axes
 from models.matmul import einsum_f32
 from models.quantization.blockwise import Bits, quantize
-from models.weight_views import Kernel, as_array, is_view
+from models.weight_views import WeightView, as_array, is_view
 
 Params = Any  # a nested dict of arrays
 FULLY_TRAINED = ("score",)  # parameters trained in full next to adapters, because no base model has trained them
@@ -224,7 +224,7 @@ def _lengths(weight: jax.Array, num_in: int, num_out: int) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LoRAWeight(Kernel):
+class LoRAWeight(WeightView):
     """View of W + s A B; leading dims can be indexed away, as by a layer scan."""
 
     base: Any  # an array, or a Quantized

@@ -62,7 +62,7 @@ def _unmask(program: _Program, params: Params, tokens_BL, segments_BL, left, set
     return replicate(jnp.where(out_BL, drawn_BL, tokens_BL)), replicate(jnp.where(out_BL, logprobs_BL, 0.0))
 
 
-def write_masked(
+def generate_masked(
     params: Params,
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],

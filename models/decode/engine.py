@@ -28,7 +28,7 @@ from models.logical_axes import ShardingConstraint, no_constraint
 from models.mixers.base import IDLE, Cache, copy_row
 from models.mixers.registry import init_cache, rewindable
 from models.transformer import Params, all_stacks, forward_cached, logits, projections, stacks
-from models.weight_views import Table, TransposedWeight
+from models.weight_views import TiedEmbedding, TransposedWeight
 
 MAX_TOP_LOGPROBS = 20
 
@@ -171,7 +171,7 @@ def decoding_params(params: Params, config: ModelConfig) -> Params:
         if not transposed:
             return leaf
         if names == ("embedding",) and config.tied_embeddings:
-            return Table(leaf)
+            return TiedEmbedding(leaf)
         return TransposedWeight.of(leaf, num_out[names]) if names in num_out else leaf
 
     layers = []

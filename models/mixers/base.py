@@ -70,5 +70,5 @@ class Mixer(nnx.Module):
 
     @classmethod
     def flops_per_token(cls, config: ModelConfig, layer: LayerFlags, seq_len: int) -> float:
-        """Forward FLOPs of a token besides products with weights, on average over a row of `seq_len`."""
+        """Forward FLOPs of a token other than matmuls with weights, on average over a row of `seq_len`."""
         raise NotImplementedError

@@ -41,7 +41,7 @@ def rewindable(config: ModelConfig) -> bool:
 
 
 def mixer_flops(config: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs of a token in all mixers besides products with weights, on average over a row of `seq_len`.
+    """Forward FLOPs of a token in all mixers other than matmuls with weights, on average over a row of `seq_len`.
 
     Modules of multi-token prediction included.
     """

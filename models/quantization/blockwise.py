@@ -18,7 +18,7 @@ import numpy as np
 
 from models.logical_axes import Axes
 from models.matmul import einsum_f32
-from models.weight_views import Kernel
+from models.weight_views import WeightView
 
 BLOCK = 64
 SCALES_BLOCK = 256  # scales per block in double quantization
@@ -98,7 +98,7 @@ def quantize_scales(scales: jax.Array, num_lead: int, num_out: int) -> Scales:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Quantized(Kernel):
+class Quantized(WeightView):
     """A quantized stack of matrices [lead..., in..., out...]; leading dims can be indexed away, as by a layer scan."""
 
     codes: jax.Array  # u8 with two codes per byte, the first in the upper half (nf4); i8 (int8)

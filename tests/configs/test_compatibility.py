@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from configs.compatibility import check_compatibility, settle_outputs
+from configs.compatibility import check_compatibility, set_num_labels
 from configs.schema import RunConfig, from_saved, to_plain
 from data.loader import DataConfig
 from data.records.encoding import DataFormat, DataNeeds
@@ -45,14 +45,14 @@ def check(
     objective: ObjectiveConfig, data: DataConfig | None = None, mask: AttentionMask = AttentionMask.causal
 ) -> ModelConfig:
     data, model = data or DataConfig(), ModelConfig(attention=AttentionConfig(mask=mask))
-    settle_outputs(data, objective, model)
+    set_num_labels(data, objective, model)
     check_compatibility(data, objective, model, AdapterConfig())
     return model
 
 
 def test_any_objective_is_checked_by_its_needs():
     pairs = DataConfig(format=DataFormat.preference)
-    assert check(JudgedConfig(), pairs).outputs == 3
+    assert check(JudgedConfig(), pairs).num_labels == 3
     with pytest.raises(ValueError, match=r"objective=judged needs data\.format=preference$"):
         check(JudgedConfig())
     with pytest.raises(ValueError, match=r"mask=bidirectional: objective=judged predicts the next token"):
@@ -68,9 +68,9 @@ def test_any_objective_is_checked_by_its_needs():
     [(NextTokenConfig(), 1), (RewardConfig(), 2), (ClassificationConfig(), 3)],
 )
 def test_a_head_that_the_objective_does_not_need_is_refused(objective, outputs):
-    data, model = DataConfig(classes=["a", "b"]), ModelConfig(outputs=outputs)
-    with pytest.raises(ValueError, match=rf"model\.outputs={outputs}: objective={objective.kind} needs \d"):
-        settle_outputs(data, objective, model)
+    data, model = DataConfig(classes=["a", "b"]), ModelConfig(num_labels=outputs)
+    with pytest.raises(ValueError, match=rf"model\.num_labels={outputs}: objective={objective.kind} needs \d"):
+        set_num_labels(data, objective, model)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.records.chat_encoding import check_messages
-from data.records.chat_formats import BadRow, Conversation, find_format, read_conversations, to_conversation
+from data.records.chat_formats import Conversation, InvalidRecord, find_format, read_conversations, to_conversation
 from data.records.record import BadRecords, RecordFormat
 from data.sources.readers import (
     RECORD_BYTES,
@@ -169,7 +169,7 @@ BAD = {
 
 @pytest.mark.parametrize(("fields", "format", "reason"), BAD.values(), ids=BAD.keys())
 def test_invalid_records_are_refused_with_the_reason(fields, format, reason):
-    with pytest.raises(BadRow, match=reason):
+    with pytest.raises(InvalidRecord, match=reason):
         known = RecordFormat[format]
         to_conversation(fields, find_format(fields) if known is RecordFormat.auto else known)
 

@@ -23,13 +23,13 @@ def table(folder, rows=5, **changes):
 
 def test_rows_are_read_by_number_and_an_interrupted_pass_resumes(tmp_path):
     made = table(tmp_path / "t")
-    made.begin()
+    made.open_for_writing()
     made.write(0, values(0, 2))
     made.flush()
     made.write(2, values(2, 2))  # not flushed: a kill at this point loses it
     again = table(tmp_path / "t")
     assert (again.filled, again.complete) == (2, False)
-    again.begin()
+    again.open_for_writing()
     again.write(2, values(2, 2))
     again.write(4, values(4, 2))  # one row past the end
     again.flush()
@@ -44,7 +44,7 @@ def test_rows_are_read_by_number_and_an_interrupted_pass_resumes(tmp_path):
 
 def test_a_cache_with_another_key_or_damaged_files_is_refused(tmp_path):
     made = table(tmp_path / "t")
-    made.begin()
+    made.open_for_writing()
     with pytest.raises(ValueError, match="was built with seq_len=3, but this run needs 4; delete the folder"):
         table(tmp_path / "t", seq_len=4)
     (tmp_path / "t" / "ids.npy").write_bytes(b"gone")
@@ -55,7 +55,7 @@ def test_a_cache_with_another_key_or_damaged_files_is_refused(tmp_path):
 
 def test_rows_carry_their_columns_into_batches(tmp_path):
     made = table(tmp_path / "t")
-    made.begin()
+    made.open_for_writing()
     made.write(0, values(0, 5))
     rows = [TokenBatch(*(np.full(4, 10 * row + field) for field in range(5))) for row in range(5)]
     tabled = RowsWithColumns(rows, made)  # type: ignore[arg-type]

@@ -8,17 +8,17 @@ import pytest
 from data.loader import PackedRows
 from data.packing import Packing
 from data.records.chat_encoding import chat_ids, encode_chat, with_template
-from data.records.chat_formats import BadRow, Conversation
+from data.records.chat_formats import Conversation, InvalidRecord
 from data.records.encoding import (
     EncodingConfig,
     LossMask,
     OnOverflow,
     encode_example,
+    extract_texts,
     last_turn,
     marked_text,
     read_examples,
     runs,
-    texts_of,
     with_ends,
 )
 from data.records.record import BadRecords
@@ -108,7 +108,7 @@ def test_an_example_never_exceeds_a_row_and_has_targets(tokenizer, loss_mask, on
     for length in range(1, len(full.ids) + 1):
         try:
             example = encode_example(tokenizer, TALK, encoding(loss_mask, on_overflow, length))
-        except BadRow as error:
+        except InvalidRecord as error:
             assert "data.seq_len" in error.reason
             continue
         assert len(example.ids) <= length and example.loss_mask[1:].any()
@@ -125,21 +125,21 @@ def test_truncate_turns_retains_the_turns_that_fit(tokenizer):
     ends = [end for _, end in runs(full.loss_mask)]
     for length, turns in ((ends[0], 1), (ends[1] - 1, 1), (ends[1], 2), (ends[2] - 1, 2)):
         assert len(runs(encode_example(tokenizer, TALK, encoding(max_length=length)).loss_mask)) == turns
-    with pytest.raises(BadRow, match=rf"longer than data\.seq_len={ends[0] - 1}"):
+    with pytest.raises(InvalidRecord, match=rf"longer than data\.seq_len={ends[0] - 1}"):
         encode_example(tokenizer, TALK, encoding(max_length=ends[0] - 1))
-    with pytest.raises(BadRow, match=rf"longer than data\.seq_len={ends[1]}"):
+    with pytest.raises(InvalidRecord, match=rf"longer than data\.seq_len={ends[1]}"):
         encode_example(tokenizer, TALK, encoding(LossMask.last_turn, max_length=ends[1]))
 
 
 def test_an_example_without_targets_after_truncation_is_dropped(tokenizer):
-    with pytest.raises(BadRow, match=r"no token contributes to the loss before data\.seq_len"):
+    with pytest.raises(InvalidRecord, match=r"no token contributes to the loss before data\.seq_len"):
         encode_example(tokenizer, TALK, encoding(on_overflow=OnOverflow.truncate, max_length=20))
 
 
 def test_every_token_of_a_text_is_in_the_loss_as_in_pretraining(tokenizer):
     example = encode_example(tokenizer, "hello", encoding(max_length=2))
     assert example.ids.tolist() == [*b"hello", EOS] and example.loss_mask.all()
-    with pytest.raises(BadRow, match="no token contributes to the loss"):
+    with pytest.raises(InvalidRecord, match="no token contributes to the loss"):
         encode_example(Characters("ab"), "a", encoding())
 
 
@@ -183,7 +183,7 @@ def test_marked_text_shows_the_loss_mask(tokenizer):
 
 
 def test_texts_of_a_conversation_are_its_contents():
-    assert texts_of(CALLING) == ["go", "2", "two"] and texts_of("x") == ["x"]
+    assert extract_texts(CALLING) == ["go", "2", "two"] and extract_texts("x") == ["x"]
 
 
 @pytest.mark.parity

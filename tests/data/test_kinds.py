@@ -209,9 +209,13 @@ def test_texts_of_special_tokens_are_matched_in_chats(tokenizer):
 
 def test_bos_is_prepended_once_if_the_policy_sets_it(hf_folder):
     found = TokenizerJsonConfig(path=str(hf_folder), bos="<|end|>").build(documents)
-    assert found.begin([5]) == [5]
+    assert found.add_bos_token([5]) == [5]
     with_bos = found.with_policy(add_bos=True)
-    assert with_bos.begin([5]) == [0, 5] and with_bos.begin([0, 5]) == [0, 5] and with_bos.begin([]) == [0]
+    assert (
+        with_bos.add_bos_token([5]) == [0, 5]
+        and with_bos.add_bos_token([0, 5]) == [0, 5]
+        and with_bos.add_bos_token([]) == [0]
+    )
     with pytest.raises(ValueError, match=r"tokenizer.add_bos=true: this tokenizer has no BOS"):
         Bytes().with_policy(add_bos=True)
 

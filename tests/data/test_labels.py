@@ -6,7 +6,7 @@ import pytest
 from data.loader import DataConfig, PairRows, batch_hash, make_rows
 from data.packing import Packing, make_plan
 from data.packing import build_row as row_of
-from data.records.chat_formats import BadRow
+from data.records.chat_formats import InvalidRecord
 from data.records.encoding import (
     BadRecords,
     DataFormat,
@@ -14,13 +14,13 @@ from data.records.encoding import (
     EncodingConfig,
     LossMask,
     OnOverflow,
+    encode_full_text,
     encode_labelled,
-    encode_whole,
     read_examples,
 )
 from data.records.labels import Labelled, to_label, to_match
 from data.sources.readers import JsonlConfig
-from data.tokenize_shards import TokenCorpus, prepare_source
+from data.tokenize_shards import TokenCorpus, tokenize_source
 from data.tokenizers.kinds import Bytes
 
 CLASSES = ("ham", "spam")
@@ -55,7 +55,7 @@ def test_a_name_that_looks_like_a_number_is_a_name():
     ],
 )
 def test_records_without_a_known_class_are_refused(fields, reason):
-    with pytest.raises(BadRow, match=reason):
+    with pytest.raises(InvalidRecord, match=reason):
         to_label(fields, CLASSES)
 
 
@@ -72,7 +72,7 @@ def test_records_without_a_known_class_are_refused(fields, reason):
     ],
 )
 def test_invalid_matches_are_refused(fields, negatives, reason):
-    with pytest.raises(BadRow, match=reason):
+    with pytest.raises(InvalidRecord, match=reason):
         to_match(fields, negatives)
 
 
@@ -84,10 +84,10 @@ def test_matches_are_found_by_their_usual_names():
 
 def test_a_text_keeps_its_end_when_it_is_cut():
     tokenizer = Bytes()
-    example = encode_whole(tokenizer, "a long text indeed, too long", encoding(DataFormat.classification))
+    example = encode_full_text(tokenizer, "a long text indeed, too long", encoding(DataFormat.classification))
     assert len(example.ids) == 16 and example.ids[-1] == tokenizer.eos_id and example.truncated
-    with pytest.raises(BadRow, match=r"longer than data\.seq_len=16"):
-        encode_whole(
+    with pytest.raises(InvalidRecord, match=r"longer than data\.seq_len=16"):
+        encode_full_text(
             tokenizer, "a long text indeed", encoding(DataFormat.classification)._replace(on_overflow=OnOverflow.drop)
         )
 
@@ -99,7 +99,7 @@ def test_the_class_is_the_target_of_the_last_token_and_never_an_input(tmp_path):
     source = write(
         tmp_path / "a.jsonl", [{"text": "hi", "label": 1}, {"text": "yes", "label": 0}, {"text": "", "label": 0}]
     )
-    manifest = prepare_source(
+    manifest = tokenize_source(
         source, tokenizer, tmp_path / "made", encoding=encoding(DataFormat.classification, classes=CLASSES)
     )
     corpus = TokenCorpus(manifest, "train")
@@ -119,7 +119,7 @@ def test_a_row_holds_all_texts_of_a_match(tmp_path):
     source = write(tmp_path / "a.jsonl", rows)
     config = DataConfig(seq_len=8, format=DataFormat.retrieval)
     needs = DataNeeds(formats=(DataFormat.retrieval,), num_negatives=1)
-    manifest = prepare_source(source, Bytes(), tmp_path / "made", encoding=config.encoding(needs))
+    manifest = tokenize_source(source, Bytes(), tmp_path / "made", encoding=config.encoding(needs))
     made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a", needs=needs)
     assert len(made) == 8 and made[3].tokens.shape == (3, 8)
     texts = [Bytes().decode(row[:2].tolist()) for row in made[3].tokens]
@@ -132,7 +132,7 @@ def test_margins_reach_the_batch_and_pairs_without_one_are_counted(tmp_path):
     source = write(tmp_path / "a.jsonl", [*rows, *bad])
     config, needs = DataConfig(seq_len=64, format=DataFormat.preference), DataNeeds(margins=True)
     tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    manifest = prepare_source(source, tokenizer, tmp_path / "made", encoding=config.encoding(needs))
+    manifest = tokenize_source(source, tokenizer, tmp_path / "made", encoding=config.encoding(needs))
     assert sum(e["count"] for e in manifest.bad[str(tmp_path / "a.jsonl")].values()) == 3
     made = make_rows(TokenCorpus(manifest, "train"), config, 0, "a", needs=needs)
     assert isinstance(made, PairRows) and [made[i].columns["margin"].tolist() for i in (0, 5)] == [[0.0], [1.25]]
@@ -147,7 +147,7 @@ def test_pairs_share_rows_as_far_as_they_fit(tmp_path):
     config, needs = DataConfig(seq_len=32, format=DataFormat.preference), DataNeeds(margins=True)
     encoding = config.encoding(needs)
     tokenizer = Bytes().with_policy(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    manifest = prepare_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", encoding=encoding)
+    manifest = tokenize_source(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "made", encoding=encoding)
     corpus = TokenCorpus(manifest, "train")
     alone = make_rows(corpus, config, 0, "a", needs=needs)
     packed = make_rows(corpus, config, 0, "a", needs=DataNeeds(margins=True, pairs_per_row=3))

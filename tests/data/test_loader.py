@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.batch import TokenBatch
-from data.loader import DataConfig, Mixture, PackedRows, TokenLoader, batch_hash, heldout_batches, stack
+from data.loader import DataConfig, Mixture, PackedRows, TokenLoader, batch_hash, stack, validation_batches
 from data.packing import Packing
 from tests.data.test_packing import Documents
 
@@ -149,7 +149,7 @@ def test_an_error_in_the_background_reaches_the_loop(mixture):
 
 def test_validation_batches_end_with_padding_and_count_every_token_once():
     rows = PackedRows(corpora()["wiki"], seq_len=L, packing=Packing.concat, seed=0)
-    batches = list(heldout_batches(rows, batch_size=B, slots=range(B), max_batches=0, place=lambda b: b))
+    batches = list(validation_batches(rows, batch_size=B, slots=range(B), max_batches=0, place=lambda b: b))
     assert len(batches) == -(-len(rows) // B)
     assert all(batch.tokens.shape == (B, L) for batch in batches)
     tokens = int(corpora()["wiki"].lengths.sum())

@@ -14,7 +14,7 @@ from data import object_store as store
 from data.object_store import ObjectStoreError, Store, check_url, find_files, is_url, on_disk, with_retries
 from data.records.record import BadRecords
 from data.sources.readers import ArrayRecordConfig, JsonlConfig, ParquetConfig, SourceConfig, TextConfig
-from data.tokenize_shards import ShardCache, prepare_source
+from data.tokenize_shards import ShardCache, tokenize_source
 from data.tokenizers.kinds import BytesConfig, build_tokenizer
 from tests.stores import flaky_store, s3_server
 
@@ -73,8 +73,8 @@ def test_a_source_reads_from_a_store_what_it_reads_from_a_folder(tmp_path, reque
     local, remote = make(str(tmp_path / "files")), make(root)
     assert documents(remote) == documents(local) != []
     tokenizer = build_tokenizer(BytesConfig(), lambda: iter([]))
-    from_folder = prepare_source(local, tokenizer, tmp_path / "local")
-    from_store = prepare_source(remote, tokenizer, tmp_path / "remote")
+    from_folder = tokenize_source(local, tokenizer, tmp_path / "local")
+    from_store = tokenize_source(remote, tokenizer, tmp_path / "remote")
     content = lambda manifest: [shard["content"] for shard in manifest.content["shards"]]
     assert content(from_store) == content(from_folder)
     assert from_store.content["counts"] == from_folder.content["counts"]
@@ -83,7 +83,7 @@ def test_a_source_reads_from_a_store_what_it_reads_from_a_folder(tmp_path, reque
 def test_a_file_that_changed_in_the_store_is_prepared_again(tmp_path, flaky):
     folder, tokenizer = Store("flaky://bucket/text"), build_tokenizer(BytesConfig(), lambda: iter([]))
     folder.write("a.txt", b"the first text")
-    make = lambda: prepare_source(TextConfig(paths=["flaky://bucket/text"]), tokenizer, tmp_path)
+    make = lambda: tokenize_source(TextConfig(paths=["flaky://bucket/text"]), tokenizer, tmp_path)
     before, asked = make().fingerprint, len(flaky.asked)
     assert (
         make().fingerprint == before and len(flaky.asked) == asked
@@ -179,7 +179,7 @@ def test_a_prepared_folder_is_transferred_completely_or_not_at_all(tmp_path, fla
     (tmp_path / "a.txt").write_text("a text of some words")
     tokenizer = build_tokenizer(BytesConfig(), lambda: iter([]))
     source = TextConfig(paths=[str(tmp_path / "a.txt")])
-    prepare_source(source, tokenizer, tmp_path / "one" / "p")
+    tokenize_source(source, tokenizer, tmp_path / "one" / "p")
     copies = lambda host: ShardCache("flaky://bucket/prepared", tmp_path / host, [tmp_path / host / "p"])
     flaky.failures = 100
     with pytest.raises(ObjectStoreError):

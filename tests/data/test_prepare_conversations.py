@@ -12,7 +12,7 @@ from data.records.chat_encoding import with_template
 from data.records.encoding import DataFormat, EncodingConfig, LossMask, OnOverflow
 from data.records.record import RecordFormat
 from data.sources.readers import JsonlConfig, SyntheticConfig
-from data.tokenize_shards import TokenCorpus, prepare_source, shard_folder
+from data.tokenize_shards import TokenCorpus, shard_folder, tokenize_source
 from data.tokenizers.kinds import Bytes
 
 L = 64
@@ -37,7 +37,7 @@ def source_of(tmp_path, records, **fields):
 def test_shards_of_documents_are_pinned(tmp_path):
     source = SyntheticConfig(num_documents=30)
     folder = shard_folder(tmp_path, "x", source, Bytes())
-    manifest = prepare_source(source, Bytes(), folder)
+    manifest = tokenize_source(source, Bytes(), folder)
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
@@ -66,7 +66,7 @@ def test_folders_of_other_formats_are_pinned(tmp_path, format, loss_mask, on_ove
 
 def test_only_answers_and_their_end_tokens_contribute_to_the_loss(tmp_path, tokenizer):
     source = source_of(tmp_path, map(record, range(20)), validation_fraction=0.0)
-    manifest = prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
+    manifest = tokenize_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
     corpus = TokenCorpus(manifest, "train")
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
     found = []
@@ -75,8 +75,8 @@ def test_only_answers_and_their_end_tokens_contribute_to_the_loss(tmp_path, toke
         assert (row.segment_ids[in_loss] > 0).all()
         found += tokenizer.decode([10 if t == 256 else t for t in row.targets[in_loss].tolist()]).split("\n")[:-1]
     assert sorted(found) == sorted(f" a{i}" for i in range(20))
-    assert manifest.count("train", "learnt") == sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
-    assert manifest.masked and manifest.count("train", "shortened") == 0
+    assert manifest.count("train", "loss_tokens") == sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
+    assert manifest.masked and manifest.count("train", "truncated") == 0
 
 
 def test_every_choice_that_changes_tokens_or_mask_has_a_folder(tmp_path, tokenizer):
@@ -101,7 +101,7 @@ def test_every_choice_that_changes_tokens_or_mask_has_a_folder(tmp_path, tokeniz
 def test_the_fingerprint_covers_tokens_and_mask(tmp_path, tokenizer):
     source = source_of(tmp_path, map(record, range(3)))
     made = [
-        prepare_source(source, tokenizer, tmp_path / loss_mask.name, encoding=ENCODING._replace(loss_mask=loss_mask))
+        tokenize_source(source, tokenizer, tmp_path / loss_mask.name, encoding=ENCODING._replace(loss_mask=loss_mask))
         for loss_mask in LossMask
     ]
     contents = [manifest.content["shards"][0]["content"] for manifest in made]
@@ -112,14 +112,14 @@ def test_the_fingerprint_covers_tokens_and_mask(tmp_path, tokenizer):
 def test_validation_conversations_are_not_cut(tmp_path, tokenizer):
     records = [record(i) for i in range(9)]
     source = source_of(tmp_path, records, validation_fraction=1e-9)
-    manifest = prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
-    train, validation = TokenCorpus(manifest, "train"), TokenCorpus(manifest, "heldout")
+    manifest = tokenize_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
+    train, validation = TokenCorpus(manifest, "train"), TokenCorpus(manifest, "validation")
     assert (train.num_documents, validation.num_documents) == (8, 1)
     text = tokenizer.decode(validation.document(0, 0, L))
     assert text.startswith("User: q") and "Assistant: a" in text
     assert np.array_equal(validation.loss_mask(0, 0, L), train.loss_mask(0, 0, L))
-    one = prepare_source(source_of(tmp_path, records[:1]), tokenizer, tmp_path / "one", encoding=ENCODING)
-    assert TokenCorpus(one, "train").num_documents == 1 and not TokenCorpus(one, "heldout").num_documents
+    one = tokenize_source(source_of(tmp_path, records[:1]), tokenizer, tmp_path / "one", encoding=ENCODING)
+    assert TokenCorpus(one, "train").num_documents == 1 and not TokenCorpus(one, "validation").num_documents
 
 
 def test_too_many_bad_records_stop_and_name_the_worst_reason_first(tmp_path, tokenizer):
@@ -128,24 +128,24 @@ def test_too_many_bad_records_stop_and_name_the_worst_reason_first(tmp_path, tok
     with pytest.raises(
         ValueError, match=r"max_bad_fraction=0.3: 4 of 10 records of source jsonl are unusable"
     ) as error:
-        prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING, max_bad_share=0.3)
+        tokenize_source(source, tokenizer, tmp_path / "out", encoding=ENCODING, max_bad_share=0.3)
     text = str(error.value)
     assert "longer than data.seq_len=64 (2, first: line 8: " in text
     assert "invalid JSON (1, first: line 7)" in text
     assert text.index("longer") < text.index("invalid") and str(tmp_path / "a.jsonl") in text
-    manifest = prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING, max_bad_share=0.4)
-    assert sum(manifest.count(split, "documents") for split in ("train", "heldout")) == 6
+    manifest = tokenize_source(source, tokenizer, tmp_path / "out", encoding=ENCODING, max_bad_share=0.4)
+    assert sum(manifest.count(split, "documents") for split in ("train", "validation")) == 6
 
 
 def test_max_documents_counts_good_ones(tmp_path, tokenizer):
     source = source_of(tmp_path, ["{", *map(record, range(6))], max_documents=4)
-    manifest = prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
-    assert sum(manifest.count(split, "documents") for split in ("train", "heldout")) == 4
+    manifest = tokenize_source(source, tokenizer, tmp_path / "out", encoding=ENCODING)
+    assert sum(manifest.count(split, "documents") for split in ("train", "validation")) == 4
 
 
 def test_texts_may_be_mixed_with_conversations_and_may_be_long(tmp_path, tokenizer):
     source = source_of(tmp_path, [{"text": "x" * 3 * L}, {"text": "y"}], validation_fraction=0.0)
-    corpus = TokenCorpus(prepare_source(source, tokenizer, tmp_path / "out", encoding=ENCODING), "train")
+    corpus = TokenCorpus(tokenize_source(source, tokenizer, tmp_path / "out", encoding=ENCODING), "train")
     rows = PackedRows(corpus, seq_len=L, packing=Packing.best_fit, seed=0)
     targets = sum(int(rows[i].loss_mask.sum()) for i in range(len(rows)))
     assert targets == int(corpus.lengths.sum()) - 2, "all but the first token of each"

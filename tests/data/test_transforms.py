@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from configs.ranges import check_ranges
 from data.batch import TokenBatch
-from data.loader import DataConfig, Mixture, PackedRows, TokenLoader, heldout_batches, make_rows, stack
+from data.loader import DataConfig, Mixture, PackedRows, TokenLoader, make_rows, stack, validation_batches
 from data.packing import CounterRng, Packing, TransformLengths, fold_seed, hashed, make_plan
 from data.tokenizers.kinds import Bytes, BytesConfig, Characters, SentencePieceConfig, build_tokenizer, from_files
 from data.transforms import (
@@ -124,7 +124,7 @@ def test_draws_change_with_the_epoch_and_not_with_the_batch(config):
 @every
 def test_validation_rows_are_always_the_same(config):
     take = lambda: list(
-        heldout_batches(rows_of(config), batch_size=B, slots=range(B), max_batches=2, place=lambda b: b)
+        validation_batches(rows_of(config), batch_size=B, slots=range(B), max_batches=2, place=lambda b: b)
     )
     for one, other in zip(take(), take(), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

@@ -4,7 +4,7 @@ import pytest
 from data.batch import ColumnBatch
 from data.loader import UnpairedRows
 from data.records.chat_encoding import configured
-from data.records.chat_formats import BadRow, Conversation
+from data.records.chat_formats import Conversation, InvalidRecord
 from data.records.encoding import DataFormat, EncodingConfig, LossMask, OnOverflow, encode_unpaired
 from data.records.unpaired_preference import UnpairedExample, pair_with_next, to_unpaired
 from data.tokenizers.kinds import BytesConfig, TokenizerConfig
@@ -45,7 +45,7 @@ def test_layouts_are_detected_by_their_fields(fields, want):
     ],
 )
 def test_unusable_records_are_refused_with_the_reason(fields, reason):
-    with pytest.raises(BadRow) as error:
+    with pytest.raises(InvalidRecord) as error:
         to_unpaired(fields)
     assert error.value.reason == reason
 

@@ -164,7 +164,7 @@ MISTAKES = {
     "bad line": (["predict", "run=classify", "task.files=[mail.jsonl]"], "mail.jsonl, "),
     "other outputs": (
         ["train", "run=wrong", *COMMON, *PHASES["reward"], "init_from=base", "run=classify"],
-        "model.outputs",
+        "model.num_labels",
     ),
     "gguf": (["convert", "from=classify", "to=gguf:a.gguf"], "try to=hf:FOLDER"),
 }

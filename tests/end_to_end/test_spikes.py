@@ -41,7 +41,7 @@ def test_a_dropped_update_is_the_same_in_a_run_that_was_stopped_before_it(folder
 
 def test_a_run_goes_back_and_leaves_the_data_out(folder):
     out, _ = meshwright(folder, "train", "run=back", *RUN, "loss_spikes.policy=rollback", f"task.num_steps={STEPS}")
-    incident, *more = sorted((folder / "runs" / "back" / "incidents").glob("*.json"))
+    incident, *more = sorted((folder / "runs" / "back" / "rollbacks").glob("*.json"))
     told = json.loads(incident.read_text())
     to, step, (first, end) = told["rolled_back_to"], told["step"], told["rows"]
     assert not more and to == step // 10 * 10 and (first, end) == (8 * to, 8 * step)

@@ -17,7 +17,7 @@ from data.tokenizers.kinds import Bytes
 from data.tokenizers.tokenizer import Tokenizer
 from launch.serving.api import create_app
 from launch.serving.scheduler import EngineLike, Scheduler
-from launch.serving.service import Served
+from launch.serving.service import ServerSettings
 from models.config import ModelConfig
 from models.decode.engine import Engine, EngineConfig, Event, Request
 from models.transformer import Params, init_params
@@ -94,7 +94,7 @@ class Scripted:
 def serving(engine: EngineLike, slots: int, max_queue: int = 64, **changes: Any) -> Iterator[httpx.Client]:
     """Yields a client of a real server on a free port; `client.scheduler` is the server's scheduler."""
     changes = {"tokenizer": tokenizer(), "length": LENGTH, **changes}
-    served = Served(name="tiny", step=3, created=0, **changes)
+    served = ServerSettings(name="tiny", step=3, created=0, **changes)
     scheduler = Scheduler(engine, slots=slots, max_queue=max_queue)
     config = uvicorn.Config(create_app(served, scheduler), log_level="error", ws="none", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)

@@ -26,12 +26,12 @@ from launch.launchers.job import (
     take_folder,
 )
 from launch.launchers.registry import LAUNCHERS, launch, launches
-from launch.launchers.supervisor import Ended, supervise
+from launch.launchers.supervisor import AttemptResult, supervise
 from tests.end_to_end.run import ROOT
 from tests.launch.jobs import composed, job
 
 LOCAL = LAUNCHERS["local"]
-KILLED, PREEMPTED = Ended(-9, "process 1 was killed by SIGKILL"), Ended(75, "process 0 was preempted")
+KILLED, PREEMPTED = AttemptResult(-9, "process 1 was killed by SIGKILL"), AttemptResult(75, "process 0 was preempted")
 
 
 def supervised(ends, steps=(), **settings):
@@ -48,7 +48,7 @@ def supervised(ends, steps=(), **settings):
 
 
 def test_a_preempted_or_killed_job_starts_again_and_says_why():
-    code, counts, said = supervised([PREEMPTED, KILLED, Ended(0)], steps=[None, 4, 4, 8])
+    code, counts, said = supervised([PREEMPTED, KILLED, AttemptResult(0)], steps=[None, 4, 4, 8])
     assert code == 0 and counts == [4, 4, 4]
     assert said == [
         "process 0 was preempted; restart 1 of 3 with 4 processes, from step 4",
@@ -58,11 +58,11 @@ def test_a_preempted_or_killed_job_starts_again_and_says_why():
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
 def test_what_another_start_would_not_help_ends_at_once(code):
-    assert supervised([Ended(code)]) == (code, [4], [])
+    assert supervised([AttemptResult(code)]) == (code, [4], [])
 
 
 def test_a_job_that_was_told_to_end_does_not_start_again():
-    assert supervised([Ended(75, asked=True)])[:2] == (75, [4])
+    assert supervised([AttemptResult(75, asked=True)])[:2] == (75, [4])
 
 
 def test_restarts_are_counted_out():
@@ -73,17 +73,17 @@ def test_restarts_are_counted_out():
 
 def test_an_elastic_job_goes_on_with_half_where_two_starts_gained_nothing():
     steps = [None, 4, 4, 4, 4, 4, 4, 8]
-    ends = [KILLED] * 3 + [Ended(0)]
+    ends = [KILLED] * 3 + [AttemptResult(0)]
     assert supervised(ends, steps, elastic=True)[1] == [4, 4, 4, 2]
     assert supervised(ends, steps)[1] == [4, 4, 4, 4]
     assert supervised([KILLED] * 6, elastic=True, max_restarts=5)[1] == [4, 4, 2, 2, 1, 1]
 
 
 def test_an_elastic_job_halves_on_where_the_mesh_does_not_divide():
-    ends = [KILLED, KILLED, Ended(2, "process 0 ended with 2"), Ended(0)]
+    ends = [KILLED, KILLED, AttemptResult(2, "process 0 ended with 2"), AttemptResult(0)]
     code, counts, said = supervised(ends, elastic=True)
     assert (code, counts) == (0, [4, 4, 2, 1]) and said[-1].startswith("process 0 ended with 2; restart 3 of 3 with 1")
-    assert supervised([Ended(2)], elastic=True)[:2] == (2, [4])
+    assert supervised([AttemptResult(2)], elastic=True)[:2] == (2, [4])
 
 
 def test_who_was_killed_went_first_whatever_the_others_said():

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from configs.schema import register, to_typed
 from launch.cli import run
 from launch.planning.estimate import USABLE, estimate
-from launch.planning.hardware import HARDWARE, Target, of_kind, parse_target, topology_shape
+from launch.planning.hardware import HARDWARE, Target, hardware_for, parse_target, topology_shape
 from launch.planning.local_shapes import bytes_on_device, shapes_of, with_vocabulary
 from launch.planning.search import Free, candidates, offloading, resolve_auto_mesh, search
 from launch.planning.xla_compile import collectives, compile_step, memory_from_error
@@ -73,7 +73,7 @@ def test_targets_that_cannot_be_are_refused(text, said):
     ],
 )
 def test_devices_are_known_by_what_jax_calls_them(called, name):
-    assert of_kind(called) is HARDWARE[name]
+    assert hardware_for(called) is HARDWARE[name]
     assert name == "cpu" or published_peak(called) == HARDWARE[name].flops
 
 

@@ -12,7 +12,17 @@ from hydra import compose, initialize_config_module
 from configs.schema import register, to_typed
 from launch.cli import run
 from launch.plotting import draw_law
-from launch.scaling.law import CHINCHILLA, Law, Point, _value, compute_optimal, fit_law, left_out, read_law, spread
+from launch.scaling.law import (
+    CHINCHILLA,
+    Law,
+    Point,
+    _value,
+    compute_optimal,
+    fit_law,
+    leave_one_out_fits,
+    read_law,
+    spread,
+)
 from launch.scaling.rungs import counted_params, recommend, rungs, sizes, with_keys
 from launch.tasks import scaling_ladder as ladder
 from models.flops import flops_per_token
@@ -44,7 +54,7 @@ def test_the_published_constants_are_found_again_in_losses_that_they_gave():
 def test_noise_moves_the_law_as_little_as_its_spread_says():
     noisy = points(HOFFMANN, noise=2e-3)
     law = fit_law(noisy)
-    others = left_out(noisy, law)
+    others = leave_one_out_fits(noisy, law)
     assert len(others) == len(noisy)
     assert pytest.approx(HOFFMANN.E, abs=0.05) == law.E
     assert (law.alpha, law.beta) == pytest.approx((HOFFMANN.alpha, HOFFMANN.beta), abs=0.03)
@@ -74,7 +84,7 @@ def test_one_ratio_of_tokens_gives_a_law_of_compute():
     true = Law(E=2.0, A=30.0, alpha=0.1)
     pairs = [(n, 20 * n) for n in np.geomspace(1e6, 1e9, 6)]
     found = fit_law([Point(n, d, 6 * n * d, float(true.loss(6 * n * d))) for n, d in pairs])
-    assert found.of_compute and found == pytest.approx(true, rel=1e-4)
+    assert found.is_compute_law and found == pytest.approx(true, rel=1e-4)
 
 
 @pytest.mark.parametrize(

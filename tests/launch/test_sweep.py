@@ -15,7 +15,7 @@ from launch.cli import run
 from launch.launchers.supervisor import identity
 from launch.sweeps import trials
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial
-from launch.sweeps.trials import MetricReader, Running, command, gpu_shares, start
+from launch.sweeps.trials import MetricReader, RunningTrial, command, gpu_shares, start
 from launch.tasks.sweep import check_launcher, refuse_drift, wandb_groups
 from tests.launch import sweeps
 from tests.launch.jobs import composed, job
@@ -319,7 +319,7 @@ def queued(tmp_path, monkeypatch):
 
 def test_a_job_that_an_earlier_sweep_left_in_a_cluster_is_followed_and_stopped_there(queued, tmp_path):
     trial, config, calls = queued
-    one: Running = start(trial, config, [], SweepSearchConfig(), log=tmp_path / "log", rejoin=True)
+    one: RunningTrial = start(trial, config, [], SweepSearchConfig(), log=tmp_path / "log", rejoin=True)
     try:
         assert one.rejoined and one.child.args[-4:] == ["logs", "output_dir=runs", "run=s-000", "follow=true"]
         assert one.stop() == "asked SLURM job 17 to save a checkpoint and exit"

@@ -10,8 +10,18 @@ from configs.ranges import check_ranges
 from configs.schema import register
 from configs.sweeps import Method, Mode, Pruning, SweepSearchConfig
 from launch.plotting import draw_sweep
-from launch.sweeps.space import Range, Space, Values, format_value, grid, kinds, read_space, split_varying_keys, varies
-from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, points_of, ranked
+from launch.sweeps.space import (
+    Range,
+    Space,
+    Values,
+    corner_points,
+    format_value,
+    grid,
+    is_sweep_override,
+    read_space,
+    split_varying_keys,
+)
+from launch.sweeps.study import DONE, FAILED, PRUNED, Study, Trial, best_of, grid_points, ranked
 
 RATE, LAYERS = "optimizer.learning_rate", "model.num_layers"
 WIDE: dict = {RATE: Range(1e-5, 1.0, True, False), LAYERS: Range(1, 8, False, True), "seed": Values(("1", "2", "3"))}
@@ -95,7 +105,7 @@ def test_a_grid_is_every_combination_in_order(tmp_path):
 
 
 def test_kinds_hold_each_value_and_both_ends():
-    found = list(kinds({"a": Values(("1", "2", "3")), "b": Range(0.1, 10, True, False)}))
+    found = list(corner_points({"a": Values(("1", "2", "3")), "b": Range(0.1, 10, True, False)}))
     assert {values["a"] for values in found} == {"1", "2", "3"} and {values["b"] for values in found} == {"0.1", "10"}
     assert len(found) == 4
 
@@ -123,7 +133,7 @@ def test_a_number_has_four_figures_and_stays_in_its_range():
     }.items(),
 )
 def test_sweep_overrides_are_recognized(override, several):
-    assert varies(override) is several
+    assert is_sweep_override(override) is several
     assert (override in split_varying_keys([override])) is not several
 
 
@@ -169,11 +179,11 @@ def test_a_key_tells_whether_its_range_is_of_whole_numbers(plain):
 def test_a_grid_is_taken_whole_and_has_no_ranges():
     seeds: Space = {"seed": Values(("1", "2", "3"))}
     with pytest.raises(ValueError, match=r"sweep.trials=2: the grid has 3 points; remove sweep.trials to run all"):
-        points_of(SweepSearchConfig(trials=2), seeds)
+        grid_points(SweepSearchConfig(trials=2), seeds)
     ranged: Space = {RATE: Range(1e-4, 1e-2, True, False)}
     with pytest.raises(ValueError, match=f"a grid needs a list of values, such as {RATE}=0.0001,0.001,0.01"):
-        points_of(SweepSearchConfig(method=Method.grid), ranged)
-    assert points_of(SweepSearchConfig(), ranged) == [] and len(points_of(SweepSearchConfig(), seeds)) == 3
+        grid_points(SweepSearchConfig(method=Method.grid), ranged)
+    assert grid_points(SweepSearchConfig(), ranged) == [] and len(grid_points(SweepSearchConfig(), seeds)) == 3
 
 
 def test_numbers_that_have_no_sense_are_refused():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.config import AttentionConfig, AttentionMask, Dtype, ModelConfig
-from models.decode.diffusion import write_masked
+from models.decode.diffusion import generate_masked
 from models.decode.sampling import SamplingConfig
 from models.transformer import forward, init_params, logits
 
@@ -40,7 +40,7 @@ def by_hand(prompt: list[int], steps: int, new: int = 6) -> list[int]:
 @pytest.mark.parametrize("steps", [1, 2, 4, 6])
 def test_it_writes_what_the_algorithm_writes(steps):
     prompts = [[1, 2, 3], [4], list(range(30))]
-    found = write_masked(PARAMS, MODEL, prompts, GREEDY, mask_id=MASK, steps=steps)
+    found = generate_masked(PARAMS, MODEL, prompts, GREEDY, mask_id=MASK, steps=steps)
     assert [completion.tokens for completion in found] == [by_hand(prompt, steps) for prompt in prompts]
     assert all(max(completion.logprobs) < 0 and completion.finish_reason == "length" for completion in found)
 
@@ -49,7 +49,7 @@ def test_rows_are_drawn_apart_and_alike_for_the_same_seed():
     sampling = SamplingConfig(max_new_tokens=12, temperature=1.0, seed=3)
     write = lambda seed: [
         c.tokens
-        for c in write_masked(
+        for c in generate_masked(
             PARAMS, MODEL, [[1, 2], [1, 2]], dataclasses.replace(sampling, seed=seed), mask_id=MASK, vocab_size=38
         )
     ]
@@ -59,13 +59,13 @@ def test_rows_are_drawn_apart_and_alike_for_the_same_seed():
 
 
 def test_a_stop_token_ends_it():
-    [whole] = write_masked(PARAMS, MODEL, [[5, 6]], GREEDY, mask_id=MASK)
+    [whole] = generate_masked(PARAMS, MODEL, [[5, 6]], GREEDY, mask_id=MASK)
     stop = whole.tokens[3]
-    [cut] = write_masked(PARAMS, MODEL, [[5, 6]], GREEDY, mask_id=MASK, stop_ids=[stop])
+    [cut] = generate_masked(PARAMS, MODEL, [[5, 6]], GREEDY, mask_id=MASK, stop_ids=[stop])
     assert cut.tokens == whole.tokens[: whole.tokens.index(stop)] and cut.finish_reason == "eos"
     assert cut.end is not None and cut.end[0] == stop
 
 
 def test_penalties_are_refused():
     with pytest.raises(ValueError, match="does not generate left to right"):
-        write_masked(PARAMS, MODEL, [[1]], SamplingConfig(repetition_penalty=1.2), mask_id=MASK)
+        generate_masked(PARAMS, MODEL, [[1]], SamplingConfig(repetition_penalty=1.2), mask_id=MASK)

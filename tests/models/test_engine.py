@@ -15,7 +15,7 @@ from models.kv_cache import write_cache
 from models.matmul import einsum_f32
 from models.mixers.registry import init_cache
 from models.transformer import init_params, logits, make_apply, param_axes
-from models.weight_views import Table, TransposedWeight
+from models.weight_views import TiedEmbedding, TransposedWeight
 from tests.models.test_transformer import BASE, FAMILIES, V
 from trainer.mesh import MeshConfig, ShardingRules, make_constrain, make_mesh, param_shardings
 from trainer.objectives.cross_entropy import token_logprobs
@@ -160,7 +160,9 @@ def test_transposed_weights_generate_the_same(monkeypatch, family, dtype):
     decode._programs.cache_clear()
     ready = decoding_params(params, config)
     assert (
-        isinstance(ready["embedding"], Table) if config.tied_embeddings else isinstance(ready["head"], TransposedWeight)
+        isinstance(ready["embedding"], TiedEmbedding)
+        if config.tied_embeddings
+        else isinstance(ready["head"], TransposedWeight)
     )
     assert isinstance(ready["layers"][0]["mlp"]["up"]["kernel"], TransposedWeight)
     found = generate(params, config, [[1, 2, 3], [4]], settings)

@@ -25,7 +25,7 @@ from models.adapters.lora import (
 from models.config import Dtype, ModelConfig, MoEConfig
 from models.quantization.blockwise import BLOCK, DYNAMIC, NF4, Bits, quantize
 from models.transformer import init_params, logits, make_apply, param_axes
-from models.weight_views import Kernel, as_array
+from models.weight_views import WeightView, as_array
 from trainer.adapters import BASE, AdapterObjective
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.optimizers.param_groups import ParamGroup, param_groups
@@ -63,7 +63,7 @@ def trained(adapters, size=0.02):
 
 
 def plain(base):
-    return jax.tree.map(as_array, base, is_leaf=lambda w: isinstance(w, Kernel))
+    return jax.tree.map(as_array, base, is_leaf=lambda w: isinstance(w, WeightView))
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])

@@ -27,7 +27,7 @@ from models.config import (
 )
 from models.decode.engine import generate
 from models.decode.sampling import SamplingConfig
-from models.formats.gguf.files import File, first_wrong, save_params
+from models.formats.gguf.files import File, first_mismatch, save_params
 from models.formats.gguf.metadata import ARCHITECTURES, architecture_for, lossy_keys
 from models.formats.huggingface.checkpoint_files import first_difference, load_params
 from models.formats.huggingface.families import architecture_name
@@ -129,7 +129,7 @@ def test_a_written_file_reads_back_bit_for_bit(case):
     config, params, path = case
     file, row = write(path, config, params)
     assert architecture_name(file.model) == architecture_name(config)
-    assert first_wrong(file, config, params, row, dtype="float32") is None
+    assert first_mismatch(file, config, params, row, dtype="float32") is None
     read = load_params(file, file.model, abstract_params(file.model))
     assert equal(read, params)
     assert first_difference(file, file.model, read) is None
@@ -157,7 +157,7 @@ def test_smaller_types_hold_what_casts_and_blocks_make_of_the_weights(tmp_path, 
     config = CASES["llama"]
     params = random_params(config)
     file, row = write(tmp_path / "model.gguf", config, params, dtype)
-    assert first_wrong(file, config, params, row, dtype=dtype) is None
+    assert first_mismatch(file, config, params, row, dtype=dtype) is None
     kinds = {name: file.raw(name)[0] for name in file.names()}
     assert {kinds["output_norm.weight"], kinds["blk.1.attn_norm.weight"]} == {"F32"}
     assert kinds["blk.0.ffn_up.weight"] == {"float16": "F16", "bfloat16": "BF16"}.get(dtype, dtype.upper())
@@ -173,14 +173,14 @@ def test_smaller_types_hold_what_casts_and_blocks_make_of_the_weights(tmp_path, 
         assert np.abs(up_read - np.asarray(up)).max() < {"q8_0": 0.01, "q4_0": 0.12}[dtype] * np.abs(up).max()
     changed = jax.tree.map(lambda x: x, params)
     changed["layers"]["mlp"]["up"]["kernel"] = up.at[2, 3, 4].add(0.5)
-    assert first_wrong(file, config, changed, row, dtype=dtype) == "blk.2.ffn_up.weight"
+    assert first_mismatch(file, config, changed, row, dtype=dtype) == "blk.2.ffn_up.weight"
 
 
 def test_experts_are_quantized_and_their_router_is_not(tmp_path):
     config = CASES["qwen3 moe"]
     params = random_params(config)
     file, row = write(tmp_path / "model.gguf", config, params, "q8_0")
-    assert first_wrong(file, config, params, row, dtype="q8_0") is None
+    assert first_mismatch(file, config, params, row, dtype="q8_0") is None
     assert file.raw("blk.0.ffn_gate_inp.weight")[0] == "F32" and file.raw("blk.2.ffn_gate_exps.weight")[0] == "Q8_0"
     read = load_params(file, file.model, abstract_params(file.model))["layers"]["mlp"]
     given = params["layers"]["mlp"]

@@ -10,13 +10,13 @@ import pytest
 from models.adapters.lora import quantized_axes_of
 from models.matmul import einsum_f32
 from models.transformer import init_params, param_axes
-from models.weight_views import Kernel, as_array, is_view
+from models.weight_views import WeightView, as_array, is_view
 from tests.models.test_transformer import BASE, FAMILIES, run, setup
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Masked(Kernel):
+class Masked(WeightView):
     """A weight with some entries held at 0."""
 
     weight: jax.Array

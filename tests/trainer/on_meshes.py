@@ -101,7 +101,7 @@ def losses_and_gradients(
         config, attention=replace(config.attention, context_parallel=context_parallel, block_size=block_size)
     )
     if objective == "reward":
-        config = replace(config, outputs=1)
+        config = replace(config, num_labels=1)
     mesh = make_mesh(mesh_config or MeshConfig(), None if mesh_config else jax.devices()[:1])
     rules = ShardingRules(residual=list(residual))
     config = with_pipeline(config, ROWS, mesh, rules)
@@ -109,7 +109,7 @@ def losses_and_gradients(
     init = jax.jit(partial(init_params, config))
     place = lambda seed: jax.device_put(init(jax.random.key(seed)), shardings)
     params, frozen = place(0), {REFERENCE: place(1)}
-    if config.outputs:  # initialized to zeros, which would give the layers no gradient
+    if config.num_labels:  # initialized to zeros, which would give the layers no gradient
         params = {**params, "score": params["score"] + 1.0}
     built, apply = OBJECTIVES[objective].build(None), make_apply(config, make_constrain(mesh, rules))
 

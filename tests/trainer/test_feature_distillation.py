@@ -50,7 +50,7 @@ def config(match: FeatureLossConfig = MATCH, **changes) -> DistillationConfig:
 
 
 def with_projection(match: FeatureLossConfig, params=PARAMS):
-    return {**params, **init_objective_params(match.extras(STUDENT), jax.random.key(5))}
+    return {**params, **init_objective_params(match.extra_params(STUDENT), jax.random.key(5))}
 
 
 def run(match: FeatureLossConfig, made, params, teacher=TEACHING, **changes):
@@ -63,11 +63,11 @@ def test_layers_that_are_asked_for_are_those_of_a_shorter_model(remat):
     made = batch(2)
     given = {"positions_BL": made.positions, "segment_ids_BL": made.segment_ids}
     model = dataclasses.replace(WIDE, remat=remat)
-    shown = make_apply(model)(TAUGHT, made.tokens, **given, asked=CaptureSpec((3, 1), True, True)).inside
+    shown = make_apply(model)(TAUGHT, made.tokens, **given, capture=CaptureSpec((3, 1), True, True)).captures
     assert shown is not None and shown.attention_PBNLS.shape[:3] == (2, 2, 6)
     cut = {**TAUGHT, "layer_mapping": jax.tree.map(lambda x: x[:2], TAUGHT["layers"])}
     short = dataclasses.replace(WIDE, num_layers=2)
-    other = make_apply(short)(cut, made.tokens, **given, asked=CaptureSpec((1,), True, True)).inside
+    other = make_apply(short)(cut, made.tokens, **given, capture=CaptureSpec((1,), True, True)).captures
     np.testing.assert_allclose(shown.hidden_PBLD[1], other.hidden_PBLD[0], atol=1e-5)
     np.testing.assert_allclose(shown.attention_PBNLS[1], other.attention_PBNLS[0], atol=1e-6)
     np.testing.assert_allclose(shown.attention_PBNLS.sum(-1), 1.0, atol=1e-5)
@@ -81,11 +81,11 @@ def test_layers_are_numbered_through_stacks_of_two_kinds():
     params, made = init_params(model, jax.random.key(0)), batch(1)
     given = {"positions_BL": made.positions, "segment_ids_BL": made.segment_ids}
     plain = make_apply(model)(params, made.tokens, **given)
-    asked = make_apply(model)(params, made.tokens, **given, asked=CaptureSpec((0, 1)))
-    assert plain.inside is None and asked.inside is not None
+    asked = make_apply(model)(params, made.tokens, **given, capture=CaptureSpec((0, 1)))
+    assert plain.captures is None and asked.captures is not None
     np.testing.assert_array_equal(plain.hidden_BLD, asked.hidden_BLD)
-    assert (np.abs(np.asarray(asked.inside.hidden_PBLD)).max((1, 2, 3)) > 0).all()
-    assert np.abs(asked.inside.hidden_PBLD[0] - asked.inside.hidden_PBLD[1]).max() > 0
+    assert (np.abs(np.asarray(asked.captures.hidden_PBLD)).max((1, 2, 3)) > 0).all()
+    assert np.abs(asked.captures.hidden_PBLD[0] - asked.captures.hidden_PBLD[1]).max() > 0
 
 
 @pytest.mark.parametrize("hidden", Hidden, ids=lambda kind: kind.name)
@@ -135,7 +135,7 @@ def test_a_mesh_changes_nothing():
     results = []
     for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
         mesh, rules = make_mesh(mesh), ShardingRules()
-        constrain, extras = make_constrain(mesh, rules), MATCH.extras(STUDENT)
+        constrain, extras = make_constrain(mesh, rules), MATCH.extra_params(STUDENT)
         init = with_objective_params(extras, lambda key: init_params(STUDENT, key))
         axes = {**param_axes(STUDENT), **objective_param_axes(extras)}
         shardings = param_shardings(axes, jax.eval_shape(init, jax.random.key(0)), mesh, rules)

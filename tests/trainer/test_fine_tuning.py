@@ -13,7 +13,7 @@ from data.packing import Packing, Piece, build_row
 from data.records.chat_encoding import with_template
 from data.records.encoding import EncodingConfig, LossMask, OnOverflow
 from data.sources.readers import JsonlConfig
-from data.tokenize_shards import TokenCorpus, prepare_source
+from data.tokenize_shards import TokenCorpus, tokenize_source
 from data.tokenizers.kinds import Bytes
 from models.config import AttentionConfig, Dtype, MLPConfig, ModelConfig
 from models.transformer import init_params, logits, make_apply
@@ -50,7 +50,7 @@ def corpus(tmp_path_factory):
     source = JsonlConfig(paths=[str(folder / "a.jsonl")], validation_fraction=0.0)
     encoding = EncodingConfig(LossMask.assistant, OnOverflow.truncate_turns, L)
     return TokenCorpus(
-        prepare_source(source, with_template(Bytes(), "plain"), folder / "out", encoding=encoding), "train"
+        tokenize_source(source, with_template(Bytes(), "plain"), folder / "out", encoding=encoding), "train"
     )
 
 

@@ -15,7 +15,7 @@ from tests.trainer.test_preference import in_rows, longer
 from trainer.eval_loop import collect_outputs, report_outputs
 from trainer.objectives.classification import ClassificationConfig, class_report
 from trainer.objectives.contrastive import ContrastiveConfig
-from trainer.objectives.pooling import Pooling, at_end, pooled
+from trainer.objectives.pooling import Pooling, at_end, pool
 from trainer.objectives.reward import RewardConfig, bradley_terry
 
 V, L = 40, 24
@@ -23,7 +23,7 @@ MODEL = ModelConfig(num_layers=2, embed_dim=32, vocab_size=V, dtype=Dtype.float3
 
 
 def model(outputs: int):
-    config = ModelConfig(num_layers=2, embed_dim=32, vocab_size=V, outputs=outputs, dtype=Dtype.float32)
+    config = ModelConfig(num_layers=2, embed_dim=32, vocab_size=V, num_labels=outputs, dtype=Dtype.float32)
     params = init_params(config, jax.random.key(0))
     if outputs:
         params["score"] = jax.random.normal(jax.random.key(1), (32, outputs))
@@ -118,7 +118,7 @@ def test_packed_pairs_are_rewarded_as_padded_ones():
 
 
 def test_a_new_reward_model_says_nothing_yet():
-    config = ModelConfig(num_layers=1, embed_dim=32, vocab_size=V, outputs=1, dtype=Dtype.float32)
+    config = ModelConfig(num_layers=1, embed_dim=32, vocab_size=V, num_labels=1, dtype=Dtype.float32)
     params = init_params(config, jax.random.key(0))
     assert "head" not in params and params["score"].shape == (32, 1)
     loss, _ = RewardConfig().build(None).loss(make_apply(config), params, {}, pairs(), None)
@@ -174,7 +174,7 @@ def test_packed_texts_are_judged_as_each_alone(pooling):
 def test_means_of_texts_never_mix():
     batch, _ = packed()
     hidden = jnp.asarray(np.random.default_rng(1).normal(size=(2, L, 4)), jnp.float32)
-    mean = np.asarray(pooled(hidden, batch, Pooling.mean))
+    mean = np.asarray(pool(hidden, batch, Pooling.mean))
     for row, end in zip(*np.nonzero(batch.loss_mask), strict=True):
         own = np.asarray(hidden[row])[batch.segment_ids[row] == batch.segment_ids[row, end]]
         np.testing.assert_allclose(mean[row, end], own.mean(0), rtol=1e-5, atol=1e-6)

@@ -63,7 +63,7 @@ def rows(rng, count: int, length: int = 20) -> TokenBatch:
 def test_scores_equal_those_of_transformers_and_files_come_back(tmp_path, measured, name):
     model, batch = judge(tmp_path / "theirs", name, 3), rows(np.random.default_rng(0), 4)
     there, config, params = ours(tmp_path / "theirs")
-    assert config.outputs == 3 and first_difference(there, config, params) is None
+    assert config.num_labels == 3 and first_difference(there, config, params) is None
     with torch.no_grad():
         given = {"input_ids": batch.tokens, "attention_mask": batch.segment_ids}
         want = model(**{key: torch.tensor(value).long() for key, value in given.items()}).logits.numpy()

@@ -12,9 +12,9 @@ from tests.trainer.test_step import new_state, step_with
 from trainer.reliability.loss_spikes import (
     NO_LIMITS,
     LossSpikeConfig,
+    LossSpikeDetector,
     Rollback,
     SpikePolicy,
-    SpikeWatch,
     TooManyRollbacks,
 )
 
@@ -27,7 +27,7 @@ def metrics(loss, dropped=0.0):
 
 def watch_of(config=CONFIG, *, before=None):
     messages = []
-    return SpikeWatch(config, say=messages.append, before=lambda step: before), messages
+    return LossSpikeDetector(config, say=messages.append, before=lambda step: before), messages
 
 
 def losses(count, seed=0):

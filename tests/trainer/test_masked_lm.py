@@ -11,7 +11,7 @@ from data.packing import CounterRng
 from data.transforms import Diffusion
 from models.config import AttentionConfig, AttentionMask, Dtype, ModelConfig
 from models.transformer import ModelOutput, init_params, logits, make_apply
-from trainer.eval_loop import summarise
+from trainer.eval_loop import summarize
 from trainer.objectives.masked_lm import MaskedDiffusionConfig, MaskedLMConfig
 from trainer.objectives.prefix_lm import prefix_of
 
@@ -55,7 +55,7 @@ def test_diffusion_weighs_what_is_hidden_and_divides_by_all_tokens():
     loss, metrics = MaskedDiffusionConfig().build(sizes).loss(APPLY, PARAMS, {}, made, None)
     assert float(loss.weight) == (made.segment_ids > 0).sum()
     assert float(loss.total) == pytest.approx(float((nll_of(made) * made.loss_mask).sum()), rel=1e-5)
-    found = summarise({name: (float(mean.total), float(mean.weight)) for name, mean in metrics.items()})
+    found = summarize({name: (float(mean.total), float(mean.weight)) for name, mean in metrics.items()})
     of_bytes = sizes[made.targets[made.segment_ids > 0]].sum()
     assert found["bits_per_byte"] == pytest.approx(float(loss.total) / np.log(2) / of_bytes, rel=1e-5)
 

@@ -57,7 +57,7 @@ def module_nll(made: TokenBatch, row: int, start: int, size: int) -> list[float]
     embedded, found = PARAMS["embedding"], []
     h = layers(embedded[ids], PARAMS["layers"])  # up to a factor per token, which the next norm removes
     for k in (1, 2):
-        w = jax.tree.map(lambda leaf, k=k: leaf[k - 1], PARAMS["further"])
+        w = jax.tree.map(lambda leaf, k=k: leaf[k - 1], PARAMS["mtp"])
         ahead = embedded[jnp.roll(ids, -k)]
         both = jnp.concatenate([rms(h, w["hidden_norm"]["scale"]), rms(ahead, w["embedding_norm"]["scale"])], -1)
         block = jax.tree.map(lambda leaf: leaf[None], w["block"])
@@ -96,8 +96,8 @@ def test_modules_learn_nothing_from_another_document_nor_from_what_they_predict(
     at = 2  # module 2 predicts token 5 there, and has read tokens 0 to 4
 
     def hidden(embedding):
-        given = {"positions_BL": made.positions, "segment_ids_BL": made.segment_ids, "further": True}
-        return APPLY(PARAMS | {"embedding": embedding}, made.tokens, **given).further_KBLD[1, 0, at].sum()
+        given = {"positions_BL": made.positions, "segment_ids_BL": made.segment_ids, "mtp": True}
+        return APPLY(PARAMS | {"embedding": embedding}, made.tokens, **given).mtp_KBLD[1, 0, at].sum()
 
     grads = jax.grad(hidden)(PARAMS["embedding"])
     assert (grads[:5] != 0).any(axis=1).all() and (grads[5:L] == 0).all()
@@ -105,18 +105,18 @@ def test_modules_learn_nothing_from_another_document_nor_from_what_they_predict(
 
 def test_the_model_beside_its_modules_is_the_same_without_them():
     plain = init_params(PLAIN, jax.random.key(0))
-    own = {name: value for name, value in PARAMS.items() if name != "further"}
+    own = {name: value for name, value in PARAMS.items() if name != "mtp"}
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), plain, own)))
     sampling = SamplingConfig(max_new_tokens=5, temperature=0)
     assert generate(PARAMS, MODEL, [[1, 2, 3]], sampling) == generate(plain, PLAIN, [[1, 2, 3]], sampling)
-    assert num_params(MODEL)["further"] == num_params(MODEL)["total"] - num_params(PLAIN)["total"] > 0
+    assert num_params(MODEL)["mtp"] == num_params(MODEL)["total"] - num_params(PLAIN)["total"] > 0
 
 
 def test_modules_of_a_mixture_of_experts_have_experts():
     model = dataclasses.replace(MODEL, mtp_num_layers=1, moe=MoEConfig(num_experts=4, intermediate_dim=16))
     params, made = init_params(model, jax.random.key(0)), batch()
     loss, metrics = MultiTokenConfig().build(None).loss(make_apply(model), params, {}, made, None)
-    assert params["further"]["block"]["mlp"]["up"]["kernel"].shape[:2] == (1, 4)
+    assert params["mtp"]["block"]["mlp"]["up"]["kernel"].shape[:2] == (1, 4)
     assert np.isfinite(float(loss.value())) and {"nll_2", "accuracy_2"} <= metrics.keys()
 
 

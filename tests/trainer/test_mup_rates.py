@@ -20,7 +20,7 @@ from models.config import (
     NormPlacement,
 )
 from models.formats.huggingface.families import family_for
-from models.mup import at_width, width_keys
+from models.mup import scale_to_width, width_keys
 from models.transformer import abstract_params, init_params, make_apply, param_axes
 from tests.models.test_transformer import FAMILIES
 from trainer.activation_stats import LOGITS, activation_changes, slope
@@ -78,7 +78,7 @@ def parts(model: ModelConfig, optimizer: OptimizerConfig, rate: float, apply=Non
 def slopes(model: ModelConfig, optimizer: OptimizerConfig, rate: float, base: int | None, widths) -> dict[str, float]:
     found = []
     for width in widths:
-        wide = replace(at_width(model, width), mup_base_width=base)
+        wide = replace(scale_to_width(model, width), mup_base_width=base)
         apply, step, state = parts(wide, optimizer, rate)
         found.append(activation_changes(apply, step, state, [batch_of(0)] * STEPS, batch_of(0), wide.num_layers)[-1])
     return {name: slope(widths, [each[name] for each in found]) for name in found[0]}
@@ -153,7 +153,7 @@ def test_final_norm_scale_equals_the_output_multiplier_of_table_8(model, optimiz
     """Reference with multipliers in the forward pass: norms are initialized to 1, embeddings with init_std, logits are
     divided by m, and learning rates are those of the table.
     """
-    m, wide = 2.0, replace(at_width(model, 128), num_layers=1, mup_base_width=64)
+    m, wide = 2.0, replace(scale_to_width(model, 128), num_layers=1, mup_base_width=64)
     lift = 1.0 if wide.norm_unit_offset else 0.0
     scaled = m**-0.5 if wide.scale_embeddings else 1.0
     plain = make_apply(wide)
@@ -182,7 +182,7 @@ def test_final_norm_scale_equals_the_output_multiplier_of_table_8(model, optimiz
 
 def test_initialization_follows_the_table():
     m, std = 4.0, SMALL.init_std
-    model = replace(at_width(EXPERTS, 256), mup_base_width=64)
+    model = replace(scale_to_width(EXPERTS, 256), mup_base_width=64)
     params = jax.jit(partial(init_params, model))(jax.random.key(0))
     layers = params["layers"]
     expected = {
@@ -197,7 +197,7 @@ def test_initialization_follows_the_table():
         assert float(kernel.std()) == pytest.approx(wanted, rel=0.08), name
     assert float(params["final_norm"]["scale"][0]) == 1  # untied head
     for model, first in ((TIED, 1 / m), (GEMMA, m**-0.5 - 1)):
-        params = init_params(replace(at_width(model, 256), mup_base_width=64), jax.random.key(0))
+        params = init_params(replace(scale_to_width(model, 256), mup_base_width=64), jax.random.key(0))
         assert float(params["final_norm"]["scale"][0]) == pytest.approx(first)
 
 
@@ -219,7 +219,7 @@ RULES = [(AdamWConfig(), ADAM), (LionConfig(), ADAM), (ScheduleFreeConfig(), ADA
 def test_rates_follow_the_table(optimizer, table):
     experts = replace(EXPERTS.moe, bias=True, router_bias=True)
     attention = replace(SMALL.attention, qk_norm=FAMILIES["gemma"].attention.qk_norm)
-    model = replace(at_width(replace(SMALL, moe=experts, attention=attention), 256), mup_base_width=64)
+    model = replace(scale_to_width(replace(SMALL, moe=experts, attention=attention), 256), mup_base_width=64)
     factors = rate_factors(model, param_axes(model), optimizer.mup_rule())
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/"): factor
@@ -229,7 +229,7 @@ def test_rates_follow_the_table(optimizer, table):
 
 
 def test_weight_decay_is_independent_of_the_width():
-    model = replace(at_width(SMALL, 256), mup_base_width=64)
+    model = replace(scale_to_width(SMALL, 256), mup_base_width=64)
     params = init_params(model, jax.random.key(0))
     optimizer = AdamWConfig(weight_decay=0.5).build(
         ConstantConfig(warmup_steps=0).build(0.1, 10), param_axes(model), model
@@ -256,14 +256,14 @@ def test_optimizers_without_a_rule_are_refused(optimizer):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_model_scales_in_all_widths_and_stays_exportable(name):
     model = FAMILIES[name]
-    wide = replace(at_width(model, 2 * model.embed_dim), mup_base_width=model.embed_dim)
+    wide = replace(scale_to_width(model, 2 * model.embed_dim), mup_base_width=model.embed_dim)
     wide.validate()
     assert wide.attention.num_heads == 2 * model.attention.num_heads
     assert wide.attention.head_dim == model.attention.head_dim
     shapes = zip(*(jax.tree.leaves(abstract_params(each)) for each in (model, wide)), strict=True)
     if not model.attention.mla.kv_lora_rank:  # with MLA, the rank grows but not its rotary part
         assert all(b.size in (a.size, 2 * a.size, 4 * a.size) for a, b in shapes)
-    assert at_width(model, model.embed_dim) == model
+    assert scale_to_width(model, model.embed_dim) == model
     try:
         family = family_for(model)
     except ValueError:

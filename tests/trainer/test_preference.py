@@ -10,7 +10,15 @@ from data.batch import ColumnBatch, TokenBatch
 from models.config import Dtype, ModelConfig
 from models.transformer import init_params, logits, make_apply
 from trainer.objective import REFERENCE
-from trainer.objectives.preference import LOSSES, FDivergence, Loss, Pairs, PreferenceConfig, log1mexp, scored
+from trainer.objectives.preference import (
+    LOSSES,
+    FDivergence,
+    Loss,
+    Pairs,
+    PreferenceConfig,
+    apply_f_divergence,
+    log1mexp,
+)
 
 PAIRS = Pairs(
     policy=jnp.array([[-10.0, -12.0], [-20.0, -18.0]]),
@@ -65,7 +73,9 @@ def test_losses_equal_their_golden_values(loss, changes):
     ],
 )
 def test_f_divergences_equal_their_golden_values(kind, want):
-    np.testing.assert_allclose(LOSSES[Loss.sigmoid](scored(PAIRS, kind), PreferenceConfig()), want, rtol=1e-5)
+    np.testing.assert_allclose(
+        LOSSES[Loss.sigmoid](apply_f_divergence(PAIRS, kind), PreferenceConfig()), want, rtol=1e-5
+    )
 
 
 def test_every_loss_has_a_golden_value():

@@ -15,7 +15,7 @@ from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
 from trainer.objective import REFERENCE, Sync
 from trainer.objectives.preference import Loss, PreferenceConfig
 from trainer.optimizers.optimizer import AdamWConfig, eval_params
-from trainer.reference_sync import ReferenceSyncState, reference_from_state, with_moving_models
+from trainer.reference_sync import ReferenceSyncState, reference_from_state, with_reference_sync
 from trainer.schedule import ConstantConfig
 from trainer.state import abstract_state, make_state
 from trainer.step import make_train_step
@@ -25,7 +25,7 @@ MOVING = PreferenceConfig(ref_model_sync_steps=2, ref_model_mixup_alpha=0.6)
 
 def optimizer(config=MOVING, **changes):
     inner = AdamWConfig(**changes).build(ConstantConfig(warmup_steps=0).build(1e-2, 10), param_axes(MODEL))
-    return with_moving_models(inner, config.frozen_needs.synced)
+    return with_reference_sync(inner, config.frozen_needs.synced)
 
 
 def train(steps: int, num_microbatches: int = 1, **changes):
@@ -124,7 +124,7 @@ def test_noise_is_the_steps_own_and_evaluation_has_none():
 
 def test_each_role_is_a_field_of_the_state_and_follows_by_its_own_rule():
     inner = AdamWConfig().build(ConstantConfig(warmup_steps=0).build(1e-2, 10), param_axes(MODEL))
-    made = with_moving_models(inner, {"reference": Sync(2, 0.6), "critic": Sync(1, 1.0)})
+    made = with_reference_sync(inner, {"reference": Sync(2, 0.6), "critic": Sync(1, 1.0)})
     state = made.init(PARAMS[0])
     assert state._fields == ("inner", "reference", "critic") and set(reference_from_state(state)) == {
         "reference",
@@ -134,4 +134,4 @@ def test_each_role_is_a_field_of_the_state_and_follows_by_its_own_rule():
     updates, state = made.update(grads, state, PARAMS[0], step=jnp.asarray(0))
     np.testing.assert_array_equal(leaves(state.reference), leaves(PARAMS[0]))
     np.testing.assert_allclose(leaves(state.critic), leaves(apply_updates(PARAMS[0], updates)), rtol=1e-6)
-    assert with_moving_models(inner, {}) is inner
+    assert with_reference_sync(inner, {}) is inner

@@ -13,7 +13,7 @@ from tests.trainer import toy
 from tests.trainer.test_step import OPTIMIZER, step_with
 from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
 from trainer.reliability.loss_spikes import NO_LIMITS
-from trainer.reliability.sdc_check import IntegrityWatch, SDCCheckConfig, SilentDataCorruption, minority_indices
+from trainer.reliability.sdc_check import SDCCheckConfig, SDCChecker, SilentDataCorruption, minority_indices
 from trainer.state import abstract_state, init_sharded_state
 
 EVERY_SECOND = SDCCheckConfig(every=2)
@@ -25,7 +25,7 @@ def made(train_step=None, **axes):
     shardings = param_shardings(toy.AXES, shapes, mesh, ShardingRules())
     state = init_sharded_state(toy.init_params, OPTIMIZER, jax.random.key(1), param_shardings=shardings)
     abstract = abstract_state(toy.init_params, OPTIMIZER, param_shardings=shardings)
-    return state, IntegrityWatch(EVERY_SECOND, train_step or step_with(), abstract)
+    return state, SDCChecker(EVERY_SECOND, train_step or step_with(), abstract)
 
 
 def with_a_flipped_bit(array, device):

@@ -315,7 +315,7 @@ class Checkpointer:
     def _metrics_of(self, step: int) -> dict[str, Any] | None:
         return _read_json(self.folder / str(step) / "metrics" / "metrics")
 
-    def before(self, step: int) -> int | None:
+    def latest_before(self, step: int) -> int | None:
         """Returns the newest committed step before this one as seen by process 0, without verifying it."""
         self.wait()
         found = from_process_0(lambda: max((s for s in self.steps() if s < step), default=-1))

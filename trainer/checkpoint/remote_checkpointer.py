@@ -283,7 +283,7 @@ class RemoteCheckpointer(Checkpointer):
             partial = self.folder / f".{step}.{secrets.token_hex(8)}.tmp"
             try:
                 for _ in range(2):  # once more in case of damage during the download
-                    self.store.inside(str(step)).get([*sizes, DIGESTS], partial)
+                    self.store.subfolder(str(step)).get([*sizes, DIGESTS], partial)
                     if (damage := verify_digests(partial)) is None:
                         break
                 else:

@@ -17,7 +17,7 @@ from data.records.encoding import DataFormat, DataNeeds
 from models.config import AttentionMask
 from models.transformer import ModelOutput
 from trainer.objective import Losses, LossInputs, Mean, ModelNeeds, Objective, ObjectiveConfig, means_of
-from trainer.objectives.pooling import Pooling, at_end, pooled
+from trainer.objectives.pooling import Pooling, at_end, pool
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Contrastive(Objective):
 
     def _vectors(self, output: ModelOutput, batch: TokenBatch) -> jax.Array:
         """Returns unit vectors [rows, D] f32."""
-        vectors = at_end(pooled(output.hidden_BLD, batch, self.config.pooling), batch.segment_ids).astype(jnp.float32)
+        vectors = at_end(pool(output.hidden_BLD, batch, self.config.pooling), batch.segment_ids).astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(vectors), axis=-1, keepdims=True), 1e-24))
         return vectors / norm
 

@@ -80,7 +80,9 @@ class DistillationConfig(ObjectiveConfig):
 
     @property
     def model_needs(self) -> ModelNeeds:
-        return ModelNeeds(masks=(AttentionMask.causal, AttentionMask.prefix), extra_params=self.feature_loss.extras)
+        return ModelNeeds(
+            masks=(AttentionMask.causal, AttentionMask.prefix), extra_params=self.feature_loss.extra_params
+        )
 
     @property
     def frozen_needs(self) -> FrozenNeeds:
@@ -163,10 +165,10 @@ class Distillation(Objective):
     def compute_loss(self, inputs: LossInputs) -> Losses:
         c, teacher, stored_columns, batch = self.config, inputs.frozen[TEACHER], inputs.columns, inputs.batch
         assert isinstance(teacher, FrozenModel)
-        student = inputs._replace(params=model_params(inputs.params)).forward(asked=c.feature_loss.captures(0))
+        student = inputs._replace(params=model_params(inputs.params)).forward(capture=c.feature_loss.captures(0))
         target = None
         if not stored_columns:
-            target = jax.lax.stop_gradient(inputs.of_frozen(TEACHER).forward(asked=c.feature_loss.captures(1)))
+            target = jax.lax.stop_gradient(inputs.with_frozen(TEACHER).forward(capture=c.feature_loss.captures(1)))
 
         def compute(parts: tuple[jax.Array, ...], targets_BC: jax.Array) -> TokenTerms:
             x_BCV = _logits(student, parts[0], teacher.vocab_size)
@@ -186,9 +188,9 @@ class Distillation(Objective):
         loss_BL = c.alpha * c.temperature**2 * terms.divergence + (1 - c.alpha) * terms.nll
         auxiliary_BL, router = auxiliary_terms(student, loss_BL.shape)
         metrics = {name: values for name, values in terms._asdict().items() if values is not None} | router
-        if student.inside is not None and target is not None:
+        if student.captures is not None and target is not None:
             projection = inputs.params.get(OBJECTIVE_PARAMS, {}).get(PROJECTION)
-            distances = feature_distances(c.feature_loss, student.inside, target.inside, projection)
+            distances = feature_distances(c.feature_loss, student.captures, target.captures, projection)
             loss_BL = sum(weighted_distances(c.feature_loss, distances), loss_BL)
             metrics |= distances
         return Mean.of(loss_BL + auxiliary_BL, mask_BL), means_of(metrics, mask_BL)
@@ -199,7 +201,7 @@ class Distillation(Objective):
         Computed at the temperature of the loss: bucket probabilities at another temperature cannot be derived.
         """
         c, teacher, batch = self.config, inputs.frozen[TEACHER], inputs.batch
-        output = inputs.of_frozen(TEACHER).forward()
+        output = inputs.with_frozen(TEACHER).forward()
 
         def compute(hidden_BCD: jax.Array, _: jax.Array) -> Buckets:
             t_BCV = _logits(output, hidden_BCD, teacher.vocab_size)

@@ -65,7 +65,7 @@ class FeatureLossConfig:
                 "objective.feature_loss.layer_mapping=[]: no layers to compare; set pairs, for example [[0,1],[1,3]]"
             )
 
-    def extras(self, student: ModelConfig) -> dict[str, ParamSpec]:
+    def extra_params(self, student: ModelConfig) -> dict[str, ParamSpec]:
         """Returns the spec of the projection, if there is one; initialized to preserve the scale of its input."""
         if self.teacher_dim is None or not self.hidden_loss_weight:
             return {}

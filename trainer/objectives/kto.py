@@ -114,7 +114,7 @@ class Kto(Objective):
 
     def compute_columns(self, inputs: LossInputs) -> dict[str, jax.Array]:
         """Returns the summed log-probabilities under the reference, [B, S] f32."""
-        sides = [self._answers(inputs.of_frozen(REFERENCE), side)[0] for side in (0, 1)]
+        sides = [self._answers(inputs.with_frozen(REFERENCE), side)[0] for side in (0, 1)]
         return {REFERENCE: jnp.stack(sides, axis=-1)}
 
     def column_spec(self, seq_len: int) -> Columns:

@@ -41,9 +41,9 @@ class MultiToken(NextToken):
 
     def compute_loss(self, inputs: LossInputs) -> Losses:
         """Divides the loss of each module by the number of next-token targets, as in equations 24 and 25."""
-        batch, output = inputs.batch, inputs.forward(further=True)
+        batch, output = inputs.batch, inputs.forward(mtp=True)
         loss, metrics = self.of_output(output, batch)
-        hidden_KBLD = output.further_KBLD
+        hidden_KBLD = output.mtp_KBLD
         assert hidden_KBLD is not None
         total = jnp.zeros(())
         for k, hidden_BLD in enumerate(hidden_KBLD, 1):

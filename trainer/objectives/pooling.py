@@ -18,7 +18,7 @@ class Pooling(enum.Enum):
     mean = "mean"  # mean over all tokens of a text
 
 
-def pooled(hidden_BLD: jax.Array, batch: TokenBatch, pooling: Pooling) -> jax.Array:
+def pool(hidden_BLD: jax.Array, batch: TokenBatch, pooling: Pooling) -> jax.Array:
     """Returns [B, L, D]: pooled hidden states of each text up to each token, so at its last token over the full text.
 
     Texts in the same row are pooled separately.
@@ -40,7 +40,7 @@ def segment_cumsum(values_BLX: jax.Array, positions_BL: jax.Array) -> jax.Array:
 
 def scores(output: ModelOutput, batch: TokenBatch, pooling: Pooling) -> jax.Array:
     """Returns head outputs [B, L, O] f32 at each token."""
-    hidden_BLD = pooled(output.hidden_BLD, batch, pooling)
+    hidden_BLD = pool(output.hidden_BLD, batch, pooling)
     return einsum_f32("BLD,DO->BLO", hidden_BLD, output.head_DV, jnp.dtype("float32"))
 
 

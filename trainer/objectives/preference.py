@@ -178,7 +178,7 @@ def margin(values_PS: jax.Array) -> jax.Array:
     return values_PS[:, 0] - values_PS[:, 1]
 
 
-def scored(pairs: Pairs, kind: FDivergence) -> Pairs:
+def apply_f_divergence(pairs: Pairs, kind: FDivergence) -> Pairs:
     """Replaces the policy by the f-divergence scores of the log-ratios, and the reference by 0."""
     if kind is FDivergence.reverse_kl:
         return pairs
@@ -333,7 +333,7 @@ class Preference(Objective):
             reference_PS = jax.lax.stop_gradient(computed[REFERENCE]).reshape(-1, 2)
         pairs = Pairs(policy_PS, reference_PS, self._summed(batch.loss_mask, batch))
         mean = lambda values_P: Mean.of(values_P, pairs.real)
-        loss_P = LOSSES[c.loss_type](scored(pairs, c.f_divergence), c)
+        loss_P = LOSSES[c.loss_type](apply_f_divergence(pairs, c.f_divergence), c)
         if c.use_weighting:
             loss_P = loss_P * self._wpo_weights(policy, batch)
         if c.nll_weight:
@@ -350,7 +350,7 @@ class Preference(Objective):
 
     def compute_columns(self, inputs: LossInputs) -> dict[str, jax.Array]:
         """Returns the summed log-probabilities of each pair under the reference, [B, N, S] f32."""
-        tokens, _ = self._forward(inputs.of_frozen(REFERENCE))
+        tokens, _ = self._forward(inputs.with_frozen(REFERENCE))
         return {REFERENCE: self._total(tokens, inputs.batch).reshape(-1, self.config.pairs_per_row, 2)}
 
     def column_spec(self, seq_len: int) -> Columns:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from models.config import ModelConfig
-from models.mup import Kind, kept_by, kind_of
+from models.mup import Kind, stored_scale, weight_kind
 from trainer.mesh import path_name
 from trainer.optimizers.param_groups import ParamGroup, param_group_of
 
@@ -55,6 +55,6 @@ def rate_factors(model: ModelConfig, param_axes: Tree, rule: Rule) -> Tree:
         name = path_name(path)
         role = param_group_of(name, axes)
         vector = role in (ParamGroup.vector, ParamGroup.balance)
-        return rule(Weight(kind_of(axes, vector=vector), role, kept_by(model, name)), model.width_ratio)
+        return rule(Weight(weight_kind(axes, vector=vector), role, stored_scale(model, name)), model.width_ratio)
 
     return jax.tree_util.tree_map_with_path(factor, param_axes, is_leaf=lambda x: isinstance(x, tuple))

@@ -58,7 +58,7 @@ class TooManyRollbacks(Exception):
     """Stops the run after too many consecutive dropped updates or rollbacks."""
 
 
-class SpikeWatch:
+class LossSpikeDetector:
     """Derives limits from recent applied updates and applies the policy when one is exceeded."""
 
     def __init__(self, config: LossSpikeConfig, *, say: Callable[[str], None], before: Callable[[int], int | None]):

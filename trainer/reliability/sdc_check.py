@@ -75,7 +75,7 @@ def _digest(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * (index * jnp.uint32(0x9E3779B8) + jnp.uint32(0x7F4A7C15)), dtype=jnp.uint32)
 
 
-class IntegrityWatch:
+class SDCChecker:
     """Checks the train steps of a run for silent data corruption. Every process must guard the same steps."""
 
     def __init__(

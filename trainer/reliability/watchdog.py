@@ -79,7 +79,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self._last, self._step, self._reported = self._clock(), step, False
 
     def progress(self) -> tuple[int, str]:
-        """The last step, and what the run does now, in words."""
+        """Describes the last step and the current phase."""
         return self._step, self.waits_for()
 
     def waits_for(self) -> str:

@@ -198,7 +198,9 @@ def _add(writer: Any, key: str, value: Any) -> None:
     adders.get(type(value), writer.add_array)(key, value)
 
 
-def first_wrong(file: File | None, config: ModelConfig, params: Params, row: Architecture, *, dtype: str) -> str | None:
+def first_mismatch(
+    file: File | None, config: ModelConfig, params: Params, row: Architecture, *, dtype: str
+) -> str | None:
     """Returns the first part of a file that differs from what `save_params` writes for `params`, or None.
 
     All processes call it, because `params` is sharded; a process without access to the file passes None.

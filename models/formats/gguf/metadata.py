@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.config import OTHER_MASKS, ModelConfig, Position, RopeConfig, RopeScaling
+from models.config import NON_CAUSAL_MASKS, ModelConfig, Position, RopeConfig, RopeScaling
 from models.formats.huggingface.families import (
     FAMILIES,
     Family,
@@ -442,7 +442,7 @@ def architecture_for(config: ModelConfig) -> Architecture:
 
     Raises: ValueError if there is none, with the differences of the closest one.
     """
-    config.refuse_masks(*OTHER_MASKS, why="llama.cpp runs this model as a causal model, so it cannot be exported")
+    config.refuse_masks(*NON_CAUSAL_MASKS, why="llama.cpp runs this model as a causal model, so it cannot be exported")
     closest: tuple[Architecture, list[str]] | None = None
     for row in ARCHITECTURES:
         if row.has_experts != bool(config.moe.num_experts):

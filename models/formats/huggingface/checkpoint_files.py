@@ -23,7 +23,7 @@ from models.transformer import Params, abstract_params, param_axes, stacks
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # constants in older files, not weights
-BESIDE = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import (
-    OTHER_MASKS,
+    NON_CAUSAL_MASKS,
     LayerKind,
     LoadBalancing,
     MLAConfig,
@@ -86,7 +86,7 @@ def family_for(config: ModelConfig) -> Family:
     Raises: ValueError if there is none.
     """
     config.refuse_masks(
-        *OTHER_MASKS, why="transformers runs these classes as causal models, so this model cannot be exported"
+        *NON_CAUSAL_MASKS, why="transformers runs these classes as causal models, so this model cannot be exported"
     )
     for family in FAMILIES:
         try:
@@ -104,15 +104,15 @@ def read_model(hf: HFConfig) -> ModelConfig:
     if not (hf.get("architectures") or [""])[0].endswith(CLASSIFIER):
         return model
     # Two labels are the default and are not stored
-    return dataclasses.replace(model, outputs=len(hf.get("id2label") or "ab"))
+    return dataclasses.replace(model, num_labels=len(hf.get("id2label") or "ab"))
 
 
 def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     """Returns the content of config.json."""
     hf = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
-    if not config.outputs:
+    if not config.num_labels:
         return hf
-    names = {str(i): f"LABEL_{i}" for i in range(config.outputs)}
+    names = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
     return hf | {
         "architectures": [family.classifier],
         "id2label": names,

@@ -107,7 +107,7 @@ def save_adapters(
     dtype: str,
 ) -> None:
     """Writes adapters; all processes call it, process 0 writes. Raises: ValueError if PEFT cannot hold them."""
-    if config.outputs:
+    if config.num_labels:
         raise ValueError(
             "the score head is trained in full, which PEFT adapters cannot hold; export the merged model, to=hf:FOLDER"
         )

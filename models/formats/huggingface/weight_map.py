@@ -33,7 +33,7 @@ def tensor_mapping(name: str, *parts: str, axis: int = 0, interleaved: bool = Fa
 
 
 def _head(config: ModelConfig) -> list[TensorMapping]:
-    if config.outputs:
+    if config.num_labels:
         return [tensor_mapping("score.weight", "score", "OD")]
     return [] if config.tied_embeddings else [tensor_mapping("lm_head.weight", "head", "VD")]
 

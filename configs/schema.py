@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from configs.compatibility import check_compatibility, set_num_labels
 from configs.launchers import LAUNCHERS, LauncherConfig, LocalConfig
@@ -223,14 +224,26 @@ def to_typed(node: Any) -> RunConfig:
 
 
 def from_saved(saved: dict[str, Any]) -> RunConfig:
-    """Converts the `config.yaml` of a run folder to a `RunConfig`; `kind` selects the class of each node."""
+    """Converts the `config.yaml` of a run folder to a `RunConfig`; `kind` selects the class of each node.
+
+    Raises: ValueError naming the first key that this version does not have, or that is missing.
+    """
+    try:
+        return _from_saved(saved)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config.yaml: {error.full_key or error.key}: {str(error).splitlines()[0]}") from error
+    except KeyError as error:
+        raise ValueError(f"config.yaml: {error.args[0]}: missing key") from error
+
+
+def _from_saved(saved: dict[str, Any]) -> RunConfig:
     tree = OmegaConf.structured(RunConfig)
     plain = {key: value for key, value in saved.items() if key not in _POLYMORPHIC}
     tree = OmegaConf.merge(tree, {key: v for key, v in plain.items() if key not in ("data", "trackers")})
     for key, group in _POLYMORPHIC.items():
         if group is not None:
             setattr(tree, key, typed_node(group, saved[key]))
-    data = {key: v for key, v in saved["data"].items() if key not in ("sources", "transform", *_RETIRED_DATA)}
+    data = {key: v for key, v in saved["data"].items() if key not in ("sources", "transform")}
     tree.data = OmegaConf.merge(OmegaConf.structured(DataConfig), data)
     tree.data.transform = typed_node("transform", saved["data"].get("transform", {"kind": "none"}))
     for name, node in saved["data"]["sources"].items():
@@ -241,8 +254,6 @@ def from_saved(saved: dict[str, Any]) -> RunConfig:
     assert isinstance(config, RunConfig)
     return config
 
-
-_RETIRED_DATA = ("margins", "pairs_per_row", "negatives")  # ignored in config.yaml: now properties of the objective
 
 _POLYMORPHIC = {
     "task": "task",

@@ -187,9 +187,9 @@ def load_corpora(config: RunConfig, folder: RunFolder, say: Say) -> Corpora:
         copies.fetch()
     manifests = {name: read_manifest(folder) for name, folder in prepared.items()}
     train = {name: TokenCorpus(manifest, "train") for name, manifest in manifests.items()}
-    heldout = {name: TokenCorpus(manifest, "validation") for name, manifest in manifests.items()}
-    heldout = {name: corpus for name, corpus in heldout.items() if corpus.num_tokens}
-    return Corpora(tokenizer, manifests, train, heldout)
+    validation = {name: TokenCorpus(manifest, "validation") for name, manifest in manifests.items()}
+    validation = {name: corpus for name, corpus in validation.items() if corpus.num_tokens}
+    return Corpora(tokenizer, manifests, train, validation)
 
 
 def prepared_root(config: RunConfig) -> Path:
@@ -234,7 +234,7 @@ def _prepare_all(config: RunConfig, tokenizer: Tokenizer, root: Path, say: Say) 
                 cut = sum(manifest.count(split, "truncated") for split in ("train", "validation"))
                 tokens_to = f"{tokens:,} tokens"
                 if config.objective.model_needs.is_token_level:
-                    tokens_to += f", {manifest.count('train', 'learnt'):,} of them in the loss"
+                    tokens_to += f", {manifest.count('train', 'loss_tokens'):,} of them in the loss"
                 ended = f"; {cut:,} truncated at data.seq_len={rules.max_length} (data.on_overflow)" if cut else ""
                 noun = NOUNS.get(rules.format, rules.format.name)
                 counted = f"{documents // rules.examples_per_record:,} {noun}, {tokens_to}"

@@ -156,7 +156,14 @@ class RunFolder:
             names = [folder.name for folder in folders(parent)]
             hint = did_you_mean(self.name, names) if names else f"; {parent} contains no runs yet"
             raise ValueError(f"run={self.name}: no such run in {parent}{hint}")
-        return from_saved(yaml.safe_load(self.config.read_text()))
+        try:
+            return from_saved(yaml.safe_load(self.config.read_text()))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.where}: {error}; the run was written by an incompatible version of Meshwright. Export it "
+                "with that version (convert from=RUN to=hf:FOLDER) and start from init_from=hf:FOLDER, or choose "
+                "another run=NAME"
+            ) from error
 
     def set_metrics_aside(self) -> None:
         """Renames the metrics written before a `reset=[step]`, whose steps will repeat."""

@@ -1,8 +1,9 @@
 """Multi-token prediction (MTP): modules that predict tokens beyond the next one (DeepSeek-V3 2024, section 2.2).
 
 At each position, module k reads the hidden state of the previous module (for the first, of the model) and the
-embedding of the token k positions ahead, and predicts the token k + 1 positions ahead through the model's head. Embedding and head
-are shared; the other parameters are separate. Only training uses the modules; generation and export do not.
+embedding of the token k positions ahead, and predicts the token k + 1 positions ahead through the model's head.
+Embedding and head are shared; the other parameters are separate. Only training uses the modules; generation and export
+do not.
 
 Shape letters: K modules, B batch, L length, D model, E twice D.
 """

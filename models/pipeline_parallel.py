@@ -81,8 +81,8 @@ def run_in_stages(
 ) -> Any:
     """Runs all layers in pipeline stages and returns `moving`; its leaves and those of `fixed` are [B, ...].
 
-    `layers(constrain, scanned, moving, fixed, microbatch)` runs consecutive layers, with their slice of `scanned` (leaves
-    [layers, ...]), on the rows of one microbatch. `again` applies remat to the work of a stage in a turn.
+    `layers(constrain, scanned, moving, fixed, microbatch)` runs consecutive layers, with their slice of `scanned`
+    (leaves [layers, ...]), on the rows of one microbatch. `again` applies remat to the work of a stage in a turn.
     """
     S, R, M = constrain.shown_stages, schedule.rounds, schedule.microbatches
     copies = schedule.stages // S  # a share of the program holds the rows of one stage only

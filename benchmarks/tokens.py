@@ -26,7 +26,7 @@ TOKENIZERS = {"bytes": ["tokenizer=bytes"], "sentencepiece": ["tokenizer=sentenc
 
 def prepare(folder: str, tokenizer: str) -> tuple[int, float]:
     """(tokens, seconds) of making the shards; that of a tokenizer is not counted."""
-    from launch.build import get_tokenizer, load_corpora
+    from launch.corpora import get_tokenizer, load_corpora
     from launch.run_folder import run_folder
 
     config = composed([*COMMON, *TOKENIZERS[tokenizer], f"output_dir={folder}", f"run={tokenizer}"])
@@ -42,7 +42,7 @@ def rows(folder: str, packing: str):
     """Its turn gives how many tokens there were in the batches."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     from data.loader import Mixture, TokenLoader
-    from launch.build import load_corpora
+    from launch.corpora import load_corpora
     from launch.run_folder import run_folder
 
     config = composed([*COMMON, *TOKENIZERS["bytes"], f"output_dir={folder}", "run=bytes", f"data.packing={packing}"])

@@ -19,7 +19,8 @@ import numpy as np
 from composed import composed
 
 from configs.schema import RunConfig
-from launch.build import Corpora, build_core, build_source, load_corpora, model_config
+from launch.build import build_core, build_source, model_config
+from launch.corpora import Corpora, load_corpora
 from launch.run_folder import run_folder
 from models.config import ModelConfig
 from models.mup import scale_to_width

@@ -6,7 +6,8 @@ import jax
 
 from configs.schema import RunConfig
 from data.tokenizers.tokenizer import Tokenizer
-from launch.build import Core, all_gather_values, build_core, log
+from launch.build import Core, build_core
+from launch.multihost import all_gather_values, log
 from models.attention import kernels
 from models.config import AttentionImplementation
 

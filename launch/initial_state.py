@@ -10,18 +10,12 @@ from configs.schema import Resume, RunConfig
 from data.tokenizers.kinds import from_files, load_tokenizer, save_tokenizer
 from data.tokenizers.tokenizer import Tokenizer, first_difference
 from launch.attention_kernel import build_checked_core
-from launch.build import (
-    Core,
-    Corpora,
-    build_source,
-    is_main_process,
-    log,
-    model_config,
-    publish_files,
-    sync_processes,
-)
+from launch.build import Core, build_source, model_config
+from launch.corpora import Corpora
+from launch.multihost import is_main_process, log, publish_files, sync_processes
 from launch.planning.search import resolve_auto_mesh
 from launch.precompute import NO_TABLES, Tables, fill_tables, open_tables
+from launch.pruned_init import prune_source
 from launch.rollbacks import next_row
 from launch.run_folder import RunFolder, refuse_drift
 from launch.weights_source import (
@@ -29,7 +23,6 @@ from launch.weights_source import (
     WeightsSource,
     load_base,
     load_frozen_model,
-    prune_source,
     recorded_base,
     resolve_weights,
     with_head,

@@ -11,8 +11,9 @@ from configs.tasks import RunReaderConfig, TrainConfig
 from data.records.encoding import DataFormat
 from data.tokenizers.kinds import from_files
 from data.tokenizers.tokenizer import Tokenizer
-from launch.build import Core, build_core, log
+from launch.build import Core, build_core
 from launch.config_errors import named_keys
+from launch.multihost import log
 from launch.run_folder import RunFolder, run_folder
 from launch.weights_source import load_frozen_model, recorded_base
 from models.adapters.lora import AdapterConfig

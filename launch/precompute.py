@@ -20,7 +20,9 @@ from data.column_cache import ColumnCache
 from data.loader import Rows, make_rows, padding_row, stack
 from data.tokenize_shards import TokenCorpus
 from data.tokenizers.tokenizer import fingerprint
-from launch.build import Core, Corpora, Say, is_main_process, prepared_root, prepared_url, sync_processes
+from launch.build import Core
+from launch.corpora import Corpora, prepared_root, prepared_url
+from launch.multihost import Say, is_main_process, sync_processes
 from launch.weights_source import model_digest
 from trainer.console import progress_bar
 from trainer.mesh import replicated

@@ -16,7 +16,7 @@ import numpy as np
 from configs.schema import RunConfig
 from data.batch import TokenBatch, columns_of
 from launch import exit_codes
-from launch.build import is_main_process, log, sync_processes
+from launch.multihost import is_main_process, log, sync_processes
 from launch.run_folder import RunFolder, write_whole
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.objective import BatchSource

@@ -10,9 +10,11 @@ from configs.schema import to_plain
 from configs.tasks import TrainConfig
 from data.records.chat_encoding import chat_ids, text_after_turn
 from data.records.encoding import DataFormat
-from launch.build import Corpora, build_evaluation, is_main_process, log
+from launch.build import build_evaluation
+from launch.corpora import Corpora
 from launch.generation import append_samples, generate_batches, unmasking_of
 from launch.initial_state import RunParts
+from launch.multihost import is_main_process, log
 from launch.run_folder import RunFolder, environment
 from models.config import AttentionMask
 from models.decode.sampling import SamplingConfig

@@ -1,30 +1,25 @@
 """Loads existing weights: of a run, a published checkpoint (`hf:FOLDER`, `gguf:FILE`) or adapters (`peft:FOLDER`)."""
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs.schema import RunConfig, to_plain, validate
+from configs.schema import RunConfig, to_plain
 from data.object_store import is_url
 from data.records.chat_encoding import configured
 from data.tokenizers.gguf_tokenizer import read_tokenizer
-from data.tokenizers.kinds import SentencePieceConfig, TokenizerConfig, TokenizerJsonConfig, from_files, save_tokenizer
+from data.tokenizers.kinds import SentencePieceConfig, TokenizerConfig, TokenizerJsonConfig, from_files
 from data.tokenizers.tokenizer import TEMPLATE, Tokenizer, fingerprint
-from launch.build import MADE_OF, Core, is_main_process, publish_files
-from launch.config_errors import named_keys
+from launch.build import Core
 from launch.run_folder import RunFolder, folder_in
 from models.adapters.lora import AdapterConfig
 from models.attention.kernels import without_kernel
@@ -33,11 +28,10 @@ from models.formats.gguf.files import File
 from models.formats.huggingface.checkpoint_files import TOKENIZER_FILES, Checkpoint, Folder, load_params
 from models.formats.huggingface.families import family_of, read_model
 from models.formats.huggingface.peft import Folder as AdapterFolder
-from models.pruning import WidthConfig, prune_params, pruned_config, select_units, widths
-from models.transformer import abstract_params, make_apply, param_axes, stacks
+from models.transformer import abstract_params, make_apply, param_axes
 from trainer.adapters import AdapterLayout
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.checkpoint.checksums import on_host, state_hash
+from trainer.checkpoint.checksums import state_hash
 from trainer.mesh import param_shardings, replicated, with_shardings
 from trainer.objective import FrozenModel, ObjectiveConfig, Params
 
@@ -174,110 +168,6 @@ def model_digest(model: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(digested, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prune_source(source: WeightsSource, config: RunConfig) -> WeightsSource:
-    """Prunes the weights to `prune.layers`, in this order, and to `prune.width`.
-
-    Raises: ValueError for layers or a width that the model does not have.
-    """
-    source = _with_layers(source, config.prune.layers)
-    return _with_width(source, config.prune.width) if config.prune.width.active else source
-
-
-def _with_width(source: WeightsSource, width: WidthConfig) -> WeightsSource:
-    wide = source.model
-    pruned = pruned_config(wide, width)
-
-    def params(abstract: Params, *progress: Any) -> Params:
-        onto = jax.tree.leaves(abstract)[0].sharding.mesh
-        sized = abstract_params(replace(wide, vocab_size=abstract["embedding"].shape[0]))
-        # Sharded like the pruned parameters where the sizes allow it.
-        sharded = lambda shape, leaf: _divisible(shape.shape, leaf.sharding, replicated(onto))
-        full = source.params(with_shardings(sized, jax.tree.map(sharded, sized, abstract)), *progress)
-        choice = select_units(wide, pruned, full, on_host)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return jax.jit(lambda params: prune_params(wide, choice, params), out_shardings=shardings)(full)
-
-    sizes = ", ".join(f"{name} {now} of {widths(wide)[name]}" for name, now in widths(pruned).items())
-    return replace(source, name=f"{source.name}, pruned to {sizes}", model=pruned, params=params, checkpoint=None)
-
-
-def _divisible(shape: tuple[int, ...], sharding: Any, otherwise: Any) -> Any:
-    try:
-        sharding.shard_shape(shape)
-    except ValueError:
-        return otherwise
-    return sharding
-
-
-def _with_layers(source: WeightsSource, layers: list[int]) -> WeightsSource:
-    """Keeps only these layers, in this order; an empty list keeps all.
-
-    Raises: ValueError for layers that the model does not have.
-    """
-    if not layers:
-        return source
-    model, n = source.model, source.model.num_layers
-    wrong = [i for i in layers if not 0 <= i < n]
-    if wrong:
-        raise ValueError(f"prune.layers={layers}: {source.name} has layers 0 to {n - 1}, not {wrong[0]}")
-    if len(stacks(model)) > 1:
-        raise ValueError(f"prune.layers={layers}: {source.name} has two kinds of layers, which cannot be pruned")
-    cut = lambda pattern: [pattern[i % len(pattern)] for i in layers]
-    pruned = replace(
-        model,
-        num_layers=len(layers),
-        attention=replace(model.attention, layer_types=cut(model.attention.layer_types)),
-        rope=replace(model.rope, layer_pattern=cut(model.rope.layer_pattern)),
-    )
-
-    def params(abstract: Params, *progress: Any) -> Params:
-        deep = lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
-        full = source.params({**abstract, "layers": jax.tree.map(deep, abstract["layers"])}, *progress)
-        take = lambda tree: {**tree, "layers": jax.tree.map(lambda x: x[np.array(layers)], tree["layers"])}
-        return jax.jit(take, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(full)
-
-    name = f"{source.name}, {len(layers)} of its {n} layers"
-    return replace(source, name=name, model=pruned, params=params, checkpoint=None)
-
-
-def with_head(source: WeightsSource, outputs: int) -> WeightsSource:
-    """Replaces the head by `outputs` zero-initialized scores; 0 restores the LM head of tied embeddings.
-
-    Raises: ValueError if logits are requested from weights without an LM head.
-    """
-    if source.model.num_labels == outputs:
-        return source
-    if not outputs and not source.model.tied_embeddings:
-        raise ValueError(
-            f"init_from={source.reference}: {source.name} has {source.model.num_labels} scores and no LM head; start "
-            "from a run of a language model"
-        )
-
-    def params(abstract: Params, *progress: Any) -> Params:
-        table = abstract["embedding"]
-        mesh, spec = table.sharding.mesh, (*table.sharding.spec, None, None)[:2]
-        lies = lambda *shape: jax.ShapeDtypeStruct(shape, table.dtype, sharding=NamedSharding(mesh, P(*spec[::-1])))
-        shapes = {key: leaf for key, leaf in abstract.items() if key != "score"}
-        if source.model.num_labels:
-            shapes["score"] = lies(table.shape[1], source.model.num_labels)
-        elif not source.model.tied_embeddings:
-            shapes["head"] = lies(*table.shape[::-1])
-        found = source.params(shapes, *progress)
-        remaining = {key: leaf for key, leaf in found.items() if key not in ("score", "head")}
-        return remaining | ({"score": _zeros(abstract["score"])} if outputs else {})
-
-    return replace(source, model=replace(source.model, num_labels=outputs), params=params, checkpoint=None)
-
-
-def outputs_of(params: Params) -> int:
-    """Returns the number of scores of a tree of parameters or shapes; 0: logits."""
-    return params["score"].shape[1] if "score" in params else 0
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
-
-
 def _checked(
     source: WeightsSource, abstract: Params, which: str, sha256: str | None, *, key: str = "init_from"
 ) -> tuple[Params, dict[str, str]]:
@@ -383,97 +273,39 @@ def _adapters(path: Path) -> WeightsSource:
 PUBLISHED: dict[str, Callable[[Path], WeightsSource]] = {"hf": _folder, "gguf": _file, "peft": _adapters}
 
 
-def inherit_model_config(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> RunConfig:
-    """Takes model and tokenizer from `init_from`, unless the command line chooses others.
+def with_head(source: WeightsSource, outputs: int) -> WeightsSource:
+    """Replaces the head by `outputs` zero-initialized scores; 0 restores the LM head of tied embeddings.
 
-    Single keys such as `model.remat=full` change the inherited model. A resumed run uses its own saved config, so the
-    weights of `init_from` are not needed any more.
+    Raises: ValueError if logits are requested from weights without an LM head.
     """
-    if config.init_from is None:
-        return config
-    overrides = with_experiment(overrides)
-    named = named_keys(overrides)
-    if folder.config.exists():
-        before = folder.saved_config()
-        model, tokenizer, adapter = before.model, before.tokenizer, before.adapter
-    else:
-        source = prune_source(resolve_weights(config.init_from, config.output_dir, say), config)
-        model, tokenizer, adapter = source.model, source.tokenizer_config, source.adapter
-    if published_kind(config.init_from)[0] == "peft":
-        if chosen := [key for key in named if key.partition(".")[0] == "adapter"]:
-            raise ValueError(f"{chosen[0]}: is part of the adapters of {config.init_from}; leave it out")
-        config = replace(config, adapter=adapter or config.adapter)
-    if "model" not in named:
-        # The head follows from the objective, not from the weights.
-        model = replace(model, num_labels=config.model.num_labels)
-        config = replace(config, model=with_changes(model, config, overrides))
-    if not _chooses_tokenizer(named):
-        config = replace(config, tokenizer=replace(tokenizer, **_policy_keys(config, named)))
-    validate(config)
-    return config
+    if source.model.num_labels == outputs:
+        return source
+    if not outputs and not source.model.tied_embeddings:
+        raise ValueError(
+            f"init_from={source.reference}: {source.name} has {source.model.num_labels} scores and no LM head; start "
+            "from a run of a language model"
+        )
+
+    def params(abstract: Params, *progress: Any) -> Params:
+        table = abstract["embedding"]
+        mesh, spec = table.sharding.mesh, (*table.sharding.spec, None, None)[:2]
+        lies = lambda *shape: jax.ShapeDtypeStruct(shape, table.dtype, sharding=NamedSharding(mesh, P(*spec[::-1])))
+        shapes = {key: leaf for key, leaf in abstract.items() if key != "score"}
+        if source.model.num_labels:
+            shapes["score"] = lies(table.shape[1], source.model.num_labels)
+        elif not source.model.tied_embeddings:
+            shapes["head"] = lies(*table.shape[::-1])
+        found = source.params(shapes, *progress)
+        remaining = {key: leaf for key, leaf in found.items() if key not in ("score", "head")}
+        return remaining | ({"score": _zeros(abstract["score"])} if outputs else {})
+
+    return replace(source, model=replace(source.model, num_labels=outputs), params=params, checkpoint=None)
 
 
-def with_experiment(overrides: list[str]) -> list[str]:
-    """Returns the overrides with those of the phase and experiment in front: groups, model and tokenizer keys."""
-    given = {o.partition("=")[0]: o.partition("=")[2] for o in overrides}
-    found: list[str] = []
-    for group in ("phase", "experiment"):
-        file = files("configs") / group / f"{given.get(group)}.yaml"
-        content = yaml.safe_load(file.read_text()) if file.is_file() else {}
-        found += [f"{k.split('/')[-1]}={v}" for d in content.get("defaults", ()) for k, v in d.items()]
-        found += _keys(content)
-    return [*found, *overrides]
+def outputs_of(params: Params) -> int:
+    """Returns the number of scores of a tree of parameters or shapes; 0: logits."""
+    return params["score"].shape[1] if "score" in params else 0
 
 
-def _keys(content: dict[str, Any], path: str = "") -> list[str]:
-    """Returns `a.b=value` for every leaf below `model` and `tokenizer`."""
-    found: list[str] = []
-    for key, value in content.items():
-        if not path and key not in ("model", "tokenizer"):
-            continue
-        found += _keys(value, f"{path}{key}.") if isinstance(value, dict) else [f"{path}{key}={value}"]
-    return found
-
-
-def with_changes(model: ModelConfig, config: RunConfig, overrides: list[str]) -> ModelConfig:
-    """Returns `model` with the single keys that the command line sets, such as `model.remat`."""
-    model = copy.deepcopy(model)
-    for key in sorted(named_keys(overrides)):
-        if key.startswith("model."):
-            _set(model, key.removeprefix("model."), config.model)
-    return model
-
-
-def _set(model: Any, key: str, given: Any) -> None:
-    first, _, rest = key.partition(".")
-    if rest and is_dataclass(getattr(model, first)):
-        _set(getattr(model, first), rest, getattr(given, first))
-    else:
-        setattr(model, first, getattr(given, first))
-
-
-POLICY_KEYS = ("tokenizer.chat_template", "tokenizer.add_bos")  # these may change an inherited tokenizer
-
-
-def _chooses_tokenizer(named: set[str]) -> bool:
-    return any(key.partition(".")[0] == "tokenizer" for key in named - set(POLICY_KEYS))
-
-
-def _policy_keys(config: RunConfig, named: set[str]) -> dict[str, Any]:
-    fields = [key.partition(".")[2] for key in POLICY_KEYS if key in named]
-    return {name: getattr(config.tokenizer, name) for name in fields}
-
-
-def inherit_tokenizer(config: RunConfig, overrides: list[str], folder: RunFolder, say: Say) -> None:
-    """Copies the tokenizer of `init_from` to the run folder: its weights depend on its token ids.
-
-    `tokenizer.chat_template` and `tokenizer.add_bos` on the command line change the copy.
-    """
-    named = named_keys(with_experiment(overrides))
-    if config.init_from is None or _chooses_tokenizer(named) or folder.has_checkpoints():
-        return
-    if is_main_process():
-        (folder.tokenizer / MADE_OF).unlink(missing_ok=True)
-        inherited = resolve_weights(config.init_from, config.output_dir, say).tokenizer()
-        save_tokenizer(configured(inherited, TokenizerConfig(**_policy_keys(config, named))), folder.tokenizer)
-    publish_files(folder, "inherited tokenizer")
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()

@@ -21,10 +21,12 @@ from data.tokenizers.gguf_tokenizer import write_tokenizer as tokenizer_header
 from data.tokenizers.huggingface_export import write_tokenizer
 from data.tokenizers.kinds import TokenizerConfig, save_tokenizer
 from data.tokenizers.tokenizer import PROBES
-from launch.build import build_core, is_main_process, log, sync_processes
+from launch.build import build_core
+from launch.inherit_config import with_changes
 from launch.load_run import SavedRun, open_run
+from launch.multihost import is_main_process, log, sync_processes
 from launch.run_folder import environment, run_folder
-from launch.weights_source import WeightsSource, published_kind, resolve_weights, with_changes
+from launch.weights_source import WeightsSource, published_kind, resolve_weights
 from models.config import ModelConfig
 from models.flops import num_params
 from models.formats.gguf import files as gguf_files

@@ -8,7 +8,9 @@ import jax
 from configs.schema import RunConfig
 from configs.tasks import CoordCheckConfig
 from launch.attention_kernel import build_checked_core
-from launch.build import Corpora, build_source, load_corpora, log, model_config
+from launch.build import build_source, model_config
+from launch.corpora import Corpora, load_corpora
+from launch.multihost import log
 from launch.planning.search import resolve_auto_mesh
 from launch.plotting import draw_coordinates, shown_parts
 from launch.reports import make_table, open_console, write_report

@@ -9,8 +9,10 @@ from configs.schema import RunConfig
 from configs.tasks import EvaluateConfig, Format
 from data.evaluation.multiple_choice import MultipleChoice, read_multiple_choice
 from data.tokenizers.tokenizer import Tokenizer
-from launch.build import build_evaluation, is_main_process, load_corpora, log
+from launch.build import build_evaluation
+from launch.corpora import load_corpora
 from launch.load_run import SavedRun, open_run
+from launch.multihost import is_main_process, log
 from models.config import AttentionMask
 from trainer.console import progress_bar
 from trainer.loglikelihood import Text, accuracy, make_score, score_texts

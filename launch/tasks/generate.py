@@ -11,9 +11,9 @@ from configs.tasks import Format, GenerateConfig
 from data.records.chat_encoding import TEMPLATES, chat_ids, check_messages, text_after_turn
 from data.records.chat_template import render
 from data.tokenizers.tokenizer import Tokenizer
-from launch.build import is_main_process
 from launch.generation import generate_batches, unmasking_of
 from launch.load_run import open_writer
+from launch.multihost import is_main_process
 from models.decode.engine import Completion
 from models.decode.sampling import SamplingConfig
 

@@ -13,8 +13,10 @@ from data.batch import ColumnBatch, TokenBatch, flat_rows
 from data.loader import batch_hash
 from data.records.encoding import DataFormat, marked_text
 from data.tokenizers.tokenizer import Tokenizer
-from launch.build import build_source, is_main_process, load_corpora
+from launch.build import build_source
+from launch.corpora import load_corpora
 from launch.load_run import SavedRun, open_run
+from launch.multihost import is_main_process
 from models.flops import num_params, params_bytes
 from trainer.checkpoint.checksums import state_hash
 

@@ -9,8 +9,9 @@ import jax
 from configs.schema import RunConfig
 from configs.tasks import PlanConfig
 from data.object_store import is_url
-from launch.build import log
 from launch.config_errors import named_keys
+from launch.inherit_config import inherit_model_config
+from launch.multihost import log
 from launch.planning.estimate import Plan, estimate
 from launch.planning.hardware import Target, parse_target
 from launch.planning.local_shapes import with_vocabulary
@@ -20,7 +21,6 @@ from launch.plotting import draw_plan
 from launch.reports import make_table, open_console, short_number, write_report
 from launch.run_folder import run_folder
 from launch.scaling.law import CHINCHILLA, CHINCHILLA_SOURCE, compute_optimal, read_law
-from launch.weights_source import inherit_model_config
 from trainer.mesh import describe_mesh
 
 CONVENTION = "6 x matmul weights + 3 x attention over half of the row (models/flops.py); peak is dense bf16"

@@ -20,8 +20,8 @@ from data.records.encoding import EncodingConfig, OnOverflow, encode_full_text
 from data.records.record import BadRecords
 from data.sources.readers import JsonlConfig
 from data.tokenizers.tokenizer import Tokenizer
-from launch.build import is_main_process, log, sync_processes
 from launch.load_run import SavedRun, open_run
+from launch.multihost import is_main_process, log, sync_processes
 from trainer.console import progress_bar
 
 Input = Conversation | str

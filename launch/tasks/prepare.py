@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from configs.schema import RunConfig
-from launch.build import is_main_process, load_corpora
+from launch.corpora import load_corpora
+from launch.inherit_config import inherit_model_config, inherit_tokenizer
+from launch.multihost import is_main_process
 from launch.run_folder import run_folder
-from launch.weights_source import inherit_model_config, inherit_tokenizer
 
 
 def run(config: RunConfig, overrides: list[str]) -> int:

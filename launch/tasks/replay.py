@@ -11,8 +11,10 @@ import numpy as np
 from configs.schema import RunConfig
 from configs.tasks import Format, ReplayConfig
 from launch import rollbacks
-from launch.build import Core, is_main_process, load_corpora, log
+from launch.build import Core
+from launch.corpora import load_corpora
 from launch.initial_state import build_run
+from launch.multihost import is_main_process, log
 from launch.run_folder import RunFolder, run_folder
 from trainer.objective import Params
 from trainer.reliability.loss_spikes import NO_LIMITS, WATCHED

@@ -11,8 +11,8 @@ import jax
 from configs.schema import RunConfig
 from configs.tasks import ServeConfig
 from launch import exit_codes
-from launch.build import log
 from launch.load_run import SavedRun, open_writer
+from launch.multihost import log
 from models.decode.engine import Engine, EngineConfig, Request
 from models.decode.sampling import SamplingConfig
 

@@ -18,13 +18,16 @@ from configs.schema import RunConfig, to_plain
 from configs.tasks import TrainConfig
 from data.records.encoding import DataFormat
 from launch import distributed, exit_codes, rollbacks
-from launch.build import Core, Corpora, all_gather_values, is_main_process, load_corpora, log
+from launch.build import Core
+from launch.corpora import Corpora, load_corpora
+from launch.inherit_config import inherit_model_config, inherit_tokenizer
 from launch.initial_state import RunParts, build_run, check_resume, init_or_resume, restore_tokenizer
+from launch.multihost import all_gather_values, is_main_process, log
 from launch.plotting import draw_loss
 from launch.run_folder import RunFolder, run_folder, write_whole
 from launch.startup_timing import compile_watched, startup
 from launch.train_hooks import Hooks, build_hooks
-from launch.weights_source import inherit_model_config, inherit_tokenizer, model_digest
+from launch.weights_source import model_digest
 from models.flops import flops_per_token, num_params
 from models.pipeline_parallel import schedule_over
 from trainer.console import ConsoleTracker

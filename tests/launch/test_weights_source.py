@@ -1,6 +1,6 @@
 """What a command and its experiment choose, and what init_from may bring along therefore."""
 
-from launch.weights_source import with_experiment
+from launch.inherit_config import with_experiment
 
 
 def test_what_an_experiment_chooses_comes_before_the_command():

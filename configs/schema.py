@@ -52,7 +52,7 @@ from models.adapters.lora import AdapterConfig
 from models.config import MatmulPrecision, ModelConfig
 from models.pruning import PruneConfig
 from trainer.checkpoint.checkpointer import CheckpointConfig
-from trainer.mesh import MeshConfig, ShardingRules
+from trainer.mesh import MeshConfig
 from trainer.objective import ObjectiveConfig
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.contrastive import ContrastiveConfig
@@ -63,16 +63,14 @@ from trainer.objectives.multi_token_prediction import MultiTokenConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.objectives.reward import RewardConfig
-from trainer.optimizers.optimizer import (
-    AdafactorConfig,
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    ScheduleFreeConfig,
-    SgdConfig,
-    SoapConfig,
-)
+from trainer.optimizers.adafactor import AdafactorConfig
+from trainer.optimizers.adamw import AdamWConfig
+from trainer.optimizers.lion import LionConfig
+from trainer.optimizers.muon import MuonConfig
+from trainer.optimizers.optimizer import OptimizerConfig
+from trainer.optimizers.schedule_free import ScheduleFreeConfig
+from trainer.optimizers.sgd import SgdConfig
+from trainer.optimizers.soap import SoapConfig
 from trainer.reliability.loss_spikes import LossSpikeConfig
 from trainer.reliability.sdc_check import SDCCheckConfig
 from trainer.schedule import (
@@ -83,6 +81,7 @@ from trainer.schedule import (
     ScheduleConfig,
     WsdConfig,
 )
+from trainer.sharding import ShardingRules
 from trainer.tracker import TensorboardConfig, TrackerConfig, WandbConfig
 
 

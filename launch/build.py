@@ -26,14 +26,18 @@ from models.logical_axes import ShardingConstraint
 from models.transformer import Apply, abstract_params, init_params, make_apply, param_axes
 from trainer.adapters import BASE, AdapterLayout, AdapterObjective, Shard
 from trainer.eval_loop import collect_outputs, evaluate_sources, report_outputs
-from trainer.mesh import (
+from trainer.mesh import make_mesh
+from trainer.objective import Batch, BatchSource, Objective, Params
+from trainer.objective_params import init_objective_params, model_params, objective_param_axes, with_objective_params
+from trainer.objectives.prefix_lm import Prefixed
+from trainer.reference_sync import with_reference_sync
+from trainer.sharding import (
     ShardingRules,
     batch_sharding,
     check_batch,
     check_seq_len,
     field_shardings,
     make_constrain,
-    make_mesh,
     param_shardings,
     place_batch,
     process_rows,
@@ -41,10 +45,6 @@ from trainer.mesh import (
     with_pipeline,
     with_shardings,
 )
-from trainer.objective import Batch, BatchSource, Objective, Params
-from trainer.objective_params import init_objective_params, model_params, objective_param_axes, with_objective_params
-from trainer.objectives.prefix_lm import Prefixed
-from trainer.reference_sync import with_reference_sync
 from trainer.state import TrainState, abstract_state, init_sharded_state
 from trainer.step import EvalStep, make_eval_step, make_train_step
 from trainer.xla_options import compiler_options
@@ -73,7 +73,7 @@ class Core:
     adaptation: AdapterLayout | None  # None: the model parameters train
     batch_size: int
     sharding: NamedSharding  # of token fields [B, L]
-    balanced: bool  # tokens of sharded rows are permuted by `trainer.mesh.balanced_token_order`
+    balanced: bool  # tokens of sharded rows are permuted by `trainer.sharding.balanced_token_order`
 
     @cached_property
     def rows(self) -> np.ndarray:

@@ -136,7 +136,7 @@ def _run_hydra(arguments: list[str]) -> int:
         from configs.schema import RunConfig, register, to_typed
         from data.object_store import ObjectStoreError
         from launch import config_errors, distributed, safe_stdio
-        from launch.launchers.registry import launch, launches
+        from launch.launchers.launcher_registry import launch, launches
         from launch.overrides import is_override, quoted, routes_of
         from trainer.checkpoint.checkpointer import SaveFailed
 

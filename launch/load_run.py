@@ -23,7 +23,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.mesh import MeshConfig
 from trainer.objective import Params
 from trainer.objective_params import model_params
-from trainer.optimizers.optimizer import eval_params
+from trainer.optimizers.eval_params import eval_params
 from trainer.reference_sync import reference_from_state
 from trainer.state import TrainState
 

@@ -25,7 +25,7 @@ from launch.corpora import Corpora, prepared_root, prepared_url
 from launch.multihost import Say, is_main_process, sync_processes
 from launch.weights_source import model_digest
 from trainer.console import progress_bar
-from trainer.mesh import replicated
+from trainer.sharding import replicated
 
 VERSION = 1
 _FLUSH = 30.0  # seconds between records of a table's progress

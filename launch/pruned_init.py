@@ -11,8 +11,8 @@ from launch.weights_source import WeightsSource
 from models.pruning import WidthConfig, prune_params, pruned_config, select_units, widths
 from models.transformer import abstract_params, stacks
 from trainer.checkpoint.checksums import on_host
-from trainer.mesh import replicated, with_shardings
 from trainer.objective import Params
+from trainer.sharding import replicated, with_shardings
 
 
 def prune_source(source: WeightsSource, config: RunConfig) -> WeightsSource:

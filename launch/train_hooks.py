@@ -22,7 +22,7 @@ from trainer import hooks
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.loop import Hook
 from trainer.objective import Params
-from trainer.optimizers.optimizer import eval_params
+from trainer.optimizers.eval_params import eval_params
 from trainer.reference_sync import reference_from_state
 from trainer.reliability.goodput import GoodputRecorder
 from trainer.tracker import Trackers

@@ -32,8 +32,8 @@ from models.transformer import abstract_params, make_apply, param_axes
 from trainer.adapters import AdapterLayout
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.checksums import state_hash
-from trainer.mesh import param_shardings, replicated, with_shardings
 from trainer.objective import FrozenModel, ObjectiveConfig, Params
+from trainer.sharding import param_shardings, replicated, with_shardings
 
 Say = Callable[[str], None]
 

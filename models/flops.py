@@ -13,7 +13,7 @@ import jax
 
 from models.config import ModelConfig
 from models.logical_axes import no_constraint
-from models.mixers.registry import mixer_class, mixer_flops
+from models.mixers.mixer_registry import mixer_class, mixer_flops
 from models.mtp import MTP
 from models.transformer import abstract_params, param_axes
 

@@ -33,8 +33,8 @@ from models.forward_context import Context, LayerFlags, bidirectional_tokens, la
 from models.layers import MLP, Linear, Normalization, dropout, neftune_noise, param
 from models.logical_axes import RESIDUAL, TOKENS, ShardingConstraint, no_constraint
 from models.matmul import einsum_f32
-from models.mixers.base import Cache
-from models.mixers.registry import mixer_class
+from models.mixers.mixer import Cache
+from models.mixers.mixer_registry import mixer_class
 from models.moe import Auxiliary, Experts
 from models.mtp import MTP, MTPBlock, run_mtp
 from models.mup import final_norm_factor

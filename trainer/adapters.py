@@ -21,8 +21,8 @@ from models.adapters.lora import (
     quantized_axes_of,
     quantized_base,
 )
-from trainer.mesh import with_shardings
 from trainer.objective import Params, WrappedObjective
+from trainer.sharding import with_shardings
 
 BASE = "base"  # key of the base model among the frozen models
 Shard = Callable[..., Any]  # (axes, shapes) -> shardings; strict=False replicates indivisible parameters

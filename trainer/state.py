@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from trainer.host_offload import in_host_memory
-from trainer.mesh import partition, replicated, with_shardings
+from trainer.sharding import partition, replicated, with_shardings
 
 Params = Any  # a nested dict of arrays
 

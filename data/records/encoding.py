@@ -17,7 +17,7 @@ import numpy as np
 from data.records.chat_encoding import encode_chat
 from data.records.chat_formats import Conversation, InvalidRecord, count_bad, read_conversations
 from data.records.labels import Labelled, Match, read_labelled, read_matches
-from data.records.preference import Pair, read_pairs
+from data.records.preference_pairs import Pair, read_pairs
 from data.records.record import BadRecords, Record
 from data.records.unpaired_preference import UnpairedExample, pair_with_next, read_unpaired
 from data.sources.readers import SourceConfig, SourceShard
@@ -30,7 +30,7 @@ class DataFormat(enum.Enum):
     text = "text"  # plain documents; every token contributes to the loss
     chat = "chat"  # conversations (data.records.chat_formats); data.loss_mask selects the tokens of the loss
     unpaired_preference = "unpaired_preference"  # a completion labeled good or bad (data.records.unpaired_preference)
-    preference = "preference"  # a chosen and a rejected answer to one prompt (data.records.preference)
+    preference = "preference"  # a chosen and a rejected answer to one prompt (data.records.preference_pairs)
     classification = "classification"  # a text or conversation and its class (data.records.labels)
     retrieval = "retrieval"  # an anchor, a positive and optional negatives (data.records.labels)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from data.records.chat_formats import Conversation, InvalidRecord, format_of, read_each, to_conversation
-from data.records.preference import to_pair
+from data.records.preference_pairs import to_pair
 from data.records.record import BadRecords, Record, RecordFormat
 from data.sources.readers import SourceConfig, SourceShard
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from launch.launchers.job import Job
-from launch.launchers.registry import LAUNCHERS
+from launch.launchers.launcher_registry import LAUNCHERS
 from launch.launchers.supervisor import SupervisedLauncher
 
 

@@ -14,8 +14,8 @@ import yaml
 from configs.launchers import K8sConfig
 from launch import exit_codes
 from launch.distributed import FIRST_PORT
-from launch.launchers.base import ClusterLauncher
 from launch.launchers.job import PACKED, Job, Recipe, check_output, public_name, run_command
+from launch.launchers.launcher import ClusterLauncher
 
 MANIFEST = "jobset.yaml"
 CODE, WORK = "/meshwright/code", "/meshwright/work"  # paths in a pod; a relative output_dir= is below WORK

@@ -11,8 +11,8 @@ from pathlib import Path
 from configs.launchers import LocalConfig
 from launch import exit_codes
 from launch.launchers import supervisor
-from launch.launchers.base import say
 from launch.launchers.job import Job, Recipe, assignments, distributed_env, python_path
+from launch.launchers.launcher import say
 from launch.launchers.supervisor import AttemptResult, SupervisedLauncher, supervise_job
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from configs.launchers import RayConfig
 from launch.launchers import supervisor
-from launch.launchers.base import LogTail
 from launch.launchers.job import Job, Recipe, assignments, distributed_env, secrets
+from launch.launchers.launcher import LogTail
 from launch.launchers.local import process_log
 from launch.launchers.supervisor import AttemptResult, SupervisedLauncher, supervise_job
 

@@ -12,8 +12,8 @@ import yaml
 
 from configs.launchers import SkypilotConfig
 from launch.distributed import FIRST_PORT
-from launch.launchers.base import Launcher
 from launch.launchers.job import Job, Recipe, check_output, public_name, restart_loop, run_command
+from launch.launchers.launcher import Launcher
 
 FILE = "task.yaml"
 HOME = "~/meshwright"  # working directory of the processes on a node

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from configs.launchers import Runtime, SlurmConfig
 from launch import exit_codes
-from launch.launchers.base import ClusterLauncher, LogTail, show_log
 from launch.launchers.job import (
     MARK,
     Job,
@@ -22,6 +21,7 @@ from launch.launchers.job import (
     restart_condition,
     run_command,
 )
+from launch.launchers.launcher import ClusterLauncher, LogTail, show_log
 
 SCRIPT = "job.sbatch"
 STOP, EXIT_CODE = "stop", "exit_code"  # files in the job folder

@@ -15,8 +15,8 @@ from typing import Any
 from configs.launchers import LocalConfig, RayConfig
 from data.object_store import Store, is_url
 from launch import exit_codes
-from launch.launchers.base import Launcher, say, show_log
 from launch.launchers.job import Config, Job, Recipe, secrets
+from launch.launchers.launcher import Launcher, say, show_log
 from launch.startup_timing import began
 
 GRACE_SECONDS = 10.0  # for the other processes after one has died: they may block in a collective forever

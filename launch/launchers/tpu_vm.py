@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from configs.launchers import TpuVmConfig
 from launch import exit_codes
-from launch.launchers.base import Launcher, left_running, say
 from launch.launchers.job import (
     PACKED,
     Job,
@@ -25,6 +24,7 @@ from launch.launchers.job import (
     run_command,
     secrets,
 )
+from launch.launchers.launcher import Launcher, left_running, say
 from launch.launchers.supervisor import AttemptResult, supervise
 
 SCRIPT = "worker.sh"

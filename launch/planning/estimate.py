@@ -30,7 +30,8 @@ from models.attention import kernels
 from models.config import AttentionImplementation, Dispatch, ModelConfig, Remat
 from models.flops import flops_per_token, num_active_params, num_params
 from models.pipeline_parallel import Schedule, schedule_over
-from trainer.mesh import AXES, abstract_mesh, with_pipeline
+from trainer.mesh import AXES, abstract_mesh
+from trainer.sharding import with_pipeline
 
 # Achievable fractions of the data sheet figures, for large and well-shaped programs.
 MATMUL = {"tpu": 0.85, "cuda": 0.72, "cpu": 0.85}

@@ -20,16 +20,10 @@ from models.logical_axes import RESIDUAL, TOKENS, NoConstraint, ShardingConstrai
 from models.transformer import abstract_params, make_apply, param_axes
 from trainer.adapters import BASE
 from trainer.host_offload import HOST
-from trainer.mesh import (
-    MeshConfig,
-    ShardingRules,
-    abstract_mesh,
-    param_shardings,
-    replicated,
-    with_shardings,
-)
+from trainer.mesh import MeshConfig, abstract_mesh
 from trainer.objective import FrozenModel
 from trainer.reliability.loss_spikes import NO_LIMITS
+from trainer.sharding import ShardingRules, param_shardings, replicated, with_shardings
 
 AnyMesh = Mesh | AbstractMesh
 

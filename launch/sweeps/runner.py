@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.schema import RunConfig
 from configs.sweeps import Pruning, SweepSearchConfig
 from launch import exit_codes
-from launch.launchers.base import say
+from launch.launchers.launcher import say
 from launch.launchers.supervisor import identity
 from launch.sweeps.progress_display import ProgressDisplay
 from launch.sweeps.study import DONE, FAILED, PRUNED, RUNNING, Study, Trial, best_of

@@ -17,7 +17,7 @@ from configs.tasks import TrainConfig
 from launch import exit_codes
 from launch.config_errors import did_you_mean
 from launch.launchers.job import ROOT, cli_flags, newest_job, python_path
-from launch.launchers.registry import LAUNCHERS
+from launch.launchers.launcher_registry import LAUNCHERS
 from launch.launchers.supervisor import exit_description, is_alive
 from launch.run_folder import RunFolder, run_folder
 from launch.sweeps.study import Trial

@@ -47,7 +47,7 @@ from trainer.console import progress_bar
 from trainer.objective import Params
 from trainer.objectives.classification import ClassificationConfig
 from trainer.objectives.reward import RewardConfig
-from trainer.optimizers.optimizer import SgdConfig
+from trainer.optimizers.sgd import SgdConfig
 
 CARRIED = "published"  # subfolder of a run folder with the non-weight files of the source checkpoint
 

@@ -3,7 +3,7 @@
 from configs.schema import RunConfig
 from configs.tasks import LogsConfig
 from launch.launchers.job import Job, newest_job
-from launch.launchers.registry import LAUNCHERS
+from launch.launchers.launcher_registry import LAUNCHERS
 from launch.run_folder import run_folder
 from launch.tasks.runs import last_values
 

@@ -28,8 +28,8 @@ from configs.sweeps import Method, Pruning
 from configs.tasks import SweepConfig, TrainConfig
 from launch import exit_codes
 from launch.config_errors import explain, named_keys
-from launch.launchers.base import say
 from launch.launchers.job import freeze_code
+from launch.launchers.launcher import say
 from launch.launchers.supervisor import identity, is_alive
 from launch.overrides import routes_of
 from launch.plotting import draw_sweep

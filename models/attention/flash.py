@@ -96,7 +96,7 @@ def row_attention(
                 return checkpoint_name("attn_out", out)
             mask = attention_mask(positions_BL, keys.positions, segments_BL, keys.segments, window, keys.shown)
             return checkpoint_name("attn_out", attention(q_BLNH, keys.keys, keys.values, mask, **options))
-        # Rows balanced by trainer.mesh.balanced_token_order have two spans in each shard with separate visibility.
+        # Rows balanced by trainer.sharding.balanced_token_order have two spans in each shard with separate visibility.
         span = max(q_BLNH.shape[1] // 2, 1) if cut.get("length") else keys.keys.shape[1]
         size = span if full_rows else min(block or BLOCK, span)
         at = positions_BL, segments_BL

@@ -25,8 +25,8 @@ from models.cpu_workarounds import use_transposed_weights
 from models.decode.sampling import History, SamplingConfig, Settings, sample
 from models.kv_cache import BLOCK
 from models.logical_axes import ShardingConstraint, no_constraint
-from models.mixers.base import IDLE, Cache, copy_row
-from models.mixers.registry import init_cache, rewindable
+from models.mixers.mixer import IDLE, Cache, copy_row
+from models.mixers.mixer_registry import init_cache, rewindable
 from models.transformer import Params, all_stacks, forward_cached, logits, projections, stacks
 from models.weight_views import TiedEmbedding, TransposedWeight
 

@@ -25,7 +25,7 @@ from launch.launchers.job import (
     secrets,
     take_folder,
 )
-from launch.launchers.registry import LAUNCHERS, launch, launches
+from launch.launchers.launcher_registry import LAUNCHERS, launch, launches
 from launch.launchers.supervisor import AttemptResult, supervise
 from tests.end_to_end.run import ROOT
 from tests.launch.jobs import composed, job

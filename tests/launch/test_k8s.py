@@ -9,7 +9,7 @@ import yaml
 
 from launch.launchers import k8s
 from launch.launchers.job import MARK, PACKED, Job
-from launch.launchers.registry import LAUNCHERS, launch
+from launch.launchers.launcher_registry import LAUNCHERS, launch
 from tests.end_to_end.run import ROOT
 from tests.launch.jobs import composed, job, same_as_recorded
 from tests.launch.programs import files_with, program

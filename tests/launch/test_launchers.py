@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from launch import exit_codes
-from launch.launchers.base import ClusterLauncher, show_log
 from launch.launchers.job import Recipe
+from launch.launchers.launcher import ClusterLauncher, show_log
 from tests.launch.jobs import job
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from launch.launchers.registry import LAUNCHERS
+from launch.launchers.launcher_registry import LAUNCHERS
 from tests.launch.jobs import composed, job, same_as_recorded
 
 RAY = LAUNCHERS["ray"]

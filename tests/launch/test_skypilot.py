@@ -7,7 +7,7 @@ import yaml
 
 from launch.launchers import skypilot
 from launch.launchers.job import Job
-from launch.launchers.registry import LAUNCHERS, launch
+from launch.launchers.launcher_registry import LAUNCHERS, launch
 from tests.launch.jobs import composed, job, same_as_recorded
 from tests.launch.programs import files_with, program
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.launchers import slurm
-from launch.launchers.registry import LAUNCHERS, launch
+from launch.launchers.launcher_registry import LAUNCHERS, launch
 from tests.launch.jobs import composed, job, same_as_recorded
 
 OPTIONS = ["launcher=slurm", "launcher.nodes=4", "launcher.gpus_per_node=8", "launcher.time=12:00:00"]

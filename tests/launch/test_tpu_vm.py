@@ -8,7 +8,7 @@ import pytest
 
 from launch.launchers import tpu_vm
 from launch.launchers.job import Job
-from launch.launchers.registry import LAUNCHERS, launch
+from launch.launchers.launcher_registry import LAUNCHERS, launch
 from tests.end_to_end.run import wait_for
 from tests.launch.jobs import composed, job, same_as_recorded
 from tests.launch.programs import files_with, program

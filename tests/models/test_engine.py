@@ -13,12 +13,13 @@ from models.decode.engine import Engine, EngineConfig, Request, decoding_params,
 from models.decode.sampling import SamplingConfig
 from models.kv_cache import write_cache
 from models.matmul import einsum_f32
-from models.mixers.registry import init_cache
+from models.mixers.mixer_registry import init_cache
 from models.transformer import init_params, logits, make_apply, param_axes
 from models.weight_views import TiedEmbedding, TransposedWeight
 from tests.models.test_transformer import BASE, FAMILIES, V
-from trainer.mesh import MeshConfig, ShardingRules, make_constrain, make_mesh, param_shardings
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.objectives.cross_entropy import token_logprobs
+from trainer.sharding import ShardingRules, make_constrain, param_shardings
 
 SMALL = EngineConfig(slots=3, length=256, chunk=16, chunks_per_step=2)
 PARAMS = init_params(BASE, jax.random.key(0))

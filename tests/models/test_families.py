@@ -155,7 +155,8 @@ def test_slices_loaded_onto_a_mesh_equal_the_full_parameters(published):
     path, _, _ = published
     _, config, whole = load(path)
     from models.transformer import param_axes
-    from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
+    from trainer.mesh import MeshConfig, make_mesh
+    from trainer.sharding import ShardingRules, param_shardings
 
     abstract = abstract_params(config)
     experts = 2 if config.moe.num_experts else 1

@@ -14,7 +14,8 @@ from models.attention.flash import Keys, Queries, block_is_visible, blockwise_at
 from models.attention.ops import UNLIMITED, attention, attention_mask
 from models.config import AttentionConfig, ContextParallel, ModelConfig
 from models.logical_axes import no_constraint
-from trainer.mesh import MeshConfig, ShardingRules, make_constrain, make_mesh
+from trainer.mesh import MeshConfig, make_mesh
+from trainer.sharding import ShardingRules, make_constrain
 
 B, L, N, K, H, W = 4, 48, 4, 2, 8, 8
 # Documents of 20 and 17 tokens and padding; one document; many short ones; one, then mostly padding.

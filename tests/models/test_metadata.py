@@ -204,7 +204,8 @@ def test_rows_that_are_not_multiples_of_a_block_stay_float16(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama 3.1, tied", "phi3", "gpt2", "qwen3 moe"])
 def test_slices_loaded_onto_a_mesh_equal_the_full_parameters(tmp_path, name):
-    from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
+    from trainer.mesh import MeshConfig, make_mesh
+    from trainer.sharding import ShardingRules, param_shardings
 
     config = CASES[name]
     file, _ = write(tmp_path / "model.gguf", config, random_params(config), "q8_0")

@@ -15,11 +15,10 @@ from models.decode.engine import Engine, EngineConfig, Request, decoding_params,
 from models.decode.sampling import SamplingConfig
 from models.flops import cache_bytes, flops_per_token
 from models.layers import Linear
-from models.mixers import registry
-from models.mixers.attention import Attention
-from models.mixers.base import Cache, Mixer, copy_row
-from models.mixers.latent import LatentAttention
-from models.mixers.registry import MIXERS, init_cache, mixer_class, mixer_kind, rewindable
+from models.mixers.latent_attention import LatentAttention
+from models.mixers.mixer import Cache, Mixer, copy_row
+from models.mixers.mixer_registry import MIXERS, init_cache, mixer_class, mixer_kind, rewindable
+from models.mixers.multi_head_attention import Attention
 from models.transformer import forward_cached, init_params, logits
 from tests.models.test_transformer import BASE, FAMILIES, change, run, setup
 
@@ -127,4 +126,4 @@ def test_the_engine_serves_a_mixer_with_a_state(running_sum):
 
 
 def test_all_kinds_are_registered():
-    assert set(registry.MIXERS) == {"full_attention", "sliding_attention", "latent_attention"}
+    assert set(MIXERS) == {"full_attention", "sliding_attention", "latent_attention"}

@@ -36,7 +36,7 @@ from models.config import (
 )
 from models.decode.engine import decoding_params
 from models.layers import inverse_frequencies
-from models.mixers.registry import init_cache
+from models.mixers.mixer_registry import init_cache
 from models.remat import checkpoint_name
 from models.transformer import abstract_params, forward_cached, init_params, logits, make_apply, param_axes, stacks
 from trainer.objectives.cross_entropy import token_logprobs

@@ -22,21 +22,13 @@ from models.config import (
     Remat,
 )
 from models.transformer import abstract_params, init_params, make_apply, param_axes
-from trainer.mesh import (
-    MeshConfig,
-    ShardingRules,
-    batch_sharding,
-    make_constrain,
-    make_mesh,
-    param_shardings,
-    place_batch,
-    with_pipeline,
-)
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.objective import REFERENCE
 from trainer.objectives.multi_token_prediction import MultiTokenConfig
 from trainer.objectives.next_token import NextTokenConfig
 from trainer.objectives.preference import PreferenceConfig
 from trainer.objectives.reward import RewardConfig
+from trainer.sharding import ShardingRules, batch_sharding, make_constrain, param_shardings, place_batch, with_pipeline
 
 ROWS, L, V = 8, 32, 24
 WHOLE = PipelineConfig()

@@ -21,7 +21,10 @@ from omegaconf import OmegaConf
 from configs.ranges import check_ranges
 from trainer.checkpoint.checkpointer import CheckpointConfig, Checkpointer, SaveFailed
 from trainer.checkpoint.checksums import state_hash
-from trainer.optimizers.optimizer import AdafactorConfig, AdamWConfig, MuonConfig, SoapConfig
+from trainer.optimizers.adafactor import AdafactorConfig
+from trainer.optimizers.adamw import AdamWConfig
+from trainer.optimizers.muon import MuonConfig
+from trainer.optimizers.soap import SoapConfig
 from trainer.state import abstract_state, init_sharded_state
 
 

@@ -12,8 +12,9 @@ from models.attention.flash import Keys, Queries, block_is_visible
 from models.config import AttentionConfig, ContextParallel, Remat
 from models.transformer import abstract_params, make_apply
 from tests.trainer.on_meshes import DENSE, V, alone, assert_same, losses_and_gradients
-from trainer.mesh import MeshConfig, ShardingRules, balanced_token_order, batch_sharding, make_constrain, make_mesh
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.objectives.next_token import NextTokenConfig
+from trainer.sharding import ShardingRules, balanced_token_order, batch_sharding, make_constrain
 
 CONTEXT = {n: MeshConfig(8 // n, context=n) for n in (2, 4, 8)}
 

@@ -19,19 +19,13 @@ from models.config import (
     RouterScore,
 )
 from models.transformer import abstract_params, init_params, make_apply, param_axes
-from trainer.mesh import (
-    MeshConfig,
-    ShardingRules,
-    batch_sharding,
-    make_constrain,
-    make_mesh,
-    param_shardings,
-    place_batch,
-)
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.objectives.next_token import NextTokenConfig
-from trainer.optimizers.optimizer import AdamWConfig, SgdConfig
+from trainer.optimizers.adamw import AdamWConfig
 from trainer.optimizers.param_groups import ParamGroup, param_groups
+from trainer.optimizers.sgd import SgdConfig
 from trainer.schedule import ConstantConfig
+from trainer.sharding import ShardingRules, batch_sharding, make_constrain, param_shardings, place_batch
 from trainer.state import make_state
 from trainer.step import make_train_step
 

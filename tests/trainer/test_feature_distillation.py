@@ -13,7 +13,7 @@ from models.captures import CaptureSpec
 from models.config import AttentionConfig, Dtype, ModelConfig, MoEConfig, Remat
 from models.transformer import init_params, make_apply, param_axes
 from tests.trainer.test_distillation import batch
-from trainer.mesh import MeshConfig, ShardingRules, batch_sharding, make_constrain, make_mesh, param_shardings
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.objective import TEACHER, FrozenModel
 from trainer.objective_params import (
     OBJECTIVE_PARAMS,
@@ -30,6 +30,7 @@ from trainer.objectives.feature_distillation import (
     attention_distance,
     hidden_distance,
 )
+from trainer.sharding import ShardingRules, batch_sharding, make_constrain, param_shardings
 from trainer.state import init_sharded_state
 from trainer.step import make_train_step
 

@@ -11,10 +11,14 @@ from models.transformer import abstract_params, init_params, make_apply
 from tests.trainer import toy
 from tests.trainer.on_meshes import DENSE, batch
 from trainer.host_offload import HOST
-from trainer.mesh import MeshConfig, ShardingRules, batch_sharding, make_mesh, param_shardings, place_batch
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.objectives.next_token import NextTokenConfig
-from trainer.optimizers.optimizer import AdamWConfig, OptimizerConfig, ScheduleFreeConfig, eval_params
+from trainer.optimizers.adamw import AdamWConfig
+from trainer.optimizers.eval_params import eval_params
+from trainer.optimizers.optimizer import OptimizerConfig
+from trainer.optimizers.schedule_free import ScheduleFreeConfig
 from trainer.schedule import ConstantConfig
+from trainer.sharding import ShardingRules, batch_sharding, param_shardings, place_batch
 from trainer.state import TrainState, abstract_state, init_sharded_state
 from trainer.step import make_train_step
 

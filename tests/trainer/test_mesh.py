@@ -9,16 +9,14 @@ from omegaconf import OmegaConf
 
 from data.batch import ColumnBatch, TokenBatch
 from tests.trainer import toy
-from trainer.mesh import (
-    AXES,
-    MeshConfig,
+from trainer.mesh import AXES, MeshConfig, make_mesh
+from trainer.sharding import (
     ShardingRules,
     balanced_token_order,
     batch_sharding,
     check_batch,
     check_seq_len,
     make_constrain,
-    make_mesh,
     param_shardings,
     place_batch,
     process_rows,

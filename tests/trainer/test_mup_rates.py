@@ -25,17 +25,15 @@ from models.transformer import abstract_params, init_params, make_apply, param_a
 from tests.models.test_transformer import FAMILIES
 from trainer.activation_stats import LOGITS, activation_changes, slope
 from trainer.objectives.next_token import NextTokenConfig
+from trainer.optimizers.adafactor import AdafactorConfig
+from trainer.optimizers.adamw import AdamWConfig
+from trainer.optimizers.lion import LionConfig
+from trainer.optimizers.muon import MuonConfig
 from trainer.optimizers.mup_rates import rate_factors
-from trainer.optimizers.optimizer import (
-    AdafactorConfig,
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    ScheduleFreeConfig,
-    SgdConfig,
-    SoapConfig,
-)
+from trainer.optimizers.optimizer import OptimizerConfig
+from trainer.optimizers.schedule_free import ScheduleFreeConfig
+from trainer.optimizers.sgd import SgdConfig
+from trainer.optimizers.soap import SoapConfig
 from trainer.schedule import ConstantConfig
 from trainer.state import make_state
 from trainer.step import make_train_step

@@ -9,22 +9,19 @@ from jax.sharding import PartitionSpec
 from omegaconf import OmegaConf
 
 from configs.ranges import check_ranges
-from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
-from trainer.optimizers.optimizer import (
-    AdafactorConfig,
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    ScheduleFreeConfig,
-    SgdConfig,
-    SoapConfig,
-    clip_by_global_norm,
-    eval_params,
-    scale_by_adam,
-)
+from trainer.mesh import MeshConfig, make_mesh
+from trainer.optimizers.adafactor import AdafactorConfig
+from trainer.optimizers.adamw import AdamWConfig, scale_by_adam
+from trainer.optimizers.eval_params import eval_params
+from trainer.optimizers.lion import LionConfig
+from trainer.optimizers.muon import MuonConfig
+from trainer.optimizers.optimizer import OptimizerConfig, clip_by_global_norm
 from trainer.optimizers.param_groups import ParamGroup, matrix_dims, param_groups
+from trainer.optimizers.schedule_free import ScheduleFreeConfig
+from trainer.optimizers.sgd import SgdConfig
+from trainer.optimizers.soap import SoapConfig
 from trainer.schedule import ConstantConfig
+from trainer.sharding import ShardingRules, param_shardings
 from trainer.state import TrainState, abstract_state, init_sharded_state
 
 ALL: dict[type[OptimizerConfig], float] = {  # optimizer -> learning rate that makes progress in 40 updates

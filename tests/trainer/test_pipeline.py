@@ -10,7 +10,8 @@ from models.config import PipelineConfig
 from models.pipeline_parallel import Schedule
 from models.transformer import abstract_params, param_axes
 from tests.trainer.on_meshes import DENSE, alone, assert_same, losses_and_gradients
-from trainer.mesh import MeshConfig, ShardingRules, abstract_mesh, param_shardings, with_pipeline
+from trainer.mesh import MeshConfig, abstract_mesh
+from trainer.sharding import ShardingRules, param_shardings, with_pipeline
 
 MESH = abstract_mesh(MeshConfig(4, stage=2), 8)
 

@@ -11,12 +11,14 @@ from data.batch import TokenBatch
 from models.layers import neftune_noise
 from models.transformer import init_params, make_apply, param_axes
 from tests.trainer.test_preference import APPLY, MODEL, PARAMS, batch
-from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.objective import REFERENCE, Sync
 from trainer.objectives.preference import Loss, PreferenceConfig
-from trainer.optimizers.optimizer import AdamWConfig, eval_params
+from trainer.optimizers.adamw import AdamWConfig
+from trainer.optimizers.eval_params import eval_params
 from trainer.reference_sync import ReferenceSyncState, reference_from_state, with_reference_sync
 from trainer.schedule import ConstantConfig
+from trainer.sharding import ShardingRules, param_shardings
 from trainer.state import abstract_state, make_state
 from trainer.step import make_train_step
 

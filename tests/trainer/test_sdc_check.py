@@ -11,9 +11,10 @@ from jax.experimental import io_callback
 
 from tests.trainer import toy
 from tests.trainer.test_step import OPTIMIZER, step_with
-from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.reliability.loss_spikes import NO_LIMITS
 from trainer.reliability.sdc_check import SDCCheckConfig, SDCChecker, SilentDataCorruption, minority_indices
+from trainer.sharding import ShardingRules, param_shardings
 from trainer.state import abstract_state, init_sharded_state
 
 EVERY_SECOND = SDCCheckConfig(every=2)

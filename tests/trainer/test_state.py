@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from tests.trainer import toy
-from trainer.mesh import MeshConfig, ShardingRules, make_mesh, param_shardings
+from trainer.mesh import MeshConfig, make_mesh
+from trainer.sharding import ShardingRules, param_shardings
 from trainer.state import TrainState, abstract_state, init_sharded_state, make_state, state_shardings
 
 OPTIMIZER = optax.adam(1e-3)

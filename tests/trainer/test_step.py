@@ -11,10 +11,11 @@ import pytest
 
 from data.batch import TokenBatch
 from tests.trainer import toy
-from trainer.mesh import MeshConfig, ShardingRules, batch_sharding, make_mesh, param_shardings, place_batch
+from trainer.mesh import MeshConfig, make_mesh
 from trainer.objectives.next_token import NextTokenConfig
-from trainer.optimizers.optimizer import AdamWConfig
+from trainer.optimizers.adamw import AdamWConfig
 from trainer.schedule import ConstantConfig, CosineConfig
+from trainer.sharding import ShardingRules, batch_sharding, param_shardings, place_batch
 from trainer.state import TrainState, init_sharded_state, make_state
 from trainer.step import make_eval_step, make_train_step, split_rows
 from trainer.xla_options import compiler_options

@@ -6,8 +6,8 @@ import jax
 
 from models.config import ModelConfig
 from models.mup import Kind, stored_scale, weight_kind
-from trainer.mesh import path_name
 from trainer.optimizers.param_groups import ParamGroup, param_group_of
+from trainer.sharding import path_name
 
 Tree = Any  # a tree in the shape of the parameters'
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from trainer.mesh import BATCH_DIMS, LogicalAxes, path_name
+from trainer.sharding import BATCH_DIMS, LogicalAxes, path_name
 
 
 class ParamGroup(enum.Enum):

@@ -6,6 +6,7 @@ the parameter, with the other side reduced to size 1, so sharding carries over.
 Shape letters: N stack, R rows, C columns.
 """
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.optimizers.param_groups import MatrixDims
+from trainer.optimizers.adamw import scale_by_adam
+from trainer.optimizers.mup_rates import Rule
+from trainer.optimizers.optimizer import OptimizerConfig, Tree, matrices_by, matrices_only
+from trainer.optimizers.param_groups import MatrixDims, matrix_dims
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
@@ -153,3 +157,34 @@ def scale_by_soap(
         return column(0), SoapState(state.count + 1, *(column(i) for i in range(1, len(SoapState._fields))))
 
     return optax.GradientTransformation(init, update)
+
+
+@dataclass
+class SoapConfig(OptimizerConfig):
+    """SOAP (Vyas et al. 2024): Adam in Shampoo's eigenbasis for matrices of layers; AdamW for all other parameters."""
+
+    kind: str = "soap"
+    learning_rate: float = 3e-3  # peak learning rate, scaled by the schedule
+    weight_decay: float = 0.01  # decoupled weight decay of matrices, embeddings and the head
+    b1: float = 0.95  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment and the preconditioners
+    eps: float = 1e-8  # added to the root of the second moment
+    precondition_frequency: int = field(default=10, metadata={"min": 1})  # updates between eigenbasis refreshes
+    max_precond_dim: int = field(default=10_000, metadata={"min": 1})  # longer sides are not preconditioned
+
+    def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
+        soap = scale_by_soap(
+            matrices_only(param_axes, matrix_dims),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            frequency=self.precondition_frequency,
+            max_dim=self.max_precond_dim,
+        )
+        return matrices_by(soap, scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps), param_axes)
+
+    def mup_rule(self) -> Rule:
+        raise ValueError(
+            "model.mup_base_width: no muP rule is implemented for optimizer=soap, whose updates are neither Adam's nor "
+            "orthogonal; use optimizer=adamw or muon, or model.mup_base_width=null"
+        )

@@ -4,9 +4,9 @@ from models.config import LayerKind, ModelConfig
 from models.forward_context import MTP_LAYER, LayerFlags, layer_flags
 from models.kv_cache import BLOCK
 from models.logical_axes import ShardingConstraint, no_constraint
-from models.mixers.attention import Attention
-from models.mixers.base import Cache, Mixer
-from models.mixers.latent import LatentAttention
+from models.mixers.latent_attention import LatentAttention
+from models.mixers.mixer import Cache, Mixer
+from models.mixers.multi_head_attention import Attention
 
 MIXERS: dict[str, type[Mixer]] = {
     "full_attention": Attention,

@@ -9,7 +9,7 @@ from flax import nnx
 from models.config import ModelConfig
 from models.forward_context import Context, LayerFlags
 from models.layers import Linear, Normalization
-from models.mixers.attention import QKV, Attention
+from models.mixers.multi_head_attention import QKV, Attention
 
 
 class LatentAttention(Attention):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from configs.launchers import LocalConfig
 from configs.schema import RunConfig
 from launch import distributed
-from launch.launchers.base import Launcher
 from launch.launchers.job import MARK, Job, cli_flags, freeze, jobs_folder, make_job, next_folder, secrets, take_folder
 from launch.launchers.k8s import K8sLauncher
+from launch.launchers.launcher import Launcher
 from launch.launchers.local import LocalLauncher
 from launch.launchers.ray_cluster import RayLauncher
 from launch.launchers.skypilot import SkypilotLauncher

@@ -1,6 +1,6 @@
 """The interface of a sequence mixer and of its cache.
 
-To add a mixer: subclass `Mixer` in a file of this folder, add it to `MIXERS` in `models.mixers.registry`, and let
+To add a mixer: subclass `Mixer` in a file of this folder, add it to `MIXERS` in `models.mixers.mixer_registry`, and let
 `mixer_kind` there return its name for the layers that use it.
 
 Shape letters: B batch, L length, S key length, D model, N query heads.

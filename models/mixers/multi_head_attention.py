@@ -17,7 +17,7 @@ from models.forward_context import Context, LayerFlags
 from models.kv_cache import LayerKVCache, init_layer_cache, write_cache
 from models.layers import Linear, Normalization, param, rope_temperature, rotate, score_temperature
 from models.logical_axes import ShardingConstraint
-from models.mixers.base import Mixer
+from models.mixers.mixer import Mixer
 from models.remat import checkpoint_name
 
 

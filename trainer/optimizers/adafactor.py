@@ -4,12 +4,15 @@
 layers as one matrix. Here, rows and columns follow from the logical axes.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.optimizers.mup_rates import Rule, like_adam
+from trainer.optimizers.optimizer import OptimizerConfig, Tree
 from trainer.optimizers.param_groups import ParamGroup, matrix_dims, param_groups
 
 
@@ -111,3 +114,35 @@ def scale_by_factored_rms(
         return directions, FactoredState(state.count + 1, rows, cols, full)
 
     return optax.GradientTransformation(init, update)
+
+
+@dataclass
+class AdafactorConfig(OptimizerConfig):
+    """Adafactor (Shazeer and Stern 2018), with clipping and scaling per layer instead of per stack of layers."""
+
+    kind: str = "adafactor"
+    learning_rate: float = 0.01  # peak; relative to the RMS of the weights if multiply_by_parameter_scale
+    weight_decay: float = 0.0  # decoupled weight decay of matrices, embeddings and the head
+    decay_rate: float = 0.8  # second moments decay by 1 - t ** -decay_rate
+    clipping_threshold: float = 1.0  # maximum RMS of the update of a layer
+    multiply_by_parameter_scale: bool = True  # scale updates by the RMS of the weights of the layer
+    min_dim_to_factor: int = 128  # matrices with a smaller side are not factored
+    eps: float = 1e-30  # added to squared gradients
+
+    def scale_gradient(self, param_axes: Tree) -> optax.GradientTransformation:
+        return scale_by_factored_rms(
+            param_axes,
+            decay_power=self.decay_rate,
+            clip_update=self.clipping_threshold,
+            scale_by_param=self.multiply_by_parameter_scale,
+            min_dim_to_factor=self.min_dim_to_factor,
+            eps=self.eps,
+        )
+
+    def mup_rule(self) -> Rule:
+        if self.multiply_by_parameter_scale:
+            raise ValueError(
+                "optimizer.multiply_by_parameter_scale=true: scales updates by the RMS of the weights, which depends "
+                "on the width under model.mup_base_width; set it to false, or model.mup_base_width=null"
+            )
+        return like_adam

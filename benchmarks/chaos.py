@@ -282,7 +282,7 @@ def child(arguments: Sequence[str]) -> None:
     import launch.build
 
     trainer.step._accumulate = poisoned_gradients
-    launch.assemble.make_train_step = with_step(trainer.step.make_train_step)
+    launch.build.make_train_step = with_step(trainer.step.make_train_step)
     trainer.reliability.sdc_check.SDCChecker.guard = guarding
     sys.exit(run(list(arguments)))
 

@@ -228,6 +228,12 @@ def _bounds(node: ast.expr | None) -> str:
     return ", ".join(f"{n.replace('_', ' ')} {ast.unparse(found[n])}" for n in names if n in found)
 
 
+def _sentence_case(doc: str) -> str:
+    """Capitalizes a doc, unless it starts with the name of a key, a value or a function."""
+    word = doc.partition(" ")[0]
+    return doc if re.search(r"[_:=.(]|[0-9]", word) else doc[:1].upper() + doc[1:]
+
+
 def keys_of(
     module: str, name: str, prefix: str = "", group: str = "", option: str = "", below: str = ""
 ) -> Iterator[Key]:
@@ -247,7 +253,7 @@ def keys_of(
         named = (node.id for node in ast.walk(field.annotation) if isinstance(node, ast.Name))
         choices = next((menu for each in named if (menu := menu_of(field.module, each))), ())
         words = describe_type(field.annotation, field.module)
-        yield Key(f"{prefix}{field.name}", words, default, field.doc, choices, bounds, group, option)
+        yield Key(f"{prefix}{field.name}", words, default, _sentence_case(field.doc), choices, bounds, group, option)
 
 
 # The command line

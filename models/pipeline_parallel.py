@@ -153,7 +153,7 @@ def run_layers_in_stages(
         again = partial(remat, config=config, platform=constrain.platform)
         inner = replace(config, remat=Remat.none)
     rows_first = lambda buffers: jax.tree.map(lambda buffer: buffer.swapaxes(0, 1), buffers)  # [P, B, ...], and back
-    turned = lambda stream: stream._replace(inside=rows_first(stream.inside))
+    turned = lambda stream: stream._replace(captures=rows_first(stream.captures))
 
     def layers(constrain: ShardingConstraint, scanned: Any, moving: Any, rows: Any, microbatch: jax.Array) -> Any:
         key = None if rng is None else jax.random.fold_in(rng, microbatch)

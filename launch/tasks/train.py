@@ -141,7 +141,7 @@ def describe(config: RunConfig, core: Core, line: str) -> None:
     log(line)
     if core.adaptation is not None:
         trained, a = core.adaptation.num_trainable, config.adapter
-        base = "" if a.quantize_base.name == "none" else f" on a base in {a.quantize_base.name}"
+        base = "" if a.quantize_base.name == "none" else f" on a base of {a.quantize_base.name}"
         share = f"{trained:,} trainable parameters, {trained / parameters:.2%} of the model"
         log(f"adapter: {a.method.name}, rank {a.rank}, scale {a.scale:g}{base}: {share}")
     tokens, mesh = tokens_per_step(config, core), describe_mesh(core.mesh.shape)

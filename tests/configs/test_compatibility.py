@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pytest
 
 from configs.compatibility import check_compatibility, set_num_labels
-from configs.schema import RunConfig, from_saved, to_plain
 from data.loader import DataConfig
 from data.records.encoding import DataFormat, DataNeeds
 from data.transforms import MlmConfig
@@ -103,15 +102,3 @@ def test_frozen_needs_follow_the_loss():
     assert moving.synced == {"reference": Sync(3, 0.5)} and not moving.loaded
     [(role, spec)] = DistillationConfig(teacher="big").frozen_needs.loaded.items()
     assert (role, spec.source, spec.key) == ("teacher", "big", "objective.teacher")
-
-
-def test_a_run_saved_with_keys_that_have_retired_is_read():
-    config = RunConfig(objective=RewardConfig(margins=True, pairs_per_row=4))
-    saved = to_plain(config)
-    for key, cls in (("optimizer", "adamw"), ("schedule", "cosine"), ("tokenizer", "bytes"), ("task", "train")):
-        saved[key]["kind"] = cls
-    saved["launcher"]["kind"] = saved["launcher"]["kind"] or "local"
-    saved["data"] |= {"margins": True, "pairs_per_row": 4, "negatives": 0}
-    found = from_saved(saved)
-    needs = found.objective.data_needs
-    assert (needs.margins, needs.pairs_per_row) == (True, 4) and not hasattr(found.data, "margins")

@@ -45,7 +45,7 @@ def test_shards_of_documents_are_pinned(tmp_path):
     # Pinned: prepared folders are reused, and resumed runs must get the same batches.
     assert folder.name == "x-7b7560ed3c6b"
     assert manifest.fingerprint == "22d7f7a3f94eda6f54a4147e221adb3024ce919cd20375f4fe4480c289c12f7c"
-    assert digest.hexdigest() == "11e2f83669a2d584d5c3747f549d7716377113596211703826fd8ab2c8715d61"
+    assert digest.hexdigest() == "3155f2e3ece9b7990d6275b5ad943b21ad73afaa9e4ac5c245089062ecffcdff"
     assert batch_hash(row) == "98369feb53a76948e6676b8bdcdf31c9b4ee8747f2bbdef142a5b27232736534"
 
 

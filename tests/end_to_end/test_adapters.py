@@ -86,11 +86,11 @@ def test_peft_folders_go_out_and_come_in(home):
 
 def test_what_stands_on_nothing_or_on_another_base_is_refused(home, tmp_path):
     _, err = meshwright(home, "train", "run=none", *BASE, "adapter=lora", expect=2)
-    assert "adapter.method=lora: adapters stand on trained weights; name them with init_from=" in err
+    assert "adapter.method=lora: adapters need trained weights; set init_from=" in err
     _, err = meshwright(home, "train", "run=a", *LORA, "adapter.rank=8", expect=2)
     assert "adapter.rank=8: the run 'a' was started with adapter.rank=4" in err
     shutil.copytree(home / "runs", tmp_path / "runs")
     (tmp_path / "runs" / "base").rename(tmp_path / "runs" / "first")
     meshwright(tmp_path, "train", "run=base", *BASE, "seed=1")
     _, err = meshwright(tmp_path, "train", "run=a", *LORA, f"task.num_steps={STEPS + 4}", expect=2)
-    assert "init_from=base@4: these weights are no longer those on which the adapters were trained" in err
+    assert "init_from=base@4: these weights are no longer those that the adapters were trained on" in err

@@ -33,7 +33,7 @@ def test_a_chat_goes_through_the_template(folder):
 
 MISTAKES = {
     "a run without a template": (["run=base", "chat=Hi"], "init_from=base tokenizer.chat_template=plain"),
-    "a chat and a prompt": (["run=chat", "chat=Hi", "prompt=x"], "a chat and a prompt exclude each other"),
+    "a chat and a prompt": (["run=chat", "chat=Hi", "prompt=x"], "a chat and a prompt are mutually exclusive"),
     "a system without a chat": (["run=chat", "task.system=x"], "add chat='Hello'"),
     "a file that is not there": (
         ["run=chat", "task.messages_file=no.json"],
@@ -82,7 +82,7 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_checkpoint_only(folder):
     for path in base.iterdir():
         (template.parent / path.name).write_bytes(path.read_bytes())
     _, err = meshwright(folder, "train", *resume, "task.num_steps=4", expect=2)
-    assert "its chat_template is not that of the checkpoint of step 3" in err
+    assert "its chat_template differs from that of the checkpoint of step 3" in err
 
 
 def test_a_checkpoint_with_an_altered_tokenizer_is_refused(folder):

@@ -11,7 +11,7 @@ import pytest
 from data.tokenizers.gguf_tokenizer import KEY, NORMAL, write_tokenizer
 from models.formats.gguf.files import File, save_params
 from models.formats.gguf.metadata import architecture_for
-from tests.data.test_tokenizer_gguf import CORPUS, CUTS, byte_level
+from tests.data.test_gguf_tokenizer import CORPUS, PRE_TOKENIZERS, byte_level
 from tests.end_to_end.run import losses, meshwright
 from tests.models.llama_cpp import complete
 from tests.models.test_gguf import CASES, REFERENCE, random_params
@@ -25,7 +25,7 @@ CONFIG = dataclasses.replace(CASES["llama 3.1, tied"], vocab_size=512, tied_embe
 def published(tmp_path_factory):
     """A tiny model with a tokenizer of its own, as somebody's GGUF file."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    tokenizer = byte_level(CUTS["smollm"])
+    tokenizer = byte_level(PRE_TOKENIZERS["smollm"])
     header = write_tokenizer(tokenizer, CONFIG.vocab_size) | {"tokenizer.chat_template": TEMPLATE}
     params = random_params(CONFIG)
     # It writes text of whole characters, neither special tokens nor fillers: their logits are 0, below the highest.

@@ -57,7 +57,7 @@ def test_a_narrower_student_learns_from_the_layers_of_its_teacher(home):
         "objective.feature_loss.attention_loss_weight=0.5",
     ]  # fmt: skip
     out, _ = meshwright(home, "train", "run=narrow", *STUDENT, *narrow)
-    assert "thinned to embed 32 of 64" in out
+    assert "pruned to embed 32 of 64" in out
     assert losses(home, "narrow")[STEPS] < losses(home, "narrow")[1]
     meshwright(home, "train", "run=narrow_stopped", *STUDENT, *narrow, "task.num_steps=5")
     meshwright(home, "train", "run=narrow_stopped", *STUDENT, *narrow)
@@ -108,15 +108,18 @@ def test_a_teacher_that_is_asked_in_advance_is_not_held_and_teaches_the_same(hom
 
 MISTAKES = {
     "a width that is no width": (["prune.width.embed_dim=65"], "prune.width.embed_dim=65: the model has 64"),
-    "no number of tokens": (["objective.cache_teacher_logits=true"], "say how many, as objective.top_k=64"),
+    "no number of tokens": (
+        ["objective.cache_teacher_logits=true"],
+        "set their number, for example objective.top_k=64",
+    ),
     "layers that the teacher lacks": (["objective.feature_loss.layer_mapping=[[0,4]]"], "the teacher has no layer 4"),
-    "no teacher": (["objective.teacher=null"], "objective.teacher=null: name a run"),
+    "no teacher": (["objective.teacher=null"], "objective.teacher=null: distillation needs a teacher; set a run"),
     "a teacher that is not there": (["objective.teacher=nobody"], "objective.teacher=nobody: there is no run"),
     "other tokens": (
         ["tokenizer=characters", "init_from=null", "prune.layers=[]", "model=tiny", "run=other"],
-        "its tokenizer is not",
+        "its tokenizer differs from this run",
     ),
-    "a layer that is not there": (["prune.layers=[0,4]"], "has the layers 0 to 3, and no 4"),
+    "a layer that is not there": (["prune.layers=[0,4]"], "has layers 0 to 3, not 4"),
 }
 
 

@@ -91,7 +91,7 @@ MISTAKES = {
     "too many bad records": ([], BAD * 4, "data.max_bad_fraction=0.1: 12 of 72 records of source jsonl are unusable"),
     "no template": (["tokenizer.chat_template=null"], [], "this tokenizer has no chat template; set one"),
     "cutting conversations": (["data.packing=concat"], [], "data.packing=concat: splits conversations"),
-    "a share above one": (["data.max_bad_fraction=2"], [], "data.max_bad_fraction=2.0: is a share"),
+    "a share above one": (["data.max_bad_fraction=2"], [], "data.max_bad_fraction=2.0: must be from 0 to 1"),
     "a format that is none": (["data.sources.jsonl.chat_format=alpaca"], [], "must be one of auto, messages, sharegpt"),
     "rows too short for all": (["data.seq_len=8"], [], "no text to train on; chats.jsonl: longer than data.seq_len=8"),
 }

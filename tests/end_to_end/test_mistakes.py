@@ -32,7 +32,10 @@ MISTAKES = {
     "heads that do not divide": (["fake_devices=8", "mesh.data=1", "mesh.tensor=8"], "mesh.tensor=8"),
     "a folder that is not there": (["source=[text]", "data.sources.text.paths=[nowhere]"], "'nowhere' does not exist"),
     "a source without its path": (["source=[text]"], "data.sources.text.paths=???"),
-    "a negative warm-up": (["schedule.warmup_steps=-5", "num_steps=10"], "schedule.warmup_steps=-5: must not be"),
+    "a negative warm-up": (
+        ["schedule.warmup_steps=-5", "num_steps=10"],
+        "schedule.warmup_steps=-5: must be at least 0",
+    ),
     "a key of another trainer": (["max_steps=10"], "max_steps: no such key; did you mean 'num_steps'?"),
     "an option of another name": (["optimiser=adam"], "did you mean 'optimizer=adamw'?"),
     "a flag": (["--max_steps", "10"], "--max_steps: keys are written KEY=VALUE: num_steps=10"),

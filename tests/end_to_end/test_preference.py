@@ -160,7 +160,7 @@ MISTAKES = {
     "plain text": (["data.format=text"], "needs data.format=preference"),
     "smoothing": (
         ["objective.loss_type=ipo", "objective.label_smoothing=0.1"],
-        "has no meaning for objective.loss_type=ipo",
+        "not supported with objective.loss_type=ipo",
     ),
     "too many bad": (["data.max_bad_fraction=0.01"], "data.max_bad_fraction=0.01: 4 of"),
 }

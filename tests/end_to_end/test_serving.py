@@ -59,7 +59,7 @@ def test_serving_others_without_a_key_or_in_many_processes_is_refused(folder):
 def test_other_tasks_do_not_load_the_server_and_its_absence_is_said_in_words():
     code = (
         "import sys; sys.modules['fastapi'] = None\n"
-        "from launch.run import run; run(['runs'])\n"
+        "from launch.cli import run; run(['runs'])\n"
         "assert not {'uvicorn', 'starlette', 'prometheus_client', 'pydantic'} & set(sys.modules)\n"
         "sys.exit(run(['serve', 'run=a']))"
     )

@@ -36,7 +36,7 @@ def test_rows_are_balanced_only_where_nothing_depends_on_their_order(changes, ba
 
 
 def test_a_length_that_does_not_cut_is_refused_before_anything_is_compiled():
-    message = r"data\.seq_len=30: mesh\.context=4 .* nearest valid: 28, 32; or mesh\.context=1 or 2"
+    message = r"data\.seq_len=30: not divisible by mesh\.context=4, .* nearest valid: 28, 32; or mesh\.context=1 or 2"
     with pytest.raises(ValueError, match=message):
         build_core(config("data.seq_len=30"), None)
 

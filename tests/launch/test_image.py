@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from launch.launchers.job import BESIDE, PACKAGES
+from launch.launchers.job import INSTALL_FILES, PACKAGES
 from tests.end_to_end.run import ROOT
 
 TEXT = (ROOT / "launch" / "launchers" / "Dockerfile").read_text()
@@ -14,7 +14,7 @@ TEXT = (ROOT / "launch" / "launchers" / "Dockerfile").read_text()
 
 def test_the_image_gets_every_package_and_what_installing_needs():
     copied = {word for line in re.findall(r"^COPY (.*)$", TEXT, re.M) for word in line.split()[:-1]}
-    assert copied == {*PACKAGES, *BESIDE}
+    assert copied == {*PACKAGES, *INSTALL_FILES}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_each_device_installs_its_extras(device, asked):
 
 def test_an_unknown_device_is_refused():
     found = installed("rocm")
-    assert found.returncode == 2 and "DEVICE=rocm: is none of" in found.stderr
+    assert found.returncode == 2 and "DEVICE=rocm: must be cpu, cuda12, cuda13 or tpu" in found.stderr
 
 
 def installed(device: str) -> subprocess.CompletedProcess:

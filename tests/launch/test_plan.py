@@ -124,7 +124,7 @@ def test_what_waits_on_the_host_takes_nothing_of_the_device_but_time():
     options = ["mesh.data=1", "mesh.fsdp=4", "model.remat=full", "data.seq_len=256"]
     here, away = (
         estimate(config_of(*options, f"optimizer.offload_state={more}", f"model.activation_offload=[{name}]"), cpus(4))
-        for more, name in (("false", ""), ("true", "border"))
+        for more, name in (("false", ""), ("true", "layer_input"))
     )
     copied = {t.what: t.bytes for t in away.traffic if t.axis == "host"}
     assert not [t for t in here.traffic if t.axis == "host"]

@@ -66,7 +66,7 @@ def test_layers_that_are_asked_for_are_those_of_a_shorter_model(remat):
     model = dataclasses.replace(WIDE, remat=remat)
     shown = make_apply(model)(TAUGHT, made.tokens, **given, capture=CaptureSpec((3, 1), True, True)).captures
     assert shown is not None and shown.attention_PBNLS.shape[:3] == (2, 2, 6)
-    cut = {**TAUGHT, "layer_mapping": jax.tree.map(lambda x: x[:2], TAUGHT["layers"])}
+    cut = {**TAUGHT, "layers": jax.tree.map(lambda x: x[:2], TAUGHT["layers"])}
     short = dataclasses.replace(WIDE, num_layers=2)
     other = make_apply(short)(cut, made.tokens, **given, capture=CaptureSpec((1,), True, True)).captures
     np.testing.assert_allclose(shown.hidden_PBLD[1], other.hidden_PBLD[0], atol=1e-5)

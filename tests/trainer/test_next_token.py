@@ -54,7 +54,7 @@ def test_dft_weighs_the_gradient_of_each_token_by_its_probability() -> None:
     found, want = (jax.grad(total)(PARAMS, c, m) for c, m in ((dft, batch.loss_mask), (plain, weighed)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, want)
     assert float(loss_of(dft)[1]["nll"].total) == float(loss_of(plain)[1]["nll"].total)
-    with pytest.raises(ValueError, match=r"objective\.label_smoothing=0.1: objective.dft=true"):
+    with pytest.raises(ValueError, match=r"objective\.label_smoothing=0.1: cannot be combined with objective.dft=true"):
         NextTokenConfig(dft=True, label_smoothing=0.1).build(None)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import (
+    COMPUTE_KEYS,
     NON_CAUSAL_MASKS,
     LayerKind,
     LoadBalancing,
@@ -126,9 +127,12 @@ def architecture_name(config: ModelConfig) -> ModelConfig:
     Resets dtypes, dropout, initialization, remat, and the training and dispatch of experts.
     """
     plain = ModelConfig()
-    ignored = ("dtype", "param_dtype", "matmul_precision", "remat", "dropout", "init_std", "init_scaled_residual")
-    ignored += ("mup_base_width",)
-    a = dataclasses.replace(config.attention, dropout=0.0)
+    ignored = ["dtype", "param_dtype", "dropout", "init_std", "init_scaled_residual", "mup_base_width"]
+    ignored += [key for key in COMPUTE_KEYS if "." not in key]
+    of_attention = [key.removeprefix("attention.") for key in COMPUTE_KEYS if key.startswith("attention.")]
+    a = dataclasses.replace(
+        config.attention, dropout=0.0, **{key: getattr(plain.attention, key) for key in of_attention}
+    )
     pattern = [a.layer_types[i % len(a.layer_types)] for i in range(config.num_layers)]
     window = a.sliding_window if LayerKind.sliding in pattern else 0
     a = dataclasses.replace(

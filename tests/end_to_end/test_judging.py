@@ -110,7 +110,7 @@ def test_adapters_train_beside_a_head_of_scores(home):
     out, _ = meshwright(home, "predict", "run=lora", "task.texts=['win cash 1 now']")
     assert json.loads(out)["class"] == "spam"
     _, err = meshwright(home, "convert", "from=lora", "to=peft:out", expect=2)
-    assert "head of scores" in err
+    assert "score head" in err
 
 
 def test_predictions_of_texts_and_files(home):

@@ -41,7 +41,7 @@ def test_a_sweep_that_is_killed_finds_its_job_in_slurm_again(tmp_path):
         sweep.kill()
         sweep.wait()
         out, _ = meshwright(tmp_path, "sweep", *given, **cluster.environment)
-        assert "a-000 goes on" in out
+        assert "a-000 resumed" in out
     assert [row["state"] for row in results(tmp_path, "a")] == ["done", "done"]
     for name in ("a-000", "a-001"):
         assert [path.name for path in (tmp_path / "runs" / name / "jobs").iterdir()] == ["1"]  # one job each

@@ -63,7 +63,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     saved = read_definition(folder)
     if saved:
         refuse_drift(saved, definition, config.run)
-        search.parameters = saved["over"]  # in the order of the first start: proposals depend on it
+        search.parameters = saved["parameters"]  # in the order of the first start: proposals depend on it
     space = checked_space(search.parameters, arguments, config.run)
     grid_points(search, space)
     check_pruning(task)
@@ -76,7 +76,7 @@ def run(config: RunConfig, overrides: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with sweep_lock(folder, config.run):
         study = Study(folder, config.run, search, space, task.num_steps)
-        write_whole(folder / "sweep.json", json.dumps(definition | {"over": search.parameters}, indent=2) + "\n")
+        write_whole(folder / "sweep.json", json.dumps(definition | {"parameters": search.parameters}, indent=2) + "\n")
         num_ended = sum(trial.ended for trial in study.trials())
         method = chosen_method(search, space).name
         ended = f", {num_ended} ended" if num_ended else ""
@@ -201,20 +201,27 @@ def sweep_definition(config: RunConfig, arguments: Sequence[str]) -> dict[str, A
     assert isinstance(task, SweepConfig)
     search = task.sweep
     return {
-        "over": dict(search.parameters),
+        "parameters": dict(search.parameters),
         "method": search.method.name,
         "seed": search.seed,
         "metric": search.metric,
-        "goal": search.mode.name,
+        "mode": search.mode.name,
         "pruning": search.pruning.name,
-        "prune_after": search.warmup_steps,
+        "warmup_steps": search.warmup_steps,
         "arguments": sorted(a for a in arguments if not a.lstrip("+~").startswith(FREE)),
     }
 
 
 def read_definition(folder: Path) -> dict[str, Any]:
+    """Returns the saved settings of a sweep, or {}. Raises: ValueError if they have keys of an older version."""
     file = folder / "sweep.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if "over" in found:
+        raise ValueError(
+            f"run={folder.name}: {file} was written by an older version with other key names; start another sweep "
+            "with run=NAME, or delete the folder"
+        )
+    return found
 
 
 def refuse_drift(saved: dict[str, Any], now: dict[str, Any], name: str) -> None:
@@ -227,10 +234,10 @@ def refuse_drift(saved: dict[str, Any], now: dict[str, Any], name: str) -> None:
         )
 
     for key, before in saved.items():
-        if key not in ("over", "arguments") and now[key] != before:
+        if key not in ("parameters", "arguments") and now[key] != before:
             refuse(f"sweep.{key}={now[key]}", f"with sweep.{key}={before}")
-    for key in [*saved["over"], *now["over"]]:
-        old, new = saved["over"].get(key), now["over"].get(key)
+    for key in [*saved["parameters"], *now["parameters"]]:
+        old, new = saved["parameters"].get(key), now["parameters"].get(key)
         if old != new:
             given = f"{key}={new}" if new is not None else f"{key} does not vary"
             refuse(given, f"with {key}={old}" if old is not None else "without it")

@@ -111,19 +111,19 @@ def test_a_sweep_that_is_told_to_end_saves_and_goes_on_as_if_nothing_had_been(qu
 
 
 def test_what_would_not_compare_is_refused():
-    begun = {"over": {RATE: "log:1e-5..1"}, "method": "random", "seed": 0, "arguments": ["model=tiny", "seed=1"]}
+    begun = {"parameters": {RATE: "log:1e-5..1"}, "method": "random", "seed": 0, "arguments": ["model=tiny", "seed=1"]}
     for change, said in {
         ("method", "tpe"): "sweep.method=tpe: the sweep 'a' was started with sweep.method=random",
-        ("over", RATE): f"{RATE}=2,4: the sweep 'a' was started with {RATE}=log:1e-5..1",
-        ("over", LAYERS): f"{LAYERS}=2,4: the sweep 'a' was started without it",
+        ("parameters", RATE): f"{RATE}=2,4: the sweep 'a' was started with {RATE}=log:1e-5..1",
+        ("parameters", LAYERS): f"{LAYERS}=2,4: the sweep 'a' was started without it",
         ("arguments", "seed=2"): "seed=2: the sweep 'a' was started with seed=1",
         ("arguments", None): "seed is not given: the sweep 'a' was started with seed=1",
     }.items():
         key, value = change
         now = dict(begun)
         now[key] = value
-        if key == "over":
-            now[key] = {**begun["over"], value: "2,4"}
+        if key == "parameters":
+            now[key] = {**begun["parameters"], value: "2,4"}
         if key == "arguments":
             now[key] = ["model=tiny", *([value] if value else [])]
         with pytest.raises(
@@ -132,6 +132,12 @@ def test_what_would_not_compare_is_refused():
             refuse_drift(begun, now, "a")
         assert said in str(refused.value)
     refuse_drift(begun, dict(begun), "a")
+
+
+def test_a_sweep_of_an_older_version_is_refused(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"over": {}, "goal": "min"}')
+    with pytest.raises(ValueError, match="sweep.json was written by an older version.*start another sweep"):
+        read_definition(tmp_path)
 
 
 def test_a_sweep_gets_more_trials_but_no_others(quick, capfd):

@@ -16,7 +16,7 @@ from launch.launchers.supervisor import identity
 from launch.sweeps import trials
 from launch.sweeps.study import DONE, FAILED, PRUNED, Trial
 from launch.sweeps.trials import MetricReader, RunningTrial, command, gpu_shares, start
-from launch.tasks.sweep import check_launcher, refuse_drift, wandb_groups
+from launch.tasks.sweep import check_launcher, read_definition, refuse_drift, wandb_groups
 from tests.launch import sweeps
 from tests.launch.jobs import composed, job
 from tests.launch.programs import program
@@ -136,7 +136,7 @@ def test_what_would_not_compare_is_refused():
 
 def test_a_sweep_of_an_older_version_is_refused(tmp_path):
     (tmp_path / "sweep.json").write_text('{"over": {}, "goal": "min"}')
-    with pytest.raises(ValueError, match="sweep.json was written by an older version.*start another sweep"):
+    with pytest.raises(ValueError, match=r"sweep\.json was written by an older version.*start another sweep"):
         read_definition(tmp_path)
 
 

@@ -62,7 +62,7 @@ class PlanConfig(TrainConfig, ReportTaskConfig):
     """Estimates memory, speed and cost of the run that `train` would start with these keys."""
 
     kind: str = "plan"
-    target: str = "cpu"  # devices to plan for, KIND-COUNT: v5p-512, v6e-256, h100x64, 2*v5e-256 for slices, cpu
+    target: str = "cpu"  # devices to plan for: v5p-512, h100x64, 2*v5e-256 (slices), cpu
     compile: bool = False  # also compile the step for the target and report XLA's memory allocation
     search: bool = False  # also search for mesh, remat policy and number of microbatches
     num_tokens: float | None = None  # training tokens for estimated days and cost; null: those of num_steps

@@ -4,6 +4,7 @@ Imports neither JAX nor Hydra, so that help prints at once.
 """
 
 import difflib
+import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from configs import reference
 from configs.reference import Choice, Key
 
-WIDTH = 100  # columns
+WIDTH = max(60, min(100, shutil.get_terminal_size((100, 40)).columns))
 TRAINING = (
     "experiment", "phase", "model", "source", "tokenizer", "transform", "objective", "optimizer", "schedule", "adapter",
     "mesh", "checkpoint", "tracker", "launcher",
@@ -73,7 +74,7 @@ TASKS = {
         None,
     ),
     "coord_check": Task(
-        "Check whether learning rates transfer across widths, from the first steps at each width",
+        "Check that learning rates transfer across widths (muP)",
         (
             "run", "widths", "num_steps", "tolerance", "output", "format", "model.mup_base_width",
             "optimizer.learning_rate", "data.batch_size", "data.seq_len",
@@ -87,7 +88,7 @@ TASKS = {
         None,
     ),
     "scaling_ladder": Task(
-        "Train runs of several sizes, fit a scaling law, and recommend a size for a compute budget",
+        "Train several sizes, fit a scaling law, recommend a size",
         (
             "run", "widths", "aspect_ratio", "tokens_per_param", "compute_budget", "output", "format",
             "data.batch_size", "data.seq_len", "optimizer.learning_rate",
@@ -115,7 +116,7 @@ TASKS = {
         (*OF_RUN, "seed", "init_from", "data"),
     ),
     "evaluate": Task(
-        "Measure loss, perplexity and bits per byte of a run, or its accuracy on multiple-choice tasks",
+        "Measure the loss of a run, or multiple-choice accuracy",
         (
             "run", "step", "max_eval_batches", "eval_tasks", "limit", "limit_per_group", "prefix", "dtype", "format",
             "data.max_eval_batches",
@@ -227,7 +228,7 @@ TASKS = {
 }  # fmt: skip
 
 START = (
-    ("meshwright train experiment=hello", "a small model of Python source, in two minutes"),
+    ("meshwright train experiment=hello", "a small model, in two minutes"),
     ("meshwright generate run=hello prompt='def '", "generate text with it"),
     ("meshwright train source=[text] data.sources.text.paths=[DIR]", "train on your own folder"),
 )
@@ -280,7 +281,7 @@ def screen(task: str) -> str:
         for group in about.groups:
             mark = {default.get(group): "*"}
             rows.append((group, ", ".join(name + mark.get(name, "") for name in reference.option_names(group))))
-        lines += _table(rows, wrap=True)
+        lines += _table(rows)
     lines += ["", "Examples:", *(f"  {example}" for example in about.examples)]
     some_group = next((group for group in ("optimizer", *about.groups) if group in about.groups), None)
     key = next((key for key in about.keys if key not in OF_RUN), about.keys[0])
@@ -429,7 +430,7 @@ def _entry(key: Key) -> list[str]:
 
 
 def _choices(choices: Sequence[Choice]) -> list[str]:
-    return _table([(choice.name, choice.doc) for choice in choices], wrap=True)
+    return _table([(choice.name, choice.doc) for choice in choices])
 
 
 def _filled(text: str, indent: int) -> list[str]:
@@ -447,18 +448,14 @@ def _sentence(doc: str) -> str:
     return doc[: min(ends)] if ends else doc.rstrip(".")
 
 
-def _table(rows: Sequence[tuple[str, ...]], *, wrap: bool = False) -> list[str]:
-    """Formats rows as aligned columns, indented by two; the last column is truncated or wrapped."""
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Formats rows as aligned columns, indented by two; the last column is wrapped."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = []
     for row in rows:
         head = "  " + "".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=False))
-        if wrap:
-            space = " " * len(head)
-            lines += textwrap.wrap(
-                row[-1] or " ", WIDTH, initial_indent=head, subsequent_indent=space, break_on_hyphens=False
-            ) or [head.rstrip()]
-        else:
-            line = head + row[-1]
-            lines.append(line.rstrip() if len(line) <= WIDTH else line[: WIDTH - 3].rstrip(" ,;") + "...")
+        wrapped = textwrap.wrap(
+            row[-1], WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+        )
+        lines += wrapped or [head.rstrip()]
     return lines

@@ -317,7 +317,8 @@ Documents = Callable[[], Iterator[str]]
 @dataclass
 class TokenizerConfig:
     kind: str = ""
-    chat_template: str | None = None  # chatml, gemma, llama3, mistral, plain, or a file; null: the tokenizer's own
+    # chat template or its file: chatml, gemma, llama3, mistral, plain; null: the tokenizer's own
+    chat_template: str | None = None
     add_bos: bool | None = None  # prepend BOS to every text; null: as in the tokenizer's files
     special_tokens: list[str] = field(default_factory=list)  # special tokens to add if missing, such as '<|im_start|>'
 

@@ -18,6 +18,12 @@ from launch.overrides import routes_of
 KEYS = reference.all_keys()
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Tests do not depend on the width of the terminal that they run in."""
+    monkeypatch.setattr(help, "WIDTH", 100)
+
+
 def fields_below(cls: type, prefix: str) -> set[str]:
     """Paths of all keys of an imported config class: what the reader of sources must find."""
     found: set[str] = set()
@@ -87,8 +93,10 @@ def test_every_key_has_a_doc(key):
     assert key.doc[0].isupper() or re.match(r"\S*[_:=.(0-9]", key.doc), "starts with a capital letter or a name"
 
 
+@pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("task", TASKS)
-def test_help_of_a_task_is_one_screen(task):
+def test_help_of_a_task_is_one_screen(task, width, monkeypatch):
+    monkeypatch.setattr(help, "WIDTH", width)
     lines = help.help_on(task, []).splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 100
     assert len(help.TASKS[task].keys) <= 10 and len(help.TASKS[task].examples) == 3
